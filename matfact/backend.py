@@ -1,0 +1,136 @@
+"""Which array library, which device, which dtype: the only module that knows.
+
+Everything else asks for the namespace of its input and uses the Python Array API standard.
+The few operations the standard lacks (selection, Cholesky solves) are here too.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import scipy.linalg
+
+Array = Any  #: an array of any library that follows the Array API standard
+
+
+def namespace(*arrays: Array) -> ModuleType:
+    """Return the Array API namespace shared by `arrays`."""
+    return array_api_compat.array_namespace(*arrays)
+
+
+def is_numpy(array: Array) -> bool:
+    """Whether `array` is a NumPy array, so that SciPy and Numba apply."""
+    return isinstance(array, np.ndarray)
+
+
+def is_array(obj: Any) -> bool:
+    """Whether `obj` already belongs to an Array API library (lists and DataFrames do not)."""
+    return array_api_compat.is_array_api_obj(obj)
+
+
+def device(array: Array) -> Any:
+    """Return the device `array` lives on."""
+    return array_api_compat.device(array)
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """Copy `array` to host memory as a NumPy array (16-bit floats arrive as float32)."""
+    if array_api_compat.is_torch_array(array):
+        array = array.detach().cpu().resolve_conj()
+        return (array.float() if is_half(array) else array).numpy()
+    if array_api_compat.is_cupy_array(array):
+        array = array.get()
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def like(values: Any, reference: Array, dtype: Any = None) -> Array:
+    """Return host `values` as an array of `reference`'s library, on its device."""
+    xp = namespace(reference)
+    if not is_numpy(reference):
+        values = np.ascontiguousarray(values)
+        if array_api_compat.is_torch_array(reference) and not values.flags.writeable:
+            values = values.copy()  # torch cannot represent read-only memory
+    return xp.asarray(values, dtype=dtype, device=device(reference))
+
+
+def is_half(array: Array) -> bool:
+    """Whether `array` has a 16-bit floating dtype, which is stored but not computed in."""
+    return str(array.dtype).rpartition(".")[2] in {"float16", "bfloat16"}
+
+
+def compute_array(array: Array) -> Array:
+    """Return `array` in the dtype the solvers work in.
+
+    float32, float64 and complex dtypes are kept, 16-bit floats become float32, integers and
+    booleans become float64.
+    """
+    xp = namespace(array)
+    if is_half(array):
+        return xp.astype(array, xp.float32)
+    if xp.isdtype(array.dtype, ("real floating", "complex floating")):
+        return array
+    return xp.astype(array, xp.float64)
+
+
+def storage_dtype(array: Array) -> Any:
+    """Return the dtype in which results for `array` are returned: its own, or float64."""
+    xp = namespace(array)
+    floating = is_half(array) or xp.isdtype(array.dtype, ("real floating", "complex floating"))
+    return array.dtype if floating else xp.float64
+
+
+def wide(array: Array) -> Array:
+    """Return `array` in double precision, for error measures."""
+    xp = namespace(array)
+    is_complex = xp.isdtype(array.dtype, "complex floating")
+    return xp.astype(array, xp.complex128 if is_complex else xp.float64)
+
+
+def norm(array: Array) -> float:
+    """Return the Frobenius norm of `array` as a float, accumulated in double precision."""
+    array = wide(array)
+    scale = max_abs(array)
+    if scale == 0.0:
+        return 0.0
+    xp = namespace(array)
+    return scale * float(xp.sqrt(xp.sum(xp.abs(array / scale) ** 2)))
+
+
+def max_abs(array: Array) -> float:
+    """Return the largest magnitude in `array`, 0 when it has no entry."""
+    xp = namespace(array)
+    return float(xp.max(xp.abs(array))) if array_api_compat.size(array) else 0.0
+
+
+def kth_largest(array: Array, k: int, axis: int = -1) -> Array:
+    """Return the `k`-th largest entry along `axis` (1 ≤ k ≤ length), keeping the axis.
+
+    A selection where the library has one (NumPy, CuPy, torch), a sort elsewhere.
+    """
+    xp = namespace(array)
+    position = array.shape[axis] - k
+    if hasattr(xp, "partition"):
+        array = xp.partition(array, position, axis=axis)
+    elif hasattr(xp, "kthvalue"):
+        return xp.kthvalue(array, position + 1, dim=axis, keepdim=True).values
+    else:
+        array = xp.sort(array, axis=axis)
+    index = like(np.asarray([position]), array)
+    return xp.take(array, index, axis=axis)
+
+
+def spd_inverse(matrix: Array) -> Array:
+    """Return the inverse of a symmetric positive definite `matrix` from its Cholesky factor."""
+    if is_numpy(matrix):
+        potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+        factor, info = potrf(matrix, lower=False)
+        if info:
+            raise np.linalg.LinAlgError("matrix is not positive definite")
+        inverse, _ = potri(factor, lower=False)
+        upper = np.triu(inverse)
+        return upper + np.triu(inverse, 1).T
+    return namespace(matrix).linalg.inv(matrix)

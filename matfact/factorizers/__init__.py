@@ -1,0 +1,6 @@
+"""The estimators, one file each."""
+
+from matfact.factorizers._base import BaseFactorizer
+from matfact.factorizers._magnitude import MagnitudePruner
+
+__all__ = ["BaseFactorizer", "MagnitudePruner"]

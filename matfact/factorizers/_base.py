@@ -1,0 +1,156 @@
+"""What all factorizers share: validation, reporting, and applying the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import _check_feature_names, _check_n_features, check_is_fitted
+
+from matfact import backend, metrics
+from matfact.backend import Array
+from matfact.factorizers._validation import check_matrix
+from matfact.operators import Factor, FactorProduct
+from matfact.solvers._callback import History
+
+#: Constraint on the `density` parameter, shared by the factorizers that have one.
+DENSITY = [Interval(Real, 0, 1, closed="right"), None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorization:
+    """What a factorizer's solver found."""
+
+    factors: Sequence[Factor]
+    n_iter: int = 1
+
+
+class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Base of the estimators that write a matrix as a product of factors.
+
+    Subclasses implement :meth:`_factorize`; everything a user sees after ``fit`` is set here,
+    in the same way for all of them.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {}
+    #: Whether complex matrices can be factorized.
+    _allow_complex: ClassVar[bool] = False
+
+    operator_: FactorProduct
+
+    @abstractmethod
+    def _factorize(self, W: Array, history: History) -> Factorization:
+        """Return factors whose product approximates `W`.
+
+        Parameters
+        ----------
+        W : array of shape (out_features, in_features)
+            Finite, in a dtype fit to compute in, scaled so that its largest magnitude lies in
+            [1, 2) (or all zero). Must not be written to.
+        history : History
+            Callback to hand to the solver.
+        """
+
+    def fit(self, W: Any, y: Any = None) -> Self:
+        """Factorize `W`.
+
+        Parameters
+        ----------
+        W : array-like of shape (out_features, in_features)
+            The matrix, laid out as ``torch.nn.Linear.weight``. NumPy, CuPy and torch arrays stay
+            on their device.
+        y : None
+            Ignored; present for API consistency.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or `W` is invalid, or the density is too small for the structure.
+        """
+        self._validate_params()
+        W = self._check_input(W, "W", reset=True)
+        work = backend.compute_array(W)
+        # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
+        magnitude = backend.max_abs(work)
+        scale = 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 1.0
+        history = History()
+        result = self._factorize(work / scale, history)
+        product = FactorProduct(result.factors).rescaled(scale)
+        self.operator_ = product.astype(W.dtype)
+        self.n_iter_ = result.n_iter
+        self.history_ = history.as_dict()
+        self._n_features_out = product.shape[0]
+        self._report(work)
+        return self
+
+    def _report(self, W: Array) -> None:
+        """Set the measured attributes, from the factors as they are returned."""
+        operator = self.operator_
+        self.factors_ = operator.factors
+        self.nnz_ = operator.nnz
+        self.density_ = operator.density
+        self.reconstruction_err_ = metrics.relative_error(W, operator.astype(W.dtype).toarray())
+        self.normalized_err_ = metrics.normalized_error(W, self.reconstruction_err_, self.nnz_)
+
+    def transform(self, X: Any) -> Array:
+        """Apply the factorized layer: ``X @ Ŵ.T``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, in_features)
+            Inputs of the layer, on the device of the factors.
+
+        Returns
+        -------
+        array of shape (n_samples, out_features)
+            Outputs of the layer.
+        """
+        check_is_fitted(self)
+        X = self._check_input(X, "X", reset=False)
+        transpose = backend.namespace(X).matrix_transpose
+        return transpose(self.operator_ @ transpose(X))
+
+    def score(self, W: Any, y: Any = None) -> float:
+        """Return minus the relative error of the fitted product as an approximation of `W`.
+
+        Parameters
+        ----------
+        W : array-like of shape (out_features, in_features)
+            Matrix to compare with, of the shape fitted.
+        y : None
+            Ignored; present for API consistency.
+        """
+        check_is_fitted(self)
+        W = backend.compute_array(self._check_input(W, "W", reset=False))
+        if tuple(W.shape) != self.operator_.shape:
+            # K-fold splits hand over rows that were not fitted, which nothing here can predict.
+            raise ValueError(
+                f"W must have the shape that was fitted, {self.operator_.shape}, to be scored; "
+                f"got {tuple(W.shape)}. In a grid search, fit and score the whole matrix with "
+                "cv=[(slice(None), slice(None))]."
+            )
+        return -metrics.relative_error(W, self.operator_.astype(W.dtype).toarray())
+
+    def _check_input(self, X: Any, name: str, *, reset: bool) -> Array:
+        """Validate a matrix against the estimator's features, or set them."""
+        _check_feature_names(self, X, reset=reset)
+        array = check_matrix(X, name, allow_complex=self._allow_complex)
+        _check_n_features(self, array, reset=reset)
+        return array
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
+        return tags

@@ -1,0 +1,61 @@
+"""Checks of what a user hands to an estimator, before any work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.utils.validation import check_array
+
+from matfact import backend
+from matfact.backend import Array
+
+
+def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
+    """Return `W` as a finite, non-empty 2-D array of its own library and floating dtype.
+
+    Parameters
+    ----------
+    W : array-like of shape (rows, columns)
+        Array of any Array API library; lists, DataFrames and the like become NumPy arrays.
+    name : str
+        What error messages call it.
+    allow_complex : bool, default=False
+        Whether complex entries are accepted.
+
+    Raises
+    ------
+    TypeError
+        If `W` is a SciPy sparse matrix or array.
+    ValueError
+        If `W` is not 2-D, is empty, or holds NaN, infinite or (unless allowed) complex values.
+    """
+    if not backend.is_array(W) or (backend.is_numpy(W) and W.dtype.kind in "OUS"):
+        W = check_array(
+            W, input_name=name, dtype=None, ensure_2d=False, allow_nd=True, ensure_min_samples=0,
+            ensure_all_finite=False,
+        )  # fmt: skip
+        if W.dtype.kind in "OUS":
+            W = W.astype(np.float64)
+    xp = backend.namespace(W)
+    shape = tuple(int(n) for n in W.shape)
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name} must be a 2-D array, got {len(shape)}-D with shape {shape}. Reshape your "
+            "data to (rows, columns), for instance with reshape(-1, 1) or reshape(1, -1)."
+        )
+    for n, axis in zip(shape, ("sample(s)", "feature(s)"), strict=True):
+        if n == 0:
+            raise ValueError(
+                f"{name} must not be empty: 0 {axis} (shape={shape}) while a minimum of 1 is "
+                "required."
+            )
+    if xp.isdtype(W.dtype, "complex floating") and not allow_complex:
+        raise ValueError(f"{name} must be real. Complex data not supported: got {W.dtype}.")
+    dtype = backend.storage_dtype(W)
+    if W.dtype != dtype:
+        W = xp.astype(W, dtype)
+    for test, what in ((xp.isnan, "NaN"), (xp.isinf, "infinity")):
+        if bool(xp.any(test(W))):
+            raise ValueError(f"{name} must be finite. Input {name} contains {what}.")
+    return W

@@ -1,0 +1,32 @@
+"""A factor stored entry by entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators._factor import Factor
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DenseFactor(Factor):
+    """A dense matrix; `values` has its shape."""
+
+    kind: ClassVar[str] = "dense"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (int(self.values.shape[0]), int(self.values.shape[1]))
+
+    @property
+    def T(self) -> DenseFactor:  # noqa: N802
+        return DenseFactor(backend.namespace(self.values).matrix_transpose(self.values))
+
+    def apply(self, X: Array) -> Array:
+        values = backend.compute_array(self.values)
+        return backend.namespace(values).matmul(values, X)
+
+    def toarray(self) -> Array:
+        return self.values

@@ -1,0 +1,115 @@
+"""What every factor of a product can do, whatever its storage."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor(ABC):
+    """One factor of a product: its stored values and, in subclasses, where they stand.
+
+    Parameters
+    ----------
+    values : array
+        The stored values, in whatever shape the storage uses. They carry the array library,
+        the device and the dtype of the factor; positions live on the host as NumPy integers.
+    """
+
+    values: Array
+
+    #: Name of the storage in saved files.
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Factor:  # noqa: N802
+        """The transpose (without conjugation)."""
+
+    @abstractmethod
+    def apply(self, X: Array) -> Array:
+        """Return the product with `X`, of shape (columns, batch), in a dtype fit to compute in."""
+
+    @abstractmethod
+    def toarray(self) -> Array:
+        """Return the matrix as a dense array."""
+
+    @property
+    def positions(self) -> dict[str, np.ndarray]:
+        """The host arrays that, with the values, describe the factor (empty when implied)."""
+        return {
+            field.name: np.asarray(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "values"
+        }
+
+    @classmethod
+    def from_positions(cls, values: Array, positions: dict[str, np.ndarray]) -> Self:
+        """Rebuild a factor from its values and :attr:`positions`."""
+        fields = {k: int(v) if v.ndim == 0 else v for k, v in positions.items()}
+        return cls(values=values, **fields)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the stored values."""
+        return self.values.dtype
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values."""
+        return int(np.prod(self.values.shape))
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations for one sample: a multiplication and an addition a value."""
+        return 2 * self.nnz
+
+    def index_nbytes(self, format: str) -> int:
+        """Bytes that say where the values stand, in storage `format` (0 when implied)."""
+        return 0
+
+    def value_nbytes(self) -> int:
+        """Bytes of the stored values."""
+        return self.nnz * dtype_nbytes(self.values)
+
+    def with_values(self, values: Array) -> Self:
+        """Return the same positions holding other `values`."""
+        return dataclasses.replace(self, values=values)
+
+    def scaled(self, c: float) -> Self:
+        """Return `c` times the factor."""
+        return self.with_values(self.values * c)
+
+    def conj(self) -> Self:
+        """Return the complex conjugate (itself when real)."""
+        xp = backend.namespace(self.values)
+        if not xp.isdtype(self.values.dtype, "complex floating"):
+            return self
+        return self.with_values(xp.conj(self.values))
+
+    def astype(self, dtype: Any) -> Self:
+        """Return the factor with its values in another dtype."""
+        xp = backend.namespace(self.values)
+        return self.with_values(xp.astype(self.values, dtype))
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"{type(self).__name__}({rows}×{columns}, {self.nnz} values)"
+
+
+def dtype_nbytes(values: Array) -> int:
+    """Bytes of one entry of `values`."""
+    name = str(values.dtype).rpartition(".")[2]
+    return 2 if name == "bfloat16" else np.dtype(name).itemsize

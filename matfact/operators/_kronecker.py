@@ -1,0 +1,58 @@
+"""Kronecker-sparse factors: butterfly, Monarch and equal block-diagonal matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators._factor import Factor
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class KroneckerSparseFactor(Factor):
+    """A matrix whose support is ``I_a ⊗ 1_{b×c} ⊗ I_d``.
+
+    With d = 1 it is block-diagonal with `a` blocks of b×c; with (a, 2, 2, d) it is a butterfly
+    factor of size 2·a·d made of blocks of size 2·d (paper 000, Definitions 1 and 2).
+
+    Parameters
+    ----------
+    values : array of shape (a, d, b, c)
+        ``values[i, l, j, k]`` stands at row (i, j, l) of (a, b, d) and column (i, k, l) of
+        (a, c, d), both in C order.
+    """
+
+    kind: ClassVar[str] = "kronecker"
+
+    @property
+    def pattern(self) -> tuple[int, int, int, int]:
+        """The integers (a, b, c, d) of the support."""
+        a, d, b, c = (int(n) for n in self.values.shape)
+        return (a, b, c, d)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        a, b, c, d = self.pattern
+        return (a * b * d, a * c * d)
+
+    @property
+    def T(self) -> KroneckerSparseFactor:  # noqa: N802
+        return KroneckerSparseFactor(backend.namespace(self.values).matrix_transpose(self.values))
+
+    def apply(self, X: Array) -> Array:
+        a, b, c, d = self.pattern
+        xp = backend.namespace(X)
+        blocks = xp.permute_dims(xp.reshape(X, (a, c, d, -1)), (0, 2, 1, 3))
+        product = xp.matmul(backend.compute_array(self.values), blocks)
+        return xp.reshape(xp.permute_dims(product, (0, 2, 1, 3)), (a * b * d, -1))
+
+    def toarray(self) -> Array:
+        a, b, c, d = self.pattern
+        xp = backend.namespace(self.values)
+        device, dtype = backend.device(self.values), self.values.dtype
+        outer = xp.reshape(xp.eye(a, dtype=dtype, device=device), (a, 1, 1, a, 1, 1))
+        inner = xp.reshape(xp.eye(d, dtype=dtype, device=device), (1, 1, d, 1, 1, d))
+        blocks = xp.reshape(xp.permute_dims(self.values, (0, 2, 1, 3)), (a, b, d, 1, c, 1))
+        return xp.reshape(blocks * outer * inner, self.shape)

@@ -1,0 +1,206 @@
+"""A product of factors: what every fit returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse.linalg
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators import _storage
+from matfact.operators._factor import Factor
+
+Format = Literal["csr", "bitmask", "dense"]
+
+
+class FactorProduct:
+    """The linear operator ``F_1 F_2 … F_Q``, applied from right to left.
+
+    Parameters
+    ----------
+    factors : sequence of Factor
+        Factors whose shapes chain, all of one array library.
+
+    Raises
+    ------
+    ValueError
+        If there is no factor or two neighbours do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact.operators import DenseFactor, FactorProduct
+    >>> product = FactorProduct([DenseFactor(np.ones((4, 1))), DenseFactor(np.ones((1, 3)))])
+    >>> product.shape, product.nnz, product.flops
+    ((4, 3), 7, 14)
+    >>> product @ np.array([1.0, 2.0, 3.0])
+    array([6., 6., 6., 6.])
+    """
+
+    # NumPy must leave ``X @ product`` to __rmatmul__ instead of treating it as a scalar.
+    __array_ufunc__ = None
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        self.factors = tuple(factors)
+        if not self.factors:
+            raise ValueError("factors must hold at least one factor, got none.")
+        for left, right in zip(self.factors, self.factors[1:], strict=False):
+            if left.shape[1] != right.shape[0]:
+                raise ValueError(
+                    f"factors must chain, but a factor with {left.shape[1]} columns is followed "
+                    f"by one with {right.shape[0]} rows."
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (out_features) and columns (in_features) of the product."""
+        return (self.factors[0].shape[0], self.factors[-1].shape[1])
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the stored values."""
+        return self.factors[0].dtype
+
+    @property
+    def nnz(self) -> int:
+        """Stored values of all factors."""
+        return sum(factor.nnz for factor in self.factors)
+
+    @property
+    def density(self) -> float:
+        """Stored values ÷ entries of the dense matrix."""
+        return self.nnz / math.prod(self.shape)
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations to apply the product to one sample."""
+        return sum(factor.flops for factor in self.factors)
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs of the product ÷ FLOPs of the dense matrix."""
+        return self.flops / (2 * math.prod(self.shape))
+
+    def nbytes(self, format: Format = "csr") -> int:
+        """Return the bytes of values and positions.
+
+        Parameters
+        ----------
+        format : {"csr", "bitmask", "dense"}, default="csr"
+            How scattered nonzeros are located: column indices, one bit an entry, or not at all
+            (every entry of every factor is stored). Structured factors need no positions in the
+            first two.
+        """
+        if format not in ("csr", "bitmask", "dense"):
+            raise ValueError(f"format must be 'csr', 'bitmask' or 'dense', got {format!r}.")
+        if format == "dense":
+            itemsize = self.factors[0].value_nbytes() // max(1, self.factors[0].nnz)
+            return sum(math.prod(factor.shape) for factor in self.factors) * (itemsize or 1)
+        return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
+
+    @property
+    def T(self) -> FactorProduct:  # noqa: N802
+        """The transpose (without conjugation)."""
+        return FactorProduct([factor.T for factor in reversed(self.factors)])
+
+    def conj(self) -> FactorProduct:
+        """Return the complex conjugate."""
+        return FactorProduct([factor.conj() for factor in self.factors])
+
+    def astype(self, dtype: Any) -> FactorProduct:
+        """Return the product with its values in another dtype."""
+        return FactorProduct([factor.astype(dtype) for factor in self.factors])
+
+    def toarray(self) -> Array:
+        """Return the product as a dense array."""
+        product = backend.compute_array(self.factors[-1].toarray())
+        for factor in reversed(self.factors[:-1]):
+            product = factor.apply(product)
+        return backend.namespace(product).astype(product, self.dtype, copy=False)
+
+    def __matmul__(self, X: Array) -> Array:
+        """Apply the product to a vector of shape (in,) or to the columns of (in, batch)."""
+        if not backend.is_array(X):
+            X = np.asarray(X)
+        if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"X must have shape ({self.shape[1]},) or ({self.shape[1]}, batch) to be "
+                f"multiplied by a product of shape {self.shape}, got {tuple(X.shape)}."
+            )
+        xp = backend.namespace(X, self.factors[0].values)
+        both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
+        result = backend.compute_array(X)
+        result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
+        for factor in reversed(self.factors):
+            result = factor.apply(result)
+        if both_half:
+            result = xp.astype(result, self.dtype)
+        return result if X.ndim == 2 else xp.reshape(result, (-1,))
+
+    def __rmatmul__(self, X: Array) -> Array:
+        """Return ``X @ product`` for X of shape (out,) or (batch, out)."""
+        if not backend.is_array(X):
+            X = np.asarray(X)
+        transpose = backend.namespace(X).matrix_transpose
+        return self.T @ X if X.ndim == 1 else transpose(self.T @ transpose(X))
+
+    def rescaled(self, scale: float) -> FactorProduct:
+        """Return `scale` times the product, its factors' Frobenius norms balanced.
+
+        Only powers of two are moved between factors, so that no value is rounded; `scale` should
+        be one too. Fine-tuning needs balanced factors (paper 001 leaves this out).
+        """
+        scalable = [i for i, factor in enumerate(self.factors) if factor.nnz]
+        norms = [backend.norm(self.factors[i].values) for i in scalable]
+        if not scalable or 0.0 in norms:
+            balanced = [scale if i == 0 else 1.0 for i in range(len(scalable))]
+        else:
+            logs = np.log2(norms)
+            target = (np.log2(scale) + logs.sum()) / len(norms)
+            exponents = np.round(target - logs[1:])
+            balanced = [scale * 2.0 ** -exponents.sum(), *2.0**exponents]
+        factors = list(self.factors)
+        for i, c in zip(scalable, balanced, strict=True):
+            factors[i] = factors[i].scaled(float(c))
+        return FactorProduct(factors)
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """Return a SciPy ``LinearOperator`` (NumPy products only)."""
+        if not backend.is_numpy(self.factors[0].values):
+            raise TypeError("to_scipy needs a product of NumPy factors; load or fit it on NumPy.")
+        adjoint = self.T.conj()
+        return scipy.sparse.linalg.LinearOperator(
+            shape=self.shape,
+            dtype=np.dtype(self.dtype),
+            matvec=self.__matmul__,
+            rmatvec=adjoint.__matmul__,
+            matmat=self.__matmul__,
+            rmatmat=adjoint.__matmul__,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the product to a safetensors file, atomically."""
+        _storage.save(self.factors, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FactorProduct:
+        """Read a product written by :meth:`save`, with NumPy values."""
+        return cls(_storage.load(Path(path)))
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    def __iter__(self) -> Iterator[Factor]:
+        return iter(self.factors)
+
+    def __getitem__(self, index: int) -> Factor:
+        return self.factors[index]
+
+    def __repr__(self) -> str:
+        inner = ", ".join(repr(factor) for factor in self.factors)
+        return f"FactorProduct({self.shape[0]}×{self.shape[1]}, {self.density:.1%}: [{inner}])"

@@ -1,0 +1,68 @@
+"""Permutations, paddings and croppings: factors that move entries and store no value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators._factor import Factor
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SelectionFactor(Factor):
+    """A matrix of zeros and ones with at most one 1 in each row and column.
+
+    Parameters
+    ----------
+    values : array of shape (0,)
+        Empty: it only carries the library, device and dtype.
+    index : ndarray of shape (rows,)
+        ``(P @ x)[i] = x[index[i]]``, or 0 where ``index[i]`` is −1.
+    n_columns : int
+        Number of columns.
+    """
+
+    index: np.ndarray
+    n_columns: int
+
+    kind: ClassVar[str] = "selection"
+
+    @classmethod
+    def from_index(cls, index: Any, n_columns: int, like: Array) -> SelectionFactor:
+        """Build the factor that gathers `index`, in the library, device and dtype of `like`."""
+        empty = backend.like(np.zeros(0), like, dtype=like.dtype)
+        return cls(empty, np.asarray(index, dtype=np.int64), n_columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (len(self.index), int(self.n_columns))
+
+    @property
+    def T(self) -> SelectionFactor:  # noqa: N802
+        inverse = np.full(self.n_columns, -1, dtype=np.int64)
+        kept = np.flatnonzero(self.index >= 0)
+        inverse[self.index[kept]] = kept
+        return SelectionFactor(self.values, inverse, len(self.index))
+
+    def apply(self, X: Array) -> Array:
+        xp = backend.namespace(X)
+        zero = xp.zeros((1, X.shape[1]), dtype=X.dtype, device=backend.device(X))
+        source = np.where(self.index < 0, self.n_columns, self.index)
+        if not (self.index < 0).any():
+            return xp.take(X, backend.like(source, X), axis=0)
+        return xp.take(xp.concat([X, zero]), backend.like(source, X), axis=0)
+
+    def toarray(self) -> Array:
+        xp = backend.namespace(self.values)
+        eye = xp.eye(self.n_columns, dtype=self.dtype, device=backend.device(self.values))
+        return self.apply(eye)
+
+    def scaled(self, c: float) -> Self:
+        raise TypeError("a selection stores no value that could be scaled")
+
+    def index_nbytes(self, format: str) -> int:
+        return 4 * len(self.index)
