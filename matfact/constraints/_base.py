@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from numbers import Integral
+from typing import ClassVar
 
 from matfact.backend import Array
 
 
 class Constraint(ABC):
     """A set of matrices with a projection. Subclasses are small frozen dataclasses."""
+
+    #: Whether multiplying by a positive number stays in the set.
+    is_cone: ClassVar[bool] = True
+    #: Whether multiplying rows and columns by positive numbers stays in the set, so that a solver
+    #: may precondition (true of sparsity, supports, signs and rank; false of shared values).
+    is_scale_free: ClassVar[bool] = True
 
     @abstractmethod
     def project(self, array: Array) -> Array:
@@ -27,3 +35,15 @@ class Constraint(ABC):
     def support(self, array: Array) -> Array:
         """Return the boolean mask of entries the projection of `array` keeps."""
         return self.project(array) != 0
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless `value`, the parameter `name`, is an integer of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def check_square(constraint: Constraint, shape: tuple[int, int]) -> None:
+    """Raise ``ValueError`` unless `shape` is square, as `constraint` needs."""
+    if shape[0] != shape[1]:
+        raise ValueError(f"{constraint} needs a square matrix, got shape {shape}.")

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 
 from matfact import backend, kernels
 from matfact.backend import Array
-from matfact.constraints._base import Constraint
+from matfact.constraints._base import Constraint, check_positive_int
+
+
+class _Sparsity(Constraint):
+    """A set whose projection keeps some entries, chosen by magnitude, and zeroes the others."""
+
+    def project(self, array: Array) -> Array:
+        xp = backend.namespace(array)
+        return xp.where(self.support(array), array, xp.zeros_like(array))
+
+    @abstractmethod
+    def support(self, array: Array) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class GlobalSparsity(Constraint):
+class GlobalSparsity(_Sparsity):
     """At most `k` nonzeros anywhere.
 
     Parameters
@@ -22,15 +34,121 @@ class GlobalSparsity(Constraint):
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}.")
-
-    def project(self, array: Array) -> Array:
-        xp = backend.namespace(array)
-        return xp.where(self.support(array), array, xp.zeros_like(array))
+        check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
         return kernels.top_k_mask(backend.namespace(array).abs(array), self.k)
 
     def nnz(self, shape: tuple[int, int]) -> int:
         return min(self.k, shape[0] * shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSparsity(_Sparsity):
+    """At most `k` nonzeros in every row.
+
+    Parameters
+    ----------
+    k : int
+        Number of nonzeros in a row, at least 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("k", self.k)
+
+    def support(self, array: Array) -> Array:
+        return kernels.top_k_mask(backend.namespace(array).abs(array), self.k, axis=1)
+
+    def nnz(self, shape: tuple[int, int]) -> int:
+        return shape[0] * min(self.k, shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnSparsity(_Sparsity):
+    """At most `k` nonzeros in every column.
+
+    Parameters
+    ----------
+    k : int
+        Number of nonzeros in a column, at least 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("k", self.k)
+
+    def support(self, array: Array) -> Array:
+        return kernels.top_k_mask(backend.namespace(array).abs(array), self.k, axis=0)
+
+    def nnz(self, shape: tuple[int, int]) -> int:
+        return shape[1] * min(self.k, shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowColumnSparsity(_Sparsity):
+    """The `k` largest entries of every row and the `k` largest of every column, united.
+
+    ``project`` is the rule of paper 004 (appendix A.4): every row and column keeps at least its
+    `k` largest entries, so that the result is idempotent but not a nearest point of a set.
+
+    Parameters
+    ----------
+    k : int
+        Sparsity level, at least 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("k", self.k)
+
+    def support(self, array: Array) -> Array:
+        magnitudes = backend.namespace(array).abs(array)
+        return kernels.top_k_mask(magnitudes, self.k, axis=0) | kernels.top_k_mask(
+            magnitudes, self.k, axis=1
+        )
+
+    def nnz(self, shape: tuple[int, int]) -> int:
+        # The k largest entries of all are among those of their row and those of their column.
+        return min(shape[0] * shape[1], self.k * (shape[0] + shape[1] - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class NMSparsity(_Sparsity):
+    """At most `n` nonzeros among every `m` consecutive entries of a row (N:M sparsity).
+
+    Where the row length is not a multiple of `m`, its last group is shorter.
+
+    Parameters
+    ----------
+    n : int
+        Nonzeros in a group, between 1 and `m`.
+    m : int
+        Length of a group.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("n", self.n)
+        check_positive_int("m", self.m)
+        if self.n > self.m:
+            raise ValueError(f"n must be at most m={self.m}, got {self.n}.")
+
+    def support(self, array: Array) -> Array:
+        xp = backend.namespace(array)
+        rows, columns = array.shape
+        whole = columns - columns % self.m
+        magnitudes = xp.abs(array)
+        groups = xp.reshape(magnitudes[:, :whole], (rows, whole // self.m, self.m))
+        mask = xp.reshape(kernels.top_k_mask(groups, self.n, axis=2), (rows, whole))
+        rest = kernels.top_k_mask(magnitudes[:, whole:], self.n, axis=1)
+        return xp.concat([mask, rest], axis=1)
+
+    def nnz(self, shape: tuple[int, int]) -> int:
+        groups, rest = divmod(shape[1], self.m)
+        return shape[0] * (groups * self.n + min(self.n, rest))

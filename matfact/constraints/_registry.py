@@ -1,0 +1,49 @@
+"""Constraints by name: a new one is one class and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matfact.constraints._base import Constraint
+from matfact.constraints._rank import LowRank
+from matfact.constraints._shared import Circulant, Hankel, Toeplitz
+from matfact.constraints._sparsity import (
+    ColumnSparsity,
+    GlobalSparsity,
+    NMSparsity,
+    RowColumnSparsity,
+    RowSparsity,
+)
+from matfact.constraints._support import BlockDiagonal, Diagonal, FixedSupport, Triangular
+from matfact.constraints._values import NonNegative, UnitNormColumns
+
+CONSTRAINTS: dict[str, type[Constraint]] = {
+    "block_diagonal": BlockDiagonal,
+    "circulant": Circulant,
+    "column_sparsity": ColumnSparsity,
+    "diagonal": Diagonal,
+    "fixed_support": FixedSupport,
+    "global_sparsity": GlobalSparsity,
+    "hankel": Hankel,
+    "low_rank": LowRank,
+    "n_m_sparsity": NMSparsity,
+    "non_negative": NonNegative,
+    "row_column_sparsity": RowColumnSparsity,
+    "row_sparsity": RowSparsity,
+    "toeplitz": Toeplitz,
+    "triangular": Triangular,
+    "unit_norm_columns": UnitNormColumns,
+}
+
+
+def get_constraint(name: str, **parameters: Any) -> Constraint:
+    """Return the constraint called `name`, made with `parameters`.
+
+    Examples
+    --------
+    >>> get_constraint("global_sparsity", k=8)
+    GlobalSparsity(k=8)
+    """
+    if name not in CONSTRAINTS:
+        raise ValueError(f"name must be one of {sorted(CONSTRAINTS)}, got {name!r}.")
+    return CONSTRAINTS[name](**parameters)

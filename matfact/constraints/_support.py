@@ -1,0 +1,111 @@
+"""Sets defined by where nonzeros may stand."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.constraints._base import Constraint, check_positive_int
+
+
+class _Support(Constraint):
+    """Any values on a support known in advance."""
+
+    @abstractmethod
+    def mask(self, shape: tuple[int, int]) -> np.ndarray:
+        """Return the support of a matrix of `shape`, as a host array of bool."""
+
+    def support(self, array: Array) -> Array:
+        return backend.like(self.mask(tuple(array.shape)), array)
+
+    def project(self, array: Array) -> Array:
+        xp = backend.namespace(array)
+        return xp.where(self.support(array), array, xp.zeros_like(array))
+
+    def nnz(self, shape: tuple[int, int]) -> int:
+        return int(np.count_nonzero(self.mask(shape)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedSupport(_Support):
+    """Nonzeros only where `support_mask` is true.
+
+    Parameters
+    ----------
+    support_mask : array-like of bool, 2-D
+        The support.
+    """
+
+    support_mask: Any
+
+    def __post_init__(self) -> None:
+        mask = self.support_mask
+        mask = backend.to_numpy(mask) if backend.is_array(mask) else np.asarray(mask)
+        if mask.ndim != 2:
+            raise ValueError(f"support_mask must be 2-D, got {mask.ndim}-D.")
+        object.__setattr__(self, "support_mask", mask != 0)
+
+    def mask(self, shape: tuple[int, int]) -> np.ndarray:
+        if self.support_mask.shape != shape:
+            raise ValueError(
+                f"support_mask must have the shape of the factor, {shape}, got "
+                f"{self.support_mask.shape}."
+            )
+        return self.support_mask
+
+    def __repr__(self) -> str:
+        rows, columns = self.support_mask.shape
+        return f"FixedSupport({rows}×{columns}, {np.count_nonzero(self.support_mask)} entries)"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal(_Support):
+    """`n_blocks` blocks along the diagonal, of sizes as equal as the shape allows.
+
+    Parameters
+    ----------
+    n_blocks : int
+        Number of blocks, at most the shorter side.
+    """
+
+    n_blocks: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("n_blocks", self.n_blocks)
+
+    def mask(self, shape: tuple[int, int]) -> np.ndarray:
+        if self.n_blocks > min(shape):
+            raise ValueError(
+                f"n_blocks must be at most {min(shape)} for shape {shape}, got {self.n_blocks}."
+            )
+        block_of_row, block_of_column = (np.arange(n) * self.n_blocks // n for n in shape)
+        return block_of_row[:, None] == block_of_column
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangular(_Support):
+    """Nonzeros on one side of the diagonal and on it.
+
+    Parameters
+    ----------
+    upper : bool, default=False
+        Whether that side is the upper right.
+    """
+
+    upper: bool = False
+
+    def mask(self, shape: tuple[int, int]) -> np.ndarray:
+        return np.triu(np.ones(shape, bool)) if self.upper else np.tri(*shape, dtype=bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal(_Support):
+    """Nonzeros on the main diagonal only."""
+
+    def mask(self, shape: tuple[int, int]) -> np.ndarray:
+        return np.eye(*shape, dtype=bool)
