@@ -1,7 +1,7 @@
 """Factorize weight matrices into products of sparse and structured factors."""
 
-from matfact.factorizers import MagnitudePruner
+from matfact.factorizers import LowRank, MagnitudePruner
 
 __version__ = "0.1.0"
 
-__all__ = ["MagnitudePruner"]
+__all__ = ["LowRank", "MagnitudePruner"]

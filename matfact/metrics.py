@@ -35,6 +35,46 @@ def relative_error(W: Array, W_hat: Array) -> float:
     return error / total if total else math.inf
 
 
+def layer_error(W: Array, W_hat: Array, gram: Array) -> float:
+    """Return ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` for layer inputs `X`, from their Gram matrix.
+
+    Parameters
+    ----------
+    W, W_hat : array of shape (out_features, in_features)
+        The matrix and its approximation.
+    gram : array of shape (in_features, in_features)
+        ``XᵀX`` in double precision.
+
+    Returns
+    -------
+    float
+        0 when both outputs are zero, infinity when only those of `W` are.
+
+    Notes
+    -----
+    Gram matrices hold squares, so that errors below about 1e-8 are rounding.
+    """
+    W, W_hat = backend.wide(W), backend.wide(W_hat)
+    scale = max(backend.max_abs(W), backend.max_abs(W_hat))
+    if scale == 0.0:
+        return 0.0
+    total = _output_energy(W / scale, gram)
+    error = _output_energy(W / scale - W_hat / scale, gram)
+    if total == 0.0:
+        return math.inf if error else 0.0
+    return math.sqrt(error / total)
+
+
+def _output_energy(W: Array, gram: Array) -> float:
+    """Return ``‖XWᵀ‖_F²``."""
+    xp = backend.namespace(W)
+    is_complex = xp.isdtype(W.dtype, "complex floating")
+    gram = xp.astype(gram, W.dtype)
+    # Not below 0, which the rounding of a singular Gram matrix could give.
+    energy = xp.sum(xp.matmul(W, gram) * (xp.conj(W) if is_complex else W))
+    return max(0.0, complex(energy).real)
+
+
 def magnitude_error(W: Array, nnz: int) -> float:
     """Return the relative error of keeping the `nnz` largest entries of `W`.
 

@@ -16,7 +16,8 @@ from sklearn.utils.validation import _check_feature_names, _check_n_features, ch
 
 from matfact import backend, metrics
 from matfact.backend import Array
-from matfact.factorizers._validation import check_matrix
+from matfact.calibration import InputStatistics
+from matfact.factorizers._validation import check_calibration, check_matrix
 from matfact.operators import Factor, FactorProduct
 from matfact.solvers._callback import History
 
@@ -58,7 +59,19 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             Callback to hand to the solver.
         """
 
-    def fit(self, W: Any, y: Any = None) -> Self:
+    def _factorize_calibrated(
+        self, W: Array, history: History, calibration: InputStatistics
+    ) -> Factorization:
+        """Return factors of `W` that also take the layer's inputs into account.
+
+        As :meth:`_factorize`; overridden by the factorizers that can use calibration inputs.
+        """
+        raise ValueError(
+            f"calibration must be None for {type(self).__name__}, which cannot use the layer's "
+            "inputs."
+        )
+
+    def fit(self, W: Any, y: Any = None, *, calibration: Any = None) -> Self:
         """Factorize `W`.
 
         Parameters
@@ -68,6 +81,10 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             on their device.
         y : None
             Ignored; present for API consistency.
+        calibration : array-like of shape (n_samples, in_features) or InputStatistics, optional
+            Inputs of the layer, of the array library and on the device of `W`, or their running
+            statistics. With them ``layer_err_`` is reported; factorizers that cannot use them
+            refuse them.
 
         Returns
         -------
@@ -77,32 +94,41 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Raises
         ------
         ValueError
-            If a parameter or `W` is invalid, or the density is too small for the structure.
+            If a parameter, `W` or `calibration` is invalid, or the density is too small for the
+            structure.
         """
         self._validate_params()
         W = self._check_input(W, "W", reset=True)
+        statistics = None if calibration is None else check_calibration(calibration, W)
         work = backend.compute_array(W)
         # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
         magnitude = backend.max_abs(work)
         scale = 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 1.0
         history = History()
-        result = self._factorize(work / scale, history)
+        if statistics is None:
+            result = self._factorize(work / scale, history)
+        else:
+            result = self._factorize_calibrated(work / scale, history, statistics)
         product = FactorProduct(result.factors).rescaled(scale)
         self.operator_ = product.astype(W.dtype)
         self.n_iter_ = result.n_iter
         self.history_ = history.as_dict()
         self._n_features_out = product.shape[0]
-        self._report(work)
+        self._report(work, statistics)
         return self
 
-    def _report(self, W: Array) -> None:
+    def _report(self, W: Array, calibration: InputStatistics | None) -> None:
         """Set the measured attributes, from the factors as they are returned."""
         operator = self.operator_
         self.factors_ = operator.factors
         self.nnz_ = operator.nnz
         self.density_ = operator.density
-        self.reconstruction_err_ = metrics.relative_error(W, operator.astype(W.dtype).toarray())
+        W_hat = operator.astype(W.dtype).toarray()
+        self.reconstruction_err_ = metrics.relative_error(W, W_hat)
         self.normalized_err_ = metrics.normalized_error(W, self.reconstruction_err_, self.nnz_)
+        vars(self).pop("layer_err_", None)  # of an earlier fit
+        if calibration is not None:
+            self.layer_err_ = metrics.layer_error(W, W_hat, calibration.gram)
 
     def transform(self, X: Any) -> Array:
         """Apply the factorized layer: ``X @ Ŵ.T``.

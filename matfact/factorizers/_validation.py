@@ -9,6 +9,7 @@ from sklearn.utils.validation import check_array
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.calibration import InputStatistics
 
 
 def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
@@ -59,3 +60,35 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
         if bool(xp.any(test(W))):
             raise ValueError(f"{name} must be finite. Input {name} contains {what}.")
     return W
+
+
+def check_calibration(calibration: Any, W: Array) -> InputStatistics:
+    """Return the statistics of the layer inputs `calibration`, which must fit `W`.
+
+    Parameters
+    ----------
+    calibration : array-like of shape (n_samples, in_features) or InputStatistics
+        The inputs, or what has been accumulated from them.
+    W : array of shape (out_features, in_features)
+        Weights of the layer.
+
+    Raises
+    ------
+    ValueError
+        If there is no input, or their width, library or device is not that of `W`.
+    """
+    if isinstance(calibration, InputStatistics):
+        statistics = calibration
+    else:
+        statistics = InputStatistics().update(check_matrix(calibration, "calibration"))
+    if statistics.n_features != W.shape[1]:
+        raise ValueError(
+            f"calibration must hold inputs with in_features={W.shape[1]} columns, got "
+            f"{statistics.n_features}."
+        )
+    places = [(backend.namespace(a).__name__, backend.device(a)) for a in (statistics.gram, W)]
+    if places[0] != places[1]:
+        raise ValueError(
+            f"calibration must be on the library and device of W, {places[1]}, got {places[0]}."
+        )
+    return statistics

@@ -1,0 +1,102 @@
+"""Streaming statistics of a layer's inputs: what data-aware factorizations need to know."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from matfact import backend
+from matfact.backend import Array
+
+#: Rows converted to double precision at a time, which bounds the extra memory.
+_SLAB = 4096
+
+
+class InputStatistics:
+    """Sums and second moments of a layer's inputs, accumulated in double precision.
+
+    Batches are forgotten as soon as they are added, so that any number of inputs takes the memory
+    of one Gram matrix.
+
+    Attributes
+    ----------
+    count : int
+        Number of inputs seen.
+    gram : array of shape (n_features, n_features)
+        ``XᵀX`` of all inputs `X`, on the device of the batches.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact.calibration import InputStatistics
+    >>> statistics = InputStatistics()
+    >>> for batch in (np.array([[1.0, 0.0]]), np.array([[3.0, 2.0]])):
+    ...     statistics = statistics.update(batch)
+    >>> statistics.count, statistics.mean
+    (2, array([2., 1.]))
+    >>> statistics.gram
+    array([[10.,  6.],
+           [ 6.,  4.]])
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gram: Array = None
+        self._sum: Array = None
+
+    def update(self, batch: Array) -> Self:
+        """Add a batch of inputs.
+
+        Parameters
+        ----------
+        batch : array of shape (n_samples, n_features)
+            Real inputs, of one array library and on one device for all batches.
+
+        Returns
+        -------
+        self : InputStatistics
+            The updated statistics.
+
+        Raises
+        ------
+        ValueError
+            If `batch` is not 2-D, has another number of features than earlier ones, or is not
+            finite.
+        """
+        if batch.ndim != 2 or (self.count and batch.shape[1] != self.n_features):
+            expected = f"(n_samples, {self.n_features})" if self.count else "(n_samples, features)"
+            raise ValueError(f"batch must have shape {expected}, got {tuple(batch.shape)}.")
+        if not batch.shape[0]:
+            return self
+        xp = backend.namespace(batch)
+        gram = total = 0.0
+        n_samples = int(batch.shape[0])
+        for start in range(0, n_samples, _SLAB):
+            slab = xp.astype(batch[start : min(start + _SLAB, n_samples), :], xp.float64)
+            gram = gram + xp.matmul(xp.matrix_transpose(slab), slab)
+            total = total + xp.sum(slab, axis=0)
+        if not bool(xp.all(xp.isfinite(gram))):
+            raise ValueError("batch must be finite, with squares that do not overflow.")
+        self.gram = gram if self.gram is None else self.gram + gram
+        self._sum = total if self._sum is None else self._sum + total
+        self.count += n_samples
+        return self
+
+    @property
+    def n_features(self) -> int:
+        """Width of the inputs (0 before the first batch)."""
+        return 0 if self.gram is None else int(self.gram.shape[0])
+
+    @property
+    def mean(self) -> Array:
+        """Mean input, of shape (n_features,)."""
+        return self._sum / self.count
+
+    @property
+    def second_moment(self) -> Array:
+        """Average of ``x xᵀ``: the Gram matrix ÷ the count."""
+        return self.gram / self.count
+
+    @property
+    def covariance(self) -> Array:
+        """Average of ``(x − mean)(x − mean)ᵀ``."""
+        return self.second_moment - self.mean[:, None] * self.mean[None, :]

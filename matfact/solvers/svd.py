@@ -1,0 +1,84 @@
+"""Best approximations of low rank, of a matrix or of what it makes of its inputs."""
+
+from __future__ import annotations
+
+from matfact import backend
+from matfact.backend import Array
+
+
+def truncated_svd(W: Array, rank: int) -> tuple[Array, Array]:
+    """Return the best approximation of `W` of a given rank, as two factors.
+
+    Parameters
+    ----------
+    W : array of shape (out_features, in_features)
+        Finite matrix, real or complex.
+    rank : int
+        Largest rank allowed, from 1 to min(out_features, in_features).
+
+    Returns
+    -------
+    left : array of shape (out_features, r)
+        Left singular vectors times the roots of the singular values; r is `rank`, or the rank of
+        `W` where that is less, and at least 1.
+    right : array of shape (r, in_features)
+        The roots times the right singular vectors.
+    """
+    xp = backend.namespace(W)
+    U, s, Vh = xp.linalg.svd(W, full_matrices=False)
+    r = min(rank, max(1, numerical_rank(s, W.shape)))
+    root = xp.sqrt(s[:r])
+    return U[:, :r] * root, root[:, None] * Vh[:r, :]
+
+
+def numerical_rank(s: Array, shape: tuple[int, ...]) -> int:
+    """Return how many of the sorted singular values `s` of a matrix exceed its rounding error."""
+    xp = backend.namespace(s)
+    tolerance = s[0] * (max(shape) * xp.finfo(s.dtype).eps)
+    return int(xp.count_nonzero(s > tolerance))
+
+
+def whitened_svd(W: Array, rank: int, second_moment: Array) -> tuple[Array, Array]:
+    """Return the approximation of `W` of a given rank that keeps its outputs best.
+
+    With the average `M` of ``x xᵀ`` over the layer's inputs, it minimizes the average of
+    ``‖W x − Ŵ x‖²``, which is ``‖(W − Ŵ) M^½‖_F²``. The minimizer is `W` projected on the leading
+    left singular vectors of ``W M^½``, so that nothing is inverted and `M` may be singular. A
+    rank left over is spent on the best approximation of `W` where there were no inputs.
+
+    Parameters
+    ----------
+    W : array of shape (out_features, in_features)
+        Finite real matrix.
+    rank : int
+        Largest rank allowed, from 1 to min(out_features, in_features).
+    second_moment : array of shape (in_features, in_features)
+        `M`, or any positive multiple of it, in double precision.
+
+    Returns
+    -------
+    left, right : array
+        As those of :func:`truncated_svd`, in the dtype of `W`.
+    """
+    xp = backend.namespace(W)
+    precise = backend.wide(W)
+    eigenvalues, Q = xp.linalg.eigh(second_moment)
+    # What rounding leaves of absent directions must not take up rank.
+    floor = eigenvalues[-1] * (W.shape[1] * xp.finfo(eigenvalues.dtype).eps)
+    root = Q * xp.sqrt(xp.where(eigenvalues > floor, eigenvalues, 0.0))
+    outputs = xp.matmul(precise, root)
+    U, s, _ = xp.linalg.svd(outputs, full_matrices=False)
+    seen = min(rank, numerical_rank(s, W.shape))
+    basis = U[:, :seen]
+    if seen < rank:
+        unseen = precise - _project(precise, basis)
+        U, _, _ = xp.linalg.svd(unseen, full_matrices=False)
+        basis, _ = xp.linalg.qr(xp.concat([basis, U[:, : rank - seen]], axis=1))
+    left, right = truncated_svd(_project(precise, basis), rank)
+    return xp.astype(left, W.dtype), xp.astype(right, W.dtype)
+
+
+def _project(W: Array, basis: Array) -> Array:
+    """Return `W` projected on the span of the orthonormal columns of `basis`."""
+    xp = backend.namespace(W)
+    return xp.matmul(basis, xp.matmul(xp.matrix_transpose(basis), W))
