@@ -1,7 +1,28 @@
 """Factorize weight matrices into products of sparse and structured factors."""
 
-from matfact.factorizers import LowRank, MagnitudePruner
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["LowRank", "MagnitudePruner"]
+__all__ = ["LowRank", "MagnitudePruner", "compare_projections"]
+
+if TYPE_CHECKING:
+    from matfact.compare import compare_projections
+    from matfact.factorizers import LowRank, MagnitudePruner
+else:
+    _SUBPACKAGES = ("compare", "constraints", "factorizers", "metrics", "operators")
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used, so that the command line starts at once."""
+        if name in _SUBPACKAGES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = "compare" if name == "compare_projections" else "factorizers"
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *__all__, *_SUBPACKAGES])

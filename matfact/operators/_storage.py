@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import safetensors
 from safetensors.numpy import save as to_bytes
 
 from matfact import backend
+from matfact._files import write_atomically
 from matfact.operators._block import BlockSparseFactor
 from matfact.operators._csr import SparseFactor
 from matfact.operators._dense import DenseFactor
@@ -42,16 +41,7 @@ def save(factors: Sequence[Factor], path: Path) -> None:
             tensors[f"{i}.{name}"] = np.ascontiguousarray(positions)
     manifest = {"format": "matfact", "version": FORMAT_VERSION, "kinds": [f.kind for f in factors]}
     content = to_bytes(tensors, metadata={"matfact": json.dumps(manifest)})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, content)
 
 
 def _stored(factor: Factor) -> np.ndarray:

@@ -1,0 +1,24 @@
+"""Methods against each other on real matrices: the study, its table and its figure."""
+
+from matfact.compare._matrices import DEFAULT_SIZES, cut_matrices
+from matfact.compare._methods import METHODS
+from matfact.compare._plot import plot_comparison, save_figure
+from matfact.compare._report import summary_table
+from matfact.compare._study import compare_projections
+from matfact.compare._table import Comparison, ComparisonRow, SummaryRow
+from matfact.compare._weights import Weights, load_weights
+
+__all__ = [
+    "DEFAULT_SIZES",
+    "METHODS",
+    "Comparison",
+    "ComparisonRow",
+    "SummaryRow",
+    "Weights",
+    "compare_projections",
+    "cut_matrices",
+    "load_weights",
+    "plot_comparison",
+    "save_figure",
+    "summary_table",
+]

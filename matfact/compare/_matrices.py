@@ -1,0 +1,156 @@
+"""Matrices to compare methods on, cut out of trained weights."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+#: Sizes studied when none are named.
+DEFAULT_SIZES = (64, 128, 256, 384)
+
+_ATTENTION = re.compile("attention|attn")
+_EMBEDDING = re.compile("embed")
+_Shapes = Mapping[str, tuple[int, int]]
+
+
+def cut_matrices(
+    weights: Mapping[str, np.ndarray],
+    *,
+    sizes: Sequence[int] | None = None,
+    per_size: int = 4,
+    layers: str | None = None,
+    full: bool = False,
+    random_state: int = 0,
+    dtype: Any = np.float32,
+) -> dict[str, np.ndarray]:
+    """Cut square windows, and optionally whole matrices, out of trained weights.
+
+    For each size the layers are visited in an order drawn from `random_state` and the size, and
+    a window of consecutive rows and columns at a uniformly drawn offset is cut from each; a layer
+    is visited again only when all have been. A window is therefore the same whatever other sizes
+    are asked for.
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray
+        Matrices by layer name, as :func:`load_weights` returns them.
+    sizes : sequence of int, optional
+        Sides of the windows. None means 64, 128, 256 and 384, as far as the layers are large
+        enough.
+    per_size : int, default=4
+        Windows of each size (fewer where the layers do not hold as many different ones).
+    layers : str, optional
+        Regular expression searched for in the layer names. None takes the attention matrices,
+        or all but the embeddings where there are none or whole matrices are asked for.
+    full : bool, default=False
+        Whether to add whole matrices: up to `per_size` of every shape not cut already.
+    random_state : int, default=0
+        Seed of the draws.
+    dtype : dtype, default=float32
+        Floating dtype of the result.
+
+    Returns
+    -------
+    dict of str to ndarray
+        Matrices by name, such as ``"layer.0[64:128, 0:64]"``; whole ones carry the layer's name.
+
+    Raises
+    ------
+    ValueError
+        If an option is invalid, or no layer matches or is large enough.
+    """
+    _check_positive("per_size", per_size)
+    chosen = {name: W.shape for name, W in _select(weights, layers).items()}
+    largest = max(min(shape) for shape in chosen.values())
+    if sizes is None:
+        sizes = [size for size in DEFAULT_SIZES if size <= largest]
+    for size in sizes:
+        _check_positive("sizes", size)
+        if size > largest:
+            raise ValueError(
+                f"sizes must not exceed {largest}, the largest square in the layers chosen, got "
+                f"{size}."
+            )
+    windows = [
+        window for size in sizes for window in _windows(chosen, size, per_size, random_state)
+    ]
+    if full:
+        everything = {name: W.shape for name, W in _select(weights, layers, all_kinds=True).items()}
+        windows += _whole(everything, sizes, per_size, random_state)
+    if not windows:
+        raise ValueError(
+            f"sizes must include one of at most {largest}, the largest square in the layers "
+            f"chosen (the default is {DEFAULT_SIZES}); or ask for whole matrices with full."
+        )
+    return {
+        _name(layer, rows, columns, weights[layer].shape): np.ascontiguousarray(
+            weights[layer][rows, columns], dtype=dtype
+        )
+        for layer, rows, columns in windows
+    }
+
+
+_Window = tuple[str, slice, slice]
+
+
+def _select(
+    weights: Mapping[str, np.ndarray], layers: str | None, *, all_kinds: bool = False
+) -> dict[str, np.ndarray]:
+    """Return the layers that match, or those worth studying when nothing is asked for."""
+    if layers is not None:
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise ValueError(
+                f"layers must be a regular expression, got {layers!r}: {error}."
+            ) from error
+        chosen = {name: W for name, W in weights.items() if pattern.search(name)}
+        if not chosen:
+            raise ValueError(
+                f"layers must match at least one layer name, got {layers!r}; the names are "
+                f"{', '.join(itertools.islice(weights, 5))}, …"
+            )
+        return chosen
+    attention = {name: W for name, W in weights.items() if _ATTENTION.search(name)}
+    others = {name: W for name, W in weights.items() if not _EMBEDDING.search(name)}
+    return (attention if not all_kinds else others) or others or dict(weights)
+
+
+def _windows(shapes: _Shapes, size: int, count: int, seed: int) -> Iterator[_Window]:
+    """Yield `count` different square windows, each layer once before any comes again."""
+    shapes = {name: shape for name, shape in shapes.items() if min(shape) >= size}
+    available = sum((rows - size + 1) * (cols - size + 1) for rows, cols in shapes.values())
+    rng = np.random.RandomState([seed, size])
+    seen: set[tuple[str, int, int]] = set()
+    for name in itertools.cycle(rng.permutation(sorted(shapes))):
+        if len(seen) == min(count, available):
+            return
+        row, column = (int(rng.randint(n - size + 1)) for n in shapes[name])
+        if (name, row, column) not in seen:
+            seen.add((name, row, column))
+            yield str(name), slice(row, row + size), slice(column, column + size)
+
+
+def _whole(shapes: _Shapes, sizes: Sequence[int], count: int, seed: int) -> Iterator[_Window]:
+    """Yield up to `count` layers of every shape that is not among the square `sizes`."""
+    for rows, cols in sorted(set(shapes.values())):
+        if rows != cols or rows not in sizes:
+            names = sorted(name for name, shape in shapes.items() if shape == (rows, cols))
+            order = np.random.RandomState([seed, rows, cols]).permutation(names)
+            for name in order[:count]:
+                yield str(name), slice(0, rows), slice(0, cols)
+
+
+def _name(layer: str, rows: slice, columns: slice, shape: tuple[int, ...]) -> str:
+    if (rows.stop - rows.start, columns.stop - columns.start) == shape:
+        return layer
+    return f"{layer}[{rows.start}:{rows.stop}, {columns.start}:{columns.stop}]"
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")

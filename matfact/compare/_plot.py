@@ -1,0 +1,116 @@
+"""Errors against matrix sizes, in the manner of paper 001, Fig. 3."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from matfact._files import write_atomically
+from matfact.compare._methods import label
+from matfact.compare._table import Comparison, ComparisonRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers, each with a marker of its own.
+_STYLES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+    ("#4D4D4D", "X"),
+    ("#8C6D1F", "<"),
+)
+_GROUP_WIDTH = 0.72  # of the distance between two sizes
+_BASELINE = "magnitude"  # its normalized error is 1 by definition
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """Draw the normalized error of each method against the size of the matrices.
+
+    Small dots are single fits, large ones their mean; the line at 1 is magnitude pruning, which
+    has no dots of its own. There is one panel for each density.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Fits that failed or whose normalized error is infinite are left out.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Save it with its ``savefig``.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+    densities = sorted({row.requested_density for row in comparison}, key=lambda d: d or 0.0)
+    by_size = sorted(comparison, key=lambda row: (row.rows * row.columns, row.size))
+    sizes = list(dict.fromkeys(row.size for row in by_size))
+    methods = [m for m in dict.fromkeys(row.method for row in comparison) if m != _BASELINE]
+    width = max(4.5, 1.3 * len(sizes) + 1.0)
+    figure = Figure(figsize=(width * len(densities) + 2.2, 4.4), layout="constrained", dpi=200)
+    panels = figure.subplots(1, max(1, len(densities)), sharey=True, squeeze=False)[0]
+    for density, axes in zip(densities, panels, strict=False):
+        rows = [row for row in comparison if row.requested_density == density]
+        _draw_panel(axes, rows, sizes, methods)
+        axes.set_title("" if density is None else f"density {density:g}", fontsize=11)
+    panels[0].set_ylabel("error ÷ error of magnitude pruning")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, labelspacing=0.9)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write `figure` to a PNG file, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def _draw_panel(
+    axes: Axes, rows: Sequence[ComparisonRow], sizes: Sequence[str], methods: Sequence[str]
+) -> None:
+    axes.axhline(1.0, color="#808080", linestyle="--", linewidth=1.2, label=label(_BASELINE))
+    step = _GROUP_WIDTH / max(1, len(methods))
+    for i, method in enumerate(methods):
+        color, marker = _STYLES[i % len(_STYLES)]
+        offset = (i - (len(methods) - 1) / 2) * step
+        groups = {
+            place + offset: errors
+            for place, size in enumerate(sizes)
+            if (errors := _errors(rows, method, size))
+        }
+        dots = [(place, error) for place, errors in groups.items() for error in errors]
+        axes.plot(*np.reshape(dots, (-1, 2)).T, ".", color=color, alpha=0.45, markersize=5)
+        axes.plot(
+            list(groups), [float(np.mean(errors)) for errors in groups.values()], marker,
+            color=color, markersize=9, markeredgecolor="white", label=label(method),
+        )  # fmt: skip
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("matrix size")
+    axes.grid(axis="y", color="#E0E0E0", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _errors(rows: Sequence[ComparisonRow], method: str, size: str) -> list[float]:
+    """Return the finite normalized errors of a method at a size."""
+    errors = (r.normalized_error for r in rows if (r.method, r.size) == (method, size))
+    return [error for error in errors if error is not None and math.isfinite(error)]

@@ -1,0 +1,226 @@
+"""Methods against each other on the same matrices, at the same number of stored values."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import joblib
+import numpy as np
+from sklearn.base import clone
+
+from matfact import backend, metrics
+from matfact.backend import Array
+from matfact.compare._environment import environment
+from matfact.compare._methods import MethodLike, make_estimators
+from matfact.compare._table import Comparison, ComparisonRow
+from matfact.compare._threads import single_threaded
+from matfact.factorizers import BaseFactorizer
+
+#: Called after each fit with its row and the number of fits in the study; may raise to stop.
+Progress = Callable[[ComparisonRow, int], None]
+
+#: Methods and dtypes that this process has compiled.
+_compiled: set[tuple[type, str]] = set()
+
+
+def compare_projections(
+    matrices: Mapping[str, Array] | Sequence[Array],
+    methods: Sequence[MethodLike] | None = None,
+    *,
+    densities: Sequence[float] = (metrics.DEFAULT_DENSITY,),
+    n_jobs: int | None = None,
+    random_state: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Approximate every matrix by every method at every density, and measure the errors.
+
+    Source: the study of paper 001, Section 5.3 and Fig. 3 [1]_. Each fit runs on one thread, so
+    that the table (but for the seconds) does not depend on `n_jobs` or on the machine's cores.
+
+    Parameters
+    ----------
+    matrices : mapping of str to array, or sequence of array
+        Matrices of shape (out_features, in_features), by name; in a sequence they are named by
+        their position.
+    methods : sequence of str or (str, estimator), optional
+        Names in ``matfact.compare.METHODS``, or names of your own with an unfitted estimator,
+        which is cloned and given each density where it has such a parameter. None means all in
+        the registry.
+    densities : sequence of float, default=(0.25,)
+        Stored values ÷ entries of the matrix, each in (0, 1].
+    n_jobs : int, optional
+        Fits that run at a time, -1 for one on each core. None means 1, or what an enclosing
+        ``joblib.parallel_config`` says, which may also hand the work to Dask or Ray.
+    random_state : int, default=0
+        Seed given to every estimator that has a ``random_state`` and leaves it at None.
+    progress : callable, optional
+        Called as ``progress(row, total)`` whenever a fit ends, in the order they end.
+
+    Returns
+    -------
+    Comparison
+        One row for each fit, in the order of `matrices`, `methods` and `densities`. A fit that
+        fails is a row with status ``"failed"`` and the reason.
+
+    Raises
+    ------
+    ValueError
+        If an argument is invalid.
+
+    References
+    ----------
+    .. [1] V. Boža, V. Macko, "Two Sparse Matrices are Better than One: Sparsifying Neural
+       Networks with Double Sparse Factorization", ICLR 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact import compare_projections
+    >>> W = np.random.RandomState(0).standard_normal((16, 16))
+    >>> table = compare_projections({"W": W}, ["magnitude"], densities=[0.25, 0.5])
+    >>> [(row.method, row.nnz, row.normalized_error) for row in table]
+    [('magnitude', 64, 1.0), ('magnitude', 128, 1.0)]
+    """
+    named = _name_matrices(matrices)
+    estimators = make_estimators(methods)
+    tasks = _tasks(named, estimators, densities, random_state)
+    metadata = _describe(named, estimators, densities, random_state)
+    # The largest matrices first, so that no worker is left with one while the others are idle.
+    order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
+    rows: dict[int, ComparisonRow] = {}
+    with single_threaded():  # also here: workers that are threads of this process share it
+        for i, row in _parallel(n_jobs)(joblib.delayed(_run)(i, tasks[i]) for i in order):
+            rows[i] = row
+            if progress is not None:
+                progress(row, len(tasks))
+    return Comparison([rows[i] for i in range(len(tasks))], metadata)
+
+
+def _parallel(n_jobs: int | None) -> joblib.Parallel:
+    """Return a pool that yields results as they arrive, or at the end where it cannot (Ray)."""
+    try:
+        return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    except ValueError:
+        return joblib.Parallel(n_jobs=n_jobs, batch_size=1)
+
+
+def _describe(
+    matrices: Mapping[str, Array],
+    estimators: Mapping[str, BaseFactorizer],
+    densities: Sequence[float],
+    random_state: int,
+) -> dict[str, Any]:
+    """Return the metadata of a study: what was asked for, and where it runs."""
+    return {
+        "methods": {name: repr(est) for name, est in estimators.items()},
+        "densities": [float(density) for density in densities],
+        "random_state": random_state,
+        "dtype": sorted({str(W.dtype).rpartition(".")[2] for W in matrices.values()}),
+        "threads_per_fit": 1,
+        **environment(),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One fit to be run, maybe in another process."""
+
+    name: str
+    W: Array
+    method: str
+    estimator: BaseFactorizer
+    density: float | None
+
+
+def _name_matrices(matrices: Mapping[str, Array] | Sequence[Array]) -> dict[str, Array]:
+    items = matrices.items() if isinstance(matrices, Mapping) else enumerate(matrices)
+    named = {str(name): W if backend.is_array(W) else np.asarray(W) for name, W in items}
+    if not named:
+        raise ValueError("matrices must hold at least one matrix, got none.")
+    for name, W in named.items():
+        if W.ndim != 2:
+            raise ValueError(
+                f"matrices must hold 2-D arrays, got one of shape {tuple(W.shape)} named {name!r}."
+            )
+    return named
+
+
+def _tasks(
+    matrices: Mapping[str, Array],
+    estimators: Mapping[str, BaseFactorizer],
+    densities: Sequence[float],
+    random_state: int,
+) -> list[_Task]:
+    if isinstance(densities, (str, float, int)) or not len(densities):
+        raise ValueError(f"densities must hold at least one density, got {densities!r}.")
+    for density in densities:
+        metrics.check_density(density)
+    tasks = []
+    for name, W in matrices.items():
+        for method, estimator in estimators.items():
+            params = estimator.get_params(deep=False)
+            seed = {"random_state": random_state} if params.get("random_state", 0) is None else {}
+            asked: Sequence[float | None] = densities if "density" in params else (None,)
+            for goal in asked:
+                given = seed if goal is None else seed | {"density": goal}
+                tasks.append(_Task(name, W, method, clone(estimator).set_params(**given), goal))
+    return tasks
+
+
+def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
+    """Fit, and return the row with its place in the table."""
+    rows, columns = (int(n) for n in task.W.shape)
+    row = ComparisonRow(
+        matrix=task.name,
+        rows=rows,
+        columns=columns,
+        size=str(rows) if rows == columns else f"{rows}×{columns}",
+        method=task.method,
+        requested_density=task.density,
+        status="ok",
+    )
+    with single_threaded(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            measures = _measure(task)
+        except Exception as error:  # one fit that fails must not end the study
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            return index, dataclasses.replace(row, status="failed", message=reason)
+    message = " ".join(dict.fromkeys(str(warning.message) for warning in caught))
+    return index, dataclasses.replace(row, message=message, **measures)
+
+
+def _measure(task: _Task) -> dict[str, Any]:
+    _compile(task)
+    start = time.perf_counter()
+    fitted = task.estimator.fit(task.W)
+    seconds = time.perf_counter() - start
+    return {
+        "density": fitted.density_,
+        "nnz": fitted.nnz_,
+        "relative_error": fitted.reconstruction_err_,
+        "normalized_error": fitted.normalized_err_,
+        "seconds": seconds,
+        "n_iter": fitted.n_iter_,
+        "flops_ratio": fitted.operator_.flops_ratio,
+        "nbytes": fitted.operator_.nbytes(),
+    }
+
+
+def _compile(task: _Task) -> None:
+    """Fit a corner of the matrix once per process and method, so that no time includes Numba's."""
+    key = (type(task.estimator), str(task.W.dtype))
+    if key in _compiled:
+        return
+    _compiled.add(key)
+    estimator = clone(task.estimator)
+    if task.density is not None:
+        estimator.set_params(density=None)  # the corner may be too small for the density
+    with contextlib.suppress(Exception):  # where it fails, the fit that counts will tell
+        estimator.fit(task.W[:32, :32])

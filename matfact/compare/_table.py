@@ -1,0 +1,210 @@
+"""The result of a comparison: one row for each fit."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matfact._files import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonRow:
+    """One fit of one method to one matrix.
+
+    Attributes
+    ----------
+    matrix : str
+        Name of the matrix.
+    rows, columns : int
+        Its shape.
+    size : str
+        Its shape as a label: one number for a square, ``rows×columns`` otherwise.
+    method : str
+        Name of the method.
+    requested_density : float or None
+        Density asked for; None for an estimator that has no such parameter.
+    status : {"ok", "failed"}
+        Whether the fit succeeded. All that follows but `message` is None where it did not.
+    density : float or None
+        Stored values ÷ entries of the matrix.
+    nnz : int or None
+        Stored values.
+    relative_error : float or None
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_error : float or None
+        Relative error ÷ that of magnitude pruning with as many stored values.
+    seconds : float or None
+        Wall time of the fit on one thread, without compilation.
+    n_iter : int or None
+        Iterations run.
+    flops_ratio : float or None
+        Operations to apply the product ÷ those of the dense matrix.
+    nbytes : int or None
+        Bytes of values and positions, in CSR where they are scattered.
+    message : str
+        Why the fit failed, or what it warned about.
+    """
+
+    matrix: str
+    rows: int
+    columns: int
+    size: str
+    method: str
+    requested_density: float | None
+    status: str
+    density: float | None = None
+    nnz: int | None = None
+    relative_error: float | None = None
+    normalized_error: float | None = None
+    seconds: float | None = None
+    n_iter: int | None = None
+    flops_ratio: float | None = None
+    nbytes: int | None = None
+    message: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SummaryRow:
+    """The fits of one method to the matrices of one size.
+
+    Attributes
+    ----------
+    method, size, requested_density
+        As in :class:`ComparisonRow`.
+    n_ok, n_failed : int
+        Fits that succeeded and that did not.
+    mean, std : dict of str to float
+        Mean and standard deviation (of the sample; 0 for one fit) of every measure in
+        :data:`MEASURES` over the fits that succeeded; empty where none did.
+    """
+
+    method: str
+    size: str
+    requested_density: float | None
+    n_ok: int
+    n_failed: int
+    mean: Mapping[str, float]
+    std: Mapping[str, float]
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(ComparisonRow))
+#: The columns that are measured, and can be averaged.
+MEASURES = (
+    "density", "nnz", "relative_error", "normalized_error", "seconds", "n_iter", "flops_ratio",
+    "nbytes",
+)  # fmt: skip
+
+
+class Comparison(Sequence[ComparisonRow]):
+    """A tidy table of fits.
+
+    Parameters
+    ----------
+    rows : sequence of ComparisonRow
+        One for each fit.
+    metadata : mapping of str to object, optional
+        How the table came about: seed, versions, machine.
+    """
+
+    def __init__(
+        self, rows: Sequence[ComparisonRow], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self.rows = tuple(rows)
+        self.metadata = dict(metadata or {})
+
+    def summary(self) -> list[SummaryRow]:
+        """Return mean and spread for each density, size (by growth) and method."""
+        methods = {name: i for i, name in enumerate(dict.fromkeys(row.method for row in self))}
+        groups: dict[tuple[Any, ...], list[ComparisonRow]] = {}
+        for row in self:
+            size = (row.rows * row.columns, row.size)
+            key = (row.requested_density or 0.0, size, methods[row.method])
+            groups.setdefault(key, []).append(row)
+        return [_summarize(groups[key]) for key in sorted(groups)]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows to a CSV file, blank where there is no value."""
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer)
+        writer.writerow(COLUMNS)
+        writer.writerows(dataclasses.astuple(row) for row in self.rows)
+        write_atomically(path, buffer.getvalue().encode())
+
+    def to_json(self, path: str | Path) -> None:
+        """Write metadata, rows and summary to a JSON file, null where no value is finite."""
+        content = {
+            "metadata": self.metadata,
+            "rows": [dataclasses.asdict(row) for row in self],
+            "summary": [dataclasses.asdict(group) for group in self.summary()],
+        }
+        text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(path, text.encode())
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Comparison:
+        """Read a comparison written by :meth:`to_json`."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls([ComparisonRow(**row) for row in content["rows"]], content["metadata"])
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a pandas DataFrame, with the metadata in its ``attrs``."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas needs pandas: pip install pandas. Or use to_csv."
+            ) from error
+        frame = pd.DataFrame([dataclasses.asdict(row) for row in self.rows], columns=COLUMNS)
+        frame.attrs.update(self.metadata)
+        return frame
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[ComparisonRow]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        failed = sum(row.status != "ok" for row in self)
+        methods = ", ".join(dict.fromkeys(row.method for row in self))
+        return f"Comparison({len(self)} fits, {failed} failed: {methods})"
+
+
+def _summarize(rows: Sequence[ComparisonRow]) -> SummaryRow:
+    ok = [row for row in rows if row.status == "ok"]
+    values = {name: [getattr(row, name) for row in ok] for name in MEASURES} if ok else {}
+    return SummaryRow(
+        method=rows[0].method,
+        size=rows[0].size,
+        requested_density=rows[0].requested_density,
+        n_ok=len(ok),
+        n_failed=len(rows) - len(ok),
+        mean={name: statistics.fmean(column) for name, column in values.items()},
+        std={name: _spread(column) for name, column in values.items()},
+    )
+
+
+def _spread(values: Sequence[float]) -> float:
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _finite(content: Any) -> Any:
+    """Return `content` with None for every infinity or NaN, which JSON lacks."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

