@@ -1,0 +1,171 @@
+"""Butterfly factorization: products of Kronecker-sparse factors nearest to a matrix.
+
+Blocks that share a factor are handled together, in arrays of shape (a, γ, d, b, columns): the
+column digits before and of the factor, the row digits after it, its rows, and whatever columns
+remain.
+"""
+
+from __future__ import annotations
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.solvers._callback import Callback
+from matfact.solvers.chains import Chain
+
+#: Below this ratio of a block's sides, the Gram matrix of the shorter one replaces the SVD.
+_GRAM_RATIO = 0.25
+
+
+def butterfly(
+    W: Array, chain: Chain, *, max_iter: int = 10, tol: float = 1e-3, callback: Callback
+) -> tuple[list[Array], int]:
+    """Return the values of Kronecker-sparse factors whose product approximates `W`.
+
+    The factors are peeled off from the left, each the leading singular vectors of all blocks of
+    its cut at once (hierarchical identification [1]_). Their columns are orthonormal, so what is
+    left over at each cut adds up: the squared error is ``‖W‖² − ‖last factor‖²`` and at most
+    L − 1 times the least possible, as for tensor trains [2]_. Sweeps of alternating least squares
+    then lower it: the best factor l, given orthonormal ones before it and any after it, comes
+    from one product with those after it and is orthonormalized on the way. Residuals shrink
+    geometrically along the chain, so that all this takes a few passes over `W`.
+
+    Parameters
+    ----------
+    W : array of shape ``chain.shape``
+        Finite matrix, real or complex.
+    chain : Chain
+        Supports of the factors.
+    max_iter : int, default=10
+        Largest number of sweeps. One at least is wanted for full accuracy.
+    tol : float, default=1e-3
+        Stop when a sweep lowers the squared error by less than this fraction.
+    callback : Callback
+        Called with 1 after the identification, and after each sweep.
+
+    Returns
+    -------
+    values : list of array of shape (a, d, b, c)
+        Values of the factors.
+    n_iter : int
+        Sweeps done.
+
+    References
+    ----------
+    .. [1] L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
+       matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023.
+    .. [2] I. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33(5), 2011.
+    """
+    energy = backend.norm(W) ** 2
+    xp = backend.namespace(W)
+    # Differences of energies below this are rounding.
+    floor = 4 * xp.finfo(W.dtype).eps * energy
+    bases, last = _identify(W, chain)
+    error = max(0.0, energy - backend.norm(last) ** 2)
+    callback(1, error)
+    n_iter = 0
+    while n_iter < max_iter and bases:
+        bases, last = _sweep(W, chain, bases, last)
+        n_iter += 1
+        previous, error = error, max(0.0, energy - backend.norm(last) ** 2)
+        callback(n_iter + 1, error)
+        if previous - error <= max(tol * previous, floor):
+            break
+    return [*map(_as_values, bases), last[:, None, :, :]], n_iter
+
+
+def _identify(W: Array, chain: Chain) -> tuple[list[Array], Array]:
+    """Peel orthonormal factors off `W`; return them, by blocks, and what remains."""
+    bases, rest = [], W[None, :, :]
+    for rows, radix, rank in _cuts(chain):
+        blocks = _blocks(rest, rows, radix)
+        bases.append(_leading_range(blocks, rank))
+        rest = _remainder(bases[-1], blocks)
+    return bases, rest
+
+
+def _sweep(W: Array, chain: Chain, bases: list[Array], last: Array) -> tuple[list[Array], Array]:
+    """Replace each factor by the best one given the others."""
+    xp = backend.namespace(W)
+    improved, rest = [], W[None, :, :]
+    tails = _tails(bases, last)
+    for (rows, radix, rank), tail in zip(_cuts(chain), tails, strict=True):
+        blocks = _blocks(rest, rows, radix)
+        # Least squares divides by the Gram matrix of the tail, which leaves the range alone.
+        improved.append(_orthonormal(xp.matmul(blocks, _adjoint(_split_rank(tail, radix, rank)))))
+        rest = _remainder(improved[-1], blocks)
+    return improved, rest
+
+
+def _cuts(chain: Chain) -> list[tuple[int, int, int]]:
+    """Return rows of a block, column radix and rank of every factor but the last."""
+    patterns = chain.patterns[:-1]
+    return [(b, g, c // g) for (_, b, c, _), g in zip(patterns, chain.column_radices, strict=False)]
+
+
+def _tails(bases: list[Array], last: Array) -> list[Array]:
+    """Return, for each factor but the last, the product of those after it."""
+    xp = backend.namespace(last)
+    tails = [last]
+    for basis in reversed(bases[1:]):
+        a, radix, d, rows, rank = basis.shape
+        product = xp.matmul(basis, _split_rank(tails[-1], radix, rank))
+        product = xp.permute_dims(product, (0, 3, 2, 1, 4))
+        tails.append(xp.reshape(product, (a, rows * d, -1)))
+    return tails[::-1]
+
+
+def _blocks(rest: Array, rows: int, radix: int) -> Array:
+    """Cut (a, rows·d, radix·columns) into blocks (a, radix, d, rows, columns)."""
+    xp = backend.namespace(rest)
+    a, height, width = rest.shape
+    cut = xp.reshape(rest, (a, rows, height // rows, radix, width // radix))
+    return xp.permute_dims(cut, (0, 3, 2, 1, 4))
+
+
+def _split_rank(rest: Array, radix: int, rank: int) -> Array:
+    """View (a·radix, rank·d, columns) as blocks (a, radix, d, rank, columns)."""
+    xp = backend.namespace(rest)
+    split = xp.reshape(rest, (-1, radix, rank, rest.shape[1] // rank, rest.shape[2]))
+    return xp.permute_dims(split, (0, 1, 3, 2, 4))
+
+
+def _remainder(basis: Array, blocks: Array) -> Array:
+    """Return the coefficients of `blocks` in `basis`: what the later factors have to match."""
+    xp = backend.namespace(blocks)
+    coefficients = xp.matmul(_adjoint(basis), blocks)
+    a, radix, d, rank, columns = coefficients.shape
+    coefficients = xp.permute_dims(coefficients, (0, 1, 3, 2, 4))
+    return xp.reshape(coefficients, (a * radix, rank * d, columns))
+
+
+def _leading_range(blocks: Array, rank: int) -> Array:
+    """Return the `rank` leading left singular vectors of each block."""
+    xp = backend.namespace(blocks)
+    if blocks.shape[-2] > _GRAM_RATIO * blocks.shape[-1]:
+        return xp.linalg.svd(blocks, full_matrices=False)[0][..., :rank]
+    gram = xp.matmul(blocks, _adjoint(blocks))
+    return xp.flip(xp.linalg.eigh(gram)[1][..., -rank:], axis=-1)
+
+
+def _orthonormal(columns: Array) -> Array:
+    """Return an orthonormal basis of the columns of each block."""
+    xp = backend.namespace(columns)
+    if columns.shape[-1] > 1:
+        return xp.linalg.qr(columns)[0]
+    norms = xp.linalg.vector_norm(columns, axis=-2, keepdims=True)
+    return columns / xp.where(norms == 0, xp.ones_like(norms), norms)
+
+
+def _as_values(basis: Array) -> Array:
+    """Turn blocks (a, radix, d, b, rank) into values (a, d, b, radix·rank)."""
+    xp = backend.namespace(basis)
+    a, radix, d, rows, rank = basis.shape
+    return xp.reshape(xp.permute_dims(basis, (0, 2, 3, 1, 4)), (a, d, rows, radix * rank))
+
+
+def _adjoint(blocks: Array) -> Array:
+    """Return the conjugate transpose of each block."""
+    xp = backend.namespace(blocks)
+    transposed = xp.matrix_transpose(blocks)
+    is_complex = xp.isdtype(blocks.dtype, "complex floating")
+    return xp.conj(transposed) if is_complex else transposed
