@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["LowRank", "MagnitudePruner", "compare_projections"]
+__all__ = ["BlockSVD", "LowRank", "MagnitudePruner", "compare_projections"]
 
 if TYPE_CHECKING:
     from matfact.compare import compare_projections
-    from matfact.factorizers import LowRank, MagnitudePruner
+    from matfact.factorizers import BlockSVD, LowRank, MagnitudePruner
 else:
     _SUBPACKAGES = ("compare", "constraints", "factorizers", "metrics", "operators")
 

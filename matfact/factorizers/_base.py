@@ -126,7 +126,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         W_hat = operator.astype(W.dtype).toarray()
         self.reconstruction_err_ = metrics.relative_error(W, W_hat)
         self.normalized_err_ = metrics.normalized_error(W, self.reconstruction_err_, self.nnz_)
-        vars(self).pop("layer_err_", None)  # of an earlier fit
+        self.__dict__.pop("layer_err_", None)  # of an earlier fit
         if calibration is not None:
             self.layer_err_ = metrics.layer_error(W, W_hat, calibration.gram)
 

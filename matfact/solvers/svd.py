@@ -62,11 +62,7 @@ def whitened_svd(W: Array, rank: int, second_moment: Array) -> tuple[Array, Arra
     """
     xp = backend.namespace(W)
     precise = backend.wide(W)
-    eigenvalues, Q = xp.linalg.eigh(second_moment)
-    # What rounding leaves of absent directions must not take up rank.
-    floor = eigenvalues[-1] * (W.shape[1] * xp.finfo(eigenvalues.dtype).eps)
-    root = Q * xp.sqrt(xp.where(eigenvalues > floor, eigenvalues, 0.0))
-    outputs = xp.matmul(precise, root)
+    outputs = xp.matmul(precise, psd_root(second_moment))
     U, s, _ = xp.linalg.svd(outputs, full_matrices=False)
     seen = min(rank, numerical_rank(s, W.shape))
     basis = U[:, :seen]
@@ -76,6 +72,15 @@ def whitened_svd(W: Array, rank: int, second_moment: Array) -> tuple[Array, Arra
         basis, _ = xp.linalg.qr(xp.concat([basis, U[:, : rank - seen]], axis=1))
     left, right = truncated_svd(_project(precise, basis), rank)
     return xp.astype(left, W.dtype), xp.astype(right, W.dtype)
+
+
+def psd_root(matrix: Array) -> Array:
+    """Return a matrix `R` with ``R Rᵀ`` equal to a symmetric positive semidefinite `matrix`."""
+    xp = backend.namespace(matrix)
+    eigenvalues, Q = xp.linalg.eigh(matrix)
+    # What rounding leaves of absent directions must not take up rank.
+    floor = eigenvalues[-1] * (matrix.shape[0] * xp.finfo(eigenvalues.dtype).eps)
+    return Q * xp.sqrt(xp.where(eigenvalues > floor, eigenvalues, 0.0))
 
 
 def _project(W: Array, basis: Array) -> Array:

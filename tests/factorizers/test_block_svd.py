@@ -1,0 +1,91 @@
+"""Block-wise low rank as an estimator."""
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from matfact import backend
+from matfact.factorizers import BlockSVD, LowRank
+
+GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(4, 40), st.integers(4, 40), st.floats(0.3, 1.0), st.just("auto") | GRIDS)
+def test_density_is_never_exceeded_and_nearly_used(rows, columns, density, blocking):
+    W = np.random.RandomState(rows).randn(rows, columns)
+    assume(density * W.size >= rows + columns)
+    model = BlockSVD(density, blocking).fit(W)
+    # Keeping every triple would take more than W.size, so that less than one triple is left over.
+    assert density * W.size - rows - columns < model.nnz_ <= density * W.size
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 80), (97, 40)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_never_worse_than_low_rank(shape, density, calibrated):
+    rng = np.random.RandomState(0)
+    W = rng.randn(shape[0], 5) @ rng.randn(5, shape[1]) + rng.randn(*shape)
+    X = rng.randn(200, shape[1]) @ rng.randn(shape[1], shape[1]) if calibrated else None
+    block = BlockSVD(density).fit(W, calibration=X)
+    whole = LowRank(density=density).fit(W, calibration=X)
+    name = "layer_err_" if calibrated else "reconstruction_err_"
+    assert getattr(block, name) <= getattr(whole, name) * (1 + 1e-6)
+
+
+def test_a_planted_grid_of_low_rank_blocks_is_found():
+    rng = np.random.RandomState(0)
+    blocks = [[rng.randn(16, 1) @ rng.randn(1, 16) for _ in range(4)] for _ in range(4)]
+    W = np.block(blocks)
+    model = BlockSVD(density=0.125).fit(W)
+    assert model.blocking_ == (4, 4)
+    assert model.reconstruction_err_ < 1e-14
+    assert (model.ranks_ == 1).all()
+
+
+@pytest.mark.parametrize("blocking", ["whole", "strips", "square", (3, 2)])
+def test_more_budget_never_hurts(blocking):
+    W = np.random.RandomState(0).randn(20, 45)
+    errors = [BlockSVD(d, blocking).fit(W).reconstruction_err_ for d in (0.1, 0.2, 0.4, 0.8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_whole_is_the_truncated_svd():
+    W = np.random.RandomState(0).randn(12, 20)
+    np.testing.assert_allclose(
+        BlockSVD(0.3, "whole").fit(W).operator_.toarray(),
+        LowRank(density=0.3).fit(W).operator_.toarray(),
+        atol=1e-13,
+    )
+
+
+@pytest.mark.parametrize("asarray", [torch.asarray, array_api_strict.asarray])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_every_library_finds_the_same(asarray, calibrated):
+    rng = np.random.RandomState(0)
+    W, X = rng.randn(24, 40), rng.randn(90, 40)
+    reference = BlockSVD().fit(W, calibration=X if calibrated else None)
+    model = BlockSVD().fit(asarray(W), calibration=asarray(X) if calibrated else None)
+    assert model.blocking_ == reference.blocking_
+    np.testing.assert_allclose(
+        backend.to_numpy(model.operator_.toarray()), reference.operator_.toarray(), atol=1e-11
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"blocking": (0, 1)}, "blocking must be"),
+        ({"blocking": (1, 99)}, "blocking must be"),
+        ({"blocking": (1, 1, 1)}, "blocking must be"),
+        ({"blocking": "diagonal"}, "blocking"),
+        ({"ranking": "output_variance"}, "needs calibration inputs"),
+        ({"density": 0.01}, "density=0.01"),
+    ],
+)
+def test_bad_parameters_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        BlockSVD(**params).fit(np.ones((6, 8)))
