@@ -3,7 +3,8 @@
 # Only typer is imported here: the rest waits until a command runs, so that help is immediate.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -12,17 +13,14 @@ import typer
 import matfact
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from matfact.compare import Comparison, ComparisonRow
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 T = TypeVar("T")
 
-#: Exit status of a study in which no fit succeeded or whose results cannot be written.
-FAILURE = 1
-#: Exit status for options or weights that cannot be used.
-USAGE = 2
-#: Exit status after Ctrl-C, as shells report it.
-INTERRUPTED = 130
+_FAILURE, _USAGE, _INTERRUPTED = 1, 2, 130  # exit statuses; the last is the one shells give Ctrl-C
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,59 +78,72 @@ def compare(
 ) -> None:
     """Compare all methods on real weight matrices, in the manner of paper 001, Fig. 3.
 
-    Exit status: 0 when the study is complete (failed fits are listed), 1 when no fit succeeded
-    or the results cannot be written, 2 for options or weights that cannot be used, 130 after
-    Ctrl-C.
+    Exit status:
+    0 the study is complete (fits that failed are listed)
+    1 no fit succeeded
+    2 the options, the weights or the output folder cannot be used
+    130 stopped by Ctrl-C; every file is complete or as it was
     """
+    with _told_to_users():
+        comparison = _study(
+            weights,
+            cut={"sizes": _parse("sizes", sizes, int), "per_size": per_size, "full": full,
+                 "layers": layers, "random_state": seed},
+            run={"methods": _parse("methods", methods, str), "n_jobs": jobs,
+                 "densities": _parse("density", density, float), "random_state": seed},
+            output=output,
+        )  # fmt: skip
+    if all(row.status != "ok" for row in comparison):
+        raise typer.Exit(_FAILURE)
+
+
+@contextlib.contextmanager
+def _told_to_users() -> Iterator[None]:
+    """Turn what a user can put right, or did, into one line and an exit status."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(_USAGE) from error
+    except KeyboardInterrupt as error:
+        typer.echo("Stopped; every file is complete or as it was.", err=True)
+        raise typer.Exit(_INTERRUPTED) from error
+
+
+def _parse(option: str, text: str | None, kind: Callable[[str], T]) -> list[T] | None:
+    """Return the values of a list separated by commas, or None for no list."""
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} must be {what} separated by commas, got {text!r}.") from error
+
+
+def _study(
+    weights: Path | None, cut: dict[str, Any], run: dict[str, Any], output: Path
+) -> Comparison:
+    """Load, cut, compare, show and write."""
     from rich.console import Console
 
     from matfact.compare import cut_matrices, load_weights, summary_table
 
     console = Console()
-    try:
-        densities = _values("density", density, float)
-        sides = None if sizes is None else _values("sizes", sizes, int)
-        names = None if methods is None else _values("methods", methods, str)
-        output.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
-        loaded = load_weights(weights)
-        matrices = cut_matrices(
-            loaded, sizes=sides, per_size=per_size, layers=layers, full=full, random_state=seed
-        )
-        console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
-        comparison = _run(console, matrices, names, densities, jobs, seed)
-    except (ValueError, ImportError, OSError) as error:
-        raise _leave(f"Error: {error}", USAGE) from error
-    except KeyboardInterrupt as error:
-        raise _leave("Stopped; nothing was written.", INTERRUPTED) from error
-    comparison.metadata["weights"] = loaded.source
+    output.mkdir(parents=True, exist_ok=True)  # before the work, lest that be lost
+    loaded = load_weights(weights)
+    matrices = cut_matrices(loaded, **cut)
+    console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
+    comparison = _compare(console, matrices, run)
+    comparison.metadata |= {"weights": loaded.source, "cut": cut}
     console.print(summary_table(comparison))
     for row in comparison:
         if row.status != "ok":
             console.print(f"Failed: {row.method} on {row.matrix}: {row.message}", markup=False)
-    try:
-        _write(console, comparison, output)
-    except OSError as error:
-        raise _leave(f"Error: the results cannot be written: {error}", FAILURE) from error
-    if all(row.status != "ok" for row in comparison):
-        raise typer.Exit(FAILURE)
+    _write(console, comparison, output)
+    return comparison
 
 
-def _values(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """Return the values in a list separated by commas."""
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        what = {int: "integers", float: "numbers"}[kind]  # type: ignore[index]
-        raise ValueError(f"{option} must be {what} separated by commas, got {text!r}.") from error
-
-
-def _run(
-    console: Any,
-    matrices: Any,
-    methods: Sequence[str] | None,
-    densities: Sequence[float],
-    jobs: int,
-    seed: int,
+def _compare(
+    console: Console, matrices: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Comparison:
     """Run the study behind a progress display."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -149,13 +160,10 @@ def _run(
             description = f"{row.method} {row.size}: {what}"
             progress.update(bar, advance=1, total=total, description=description)
 
-        return compare_projections(
-            matrices, methods, densities=densities, n_jobs=jobs, random_state=seed,
-            progress=advance,
-        )  # fmt: skip
+        return compare_projections(matrices, **options, progress=advance)
 
 
-def _write(console: Any, comparison: Comparison, folder: Path) -> None:
+def _write(console: Console, comparison: Comparison, folder: Path) -> None:
     """Write table and figure, each whole or not at all."""
     from matfact.compare import plot_comparison, save_figure
 
@@ -168,8 +176,3 @@ def _write(console: Any, comparison: Comparison, folder: Path) -> None:
     except ImportError as error:
         console.print(f"No figure: {error}", markup=False)
     console.print(f"Written to {folder}: {', '.join(written)}", markup=False)
-
-
-def _leave(message: str, status: int) -> typer.Exit:
-    typer.echo(message, err=True)
-    return typer.Exit(status)

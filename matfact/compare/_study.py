@@ -157,8 +157,8 @@ def _tasks(
     densities: Sequence[float],
     random_state: int,
 ) -> list[_Task]:
-    if isinstance(densities, (str, float, int)) or not len(densities):
-        raise ValueError(f"densities must hold at least one density, got {densities!r}.")
+    if not np.ndim(densities) or not len(densities):
+        raise ValueError(f"densities must be a sequence of at least one, got {densities!r}.")
     for density in densities:
         metrics.check_density(density)
     tasks = []

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matfact.compare import cut_matrices
+
+RNG = np.random.RandomState(0)
+WEIGHTS = {
+    "embeddings.word": RNG.standard_normal((100, 40)),
+    "layer.0.attention.query": RNG.standard_normal((40, 40)),
+    "layer.0.attention.key": RNG.standard_normal((40, 40)),
+    "layer.0.mlp.up": RNG.standard_normal((80, 40)),
+}
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True),
+    per_size=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_window_does_not_depend_on_the_other_sizes_or_the_order_of_layers(sizes, per_size, seed):
+    options = {"per_size": per_size, "random_state": seed}
+    together = cut_matrices(WEIGHTS, sizes=sizes, **options)
+    reordered = dict(reversed(WEIGHTS.items()))
+    alone = [cut_matrices(reordered, sizes=[size], **options) for size in sizes]
+    assert list(together) == [name for cut in alone for name in cut]
+    for cut in alone:
+        for name, matrix in cut.items():
+            np.testing.assert_array_equal(matrix, together[name])
+
+
+def test_windows_are_where_their_names_say_and_all_different():
+    cut = cut_matrices(WEIGHTS, sizes=[8], per_size=12, dtype=np.float64)
+    assert len(cut) == 12
+    for name, matrix in cut.items():
+        layer, _, where = name.partition("[")
+        rows, columns = (slice(*map(int, part.split(":"))) for part in where[:-1].split(", "))
+        np.testing.assert_array_equal(matrix, WEIGHTS[layer][rows, columns])
+
+
+def test_layers_take_turns():
+    cut = cut_matrices(WEIGHTS, sizes=[8], per_size=4)
+    layers = [name.partition("[")[0] for name in cut]
+    assert layers[:2] == layers[2:]
+    assert set(layers) == {"layer.0.attention.query", "layer.0.attention.key"}
+
+
+def test_no_more_windows_are_cut_than_there_are():
+    assert len(cut_matrices(WEIGHTS, sizes=[40], per_size=9)) == 2
+    assert len(cut_matrices(WEIGHTS, sizes=[39], per_size=9)) == 8
+
+
+def test_full_adds_whole_matrices_of_the_other_shapes():
+    cut = cut_matrices(WEIGHTS, sizes=[40], full=True)
+    assert cut["layer.0.mlp.up"].shape == (80, 40)
+    assert "embeddings.word" not in cut
+    assert "layer.0.attention.key" in cut
+    whole = cut_matrices(WEIGHTS, sizes=[8], per_size=1, full=True)
+    assert sorted(W.shape for W in whole.values()) == [(8, 8), (40, 40), (80, 40)]
+
+
+def test_layers_are_chosen_by_pattern():
+    cut = cut_matrices(WEIGHTS, sizes=[8], layers="mlp")
+    assert all(name.startswith("layer.0.mlp.up") for name in cut)
+
+
+def test_without_attention_all_layers_but_embeddings_are_used():
+    plain = {"embed": np.ones((70, 70)), "fc": np.zeros((70, 70))}
+    cut = cut_matrices(plain)
+    assert len(cut) == 4
+    assert not any(matrix.any() for matrix in cut.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": [41]}, "sizes must not exceed 40.*41"),
+        ({"sizes": [0]}, "sizes must be a positive integer, got 0"),
+        ({"sizes": [8.5]}, "sizes must be a positive integer, got 8.5"),
+        ({"per_size": 0}, "per_size must be a positive integer, got 0"),
+        ({"layers": "absent"}, "layers must match .*'absent'.*embeddings.word"),
+        ({"layers": "("}, "layers must be a regular expression"),
+        ({}, "at most 40"),
+    ],
+)
+def test_options_that_cannot_be_met_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        cut_matrices(WEIGHTS, **options)

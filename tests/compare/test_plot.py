@@ -1,0 +1,58 @@
+import sys
+
+import numpy as np
+import pytest
+
+from matfact import compare_projections
+from matfact.compare import Comparison, plot_comparison, save_figure
+
+pytest.importorskip("matplotlib")
+
+RNG = np.random.RandomState(0)
+MATRICES = [RNG.standard_normal((n, n)) for n in (24, 16, 16)]
+
+
+@pytest.fixture(scope="module")
+def table():
+    return compare_projections(MATRICES, ["lowrank", "magnitude"], densities=[0.5, 0.25])
+
+
+def test_small_dots_are_fits_and_large_ones_their_means(table):
+    panels = plot_comparison(table).axes
+    assert [axes.get_title() for axes in panels] == ["density 0.25", "density 0.5"]
+    for axes, density in zip(panels, (0.25, 0.5), strict=True):
+        baseline, dots, means = axes.get_lines()
+        errors = {
+            size: [
+                r.normalized_error for r in table
+                if (r.method, r.size, r.requested_density) == ("lowrank", size, density)
+            ]
+            for size in ("16", "24")
+        }  # fmt: skip
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "24"]
+        np.testing.assert_allclose(dots.get_ydata(), [*errors["16"], *errors["24"]])
+        np.testing.assert_allclose(means.get_ydata(), [np.mean(e) for e in errors.values()])
+        assert means.get_markersize() > dots.get_markersize()
+        assert baseline.get_ydata()[0] == 1.0
+
+
+def test_failed_fits_are_left_out():
+    table = compare_projections([np.eye(8)], ["lowrank", "magnitude"], densities=[0.05])
+    _, dots, means = plot_comparison(table).axes[0].get_lines()
+    assert len(dots.get_ydata()) == len(means.get_ydata()) == 0
+
+
+def test_figure_is_written_as_png(table, tmp_path):
+    save_figure(plot_comparison(table), tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_comparison_is_drawn(tmp_path):
+    save_figure(plot_comparison(Comparison([])), tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 0
+
+
+def test_matplotlib_is_named_where_it_is_missing(table, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matfact\[plots\]"):
+        plot_comparison(table)

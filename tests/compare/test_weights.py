@@ -1,0 +1,141 @@
+import json
+import pickle
+import struct
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from matfact.compare import _weights as weights_module
+from matfact.compare import load_weights
+
+W = np.random.RandomState(0).standard_normal((6, 4)).astype(np.float32)
+CONV = np.random.RandomState(1).standard_normal((3, 2, 5, 5)).astype(np.float32)
+
+
+class Bomb:
+    """Says so when it is unpickled."""
+
+    exploded = False
+
+    def __reduce__(self):
+        return setattr, (Bomb, "exploded", True)
+
+
+def save_safetensors(path):
+    save_file({"fc.weight": W, "conv.weight": CONV, "fc.bias": W[0], "ids": W.astype(int)}, path)
+
+
+def save_npz(path):
+    np.savez(path, **{"fc.weight": W, "conv.weight": CONV, "fc.bias": W[0], "ids": W.astype(int)})
+
+
+def save_torch(path):
+    torch = pytest.importorskip("torch")
+    state = {"fc.weight": W, "conv.weight": CONV, "fc.bias": W[0], "ids": W.astype(int)}
+    torch.save({k: torch.asarray(v) for k, v in state.items()}, path)
+
+
+SAVERS = {".safetensors": save_safetensors, ".npz": save_npz, ".pt": save_torch}
+
+
+@pytest.mark.parametrize("suffix", SAVERS)
+def test_matrices_and_flattened_convolutions_are_read(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    SAVERS[suffix](path)
+    loaded = load_weights(path)
+    assert set(loaded) == {"fc", "conv"}
+    np.testing.assert_array_equal(loaded["fc"], W)
+    np.testing.assert_array_equal(loaded["conv"], CONV.reshape(3, 50))
+    assert loaded.source == str(path)
+
+
+def test_one_array_is_named_by_its_file(tmp_path):
+    np.save(tmp_path / "query.npy", W)
+    np.testing.assert_array_equal(load_weights(tmp_path / "query.npy")["query"], W)
+
+
+def test_bfloat16_becomes_the_same_float32(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch_file
+
+    half = torch.asarray(W).bfloat16()
+    save_torch_file({"other": torch.ones(3, 3), "fc.weight": half}, tmp_path / "m.safetensors")
+    torch.save({"model": {"fc.weight": half}}, tmp_path / "m.pt")
+    for path, name in ((tmp_path / "m.safetensors", "fc"), (tmp_path / "m.pt", "model.fc")):
+        loaded = load_weights(path)[name]
+        assert loaded.dtype == np.float32
+        np.testing.assert_array_equal(loaded, half.float().numpy())
+
+
+@pytest.mark.parametrize("suffix", [*SAVERS, ".npy"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_damaged_files_are_refused(tmp_path, suffix, damage):
+    path = tmp_path / f"model{suffix}"
+    SAVERS.get(suffix, lambda path: np.save(path, W))(path)
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[:-60], "garbage": b"\x93ab" * 99, "empty": b""}[damage])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+
+
+def test_a_safetensors_header_that_lies_is_refused(tmp_path):
+    header = {"w": {"dtype": "BF16", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 8]}}
+    encoded = json.dumps(header).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(8))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".bin", ".pth", ".safetensors"])
+def test_pickles_are_never_run(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".npz":
+        np.savez(path, w=np.array([[Bomb()]], dtype=object))
+    elif suffix == ".npy":
+        np.save(path, np.array([[Bomb()]], dtype=object))
+    else:
+        path.write_bytes(pickle.dumps({"fc.weight": Bomb()}, protocol=2))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+    assert not Bomb.exploded
+
+
+def test_a_pickle_inside_a_torch_archive_is_never_run(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"fc.weight": Bomb()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(tmp_path / "model.pt")
+    assert not Bomb.exploded
+
+
+def test_other_suffixes_and_missing_files_are_named(tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(W))
+    with pytest.raises(ValueError, match=r"path must end in one of .*model\.pkl"):
+        load_weights(tmp_path / "model.pkl")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_weights(tmp_path / "absent.npz")
+
+
+def test_a_file_without_matrices_is_refused(tmp_path):
+    np.savez(tmp_path / "m.npz", bias=W[0], empty=np.zeros((0, 3)), ids=np.ones((3, 3), int))
+    with pytest.raises(ValueError, match="holds none"):
+        load_weights(tmp_path / "m.npz")
+
+
+def test_torch_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "m.pt").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"matfact\[torch\]"):
+        load_weights(tmp_path / "m.pt")
+
+
+def test_without_the_demo_package_a_small_network_is_trained(monkeypatch):
+    monkeypatch.setattr(weights_module, "DEMO_PACKAGE", "a_package_that_is_not_installed")
+    first, again = load_weights(), load_weights()
+    assert "digits" in first.source
+    assert max(min(matrix.shape) for matrix in first.values()) >= 384
+    for name, matrix in first.items():
+        np.testing.assert_array_equal(matrix, again[name])
