@@ -1,0 +1,30 @@
+"""``python -m benchmarks NAME``: run one of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+
+NAMES = ("projection", "floor")
+#: Read by the numerical libraries when they are loaded, so they are set before any import.
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    first = argparse.ArgumentParser(prog="benchmarks", description=__doc__, add_help=False)
+    first.add_argument("benchmark", choices=NAMES)
+    first.add_argument("--threads", type=int, default=1, help="threads of every method")
+    known, _ = first.parse_known_args(arguments)
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(known.threads)
+    module = importlib.import_module(f"benchmarks.{known.benchmark}")
+    parser = argparse.ArgumentParser(description=module.__doc__, parents=[first])
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

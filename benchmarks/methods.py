@@ -1,0 +1,162 @@
+"""What is measured: this library's estimators, the published baseline and truncated SVD."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import matfact.factorizers
+from benchmarks import machine
+from matfact import backend
+
+#: Densifies the factors of a finished fit; not timed.
+Factors = Callable[[], list[np.ndarray]]
+#: Seconds and relative error after each iteration of one fit.
+Trace = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An entry of the benchmark.
+
+    Attributes
+    ----------
+    name : str
+        What tables call it.
+    family : str
+        Methods of one family are compared in one table.
+    fit : callable
+        ``fit(W, density, **setting)`` returns the factors. Only this call is timed.
+    is_present : callable
+        Whether what it needs is installed.
+    suits : callable
+        Whether it can take a matrix.
+    largest : int or None
+        Side of the largest matrix that it can do in minutes.
+    sweep : (str, tuple), optional
+        Setting that trades error for seconds, and its values.
+    trace : callable, optional
+        ``trace(W, density)`` returns the progress of one fit.
+    """
+
+    name: str
+    family: str
+    fit: Callable[..., Factors]
+    is_present: Callable[[], bool] = lambda: True
+    suits: Callable[[np.ndarray], bool] = np.isrealobj
+    largest: int | None = None
+    sweep: tuple[str, tuple[Any, ...]] | None = None
+    trace: Callable[[np.ndarray, float], Trace] | None = None
+
+
+def is_power_of_two(W: np.ndarray) -> bool:
+    """Whether `W` is square with a power of two as its side."""
+    return W.shape[0] == W.shape[1] and W.shape[0].bit_count() == 1
+
+
+def ours(name: str, family: str, estimator: str, **options: Any) -> Method:
+    """Return the entry of the estimator class called `estimator`, which need not exist yet.
+
+    Fields of :class:`Method` among `options` are set there; the rest goes to the estimator.
+    """
+    fields = {f.name for f in dataclasses.fields(Method)} & set(options)
+    entry = {field: options.pop(field) for field in fields}
+
+    def make(density: float, **setting: Any) -> Any:
+        model = getattr(matfact.factorizers, estimator)(**options)
+        if "density" in model.get_params() and family != "butterfly":
+            model.set_params(density=density)
+        return model.set_params(**setting)
+
+    def fit(W: np.ndarray, density: float, **setting: Any) -> Factors:
+        model = make(density, **setting).fit(W)
+        return lambda: [backend.to_numpy(factor.toarray()) for factor in model.factors_]
+
+    def trace(W: np.ndarray, density: float) -> Trace:
+        history = make(density).fit(W).history_
+        scale = 2.0 ** math.floor(math.log2(np.abs(W).max()))  # objectives are those of W ÷ scale
+        energy = np.linalg.norm(W.astype(np.float64) / scale) ** 2
+        errors = [math.sqrt(max(0.0, value) / energy) for value in history["objective"]]
+        return list(zip(history["seconds"], errors, strict=True))
+
+    def is_present() -> bool:
+        return hasattr(matfact.factorizers, estimator)
+
+    if entry.get("sweep"):
+        entry["trace"] = trace
+    return Method(f"matfact {name}", family, fit, is_present=is_present, **entry)
+
+
+def truncated_svd(W: np.ndarray, density: float) -> Factors:
+    """Keep the largest rank that fits the density, out of a full decomposition."""
+    rank = int(density * W.size / sum(W.shape))
+    left, values, right = np.linalg.svd(W, full_matrices=False)
+    factors = [left[:, :rank] * values[:rank], right[:rank]]
+    return lambda: factors
+
+
+def magnitude(W: np.ndarray, density: float) -> Factors:
+    """Keep the largest entries."""
+    budget = int(density * W.size)
+    kept = np.argpartition(-np.abs(W), budget - 1, axis=None)[:budget]
+    pruned = np.zeros_like(W)
+    pruned.flat[kept] = W.flat[kept]
+    return lambda: [pruned]
+
+
+def published(W: np.ndarray, density: float, outer: int = 40) -> Factors:
+    """Run the published baseline to its end."""
+    import torch
+
+    from benchmarks.published_dsf import published_dsf
+
+    *_, factors = published_dsf(torch.from_numpy(W), density, outer=outer)
+    return lambda: [factor.numpy() for factor in factors]
+
+
+def published_trace(W: np.ndarray, density: float) -> Trace:
+    """Follow the published baseline; evaluating its error is not counted as its time."""
+    import torch
+
+    from benchmarks.published_dsf import published_dsf
+
+    target = W.astype(np.float64)
+    iterates = published_dsf(torch.from_numpy(W), density)
+    trace, seconds = [], 0.0
+    while True:
+        start = time.perf_counter()
+        factors = next(iterates, None)
+        seconds += time.perf_counter() - start
+        if factors is None:
+            return trace
+        left, right = (factor.double().numpy() for factor in factors)
+        error = np.linalg.norm(target - left @ right) / np.linalg.norm(target)
+        trace.append((seconds, float(error)))
+
+
+OURS = (
+    ours(
+        "DSF", "double sparse", "DoubleSparseFactorizer", sweep=("max_iter", (5, 10, 20, 40, 100))
+    ),
+    ours("Palm4MSA", "double sparse", "Palm4MSA", sweep=("max_iter", (10, 30, 100, 300))),
+    ours("MonarchProjector", "block", "MonarchProjector"),
+    ours("BlockSVD", "block", "BlockSVD"),
+    ours("LowRank", "low rank", "LowRank"),
+    ours("MagnitudePruner", "low rank", "MagnitudePruner"),
+    ours("ButterflyFit", "butterfly", "ButterflyFit", suits=is_power_of_two),
+)  # fmt: skip
+
+BASELINES = (
+    Method(
+        "published DSF", "double sparse", published,
+        is_present=lambda: machine.is_installed("torch"),
+        sweep=("outer", (5, 10, 20, 40, 100)), trace=published_trace,
+    ),
+    Method("truncated SVD (NumPy)", "low rank", truncated_svd),
+    Method("magnitude (NumPy)", "low rank", magnitude),
+)  # fmt: skip
