@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockSVD", "LowRank", "MagnitudePruner", "compare_projections"]
+__all__ = [
+    "BlockSVD",
+    "ButterflyFit",
+    "LowRank",
+    "MagnitudePruner",
+    "MonarchProjector",
+    "compare_projections",
+]
 
 if TYPE_CHECKING:
     from matfact.compare import compare_projections
-    from matfact.factorizers import BlockSVD, LowRank, MagnitudePruner
+    from matfact.factorizers import (
+        BlockSVD,
+        ButterflyFit,
+        LowRank,
+        MagnitudePruner,
+        MonarchProjector,
+    )
 else:
     _SUBPACKAGES = ("compare", "constraints", "factorizers", "metrics", "operators")
 

@@ -2,7 +2,16 @@
 
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
+from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
+from matfact.factorizers._monarch import MonarchProjector
 
-__all__ = ["BaseFactorizer", "BlockSVD", "LowRank", "MagnitudePruner"]
+__all__ = [
+    "BaseFactorizer",
+    "BlockSVD",
+    "ButterflyFit",
+    "LowRank",
+    "MagnitudePruner",
+    "MonarchProjector",
+]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 import scipy.fft
 
 Pattern = tuple[int, int, int, int]
@@ -98,6 +99,11 @@ class Chain:
         return chain
 
 
+def dense_chain(shape: tuple[int, int]) -> Chain:
+    """Return the chain of a single dense factor."""
+    return Chain(shape[:1], shape[1:], ())
+
+
 def dyadic_chain(shape: tuple[int, int]) -> Chain:
     """Return the rank-one chain with as many factors as `shape` allows.
 
@@ -110,9 +116,13 @@ def dyadic_chain(shape: tuple[int, int]) -> Chain:
 def grouped_chain(shape: tuple[int, int], n_factors: int) -> Chain:
     """Return the rank-one chain of `n_factors` factors, or as many as possible, for `shape`."""
     primes = [_prime_factors(scipy.fft.next_fast_len(n, real=True)) for n in shape]
-    n_factors = max(1, min(n_factors, *map(len, primes)))
+    n_factors = min(n_factors, *map(len, primes))
+    if n_factors <= 1:
+        return dense_chain(shape)
     beta, gamma = (_group(factors, n_factors) for factors in primes)
-    return Chain(beta, gamma, (1,) * (n_factors - 1))
+    chain = Chain(beta, gamma, (1,) * (n_factors - 1))
+    # Padding can cost tiny matrices more than it saves.
+    return chain if chain.nnz <= math.prod(shape) else dense_chain(shape)
 
 
 def two_factor_chain(shape: tuple[int, int], n_blocks: tuple[int, int]) -> Chain:
@@ -122,14 +132,9 @@ def two_factor_chain(shape: tuple[int, int], n_blocks: tuple[int, int]) -> Chain
 
 
 def square_root_chain(shape: tuple[int, int]) -> Chain:
-    """Return the two-factor chain with about as many blocks as each block has rows."""
-    return two_factor_chain(
-        shape,
-        (
-            _near_divisor(shape[0], math.sqrt(shape[0])),
-            _near_divisor(shape[1], math.sqrt(shape[1])),
-        ),
-    )
+    """Return the rank-one chain of two factors whose blocks are about as many as their rows."""
+    rows, columns = (_near_divisor(n, math.sqrt(n)) for n in shape)
+    return two_factor_chain(shape, (rows, columns))
 
 
 def two_factor_chains(shape: tuple[int, int]) -> list[Chain]:
@@ -139,11 +144,9 @@ def two_factor_chains(shape: tuple[int, int]) -> list[Chain]:
     a plain product of low rank.
     """
     side, chains = max(shape), []
-    for k in range(side.bit_length()):
-        for parts in (2**k, 3 * 2**k):
-            targets = [max(1.0, n * parts / side) for n in shape]
-            n_blocks = tuple(map(_near_divisor, shape, targets))
-            chains.append(two_factor_chain(shape, n_blocks))
+    for parts in sorted(base << k for base in (1, 3) for k in range(side.bit_length())):
+        n_blocks = [_near_divisor(n, max(1.0, n * parts / side)) for n in shape]
+        chains.append(two_factor_chain(shape, (n_blocks[0], n_blocks[1])))
     return list(dict.fromkeys(chains))
 
 
@@ -164,6 +167,23 @@ def _group(factors: list[int], n_groups: int) -> tuple[int, ...]:
     for factor in sorted(factors, reverse=True):
         groups[groups.index(min(groups))] *= factor
     return tuple(sorted(groups, reverse=True))
+
+
+def digit_reversal(radices: Sequence[int]) -> np.ndarray:
+    """Return the order that reads numbers, written in `radices`, from their last digit on.
+
+    For radices of 2 it is the bit reversal.
+    """
+    return np.arange(math.prod(radices)).reshape(tuple(radices)[::-1]).transpose().ravel()
+
+
+def even_odd(n: int) -> np.ndarray:
+    """Return the even numbers below `n`, ascending, then the odd ones, descending.
+
+    Source: J. Makhoul, "A fast cosine transform in one and two dimensions", IEEE Trans. ASSP
+    28(1), 1980.
+    """
+    return np.concatenate([np.arange(0, n, 2), np.arange(1, n, 2)[::-1]])
 
 
 def _near_divisor(n: int, target: float) -> int:

@@ -1,0 +1,85 @@
+"""What the estimators with chains of Kronecker-sparse factors share: order, padding, choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators import Factor, KroneckerSparseFactor, SelectionFactor
+from matfact.solvers.chains import Chain
+from matfact.solvers.monarch import monarch_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the rows and columns of a matrix stand in the product of a chain.
+
+    Parameters
+    ----------
+    rows, columns : SelectionFactor
+        They gather the rows (columns) of the matrix, zeros where the product is longer.
+    """
+
+    rows: SelectionFactor
+    columns: SelectionFactor
+
+    @classmethod
+    def of(
+        cls,
+        W: Array,
+        chain: Chain,
+        row_order: np.ndarray | None = None,
+        column_order: np.ndarray | None = None,
+    ) -> Layout:
+        """Lay out `W`, in its own order by default, and what `chain` needs beyond it."""
+        return cls(
+            *(
+                SelectionFactor.from_index(_order(order, n, padded), n, like=W)
+                for order, n, padded in zip(
+                    (row_order, column_order), W.shape, chain.shape, strict=True
+                )
+            )
+        )
+
+    def arrange(self, W: Array) -> Array:
+        """Return the matrix the product of the chain has to match."""
+        transpose = backend.namespace(W).matrix_transpose
+        if not _is_identity(self.rows):
+            W = self.rows.apply(W)
+        return W if _is_identity(self.columns) else transpose(self.columns.apply(transpose(W)))
+
+    def factors(self, values: list[Array]) -> list[Factor]:
+        """Return the factors of the matrix itself."""
+        factors: list[Factor] = [KroneckerSparseFactor(array) for array in values]
+        if not _is_identity(self.rows):
+            factors.insert(0, self.rows.T)
+        if not _is_identity(self.columns):
+            factors.append(self.columns)
+        return factors
+
+
+def _order(order: np.ndarray | None, n: int, padded: int) -> np.ndarray:
+    """Return which of `n` entries stands at each of `padded` places, −1 for none."""
+    if order is None:
+        order = np.arange(padded)
+    elif len(order) < padded:
+        order = np.concatenate([order, np.full(padded - len(order), n)])
+    return np.where(order < n, order, -1)
+
+
+def _is_identity(selection: SelectionFactor) -> bool:
+    """Whether `selection` moves nothing."""
+    rows, columns = selection.shape
+    return rows == columns and bool((selection.index == np.arange(rows)).all())
+
+
+def best_two_factor_chain(W: Array, chains: list[Chain]) -> tuple[Chain, float]:
+    """Return the chain with the nearest Monarch matrix, the first unless others are better."""
+    losses = [monarch_loss(Layout.of(W, chain).arrange(W), chain) for chain in chains]
+    # Above the rounding of the losses, so that the choice is never worse than the first.
+    losses[0] -= 1e-12 * backend.norm(W) ** 2
+    best = min(range(len(chains)), key=losses.__getitem__)
+    return chains[best], losses[best]

@@ -1,0 +1,147 @@
+"""Projection on Monarch matrices."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.utils._param_validation import Interval
+
+from matfact import backend, metrics
+from matfact.backend import Array
+from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
+from matfact.factorizers._chain import Layout, best_two_factor_chain
+from matfact.operators import FactorProduct
+from matfact.solvers._callback import History
+from matfact.solvers.chains import Chain, two_factor_chain, two_factor_chains
+from matfact.solvers.monarch import monarch
+
+
+class MonarchProjector(BaseFactorizer):
+    """Two block-diagonal factors with a fixed permutation between them.
+
+    A Monarch matrix is ``P L Pᵀ R`` with L and R block-diagonal. Seen the other way, its rows
+    with the same remainder modulo the number of blocks of L, and its columns in the same block
+    of R, form a block of low rank, so that the nearest Monarch matrix follows from one truncated
+    singular value decomposition a block [1]_. Here the matrix may have any shape and each block
+    any rank; sides that the blocks do not divide are padded with zeros, whose stored values
+    count.
+
+    Parameters
+    ----------
+    density : float or None, default=None
+        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or the least
+        the structure can store where that is more, or what `rank` and `n_blocks` ask for where
+        both are given.
+    n_blocks : int, tuple of two int or None, default=None
+        Number of blocks of L and of R. None tries blocks of several sizes, as square as can be,
+        and keeps the best for the density; one block, the truncated singular value
+        decomposition of `W`, is among them.
+    rank : int or None, default=None
+        Rank of each block. None takes the largest that fits the density.
+
+    Attributes
+    ----------
+    n_blocks_ : tuple of int
+        Number of blocks of L and of R.
+    rank_ : int
+        Rank of each block.
+    operator_ : FactorProduct
+        The product of the two factors, and of a cropping or padding where the sides need one.
+    factors_ : tuple of Factor
+        Its factors, ``P L Pᵀ`` and R.
+    reconstruction_err_ : float
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_err_ : float
+        ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
+    nnz_ : int
+        Stored values.
+    density_ : float
+        Stored values ÷ entries of `W`.
+    n_iter_ : int
+        1: the solution is in closed form.
+    history_ : dict of list
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+    n_features_in_ : int
+        in_features of `W`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of `W`, where it has any.
+
+    References
+    ----------
+    .. [1] T. Dao, B. Chen, N. Sohoni, A. Desai, M. Poli, J. Grogan, A. Liu, A. Rao, A. Rudra,
+       C. Ré, "Monarch: expressive structured matrices for efficient and accurate training",
+       ICML 2022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact import MonarchProjector
+    >>> W = np.fft.fft(np.eye(16)).reshape(16, 4, 4).swapaxes(1, 2).reshape(16, 16)
+    >>> model = MonarchProjector(n_blocks=4, rank=1).fit(W)
+    >>> model.nnz_, bool(model.reconstruction_err_ < 1e-14)
+    (128, True)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "density": DENSITY,
+        "n_blocks": [Interval(Integral, 1, None, closed="left"), tuple, None],
+        "rank": [Interval(Integral, 1, None, closed="left"), None],
+    }
+    _allow_complex: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        density: float | None = None,
+        n_blocks: int | tuple[int, int] | None = None,
+        rank: int | None = None,
+    ) -> None:
+        self.density = density
+        self.n_blocks = n_blocks
+        self.rank = rank
+
+    def _factorize(self, W: Array, history: History) -> Factorization:
+        chain, _ = best_two_factor_chain(W, self._chains(W.shape))
+        layout = Layout.of(W, chain)
+        factors = layout.factors(monarch(layout.arrange(W), chain))
+        history(1, backend.norm(W - FactorProduct(factors).toarray()) ** 2)
+        self.n_blocks_ = (chain.row_radices[1], chain.column_radices[0])
+        self.rank_ = chain.ranks[0]
+        return Factorization(factors)
+
+    def _chains(self, shape: tuple[int, int]) -> list[Chain]:
+        """Return the chains that fit the parameters."""
+        chains = two_factor_chains(shape)
+        if self.n_blocks is not None:
+            chains = [two_factor_chain(shape, self._checked_blocks(shape))]
+        largest = max(chain.rank_limits[0] for chain in chains)
+        if self.rank is not None and self.rank > largest:
+            raise ValueError(
+                f"rank must be at most {largest} for blocks of a {shape[0]}×{shape[1]} matrix "
+                f"with n_blocks={self.n_blocks}, got {self.rank}."
+            )
+        if self.rank is not None:
+            chains = [c.with_rank(self.rank) for c in chains if c.rank_limits[0] >= self.rank]
+        least = min(chain.nnz for chain in chains)
+        if self.rank is not None and self.n_blocks is not None and self.density is None:
+            return chains
+        budget = metrics.stored_value_budget(self.density, shape, minimum=least)
+        if self.rank is not None:
+            return [chain for chain in chains if chain.nnz <= budget]
+        return [fitting for chain in chains if (fitting := chain.within(budget))]
+
+    def _checked_blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the numbers of blocks of both factors, as given."""
+        given: Any = self.n_blocks
+        pair = given if isinstance(given, tuple) else (given, given)
+        fits = len(pair) == 2 and all(
+            isinstance(n, (int, np.integer)) and 1 <= n <= limit
+            for n, limit in zip(pair, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                "n_blocks must be an int, or a tuple of two, from 1 to the sides of the "
+                f"{shape[0]}×{shape[1]} matrix, got {given}."
+            )
+        return (int(pair[0]), int(pair[1]))
