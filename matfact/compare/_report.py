@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import rich.box
 from rich.table import Table
 
@@ -16,6 +14,8 @@ _HEADINGS = {
     "seconds": "seconds",
     "flops_ratio": "FLOPs\nratio",
 }
+#: The measures that vary from matrix to matrix; budgets hardly do.
+_SPREAD = {"normalized_error", "relative_error", "seconds"}
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -56,15 +56,11 @@ def summary_table(comparison: Comparison) -> Table:
 
 
 def _cells(group: SummaryRow) -> list[str]:
-    """Return the measures of one row; the spread is left out where there is none."""
+    """Return the measures of one row."""
     if not group.mean:
         return ["[red]failed[/]"]
-    cells = [_cell(group.mean[name], group.std[name]) for name in _HEADINGS]
-    return (
-        [*cells[:-1], f"{cells[-1]} [red]{group.n_failed} failed[/]"] if group.n_failed else cells
-    )
-
-
-def _cell(mean: float, spread: float) -> str:
-    shows_spread = math.isfinite(spread) and spread > 0.0005
-    return f"{mean:.3f} ± {spread:.3f}" if shows_spread else f"{mean:.3f}"
+    cells = []
+    for name in _HEADINGS:
+        spread = f" ± {group.std[name]:.3f}" if name in _SPREAD and group.n_ok > 1 else ""
+        cells.append(f"{group.mean[name]:.3f}{spread}")
+    return [*cells, f"[red]{group.n_failed} failed[/]"] if group.n_failed else cells
