@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numba
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -19,12 +19,15 @@ PEERS = ("torch", "pyfaust", "lazylinop")
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Run BLAS, OpenMP, Numba and torch on `count` threads."""
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-    if is_installed("torch"):
-        import torch
+    with ExitStack() as undo:
+        undo.callback(numba.set_num_threads, numba.get_num_threads())
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+        if is_installed("torch"):
+            import torch
 
-        torch.set_num_threads(count)
-    with threadpool_limits(limits=count):
+            undo.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(count)
+        undo.enter_context(threadpool_limits(limits=count))
         yield
 
 
