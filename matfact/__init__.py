@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSVD",
     "ButterflyFit",
+    "CoSaMPNeuronSelector",
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",
+    "Palm4MSA",
     "compare_projections",
 ]
 
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from matfact.factorizers import (
         BlockSVD,
         ButterflyFit,
+        CoSaMPNeuronSelector,
         LowRank,
         MagnitudePruner,
         MonarchProjector,
+        Palm4MSA,
     )
 else:
     _SUBPACKAGES = ("compare", "constraints", "factorizers", "metrics", "operators")

@@ -11,7 +11,13 @@ from matfact.constraints._sparsity import (
     RowColumnSparsity,
     RowSparsity,
 )
-from matfact.constraints._support import BlockDiagonal, Diagonal, FixedSupport, Triangular
+from matfact.constraints._support import (
+    BlockDiagonal,
+    Diagonal,
+    FixedSupport,
+    Support,
+    Triangular,
+)
 from matfact.constraints._values import NonNegative, UnitNormColumns
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "NonNegative",
     "RowColumnSparsity",
     "RowSparsity",
+    "Support",
     "Toeplitz",
     "Triangular",
     "UnitNormColumns",

@@ -13,7 +13,7 @@ from matfact.backend import Array
 from matfact.constraints._base import Constraint, check_positive_int
 
 
-class _Support(Constraint):
+class Support(Constraint):
     """Any values on a support known in advance."""
 
     @abstractmethod
@@ -32,7 +32,7 @@ class _Support(Constraint):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FixedSupport(_Support):
+class FixedSupport(Support):
     """Nonzeros only where `support_mask` is true.
 
     Parameters
@@ -64,7 +64,7 @@ class FixedSupport(_Support):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockDiagonal(_Support):
+class BlockDiagonal(Support):
     """`n_blocks` blocks along the diagonal, of sizes as equal as the shape allows.
 
     Parameters
@@ -88,7 +88,7 @@ class BlockDiagonal(_Support):
 
 
 @dataclasses.dataclass(frozen=True)
-class Triangular(_Support):
+class Triangular(Support):
     """Nonzeros on one side of the diagonal and on it.
 
     Parameters
@@ -104,7 +104,7 @@ class Triangular(_Support):
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagonal(_Support):
+class Diagonal(Support):
     """Nonzeros on the main diagonal only."""
 
     def mask(self, shape: tuple[int, int]) -> np.ndarray:

@@ -3,15 +3,19 @@
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
+from matfact.factorizers._cosamp import CoSaMPNeuronSelector
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
+from matfact.factorizers._palm4msa import Palm4MSA
 
 __all__ = [
     "BaseFactorizer",
     "BlockSVD",
     "ButterflyFit",
+    "CoSaMPNeuronSelector",
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",
+    "Palm4MSA",
 ]

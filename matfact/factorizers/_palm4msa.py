@@ -1,0 +1,283 @@
+"""Products of sparse factors by proximal alternating linearized minimization."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+from sklearn.utils._param_validation import Interval, StrOptions
+
+from matfact import backend, metrics
+from matfact.backend import Array
+from matfact.constraints import (
+    CONSTRAINTS,
+    Constraint,
+    FixedSupport,
+    GlobalSparsity,
+    LowRank,
+    Support,
+    get_constraint,
+)
+from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
+from matfact.factorizers._validation import check_matrix
+from matfact.operators import DenseFactor, Factor, SparseFactor
+from matfact.solvers._callback import History
+from matfact.solvers.hierarchical import Side, hierarchical_palm4msa
+from matfact.solvers.palm import identity_start, palm4msa
+
+#: Share of a factor square on the shorter side, relative to an equal share of the budget.
+SQUARE_SHARE = 0.8
+
+
+class Palm4MSA(BaseFactorizer):
+    """Any number of factors, each in any constraint set.
+
+    PALM4MSA (proximal alternating linearized minimization for multi-layer sparse approximation)
+    [1]_, with a step that follows the local curvature and starts longer than descent permits,
+    which finds better supports. By default two sparse factors share the density.
+
+    Parameters
+    ----------
+    density : float or None, default=None
+        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. Each factor keeps its share of
+        the largest entries, wherever they are. None means 0.25, or one value a factor where that
+        is more; with `constraints` it must be None.
+    n_factors : int, default=2
+        Number of factors, all but that of the longer side of `W` square on the shorter one. One
+        gives magnitude pruning. Not used with `constraints`.
+    constraints : sequence of Constraint or str, or None, default=None
+        One set for each factor, in the order of the product: any object of
+        :mod:`matfact.constraints`, or the name of one that needs no parameter. None means as
+        many nonzeros as `density` allows. Complex `W` needs sets chosen here.
+    residual_constraints : sequence of Constraint or str, or None, default=None
+        For the hierarchical algorithm, the sets of the residuals, two fewer than `constraints`:
+        from the left, entry `i` holds what stands for the factors after the `i`-th; from the
+        right, what stands for the first ``i + 2``. None derives them from `constraints`.
+    hierarchical : {"left", "right"} or None, default=None
+        Split off one factor at a time, from this side, and refine all after each split, instead
+        of fitting all factors at once. Finds fast transforms exactly.
+    init : sequence of array or None, default=None
+        Factors to start from (a warm start). None starts from identities and the projection of
+        `W`. Not used by the hierarchical algorithm.
+    max_iter : int, default=100
+        Most sweeps over the factors, for each split and refinement.
+    tol : float, default=1e-6
+        Stop when a sweep lowers the objective by less than this share of it, once steps are
+        short enough to descend.
+
+    Attributes
+    ----------
+    operator_ : FactorProduct
+        The product of the factors. Sets that scaling leaves, such as unit norm columns, are met
+        up to one positive number a factor.
+    factors_ : tuple of Factor
+        Its factors.
+    reconstruction_err_ : float
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_err_ : float
+        ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
+    nnz_ : int
+        Stored values.
+    density_ : float
+        Stored values ÷ entries of `W`.
+    n_iter_ : int
+        Sweeps over all factors.
+    history_ : dict of list
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+        The objective may rise while steps are long; the best factors met are returned.
+    n_features_in_ : int
+        in_features of `W`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of `W`, where it has any.
+
+    References
+    ----------
+    .. [1] L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
+       and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact import Palm4MSA
+    >>> W = np.random.default_rng(0).standard_normal((32, 32))
+    >>> model = Palm4MSA(density=0.5).fit(W)
+    >>> model.nnz_, len(model.factors_), bool(model.normalized_err_ < 0.9)
+    (512, 2, True)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "density": DENSITY,
+        "n_factors": [Interval(Integral, 1, None, closed="left")],
+        "constraints": ["array-like", None],
+        "residual_constraints": ["array-like", None],
+        "hierarchical": [StrOptions({"left", "right"}), None],
+        "init": [list, tuple, None],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        density: float | None = None,
+        n_factors: int = 2,
+        constraints: Sequence[Constraint | str] | None = None,
+        residual_constraints: Sequence[Constraint | str] | None = None,
+        hierarchical: Side | None = None,
+        init: Sequence[Any] | None = None,
+        max_iter: int = 100,
+        tol: float = 1e-6,
+    ) -> None:
+        self.density = density
+        self.n_factors = n_factors
+        self.constraints = constraints
+        self.residual_constraints = residual_constraints
+        self.hierarchical = hierarchical
+        self.init = init
+        self.max_iter = max_iter
+        self.tol = tol
+
+    @property
+    def _allow_complex(self) -> bool:  # type: ignore[override]
+        """Complex transforms have a known structure; the default is for real weights."""
+        return self.constraints is not None
+
+    def _factorize(self, W: Array, history: History) -> Factorization:
+        start = self._initial_factors(W)
+        sets, shapes = self._sets(W, start)
+        options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "callback": history}
+        if self.hierarchical is not None and len(sets) > 1:
+            residuals = self._residual_sets(sets, shapes)
+            factors, scale, n_iter = hierarchical_palm4msa(
+                W, sets, residuals, side=self.hierarchical, **options
+            )
+        else:
+            backward = False
+            if start is None:
+                start, backward = identity_start(W, sets)
+            factors, scale, n_iter = palm4msa(W, start, sets, backward=backward, **options)
+        factors[0] = scale * factors[0]
+        stored = [f for pair in zip(factors, sets, strict=True) for f in _stored(*pair)]
+        return Factorization(stored, n_iter)
+
+    def _initial_factors(self, W: Array) -> list[Array] | None:
+        """Return the factors of a warm start, checked."""
+        if self.init is None:
+            return None
+        xp = backend.namespace(W)
+        start = []
+        for i, array in enumerate(self.init):
+            array = check_matrix(array, f"init[{i}]", allow_complex=self._allow_complex)
+            if backend.namespace(array) is not xp:
+                array = backend.like(backend.to_numpy(array), W)
+            start.append(xp.astype(array, W.dtype))
+        rows, columns = ([array.shape[axis] for array in start] for axis in (0, 1))
+        if [*rows, W.shape[1]] != [W.shape[0], *columns]:
+            raise ValueError(
+                f"init must hold factors whose shapes chain to {tuple(W.shape)}, got "
+                f"{[tuple(array.shape) for array in start]}."
+            )
+        return start
+
+    def _sets(
+        self, W: Array, start: list[Array] | None
+    ) -> tuple[list[Constraint], list[tuple[int, int]]]:
+        """Return the set and the shape of every factor."""
+        if self.constraints is None:
+            n_factors = self.n_factors
+        elif self.density is not None:
+            raise ValueError(f"density must be None with constraints, got {self.density}.")
+        else:
+            sets = _resolve("constraints", self.constraints)
+            n_factors = len(sets)
+        if start is not None and len(start) != n_factors:
+            raise ValueError(f"init must hold {n_factors} factors, got {len(start)}.")
+        shapes = _shapes(W.shape, n_factors) if start is None else [a.shape for a in start]
+        if self.constraints is None:
+            return _shares(self.density, W.shape, shapes), shapes
+        for i, (constraint, shape) in enumerate(zip(sets, shapes, strict=True)):
+            try:
+                constraint.nnz(shape)
+            except ValueError as error:
+                raise ValueError(f"constraints[{i}]: {error}") from None
+        return sets, shapes
+
+    def _residual_sets(
+        self, sets: list[Constraint], shapes: list[tuple[int, int]]
+    ) -> list[Constraint]:
+        """Return the sets of the residuals of the hierarchical algorithm."""
+        if self.init is not None:
+            raise ValueError("init must be None with hierarchical, got factors.")
+        n_residuals = len(sets) - 2
+        if self.residual_constraints is not None:
+            residuals = _resolve("residual_constraints", self.residual_constraints)
+            if len(residuals) != n_residuals:
+                raise ValueError(
+                    f"residual_constraints must hold {n_residuals} sets, two fewer than the "
+                    f"factors, got {len(residuals)}."
+                )
+            return residuals
+        if self.hierarchical == "right":
+            parts = [slice(0, i + 2) for i in range(n_residuals)]
+        else:
+            parts = [slice(i + 1, None) for i in range(n_residuals)]
+        return [_product_set(sets[part], shapes[part]) for part in parts]
+
+
+def _resolve(name: str, sets: Sequence[Constraint | str]) -> list[Constraint]:
+    """Return constraints, some given by name, as objects."""
+    resolved = []
+    for i, constraint in enumerate(sets):
+        if isinstance(constraint, str):
+            try:
+                constraint = get_constraint(constraint)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name}[{i}]={constraint!r}: {error}") from None
+        if not isinstance(constraint, Constraint):
+            raise ValueError(
+                f"{name}[{i}] must be a Constraint or one of {sorted(CONSTRAINTS)}, got "
+                f"{constraint!r}."
+            )
+        resolved.append(constraint)
+    if name == "constraints" and not resolved:
+        raise ValueError("constraints must hold at least one set, got none.")
+    return resolved
+
+
+def _shapes(shape: tuple[int, int], n_factors: int) -> list[tuple[int, int]]:
+    """Return the shapes of factors that are square on the shorter side where they can be."""
+    side = min(shape)
+    sizes = [shape[0], *[side] * (n_factors - 1), shape[1]]
+    return list(itertools.pairwise(sizes))
+
+
+def _shares(
+    density: float | None, shape: tuple[int, int], shapes: Sequence[tuple[int, int]]
+) -> list[Constraint]:
+    """Return sparsity constraints that share the budget."""
+    budget = metrics.stored_value_budget(density, shape, minimum=len(shapes))
+    n_factors = len(shapes)
+    rest = [max(1, int(SQUARE_SHARE * budget / n_factors))] * (n_factors - 1)
+    sizes = [budget - sum(rest), *rest] if shape[0] > shape[1] else [*rest, budget - sum(rest)]
+    return [GlobalSparsity(k) for k in sizes]
+
+
+def _product_set(sets: Sequence[Constraint], shapes: Sequence[tuple[int, int]]) -> Constraint:
+    """Return the set of a residual that stands for factors in `sets`."""
+    supports = [constraint for constraint in sets if isinstance(constraint, Support)]
+    if len(supports) == len(sets):
+        masks = [support.mask(shape) for support, shape in zip(supports, shapes, strict=True)]
+        return FixedSupport(functools.reduce(lambda a, b: a.astype(float) @ b > 0, masks))
+    stored = [constraint.nnz(shape) for constraint, shape in zip(sets, shapes, strict=True)]
+    return GlobalSparsity(min(sum(stored), shapes[0][0] * shapes[-1][1]))
+
+
+def _stored(factor: Array, constraint: Constraint) -> list[Factor]:
+    """Return a factor in the storage that holds the fewest values."""
+    if isinstance(constraint, LowRank) and constraint.nnz(factor.shape) < math.prod(factor.shape):
+        return [DenseFactor(half) for half in constraint.factors(factor)]
+    is_full = bool(backend.namespace(factor).all(factor != 0))
+    return [DenseFactor(factor) if is_full else SparseFactor.from_dense(factor)]

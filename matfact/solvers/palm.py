@@ -1,0 +1,254 @@
+"""Proximal alternating linearized minimization (PALM) of ``‖W − S_1 S_2 … S_Q‖_F²``."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.constraints import Constraint
+from matfact.solvers._callback import Callback
+
+#: Longest step at the start, as a multiple of 1 ÷ curvature: beyond 2 a gradient step diverges.
+RELAXATION = 1.8
+#: Shares of the iterations after which the longest step begins to shrink, and has shrunk to 1.
+HELD, ANNEALED = 0.5, 0.95
+#: Share of the energy of `W` below which nothing is left to approximate.
+NEGLIGIBLE = 1e-30
+#: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
+SHRINK, GROW = 1.25, 1.3
+
+
+def palm4msa(
+    W: Array,
+    factors: Sequence[Array],
+    constraints: Sequence[Constraint],
+    *,
+    max_iter: int = 100,
+    tol: float = 1e-6,
+    relaxation: float = RELAXATION,
+    backward: bool = False,
+    callback: Callback | None = None,
+) -> tuple[list[Array], float, int]:
+    """Approximate `W` by a product of factors, each in its constraint set.
+
+    Source: [1]_, Fig. 2, a block proximal gradient method on one factor after the other. Three
+    things differ. The step follows the curvature met along the step instead of the product of
+    spectral norms, which only bounds it. Where the set allows it, columns left and rows right of
+    a factor count with unit norm, a diagonal preconditioner. And the first steps are longer than
+    descent permits, so that supports keep changing; they shrink to the length that makes every
+    further iteration descend. The best iterate is returned.
+
+    Parameters
+    ----------
+    W : array of shape (rows, columns)
+        The matrix.
+    factors : sequence of array
+        Where to start, with shapes that chain; members of their sets or not.
+    constraints : sequence of Constraint
+        One set for each factor.
+    max_iter : int
+        Most sweeps over the factors.
+    tol : float
+        Stop when a sweep of descending steps lowers the objective by less than this share of it.
+    relaxation : float
+        Length of the first steps, relative to the longest that is sure to descend, in [1, 2].
+    backward : bool
+        Whether sweeps go from the last factor to the first.
+    callback : callable, optional
+        Called with the number of every sweep and the objective ``‖W − S_1 … S_Q‖_F²``.
+
+    Returns
+    -------
+    factors : list of array
+        The best factors met.
+    scale : float
+        What their product is to be multiplied by; 1 if all sets allow factors to be scaled.
+    n_iter : int
+        Sweeps made.
+
+    References
+    ----------
+    .. [1] L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
+       and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
+    """
+    factors = list(factors)
+    curvatures = [1.0] * len(factors)
+    if len(factors) == 1:
+        relaxation = 1.0  # the first step is the projection of W: nothing to explore
+    is_scaled = not all(constraint.is_cone for constraint in constraints)
+    scale = _best_scale(W, functools.reduce(_times, factors), 1.0) if is_scaled else 1.0
+    previous, best_objective = float("inf"), float("inf")
+    negligible = _energy(W) * NEGLIGIBLE
+    for iteration in range(1, max_iter + 1):
+        stretch = _stretch((iteration - 1) / max_iter, relaxation)
+        product = _sweep(W / scale, factors, constraints, curvatures, stretch, backward)
+        if is_scaled:
+            scale = _best_scale(W, product, scale)
+        objective = _energy(W - scale * product)
+        if callback is not None:
+            callback(iteration, objective)
+        if objective < best_objective:
+            best, best_scale, best_objective = list(factors), scale, objective
+        is_stalled = stretch == 1.0 and previous - objective <= tol * objective
+        if is_stalled or objective <= negligible:
+            break
+        previous = objective
+    return _balanced(best, constraints), best_scale, iteration
+
+
+def _balanced(factors: list[Array], constraints: Sequence[Constraint]) -> list[Array]:
+    """Return factors of the same product whose facing columns and rows have equal norms.
+
+    What meets only zeros in the neighbour becomes zero. Sets must allow it.
+    """
+    factors = list(factors)
+    for i, pair in enumerate(itertools.pairwise(constraints)):
+        if all(constraint.is_scale_free for constraint in pair):
+            left, right = factors[i : i + 2]
+            xp = backend.namespace(left)
+            columns = xp.sqrt(xp.linalg.vector_norm(left, axis=0))
+            rows = xp.sqrt(xp.linalg.vector_norm(right, axis=1))
+            is_used = (columns > 0) & (rows > 0)
+            one, zero = xp.ones_like(rows), xp.zeros_like(rows)
+            ratio = xp.where(is_used, rows, zero) / xp.where(is_used, columns, one)
+            inverse = xp.where(is_used, columns, zero) / xp.where(is_used, rows, one)
+            factors[i : i + 2] = left * ratio, inverse[:, None] * right
+    return factors
+
+
+def identity_start(W: Array, constraints: Sequence[Constraint]) -> tuple[list[Array], bool]:
+    """Return identities and the projection of `W`, whose product that is, and `backward`.
+
+    All factors but that of the longer side are square on the shorter side. `backward` makes
+    :func:`palm4msa` begin with an identity; at the projection it would stay.
+    """
+    xp = backend.namespace(W)
+    rows, columns = W.shape
+    is_tall = rows > columns
+    eye = xp.eye(min(rows, columns), dtype=W.dtype, device=backend.device(W))
+    identities = [eye] * (len(constraints) - 1)
+    if is_tall:
+        return [constraints[0].project(W), *identities], True
+    return [*identities, constraints[-1].project(W)], False
+
+
+def _stretch(progress: float, relaxation: float) -> float:
+    """Return how much longer steps are, after a share `progress` of the iterations."""
+    left = min(1.0, max(0.0, (ANNEALED - progress) / (ANNEALED - HELD)))
+    return 1.0 + (relaxation - 1.0) * left
+
+
+def _sweep(
+    W: Array,
+    factors: list[Array],
+    constraints: Sequence[Constraint],
+    curvatures: list[float],
+    stretch: float,
+    backward: bool,
+) -> Array:
+    """Update every factor once, in place; return their product."""
+
+    def join(near: Array | None, far: Array | None) -> Array | None:
+        return _times(far, near) if backward else _times(near, far)
+
+    order = range(len(factors))[:: -1 if backward else 1]
+    ahead: list[Array | None] = [None]
+    for j in reversed(order):
+        ahead.append(join(factors[j], ahead[-1]))
+    product = ahead.pop()
+    done = None
+    for j in order:
+        sides = (ahead.pop(), done) if backward else (done, ahead.pop())
+        factors[j], change, curvatures[j] = _step(
+            factors[j], constraints[j], sides, product - W, curvatures[j], stretch
+        )
+        product = product + change
+        if ahead:
+            done = join(done, factors[j])
+    return product
+
+
+def _step(
+    factor: Array,
+    constraint: Constraint,
+    sides: tuple[Array | None, Array | None],
+    residual: Array,
+    curvature: float,
+    stretch: float,
+) -> tuple[Array, Array, float]:
+    """Take one proximal gradient step on one factor, between the products at its `sides`.
+
+    Returns
+    -------
+    factor : array
+        The new factor.
+    change : array
+        What it adds to the product.
+    curvature : float
+        Where to start the search for the next step.
+    """
+    left, right = sides
+    weights, bound = _weights(sides, constraint.is_scale_free)
+    gradient = _times(_times(_adjoint(left), residual), _adjoint(right)) / weights
+    start = factor * weights
+    while True:
+        target = start - gradient / curvature
+        if constraint.is_scale_free:
+            new = constraint.project(target)
+        else:
+            new = weights * constraint.project(target / weights)
+        step = new - start
+        change = _times(left, _times(step / weights, right))
+        # The curvature along a step never exceeds the bound: no rounding can trap the search.
+        if curvature >= bound or _energy(change) <= stretch * curvature * _energy(step):
+            return new / weights, change, curvature / SHRINK
+        curvature = min(bound, curvature * GROW)
+
+
+def _weights(sides: tuple[Array | None, Array | None], is_scale_free: bool) -> tuple[Array, float]:
+    """Return what the entries of a factor count, and the largest curvature in that metric."""
+    weights, bound = 1.0, 1.0
+    for array, axis in zip(sides, (0, 1), strict=True):
+        if array is None:
+            continue
+        xp = backend.namespace(array)
+        norms = xp.linalg.vector_norm(array, axis=axis, keepdims=True)
+        if not is_scale_free:
+            norms = xp.linalg.vector_norm(norms, keepdims=True) / array.shape[1 - axis] ** 0.5
+        norms = xp.where(norms > 0, norms, xp.ones_like(norms))
+        weights = weights * xp.matrix_transpose(norms)
+        bound *= array.shape[1 - axis]
+    return weights, float(bound)
+
+
+def _best_scale(W: Array, product: Array, scale: float) -> float:
+    """Return the positive scale of `product` nearest to `W`, or `scale` where there is none."""
+    xp = backend.namespace(W)
+    inner = float(xp.real(xp.sum(xp.conj(product) * W)))
+    return inner / _energy(product) if inner > 0 else scale
+
+
+def _times(left: Array | None, right: Array | None) -> Array | None:
+    """Return the product of two matrices, None being the identity."""
+    if left is None or right is None:
+        return right if left is None else left
+    return backend.namespace(left).matmul(left, right)
+
+
+def _adjoint(array: Array | None) -> Array | None:
+    if array is None:
+        return None
+    xp = backend.namespace(array)
+    is_complex = xp.isdtype(array.dtype, "complex floating")
+    return xp.matrix_transpose(xp.conj(array) if is_complex else array)
+
+
+def _energy(array: Array) -> float:
+    """Return the squared Frobenius norm."""
+    xp = backend.namespace(array)
+    flat = xp.reshape(array, (-1,))
+    energy = xp.vecdot(flat, flat)
+    return float(xp.real(energy) if xp.isdtype(array.dtype, "complex floating") else energy)
