@@ -131,7 +131,7 @@ def test_torch_matrices_are_compared_like_numpy_ones():
 
 
 def test_every_registered_method_has_an_estimator_and_a_row():
-    table = compare_projections({"W": MATRICES["a"].copy()})
+    table = compare_projections([np.random.RandomState(0).standard_normal((64, 64))])
     assert [row.method for row in table] == list(METHODS)
     assert [row.message for row in table if row.status == "failed"] == []
     assert all(row.density <= row.requested_density for row in table if row.requested_density)
@@ -156,7 +156,7 @@ def test_rows_can_be_pickled():
         ({"matrices": {}}, "matrices must hold at least one"),
         ({"matrices": [np.ones(3)]}, r"matrices must hold 2-D arrays.*\(3,\).*'0'"),
         ({"methods": []}, "methods must hold at least one"),
-        ({"methods": ["nonsense"]}, "methods must hold names among dsf.*'nonsense'"),
+        ({"methods": ["nonsense"]}, "methods must hold names among .*'nonsense'"),
         ({"methods": ["lowrank", "lowrank"]}, "methods must have different names.*'lowrank'"),
         ({"methods": [("mine", 3)]}, "methods must hold names"),
         ({"densities": []}, "densities must be a sequence"),
