@@ -58,7 +58,7 @@ def butterfly(
     energy = backend.norm(W) ** 2
     xp = backend.namespace(W)
     # Differences of energies below this are rounding.
-    floor = 4 * xp.finfo(W.dtype).eps * energy
+    floor = 64 * xp.finfo(W.dtype).eps * energy
     bases, last = _identify(W, chain)
     error = max(0.0, energy - backend.norm(last) ** 2)
     callback(1, error)

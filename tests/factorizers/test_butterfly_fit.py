@@ -1,0 +1,160 @@
+"""ButterflyFit: fast transforms to rounding, any shape, budgets, permutations."""
+
+import numpy as np
+import pytest
+import scipy.fft
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import hadamard
+
+from matfact import ButterflyFit, LowRank
+
+N = 1024
+EXACT = 1e-12
+
+
+@pytest.mark.parametrize("permutation", ["identity", "auto"])
+def test_hadamard_is_recovered(permutation):
+    model = ButterflyFit(permutation=permutation).fit(hadamard(N).astype(float))
+    assert model.reconstruction_err_ < EXACT
+    assert model.nnz_ == 2 * N * 10
+
+
+@pytest.mark.parametrize("permutation", ["bit_reversal", "auto"])
+@pytest.mark.parametrize("size", [N, 360])
+def test_fourier_transform_is_recovered(permutation, size):
+    model = ButterflyFit(permutation=permutation).fit(np.fft.fft(np.eye(size)))
+    assert model.reconstruction_err_ < EXACT
+
+
+def test_a_given_permutation_is_used():
+    order = np.array([int(f"{i:06b}"[::-1], 2) for i in range(64)])
+    model = ButterflyFit(permutation=order).fit(np.fft.fft(np.eye(64)))
+    assert model.reconstruction_err_ < EXACT
+
+
+def cosine(transform, kind):
+    return transform(np.eye(N), type=kind, axis=0, norm="ortho")
+
+
+@pytest.mark.parametrize(
+    ("W", "permutation"),
+    [
+        (cosine(scipy.fft.dct, 2), "dct"),
+        (cosine(scipy.fft.dct, 2), "auto"),
+        (cosine(scipy.fft.dct, 3), "idct"),
+        (cosine(scipy.fft.dst, 2), "dct"),
+        (cosine(scipy.fft.dst, 3), "auto"),
+    ],
+)
+def test_cosine_and_sine_transforms_are_recovered_with_rank_two(W, permutation):
+    model = ButterflyFit(permutation=permutation, rank=2).fit(W)
+    assert model.reconstruction_err_ < EXACT
+    assert model.density_ < 0.08
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-2, 0.1])
+def test_error_of_a_noisy_butterfly_is_below_the_noise(noise):
+    rng = np.random.default_rng(0)
+    W = hadamard(256) / 256.0
+    noisy = W + noise * rng.standard_normal(W.shape) / 256.0
+    model = ButterflyFit().fit(noisy)
+    assert model.reconstruction_err_ <= noise
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.floats(0.1, 1.0),
+    st.sampled_from(["auto", "square_dyadic", "monarch"]),
+)
+def test_density_is_never_exceeded(rows, columns, density, chain):
+    W = np.random.default_rng(0).standard_normal((rows, columns))
+    try:
+        model = ButterflyFit(chain=chain, density=density, permutation="auto").fit(W)
+    except ValueError as error:
+        assert "density" in str(error)  # noqa: PT017
+        return
+    assert model.nnz_ <= density * W.size
+    assert model.operator_.shape == W.shape
+    assert model.reconstruction_err_ <= 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["auto", "square_dyadic"]))
+def test_without_a_density_any_shape_is_fitted_in_at_most_its_own_values(rows, columns, chain):
+    W = np.random.default_rng(0).standard_normal((rows, columns))
+    model = ButterflyFit(chain=chain).fit(W)
+    assert model.density_ <= 1
+    assert model.reconstruction_err_ < 1
+
+
+def test_full_density_is_exact():
+    W = np.random.default_rng(0).standard_normal((13, 17))
+    assert ButterflyFit(density=1.0).fit(W).reconstruction_err_ < EXACT
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (37, 53)])
+def test_a_budget_is_used_at_least_as_well_as_by_low_rank(shape):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal(shape) * np.linspace(0.1, 1, shape[1])
+    model = ButterflyFit(density=0.25).fit(W)
+    assert model.reconstruction_err_ <= LowRank(density=0.25).fit(W).reconstruction_err_ + EXACT
+
+
+def test_more_density_never_fits_worse():
+    W = np.random.default_rng(0).standard_normal((64, 64))
+    errors = [ButterflyFit(density=d).fit(W).reconstruction_err_ for d in (0.1, 0.2, 0.4, 0.8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_patterns_can_be_listed():
+    patterns = [(1, 4, 8, 4), (4, 8, 4, 1)]
+    model = ButterflyFit(chain=patterns).fit(np.random.default_rng(0).standard_normal((16, 16)))
+    assert [factor.pattern for factor in model.factors_] == patterns == model.patterns_
+
+
+def test_a_listed_chain_larger_than_the_matrix_pads_it():
+    W = np.random.default_rng(0).standard_normal((13, 10))
+    model = ButterflyFit(chain=[(1, 4, 8, 4), (4, 8, 4, 1)]).fit(W)
+    assert model.operator_.shape == W.shape
+    assert model.nnz_ == 256
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64, np.complex128])
+def test_exact_recovery_holds_in_every_precision(dtype):
+    W = np.fft.fft(np.eye(64)) if np.issubdtype(dtype, np.complexfloating) else hadamard(64)
+    model = ButterflyFit(permutation="auto").fit(W.astype(dtype))
+    assert model.operator_.dtype == dtype
+    assert model.reconstruction_err_ < 100 * np.finfo(dtype).eps
+
+
+def test_fit_is_deterministic():
+    W = np.random.default_rng(0).standard_normal((24, 36))
+    models = [ButterflyFit(density=0.3, permutation="auto").fit(W) for _ in range(2)]
+    assert np.array_equal(*(model.operator_.toarray() for model in models))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 1e-3}, "density"),
+        ({"chain": "square_dyadic", "density": 0.05}, "density"),
+        ({"chain": "square_dyadic", "rank": 2, "density": 0.2}, "density"),
+        ({"chain": [(1, 2, 2)]}, "chain must be a name or a list"),
+        ({"chain": []}, "chain must be a name or a list"),
+        ({"chain": [(1, 16, 16, 1)], "rank": 1}, "rank must be None"),
+        ({"chain": [(1, 8, 16, 1)]}, "chain must make a product of at least 16×16"),
+        ({"chain": "circulant"}, "chain"),
+        ({"rank": 0}, "rank"),
+        ({"permutation": np.zeros(16, int)}, "permutation must hold each of 0 … 15 once"),
+        ({"permutation": [1, 0]}, "permutation must hold each of 0 … 15 once"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"tol": -1.0}, "tol"),
+        ({"method": "magic"}, "method"),
+    ],
+)
+def test_bad_parameters_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ButterflyFit(**options).fit(np.eye(16))
