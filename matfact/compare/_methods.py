@@ -14,6 +14,7 @@ from matfact.factorizers import (
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    Palm4MSA,
 )
 
 #: A method: its name in the registry, or a name of one's own and an unfitted estimator.
@@ -40,6 +41,7 @@ class Method:
 # which is the truncated SVD again. Eight blocks fill a quarter of a matrix, as in paper 001.
 #: Every method compared by default, in the order of tables and figures.
 METHODS: dict[str, Method] = {
+    "palm4msa": Method("Palm4MSA", Palm4MSA()),
     "butterfly": Method("Butterfly", ButterflyFit(chain="square_dyadic")),
     "blocksvd": Method("Block SVD", BlockSVD()),
     "monarch": Method("Monarch, 8 blocks", MonarchProjector(n_blocks=8)),
