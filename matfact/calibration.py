@@ -1,7 +1,8 @@
-"""Streaming statistics of a layer's inputs: what data-aware factorizations need to know."""
+"""Streaming statistics of a layer: what data-aware factorizations need to know."""
 
 from __future__ import annotations
 
+import math
 from typing import Self
 
 from matfact import backend
@@ -100,3 +101,89 @@ class InputStatistics:
     def covariance(self) -> Array:
         """Average of ``(x − mean)(x − mean)ᵀ``."""
         return self.second_moment - self.mean[:, None] * self.mean[None, :]
+
+
+class OutputStatistics:
+    """Statistics of a layer's inputs together with its outputs, or with any targets.
+
+    They determine the error of every linear map of the inputs onto the outputs, and thus its least
+    squares fit, also on a subset of the inputs.
+
+    Attributes
+    ----------
+    inputs : InputStatistics
+        Those of the inputs `X`.
+    cross : array of shape (n_features, n_outputs)
+        ``XᵀU`` for the outputs `U`.
+    energy : float
+        ``‖U‖_F²``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact.calibration import OutputStatistics
+    >>> X, U = np.array([[1.0, 0.0], [1.0, 2.0]]), np.array([[3.0], [1.0]])
+    >>> statistics = OutputStatistics().update(X, U)
+    >>> np.linalg.solve(statistics.inputs.gram, statistics.cross)
+    array([[ 3.],
+           [-1.]])
+    """
+
+    def __init__(self) -> None:
+        self.inputs = InputStatistics()
+        self.cross: Array = None
+        self.energy = 0.0
+        self._sum: Array = None
+
+    def update(self, inputs: Array, outputs: Array) -> Self:
+        """Add a batch.
+
+        Parameters
+        ----------
+        inputs : array of shape (n_samples, n_features)
+            Real inputs, of one array library and on one device for all batches.
+        outputs : array of shape (n_samples, n_outputs)
+            What belongs to them, of the same library and device.
+
+        Returns
+        -------
+        self : OutputStatistics
+            The updated statistics.
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit the other's or earlier ones, or an entry is not finite.
+        """
+        if outputs.ndim != 2 or inputs.shape[0] != outputs.shape[0]:
+            raise ValueError(
+                f"outputs must have shape ({inputs.shape[0]}, n_outputs), one row for each input, "
+                f"got {tuple(outputs.shape)}: inconsistent numbers of samples."
+            )
+        if self.cross is not None and outputs.shape[1] != self.cross.shape[1]:
+            raise ValueError(
+                f"outputs must have {self.cross.shape[1]} columns, got {outputs.shape[1]}."
+            )
+        xp = backend.namespace(inputs, outputs)
+        cross = total = energy = 0.0
+        n_samples = int(inputs.shape[0])
+        for start in range(0, n_samples, _SLAB):
+            rows = slice(start, min(start + _SLAB, n_samples))
+            slab = xp.astype(outputs[rows, :], xp.float64)
+            batch = xp.matrix_transpose(xp.astype(inputs[rows, :], xp.float64))
+            cross = cross + xp.matmul(batch, slab)
+            total = total + xp.sum(slab, axis=0)
+            energy += float(xp.sum(slab**2))
+        if not math.isfinite(energy):
+            raise ValueError("outputs must be finite, with squares that do not overflow.")
+        self.inputs.update(inputs)
+        if n_samples:
+            self.cross = cross if self.cross is None else self.cross + cross
+            self._sum = total if self._sum is None else self._sum + total
+            self.energy += energy
+        return self
+
+    @property
+    def mean(self) -> Array:
+        """Mean output, of shape (n_outputs,)."""
+        return self._sum / self.inputs.count

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from matfact import backend
-from matfact.calibration import InputStatistics
+from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.factorizers import LowRank, MagnitudePruner
 
 INTEGERS = hnp.arrays(
@@ -93,3 +93,31 @@ def test_layer_error_of_an_earlier_fit_is_forgotten():
 def test_bad_calibration_is_refused(estimator, calibration, message):
     with pytest.raises(ValueError, match=message):
         estimator.fit(np.ones((3, 4)), calibration=calibration)
+
+
+@settings(deadline=None, max_examples=25)
+@given(INTEGERS, st.integers(0, 12))
+def test_batches_of_outputs_add_up(X, cut):
+    U = X[:, :2] * 3.0 - 1.0
+    streamed = OutputStatistics().update(X[:cut], U[:cut]).update(X[cut:], U[cut:])
+    np.testing.assert_array_equal(streamed.inputs.gram, X.T @ X)
+    np.testing.assert_array_equal(streamed.cross, X.T @ U)
+    np.testing.assert_array_equal(streamed.mean, U.mean(axis=0))
+    assert streamed.energy == (U**2).sum()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [
+        (np.ones((3, 2)), np.ones((2, 1)), "outputs must have shape"),
+        (np.ones((3, 2)), np.ones(3), "outputs must have shape"),
+        (np.ones((3, 2)), np.ones((3, 2)), "outputs must have 1 columns"),
+        (np.ones((3, 4)), np.ones((3, 1)), "batch must have shape"),
+        (np.ones((1, 2)), np.full((1, 1), 1e200), "outputs must be finite"),
+    ],
+)
+def test_bad_outputs_are_refused_and_change_nothing(inputs, outputs, message):
+    statistics = OutputStatistics().update(np.eye(2), np.ones((2, 1)))
+    with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
+        statistics.update(inputs, outputs)
+    assert (statistics.inputs.count, statistics.energy) == (2, 2.0)

@@ -1,0 +1,250 @@
+"""Structured pruning: which hidden units of a two-layer block to keep."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.feature_selection import SelectorMixin
+from sklearn.utils import Tags
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_feature_names, _check_n_features, check_is_fitted
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.calibration import OutputStatistics
+from matfact.factorizers._validation import check_matrix
+from matfact.solvers import cosamp
+from matfact.solvers._callback import History
+
+_SOLVERS = {
+    "least_squares": cosamp.least_squares,
+    "gradient": cosamp.gradient,
+    "ispasp": cosamp.ispasp,
+}
+
+
+class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
+    """Keep the hidden units that rebuild a block's outputs best, and re-solve their weights.
+
+    For a block ``U = H W₂ᵀ`` with activations `H`, it looks for the columns of `H` and the output
+    weights on them with the smallest ``‖U − H_S Wᵀ‖_F`` [1]_ [2]_ [3]_. Any outputs will do, also
+    those of other activation functions, of gated or normalized blocks, or targets. Only second
+    moments are used, so that activations may be streamed through
+    :class:`~matfact.calibration.OutputStatistics`.
+
+    Parameters
+    ----------
+    n_neurons : int, float or None, default=None
+        Hidden units to keep: a number, a fraction of all in (0, 1] (rounded down, at least one),
+        or None for half of them.
+    method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
+        ``"least_squares"`` re-solves the weights in closed form in every iteration; its error is
+        at most that of the others, the published procedures: ``"gradient"`` [1]_ takes gradient
+        steps instead, ``"ispasp"`` [2]_ keeps the weights of the dense block and suits
+        activations that are not negative.
+    max_iter : int, default=50
+        Most iterations; of ``"least_squares"``, from each of its four starting points, where it
+        stops earlier when no exchange of a unit helps.
+
+    Attributes
+    ----------
+    support_ : ndarray of bool of shape (n_features_in_,)
+        Which units are kept.
+    coef_ : array of shape (n_outputs, n_neurons) or (n_neurons,)
+        Output weights of the kept units, on the device of the activations and in their dtype;
+        1-D when the outputs are.
+    reconstruction_err_ : float
+        ``‖U − H_S coef_ᵀ‖_F / ‖U‖_F``.
+    n_iter_ : int
+        Number of iterations.
+    history_ : dict of list
+        ``objective`` (squared relative error of the best selection of the current run) and
+        ``seconds``, one entry an iteration.
+    n_features_in_ : int
+        Number of hidden units of the block.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of `H`, where it has any.
+
+    Notes
+    -----
+    Second moments hold squares, so that a ``reconstruction_err_`` below about 1e-7 is rounding.
+
+    References
+    ----------
+    .. [1] A. Walia, H. K. Jayakumar, S. B. Koride, "Optimized structured neural pruning with
+       auxiliary training", 2022.
+    .. [2] C. R. Wolfe, A. Kyrillidis, "i-SpaSP: structured neural pruning via sparse signal
+       recovery", L4DC 2022.
+    .. [3] D. Needell, J. A. Tropp, "CoSaMP: iterative signal recovery from incomplete and
+       inaccurate samples", Applied and Computational Harmonic Analysis 26, 2009.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact import CoSaMPNeuronSelector
+    >>> H = np.random.RandomState(0).rand(50, 4)
+    >>> H[:, 2] = H[:, 0] + H[:, 1]
+    >>> selector = CoSaMPNeuronSelector(n_neurons=2).fit(H, 3 * H[:, [0]] + 3 * H[:, [1]])
+    >>> bool(selector.support_[2]), bool(selector.reconstruction_err_ < 1e-7)
+    (True, True)
+    >>> selector.transform(H).shape, selector.coef_.shape
+    ((50, 2), (1, 2))
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "n_neurons": [
+            Interval(Integral, 1, None, closed="left"),
+            Interval(Real, 0, 1, closed="right"),
+            None,
+        ],
+        "method": [StrOptions(set(_SOLVERS))],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        n_neurons: int | float | None = None,
+        method: Literal["least_squares", "gradient", "ispasp"] = "least_squares",
+        max_iter: int = 50,
+    ) -> None:
+        self.n_neurons = n_neurons
+        self.method = method
+        self.max_iter = max_iter
+
+    def fit(self, H: Any, y: Any = None) -> Self:
+        """Select hidden units.
+
+        Parameters
+        ----------
+        H : array-like of shape (n_samples, n_hidden) or OutputStatistics
+            Activations of the hidden units, or the statistics of activations and outputs. NumPy,
+            CuPy and torch arrays stay on their device.
+        y : array-like of shape (n_samples, n_outputs) or (n_samples,)
+            The block's outputs `U`, of the library and on the device of `H`; None with
+            statistics.
+
+        Returns
+        -------
+        self : object
+            The fitted selector.
+
+        Raises
+        ------
+        ValueError
+            If a parameter, `H` or `y` is invalid.
+        """
+        self._validate_params()
+        statistics, dtype, one_output = self._statistics(H, y)
+        history = History()
+        solve = _SOLVERS[self.method]
+        result = solve(statistics, self._count(), self.max_iter, history)
+        xp = backend.namespace(result.weights)
+        weights = xp.astype(result.weights, dtype)
+        problem = cosamp.quadratic(statistics)
+        # Of the weights as returned, rounded to the dtype.
+        error = problem.error(result.support, backend.wide(weights) / problem.unit)
+        self.support_ = np.zeros(self.n_features_in_, dtype=bool)
+        self.support_[result.support] = True
+        self.coef_ = weights[:, 0] if one_output else xp.matrix_transpose(weights)
+        self.reconstruction_err_ = float(np.sqrt(error))
+        self.n_iter_ = result.n_iter
+        self.history_ = history.as_dict()
+        return self
+
+    def _statistics(self, H: Any, y: Any) -> tuple[OutputStatistics, Any, bool]:
+        """Return the statistics, the dtype of results, and whether the outputs are 1-D."""
+        if isinstance(H, OutputStatistics):
+            if y is not None:
+                raise ValueError("y must be None when H holds statistics, which include outputs.")
+            if not H.inputs.count:
+                raise ValueError("H must hold statistics of at least one sample, got none.")
+            _check_n_features(self, H.inputs.gram, reset=True)
+            self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
+            return H, H.cross.dtype, False
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
+        H = self._check_input(H, reset=True)
+        if not backend.is_array(y):
+            y = backend.like(np.asarray(y), H)
+        one_output = y.ndim == 1
+        y = check_matrix(y[:, None] if one_output else y, "y")
+        if backend.namespace(y) is not backend.namespace(H):
+            raise ValueError("y must be an array of the library of H.")
+        return OutputStatistics().update(H, y), H.dtype, one_output
+
+    def _count(self) -> int:
+        """Return how many units to keep."""
+        n_hidden = self.n_features_in_
+        wanted = 0.5 if self.n_neurons is None else self.n_neurons
+        if not isinstance(wanted, Integral):
+            # Rounding guards against 0.29 * 100 = 28.999…
+            return max(1, int(round(wanted * n_hidden, 9)))
+        if wanted > n_hidden:
+            raise ValueError(
+                f"n_neurons must be at most the {n_hidden} hidden units, got {wanted}."
+            )
+        return int(wanted)
+
+    def transform(self, X: Any) -> Array:
+        """Return the activations of the kept units.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_hidden)
+            Activations of all hidden units.
+
+        Returns
+        -------
+        array of shape (n_samples, n_neurons)
+            Those of the kept units, of the library and on the device of `X`.
+        """
+        check_is_fitted(self)
+        X = self._check_input(X, reset=False)
+        return backend.namespace(X).take(X, backend.like(self.get_support(True), X), axis=1)
+
+    def inverse_transform(self, X: Any) -> Array:
+        """Return the activations with zeros for the units that were dropped.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_neurons)
+            Activations of the kept units.
+
+        Returns
+        -------
+        array of shape (n_samples, n_hidden)
+            Activations of all units.
+        """
+        check_is_fitted(self)
+        X = check_matrix(X, "X")
+        kept = self.get_support(True)
+        if X.shape[1] != len(kept):
+            raise ValueError(f"X must have {len(kept)} columns, got {X.shape[1]}.")
+        source = np.full(self.n_features_in_, len(kept))
+        source[kept] = np.arange(len(kept))
+        xp = backend.namespace(X)
+        padded = xp.concat([X, xp.zeros_like(X[:, :1])], axis=1)
+        return xp.take(padded, backend.like(source, X), axis=1)
+
+    def _get_support_mask(self) -> np.ndarray:
+        check_is_fitted(self)
+        return self.support_
+
+    def _check_input(self, X: Any, *, reset: bool) -> Array:
+        """Validate activations against the estimator's features, or set them."""
+        _check_feature_names(self, X, reset=reset)
+        array = check_matrix(X, "H" if reset else "X")
+        _check_n_features(self, array, reset=reset)
+        return array
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
+        return tags
