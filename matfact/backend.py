@@ -57,6 +57,11 @@ def like(values: Any, reference: Array, dtype: Any = None) -> Array:
     return xp.asarray(values, dtype=dtype, device=device(reference))
 
 
+def contiguous(array: Array) -> Array:
+    """Return `array`, copied only where NumPy holds it in another than C order."""
+    return np.ascontiguousarray(array) if is_numpy(array) else array
+
+
 def is_half(array: Array) -> bool:
     """Whether `array` has a 16-bit floating dtype, which is stored but not computed in."""
     return str(array.dtype).rpartition(".")[2] in {"float16", "bfloat16"}
@@ -134,3 +139,33 @@ def spd_inverse(matrix: Array) -> Array:
         upper = np.triu(inverse)
         return upper + np.triu(inverse, 1).T
     return namespace(matrix).linalg.inv(matrix)
+
+
+def spd_solve(matrix: Array, rhs: Array) -> Array:
+    """Return the solution `X` of ``matrix X = rhs`` for a symmetric positive definite `matrix`.
+
+    On NumPy both arguments must be C-contiguous and are overwritten.
+    """
+    xp = namespace(matrix)
+    if not is_numpy(matrix):
+        return xp.linalg.solve(matrix, rhs)
+    # In Fortran's eyes the arrays are transposed: Xᵀ L Lᵀ = rhsᵀ, solved in place from the right.
+    potrf = scipy.linalg.get_lapack_funcs("potrf", (matrix,))
+    trsm = scipy.linalg.get_blas_funcs("trsm", (matrix,))
+    factor, info = potrf(matrix.T, lower=True, clean=False, overwrite_a=True)
+    if info:
+        raise np.linalg.LinAlgError("matrix is not positive definite")
+    options = {"side": 1, "lower": 1, "overwrite_b": True}
+    half = trsm(1.0, factor, rhs.T, trans_a=1, **options)
+    return trsm(1.0, factor, half, **options).T
+
+
+def add_diagonal(matrix: Array, values: Array) -> Array:
+    """Return a copy of the square `matrix` with `values` added to its diagonal."""
+    xp = namespace(matrix)
+    if is_numpy(matrix):
+        result = matrix.copy()
+        np.einsum("ii->i", result)[:] += values
+        return result
+    eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device(matrix))
+    return matrix + eye * values

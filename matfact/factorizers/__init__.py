@@ -4,6 +4,7 @@ from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._cosamp import CoSaMPNeuronSelector
+from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
@@ -14,6 +15,7 @@ __all__ = [
     "BlockSVD",
     "ButterflyFit",
     "CoSaMPNeuronSelector",
+    "DoubleSparseFactorizer",
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",

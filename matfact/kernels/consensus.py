@@ -1,0 +1,71 @@
+"""The elementwise passes of ADMM under a sparsity constraint.
+
+The consensus variable `Z` of ADMM is zero off the support and its scaled dual `U` on it, so that
+one array `V` holds both: ``Z = V`` on the support and ``U = V`` elsewhere.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+
+
+def consensus_target(cross: Array, V: Array, support: Array, weights: Array) -> Array:
+    """Return ``cross + diag(weights) (Z − U)``, the right side of the ridge step.
+
+    Parameters
+    ----------
+    cross, V : array of shape (rows, columns)
+        Cross product of the regression, and the state.
+    support : array of bool, of shape (rows, columns)
+        Where the state holds `Z`.
+    weights : array of shape (rows,)
+        Penalty of each row.
+    """
+    if backend.is_numpy(V):
+        out = np.empty_like(cross)
+        _consensus_target(cross, V, support, weights, out)
+        return out
+    return cross + weights[:, None] * backend.namespace(V).where(support, V, -V)
+
+
+def absorb_step(Y: Array, V: Array, support: Array, weights: Array) -> tuple[Array, Array]:
+    """Return the new state ``Y + U`` and its magnitudes ``diag(weights) |Y + U|``.
+
+    Parameters
+    ----------
+    Y : array of shape (rows, columns)
+        Solution of the ridge step; overwritten where that saves memory.
+    V, support : array of shape (rows, columns)
+        The state, and where it holds `Z`.
+    weights : array of shape (rows,)
+        Nonnegative importance of each row.
+    """
+    if backend.is_numpy(V):
+        scores = np.empty_like(Y)
+        _absorb_step(Y, V, support, weights, scores)
+        return Y, scores
+    xp = backend.namespace(V)
+    V = Y + xp.where(support, xp.zeros_like(V), V)
+    return V, weights[:, None] * xp.abs(V)
+
+
+@numba.njit(cache=True, nogil=True)
+def _consensus_target(cross, V, support, weights, out):  # type: ignore[no-untyped-def]
+    for i in range(V.shape[0]):
+        for j in range(V.shape[1]):
+            pull = weights[i] * V[i, j]
+            out[i, j] = cross[i, j] + (pull if support[i, j] else -pull)
+
+
+@numba.njit(cache=True, nogil=True)
+def _absorb_step(Y, V, support, weights, scores):  # type: ignore[no-untyped-def]
+    zero = Y.dtype.type(0)
+    for i in range(V.shape[0]):
+        for j in range(V.shape[1]):
+            value = Y[i, j] + (zero if support[i, j] else V[i, j])
+            Y[i, j] = value
+            scores[i, j] = weights[i] * abs(value)
