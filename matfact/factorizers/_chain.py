@@ -76,10 +76,11 @@ def _is_identity(selection: SelectionFactor) -> bool:
     return rows == columns and bool((selection.index == np.arange(rows)).all())
 
 
-def best_two_factor_chain(W: Array, chains: list[Chain]) -> tuple[Chain, float]:
+def best_two_factor_chain(W: Array, chains: list[Chain]) -> Chain:
     """Return the chain with the nearest Monarch matrix, the first unless others are better."""
+    if len(chains) == 1:
+        return chains[0]
     losses = [monarch_loss(Layout.of(W, chain).arrange(W), chain) for chain in chains]
     # Above the rounding of the losses, so that the choice is never worse than the first.
     losses[0] -= 1e-12 * backend.norm(W) ** 2
-    best = min(range(len(chains)), key=losses.__getitem__)
-    return chains[best], losses[best]
+    return chains[min(range(len(chains)), key=losses.__getitem__)]

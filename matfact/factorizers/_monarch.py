@@ -102,7 +102,7 @@ class MonarchProjector(BaseFactorizer):
         self.rank = rank
 
     def _factorize(self, W: Array, history: History) -> Factorization:
-        chain, _ = best_two_factor_chain(W, self._chains(W.shape))
+        chain = best_two_factor_chain(W, self._chains(W.shape))
         layout = Layout.of(W, chain)
         factors = layout.factors(monarch(layout.arrange(W), chain))
         history(1, backend.norm(W - FactorProduct(factors).toarray()) ** 2)

@@ -11,9 +11,7 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.solvers._callback import Callback
 from matfact.solvers.chains import Chain
-
-#: Below this ratio of a block's sides, the Gram matrix of the shorter one replaces the SVD.
-_GRAM_RATIO = 0.25
+from matfact.solvers.leading import adjoint, leading_range, orthonormal
 
 
 def butterfly(
@@ -78,7 +76,7 @@ def _identify(W: Array, chain: Chain) -> tuple[list[Array], Array]:
     bases, rest = [], W[None, :, :]
     for rows, radix, rank in _cuts(chain):
         blocks = _blocks(rest, rows, radix)
-        bases.append(_leading_range(blocks, rank))
+        bases.append(leading_range(blocks, rank))
         rest = _remainder(bases[-1], blocks)
     return bases, rest
 
@@ -91,7 +89,7 @@ def _sweep(W: Array, chain: Chain, bases: list[Array], last: Array) -> tuple[lis
     for (rows, radix, rank), tail in zip(_cuts(chain), tails, strict=True):
         blocks = _blocks(rest, rows, radix)
         # Least squares divides by the Gram matrix of the tail, which leaves the range alone.
-        improved.append(_orthonormal(xp.matmul(blocks, _adjoint(_split_rank(tail, radix, rank)))))
+        improved.append(orthonormal(xp.matmul(blocks, adjoint(_split_rank(tail, radix, rank)))))
         rest = _remainder(improved[-1], blocks)
     return improved, rest
 
@@ -132,28 +130,10 @@ def _split_rank(rest: Array, radix: int, rank: int) -> Array:
 def _remainder(basis: Array, blocks: Array) -> Array:
     """Return the coefficients of `blocks` in `basis`: what the later factors have to match."""
     xp = backend.namespace(blocks)
-    coefficients = xp.matmul(_adjoint(basis), blocks)
+    coefficients = xp.matmul(adjoint(basis), blocks)
     a, radix, d, rank, columns = coefficients.shape
     coefficients = xp.permute_dims(coefficients, (0, 1, 3, 2, 4))
     return xp.reshape(coefficients, (a * radix, rank * d, columns))
-
-
-def _leading_range(blocks: Array, rank: int) -> Array:
-    """Return the `rank` leading left singular vectors of each block."""
-    xp = backend.namespace(blocks)
-    if blocks.shape[-2] > _GRAM_RATIO * blocks.shape[-1]:
-        return xp.linalg.svd(blocks, full_matrices=False)[0][..., :rank]
-    gram = xp.matmul(blocks, _adjoint(blocks))
-    return xp.flip(xp.linalg.eigh(gram)[1][..., -rank:], axis=-1)
-
-
-def _orthonormal(columns: Array) -> Array:
-    """Return an orthonormal basis of the columns of each block."""
-    xp = backend.namespace(columns)
-    if columns.shape[-1] > 1:
-        return xp.linalg.qr(columns)[0]
-    norms = xp.linalg.vector_norm(columns, axis=-2, keepdims=True)
-    return columns / xp.where(norms == 0, xp.ones_like(norms), norms)
 
 
 def _as_values(basis: Array) -> Array:
@@ -161,11 +141,3 @@ def _as_values(basis: Array) -> Array:
     xp = backend.namespace(basis)
     a, radix, d, rows, rank = basis.shape
     return xp.reshape(xp.permute_dims(basis, (0, 2, 3, 1, 4)), (a, d, rows, radix * rank))
-
-
-def _adjoint(blocks: Array) -> Array:
-    """Return the conjugate transpose of each block."""
-    xp = backend.namespace(blocks)
-    transposed = xp.matrix_transpose(blocks)
-    is_complex = xp.isdtype(blocks.dtype, "complex floating")
-    return xp.conj(transposed) if is_complex else transposed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from matfact import backend
 from matfact.backend import Array
 from matfact.solvers.chains import Chain
+from matfact.solvers.leading import adjoint, leading_range
 
 
 def monarch(W: Array, chain: Chain) -> list[Array]:
@@ -34,10 +35,12 @@ def monarch(W: Array, chain: Chain) -> list[Array]:
         chain.column_radices,
         chain.ranks,
     )
-    U, s, Vh = xp.linalg.svd(_slices(W, chain), full_matrices=False)
-    root = xp.sqrt(s[..., :rank])
-    U = U[..., :rank] * root[..., None, :]
-    Vh = root[..., None] * Vh[..., :rank, :]
+    slices = _slices(W, chain)
+    if rank == 1:
+        U = leading_range(slices, 1)
+    else:  # Gram matrices would lose the small singular values that matter here
+        U = xp.linalg.svd(slices, full_matrices=False)[0][..., :rank]
+    Vh = xp.matmul(adjoint(U), slices)
     U = xp.reshape(xp.permute_dims(U, (1, 2, 0, 3)), (1, left, height, right * rank))
     Vh = xp.reshape(xp.permute_dims(Vh, (0, 2, 1, 3)), (right, 1, rank * left, width))
     return [U, Vh]
@@ -49,11 +52,8 @@ def monarch_loss(W: Array, chain: Chain) -> float:
     slices = backend.wide(_slices(W, chain))
     if slices.shape[-2] > slices.shape[-1]:
         slices = xp.matrix_transpose(slices)
-    adjoint = xp.matrix_transpose(slices)
-    if xp.isdtype(slices.dtype, "complex floating"):
-        adjoint = xp.conj(adjoint)
     # Eigenvalues of Gram matrices take half the time of singular values; they ascend.
-    energies = xp.linalg.eigvalsh(xp.matmul(slices, adjoint))
+    energies = xp.linalg.eigvalsh(xp.matmul(slices, adjoint(slices)))
     return max(0.0, float(xp.sum(energies[..., : energies.shape[-1] - chain.ranks[0]])))
 
 
