@@ -13,6 +13,7 @@ import numpy as np
 import matfact.factorizers
 from benchmarks import machine
 from matfact import backend
+from matfact.constraints import RowColumnSparsity
 
 #: Densifies the factors of a finished fit; not timed.
 Factors = Callable[[], list[np.ndarray]]
@@ -37,7 +38,7 @@ class Method:
     suits : callable
         Whether it can take a matrix.
     largest : int or None
-        Side of the largest matrix that it can do in minutes.
+        Side of the largest square matrix that it can do in minutes.
     sweep : (str, tuple), optional
         Setting that trades error for seconds, and its values.
     trace : callable, optional
@@ -59,26 +60,33 @@ def is_power_of_two(W: np.ndarray) -> bool:
     return W.shape[0] == W.shape[1] and W.shape[0].bit_count() == 1
 
 
+def is_hadamard(W: np.ndarray) -> bool:
+    """Whether `W` is square, of a power of two, with entries ±1."""
+    return is_power_of_two(W) and np.isrealobj(W) and bool((np.abs(W) == 1).all())
+
+
 def ours(name: str, family: str, estimator: str, **options: Any) -> Method:
     """Return the entry of the estimator class called `estimator`, which need not exist yet.
 
-    Fields of :class:`Method` among `options` are set there; the rest goes to the estimator.
+    Fields of :class:`Method` among `options` are set there; the rest goes to the estimator,
+    functions being called with the matrix first.
     """
     fields = {f.name for f in dataclasses.fields(Method)} & set(options)
     entry = {field: options.pop(field) for field in fields}
 
-    def make(density: float, **setting: Any) -> Any:
-        model = getattr(matfact.factorizers, estimator)(**options)
-        if "density" in model.get_params() and family != "butterfly":
+    def fitted(W: np.ndarray, density: float, **setting: Any) -> Any:
+        parameters = {k: v(W) if callable(v) else v for k, v in options.items()} | setting
+        model = getattr(matfact.factorizers, estimator)(**parameters)
+        if family != "butterfly":  # whose supports say how many values are stored
             model.set_params(density=density)
-        return model.set_params(**setting)
+        return model.fit(W)
 
     def fit(W: np.ndarray, density: float, **setting: Any) -> Factors:
-        model = make(density, **setting).fit(W)
+        model = fitted(W, density, **setting)
         return lambda: [backend.to_numpy(factor.toarray()) for factor in model.factors_]
 
     def trace(W: np.ndarray, density: float) -> Trace:
-        history = make(density).fit(W).history_
+        history = fitted(W, density).history_
         scale = 2.0 ** math.floor(math.log2(np.abs(W).max()))  # objectives are those of W ÷ scale
         energy = np.linalg.norm(W.astype(np.float64) / scale) ** 2
         errors = [math.sqrt(max(0.0, value) / energy) for value in history["objective"]]
@@ -148,7 +156,21 @@ OURS = (
     ours("BlockSVD", "block", "BlockSVD"),
     ours("LowRank", "low rank", "LowRank"),
     ours("MagnitudePruner", "low rank", "MagnitudePruner"),
-    ours("ButterflyFit", "butterfly", "ButterflyFit", suits=is_power_of_two),
+    ours(
+        "ButterflyFit", "butterfly", "ButterflyFit", suits=is_power_of_two,
+        permutation=lambda W: "bit_reversal" if np.iscomplexobj(W) else "identity",
+    ),
+    ours(
+        "ButterflyFit, any permutation", "butterfly", "ButterflyFit", suits=is_power_of_two,
+        permutation="auto",
+    ),
+    ours(
+        "Palm4MSA, hierarchical", "butterfly", "Palm4MSA", suits=is_hadamard, hierarchical="left",
+        constraints=lambda W: [RowColumnSparsity(2)] * (len(W).bit_length() - 1),
+        residual_constraints=lambda W: [
+            RowColumnSparsity(len(W) >> i) for i in range(1, len(W).bit_length() - 2)
+        ],
+    ),
 )  # fmt: skip
 
 BASELINES = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.methods import Factors, Method, is_power_of_two
+from benchmarks.methods import Factors, Method, is_hadamard, is_power_of_two
 
 _BACKEND = 2020  #: pyfaust's newer implementation: the same errors as 2016, in less time
 
@@ -108,12 +108,8 @@ def suits_monarch(W: np.ndarray) -> bool:
     return np.isrealobj(W) and W.shape[0] % 8 == 0 and W.shape[1] % 8 == 0
 
 
-def is_hadamard(W: np.ndarray) -> bool:
-    """Whether `W` is square, of a power of two, with entries ±1."""
-    return is_power_of_two(W) and np.isrealobj(W) and bool((np.abs(W) == 1).all())
-
-
 def has_pyfaust() -> bool:
+    """Whether pyfaust is there."""
     return machine.is_installed("pyfaust")
 
 
@@ -125,7 +121,7 @@ def has_lazylinop() -> bool:
 PEERS = (
     Method(
         "pyfaust palm4msa", "double sparse", palm4msa, has_pyfaust,
-        largest=512, sweep=("iterations", (10, 30, 100, 300)),
+        largest=800, sweep=("iterations", (10, 30, 100, 300)),
     ),
     Method("lazylinop ksd (Monarch)", "block", ksd_monarch, has_lazylinop, suits_monarch),
     Method("pyfaust hierarchical", "butterfly", hierarchical, has_pyfaust, is_hadamard, 256),

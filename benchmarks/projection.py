@@ -132,8 +132,11 @@ def new_row(matrix: Matrix, method: Method, setting: Setting) -> Row:
         "dtype": str(matrix.values.dtype), "method": method.name, "family": method.family,
         "setting": setting, "status": "ok", "message": "", "seconds": [],
     }  # fmt: skip
-    if method.largest and max(matrix.values.shape) > method.largest:
-        row |= {"status": "left out", "message": f"slow beyond a side of {method.largest}"}
+    if method.largest and matrix.values.size > method.largest**2:
+        row |= {
+            "status": "left out",
+            "message": f"too slow beyond a side of {method.largest}",
+        }
     return row
 
 
