@@ -104,15 +104,29 @@ class Quadratic:
         inverse = xp.where(sound, 1.0 / xp.where(sound, eigenvalues, 1.0), 0.0)
         return xp.matmul(Q * inverse, xp.matmul(xp.matrix_transpose(Q), cross))
 
-    def gains(self, support: np.ndarray) -> np.ndarray:
+    def fit(self, support: np.ndarray) -> tuple[Array, Array, float]:
+        """Return the inverse Gram matrix of `support`, the weights it gives, and their error.
+
+        Needs units of norm one. A slight ridge makes it cheaper and safer than
+        :meth:`least_squares`, and hardly worse.
+        """
+        gram, cross = self.on(support)
+        if not len(support):
+            return gram, cross, 1.0
+        xp = backend.namespace(gram)
+        eye = xp.eye(len(support), dtype=gram.dtype, device=backend.device(gram))
+        inverse = backend.spd_inverse(gram + _RIDGE * eye)
+        weights = xp.matmul(inverse, cross)
+        gained = float(xp.sum(weights * cross) + _RIDGE * xp.sum(weights**2))
+        error = max(0.0, 1.0 - gained / self.energy) if self.energy else 0.0
+        return inverse, weights, error
+
+    def gains(self, support: np.ndarray, inverse: Array) -> np.ndarray:
         """Return how much each unit lowers the error when it joins `support`, weights re-solved.
 
-        Needs units of norm one. Units of `support` get −1.
+        Needs units of norm one, and the inverse from :meth:`fit`. Units of `support` get −1.
         """
         xp = backend.namespace(self.gram)
-        if not len(support):
-            return backend.to_numpy(xp.sum(self.cross**2, axis=1))
-        inverse = self._inverse(support)
         rows, cross = self.rows(support)
         projected = xp.matmul(inverse, rows)
         # Norm of what is new in each unit, no less than what the ridge makes of it.
@@ -129,16 +143,8 @@ class Quadratic:
         Needs units of norm one.
         """
         xp = backend.namespace(self.gram)
-        inverse = self._inverse(support)
-        weights = xp.matmul(inverse, self.rows(support)[1])
+        inverse, weights, _ = self.fit(support)
         return backend.to_numpy(xp.sum(weights**2, axis=1) / xp.linalg.diagonal(inverse))
-
-    def _inverse(self, support: np.ndarray) -> Array:
-        gram, _ = self.on(support)
-        eye = backend.namespace(gram).eye(
-            len(support), dtype=gram.dtype, device=backend.device(gram)
-        )
-        return backend.spd_inverse(gram + _RIDGE * eye)
 
 
 def quadratic(statistics: OutputStatistics) -> Quadratic:
@@ -186,33 +192,41 @@ def least_squares(
         ispasp(statistics, n_neurons, max_iter).support,
     ]
     runs: list[Selection] = []
-    for support in starts:
-        start = _solved(scaled, support, runs[-1].n_iter if runs else 0)
-        runs.append(_pursue(scaled, start, n_neurons, max_iter, callback))
+    for start in starts:
+        done = runs[-1].n_iter if runs else 0
+        runs.append(_pursue(scaled, start, n_neurons, (done, done + max_iter), callback))
     best = dataclasses.replace(min(runs, key=lambda run: run.error), n_iter=runs[-1].n_iter)
     norms = backend.namespace(norms).take(norms, backend.like(best.support, norms))
     return dataclasses.replace(best, weights=best.weights * scaled.unit / norms[:, None])
 
 
 def _pursue(
-    scaled: Quadratic, best: Selection, n_neurons: int, max_iter: int, callback: Callback | None
+    scaled: Quadratic,
+    support: np.ndarray,
+    n_neurons: int,
+    iterations: tuple[int, int],
+    callback: Callback | None,
 ) -> Selection:
-    """Improve a selection until no exchange of one unit does."""
-    newcomers, n_iter = n_neurons, best.n_iter
-    last = n_iter + max_iter
+    """Improve a support until no exchange of one unit does, with iterations numbered so."""
+    n_iter, last = iterations
+    inverse, _, error = scaled.fit(support)
+    gains = scaled.gains(support, inverse)
+    newcomers = n_neurons
     while newcomers and n_iter < last:
         n_iter += 1
-        joined = np.union1d(best.support, _largest(scaled.gains(best.support), newcomers))
-        kept = _largest(scaled.costs(joined), n_neurons)
-        tried = _solved(scaled, joined[kept], n_iter)
-        # Starting from nothing, any full support is progress.
-        if len(best.support) < n_neurons or tried.error < best.error * (1.0 - _PROGRESS):
-            best = tried
+        joined = np.union1d(support, _largest(gains, newcomers))
+        tried = np.sort(joined[_largest(scaled.costs(joined), n_neurons)])
+        inverse, _, tried_error = scaled.fit(tried)
+        # From nothing, any full support is progress.
+        if len(support) < n_neurons or tried_error < error * (1.0 - _PROGRESS):
+            support, error = tried, tried_error
+            gains = scaled.gains(support, inverse)
         else:
             newcomers //= 2
         if callback is not None:
-            callback(n_iter, best.error)
-    return dataclasses.replace(best, n_iter=n_iter)
+            callback(n_iter, error)
+    weights = scaled.least_squares(support)
+    return Selection(support, weights, scaled.error(support, weights), n_iter)
 
 
 def _eliminate(scaled: Quadratic, n_neurons: int) -> np.ndarray:
@@ -311,12 +325,3 @@ def ispasp(
 def _largest(values: np.ndarray, k: int) -> np.ndarray:
     """Return the positions of the `k` largest values, of the first among equals."""
     return np.argsort(-values, kind="stable")[:k]
-
-
-def _solved(scaled: Quadratic, support: np.ndarray, n_iter: int) -> Selection:
-    """Return `support` in order, with its best weights."""
-    support = np.sort(support)
-    if not len(support):
-        return Selection(support, scaled.cross[:0, :], 1.0, n_iter)
-    weights = scaled.least_squares(support)
-    return Selection(support, weights, scaled.error(support, weights), n_iter)
