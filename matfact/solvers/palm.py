@@ -15,8 +15,8 @@ from matfact.solvers._callback import Callback
 RELAXATION = 1.8
 #: Shares of the iterations after which the longest step begins to shrink, and has shrunk to 1.
 HELD, ANNEALED = 0.5, 0.95
-#: Share of the energy of `W` below which nothing is left to approximate.
-NEGLIGIBLE = 1e-30
+#: Relative error, in units of rounding, below which nothing is left to approximate.
+NEGLIGIBLE = 32
 #: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
 SHRINK, GROW = 1.25, 1.3
 
@@ -39,14 +39,14 @@ def palm4msa(
     spectral norms, which only bounds it. Where the set allows it, columns left and rows right of
     a factor count with unit norm, a diagonal preconditioner. And the first steps are longer than
     descent permits, so that supports keep changing; they shrink to the length that makes every
-    further iteration descend. The best iterate is returned.
+    further iteration descend. The best iterate is returned, which is never worse than the start.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         The matrix.
     factors : sequence of array
-        Where to start, with shapes that chain; members of their sets or not.
+        Where to start, with shapes that chain; projected first.
     constraints : sequence of Constraint
         One set for each factor.
     max_iter : int
@@ -74,17 +74,20 @@ def palm4msa(
     .. [1] L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
        and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
     """
-    factors = list(factors)
+    factors = [c.project(f) for c, f in zip(constraints, factors, strict=True)]
+    product = functools.reduce(backend.namespace(W).matmul, factors)
     curvatures = [1.0] * len(factors)
+    is_scaled = not all(constraint.is_cone for constraint in constraints)
+    scale = _best_scale(W, product, 1.0) if is_scaled else 1.0
+    objective = _energy(W - scale * product)
+    best, best_scale, best_objective = list(factors), scale, objective
+    negligible = _energy(W) * (NEGLIGIBLE * backend.namespace(W).finfo(W.dtype).eps) ** 2
     if len(factors) == 1:
         relaxation = 1.0  # the first step is the projection of W: nothing to explore
-    is_scaled = not all(constraint.is_cone for constraint in constraints)
-    scale = _best_scale(W, functools.reduce(_times, factors), 1.0) if is_scaled else 1.0
-    previous, best_objective = float("inf"), float("inf")
-    negligible = _energy(W) * NEGLIGIBLE
     for iteration in range(1, max_iter + 1):
+        previous = objective
         stretch = _stretch((iteration - 1) / max_iter, relaxation)
-        product = _sweep(W / scale, factors, constraints, curvatures, stretch, backward)
+        product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
         if is_scaled:
             scale = _best_scale(W, product, scale)
         objective = _energy(W - scale * product)
@@ -95,7 +98,6 @@ def palm4msa(
         is_stalled = stretch == 1.0 and previous - objective <= tol * objective
         if is_stalled or objective <= negligible:
             break
-        previous = objective
     return _balanced(best, constraints), best_scale, iteration
 
 
@@ -144,21 +146,21 @@ def _stretch(progress: float, relaxation: float) -> float:
 def _sweep(
     W: Array,
     factors: list[Array],
+    product: Array,
     constraints: Sequence[Constraint],
     curvatures: list[float],
     stretch: float,
     backward: bool,
 ) -> Array:
-    """Update every factor once, in place; return their product."""
+    """Update every factor once, in place, and return their `product`, which the steps keep up."""
 
     def join(near: Array | None, far: Array | None) -> Array | None:
         return _times(far, near) if backward else _times(near, far)
 
     order = range(len(factors))[:: -1 if backward else 1]
     ahead: list[Array | None] = [None]
-    for j in reversed(order):
+    for j in reversed(order[1:]):
         ahead.append(join(factors[j], ahead[-1]))
-    product = ahead.pop()
     done = None
     for j in order:
         sides = (ahead.pop(), done) if backward else (done, ahead.pop())

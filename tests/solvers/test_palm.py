@@ -1,0 +1,210 @@
+"""PALM on many layers: descent, exact cases, warm starts, every array library."""
+
+import array_api_strict
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matfact import backend
+from matfact.constraints import (
+    CONSTRAINTS,
+    BlockDiagonal,
+    ColumnSparsity,
+    FixedSupport,
+    GlobalSparsity,
+    LowRank,
+    NMSparsity,
+    RowColumnSparsity,
+    RowSparsity,
+    UnitNormColumns,
+)
+from matfact.solvers import palm
+from matfact.solvers.hierarchical import hierarchical_palm4msa
+from matfact.solvers.palm import identity_start, palm4msa
+
+PARAMETERS = {
+    "block_diagonal": BlockDiagonal(3),
+    "column_sparsity": ColumnSparsity(3),
+    "fixed_support": FixedSupport(np.tri(9, k=2)),
+    "global_sparsity": GlobalSparsity(30),
+    "low_rank": LowRank(2),
+    "n_m_sparsity": NMSparsity(1, 3),
+    "row_column_sparsity": RowColumnSparsity(2),
+    "row_sparsity": RowSparsity(3),
+}
+EVERY = [PARAMETERS[name] if name in PARAMETERS else CONSTRAINTS[name]() for name in CONSTRAINTS]
+
+
+def butterfly_supports(n):
+    """The supports whose product is dense, the factor of the longest stride first."""
+    halvings = range(n.bit_length() - 1)
+    return [np.kron(np.kron(np.eye(1 << i), np.ones((2, 2))), np.eye(n >> i + 1)) for i in halvings]
+
+
+def residual_error(W, factors, scale=1.0):
+    return np.linalg.norm(W - scale * np.linalg.multi_dot([*factors, np.eye(W.shape[1])]))
+
+
+def solve(W, constraints, **options):
+    start, backward = identity_start(W, constraints)
+    return palm4msa(W, start, constraints, backward=backward, **options)
+
+
+@pytest.mark.parametrize("first", EVERY, ids=repr)
+def test_every_constraint_holds_and_the_result_is_no_worse_than_the_start(first, rng):
+    W = rng.standard_normal((9, 9))
+    constraints = [first, GlobalSparsity(50)]
+    start, backward = identity_start(W, constraints)
+    projected = [c.project(f) for c, f in zip(constraints, start, strict=True)]
+    factors, scale, _ = palm4msa(W, start, constraints, backward=backward, max_iter=30)
+    for constraint, factor in zip(constraints, factors, strict=True):
+        if isinstance(constraint, RowColumnSparsity):  # its support depends on the values
+            assert np.count_nonzero(factor) <= constraint.nnz(factor.shape)
+        else:
+            np.testing.assert_allclose(constraint.project(factor), factor, atol=1e-12)
+    assert residual_error(W, factors, scale) <= residual_error(W, projected) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("first", EVERY, ids=repr)
+def test_unstretched_steps_descend(first, rng):
+    objectives = []
+    constraints = [first, GlobalSparsity(50)]
+    solve(
+        rng.standard_normal((9, 9)),
+        constraints,
+        relaxation=1.0,
+        max_iter=40,
+        tol=0.0,
+        callback=lambda _, objective: objectives.append(objective),
+    )
+    if isinstance(first, RowColumnSparsity):
+        return  # its projection is not a nearest point, so that descent is not promised
+    objectives = np.asarray(objectives)
+    # Sets of one norm are scaled to fit after each sweep, which descends too.
+    assert np.all(np.diff(objectives) <= 1e-12 * objectives[0])
+
+
+def test_longer_first_steps_find_better_supports(rng):
+    W = rng.standard_normal((64, 64))
+    constraints = [GlobalSparsity(400), GlobalSparsity(624)]
+    short, long = (solve(W, constraints, relaxation=r)[0] for r in (1.0, palm.RELAXATION))
+    assert residual_error(W, long) < 0.95 * residual_error(W, short)
+
+
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    n_factors=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["normal", "zero", "ones", "rank one"]),
+)
+@settings(deadline=None, max_examples=25)
+def test_the_result_is_finite_and_never_worse_than_the_start(rows, columns, n_factors, seed, kind):
+    rng = np.random.default_rng(seed)
+    W = {
+        "normal": rng.standard_normal((rows, columns)),
+        "zero": np.zeros((rows, columns)),
+        "ones": np.ones((rows, columns)),
+        "rank one": np.outer(rng.standard_normal(rows), rng.standard_normal(columns)),
+    }[kind]
+    constraints = [GlobalSparsity(max(rows, columns))] * n_factors
+    start, _ = identity_start(W, constraints)
+    factors, _, _ = solve(W, constraints, max_iter=15)
+    assert residual_error(W, factors) <= residual_error(W, start) * (1 + 1e-12) + 1e-12
+
+
+def test_objective_is_that_of_the_returned_factors(rng):
+    W = rng.standard_normal((20, 30))
+    objectives = []
+    factors, _, n_iter = solve(
+        W,
+        [GlobalSparsity(100), GlobalSparsity(100)],
+        callback=lambda _, objective: objectives.append(objective),
+    )
+    assert len(objectives) == n_iter
+    assert residual_error(W, factors) ** 2 == pytest.approx(min(objectives), rel=1e-10)
+
+
+def test_facing_columns_and_rows_have_equal_norms(rng):
+    W = rng.standard_normal((20, 30))
+    (left, right), _, _ = solve(W, [GlobalSparsity(100), GlobalSparsity(100)])
+    np.testing.assert_allclose(np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1))
+
+
+def test_one_factor_is_the_projection(rng):
+    W = rng.standard_normal((6, 8))
+    (factor,), _, n_iter = solve(W, [GlobalSparsity(10)])
+    np.testing.assert_array_equal(factor, GlobalSparsity(10).project(W))
+    assert n_iter == 1
+
+
+def test_low_rank_and_sparse_layers_recover_a_low_rank_matrix(rng):
+    W = rng.standard_normal((12, 2)) @ rng.standard_normal((2, 12))
+    factors, _, _ = solve(W, [LowRank(2), GlobalSparsity(144)], max_iter=300)
+    assert residual_error(W, factors) < 1e-8 * np.linalg.norm(W)
+
+
+def test_unit_norm_columns_come_with_a_scale(rng):
+    dictionary = rng.standard_normal((10, 10))
+    W = 3 * dictionary / np.linalg.norm(dictionary, axis=0)
+    (atoms, code), scale, _ = solve(W, [UnitNormColumns(), UnitNormColumns()], max_iter=300)
+    np.testing.assert_allclose(np.linalg.norm(atoms, axis=0), 1)
+    np.testing.assert_allclose(np.linalg.norm(code, axis=0), 1)
+    assert residual_error(W, [atoms, code], scale) < 0.01 * np.linalg.norm(W)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("transform", ["hadamard", "dft"])
+def test_hierarchical_recovers_fast_transforms(side, transform):
+    n = 64
+    if transform == "hadamard":
+        W = scipy.linalg.hadamard(n) / np.sqrt(n)
+    else:
+        reversal = np.arange(n).reshape((2,) * 6).T.ravel()
+        W = scipy.linalg.dft(n, scale="sqrtn")[:, reversal]
+    supports = butterfly_supports(n)
+    residuals = [
+        np.linalg.multi_dot([*part, np.eye(n)]) for part in _residual_parts(supports, side)
+    ]
+    factors, _, _ = hierarchical_palm4msa(
+        W, [FixedSupport(s) for s in supports], [FixedSupport(s) for s in residuals], side=side
+    )
+    assert residual_error(W, factors) < 1e-13 * np.linalg.norm(W)
+
+
+def _residual_parts(supports, side):
+    indices = range(len(supports) - 2)
+    return [supports[: i + 2] if side == "right" else supports[i + 1 :] for i in indices]
+
+
+def test_a_stopping_callback_reaches_the_caller(rng):
+    def stop(iteration, objective):
+        if iteration == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(rng.standard_normal((9, 9)), [GlobalSparsity(30)] * 2, callback=stop)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("library", ["array_api_strict", "torch"])
+def test_array_libraries_agree(library, dtype, rng):
+    xp = array_api_strict if library == "array_api_strict" else pytest.importorskip("torch")
+    W = rng.standard_normal((12, 8))
+    W = (W + 1j * rng.standard_normal((12, 8)) if "complex" in dtype else W).astype(dtype)
+    # On fixed supports rounding cannot grow: no support changes.
+    constraints = [FixedSupport(np.tri(12, 8)), FixedSupport(np.tri(8).T)]
+    expected, _, _ = solve(W, constraints, max_iter=10)
+    factors, _, _ = solve(xp.asarray(W), constraints, max_iter=10)
+    for factor, reference in zip(factors, expected, strict=True):
+        assert factor.dtype == getattr(xp, dtype)
+        np.testing.assert_allclose(
+            backend.to_numpy(factor), reference, atol=1e3 * np.finfo(dtype).eps
+        )
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
