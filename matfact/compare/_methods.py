@@ -11,6 +11,7 @@ from matfact.factorizers import (
     BaseFactorizer,
     BlockSVD,
     ButterflyFit,
+    DoubleSparseFactorizer,
     LowRank,
     MagnitudePruner,
     MonarchProjector,
@@ -41,6 +42,7 @@ class Method:
 # which is the truncated SVD again. Eight blocks fill a quarter of a matrix, as in paper 001.
 #: Every method compared by default, in the order of tables and figures.
 METHODS: dict[str, Method] = {
+    "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
     "palm4msa": Method("Palm4MSA", Palm4MSA()),
     "butterfly": Method("Butterfly", ButterflyFit(chain="square_dyadic")),
     "blocksvd": Method("Block SVD", BlockSVD()),

@@ -96,10 +96,13 @@ def _draw_panel(
             if (errors := _errors(rows, method, size))
         }
         dots = [(place, error) for place, errors in groups.items() for error in errors]
-        axes.plot(*np.reshape(dots, (-1, 2)).T, ".", color=color, alpha=0.45, markersize=5)
+        axes.plot(
+            *np.reshape(dots, (-1, 2)).T, ".", color=color, markersize=6,
+            markeredgecolor="white", markeredgewidth=0.5, zorder=3,  # in front of their mean
+        )  # fmt: skip
         axes.plot(
             list(groups), [float(np.mean(errors)) for errors in groups.values()], marker,
-            color=color, markersize=9, markeredgecolor="white", label=label(method),
+            color=color, alpha=0.6, markersize=11, markeredgewidth=0, label=label(method),
         )  # fmt: skip
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.5, len(sizes) - 0.5)
