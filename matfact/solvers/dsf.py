@@ -15,8 +15,9 @@ from matfact.solvers.admm import SparseState, refit_values, sparse_regression
 #: geometric in between.
 EXPLORE = (0.03, 0.75)
 SETTLE = (1.2, 0.84)
-#: Share of the nonzeros allowed in the first sweep; it grows linearly to all of them.
-INITIAL_SHARE = 0.5
+#: The share of the nonzeros allowed in the first sweep, which grows linearly to all of them: the
+#: first number, and so many nonzeros more in each row of the square factor.
+INITIAL_SHARE, INITIAL_EXTRA = 0.5, 2.4
 #: Share of the sweeps after which penalties and supports stay as they end.
 ANNEALED = 0.95
 #: Conjugate gradient steps on the values of each factor once the supports are found.
@@ -68,7 +69,8 @@ def dsf(
     energy = backend.norm(W) ** 2
     negligible = energy * float(xp.finfo(W.dtype).eps) ** 2
     gram = _gram(B.solution)
-    for sweep, (share, penalties) in enumerate(_schedule(max_iter), start=1):
+    initial_share = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * W.shape[0] / left_nnz)
+    for sweep, (share, penalties) in enumerate(_schedule(max_iter, initial_share), start=1):
         cross = xp.matmul(B.solution, xp.matrix_transpose(W))
         A = sparse_regression(gram, cross, A, _grown(left_nnz, share), penalties)
         gram_left, cross = _gram(A.solution), xp.matmul(A.solution, W)
@@ -133,12 +135,12 @@ def _gram(M: Array) -> Array:
     return xp.matmul(M, xp.matrix_transpose(M))
 
 
-def _schedule(max_iter: int) -> Iterator[tuple[float, tuple[float, float]]]:
+def _schedule(max_iter: int, initial_share: float) -> Iterator[tuple[float, tuple[float, float]]]:
     """Yield the share of the nonzeros allowed and the penalties of each sweep."""
     for sweep in range(1, max_iter + 1):
         time = min(1.0, sweep / (ANNEALED * max_iter))
         penalties = (_geometric(*EXPLORE, time), _geometric(*SETTLE, time))
-        yield INITIAL_SHARE + (1.0 - INITIAL_SHARE) * time, penalties
+        yield initial_share + (1.0 - initial_share) * time, penalties
 
 
 def _geometric(start: float, end: float, time: float) -> float:
