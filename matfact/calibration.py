@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Self
 
 from matfact import backend
@@ -10,6 +9,15 @@ from matfact.backend import Array
 
 #: Rows converted to double precision at a time, which bounds the extra memory.
 _SLAB = 4096
+
+#: Entries must be smaller, so that no sum of their squares overflows.
+_LARGEST = 1e150
+
+
+def _check_size(batch: Array, name: str) -> None:
+    """Raise ``ValueError`` if squares of entries of `batch` could overflow, or if one is NaN."""
+    if not backend.max_abs(batch) < _LARGEST:
+        raise ValueError(f"{name} must be finite, with entries smaller than {_LARGEST:g}.")
 
 
 class InputStatistics:
@@ -68,6 +76,7 @@ class InputStatistics:
             raise ValueError(f"batch must have shape {expected}, got {tuple(batch.shape)}.")
         if not batch.shape[0]:
             return self
+        _check_size(batch, "batch")
         xp = backend.namespace(batch)
         gram = total = 0.0
         n_samples = int(batch.shape[0])
@@ -75,8 +84,6 @@ class InputStatistics:
             slab = xp.astype(batch[start : min(start + _SLAB, n_samples), :], xp.float64)
             gram = gram + xp.matmul(xp.matrix_transpose(slab), slab)
             total = total + xp.sum(slab, axis=0)
-        if not bool(xp.all(xp.isfinite(gram))):
-            raise ValueError("batch must be finite, with squares that do not overflow.")
         self.gram = gram if self.gram is None else self.gram + gram
         self._sum = total if self._sum is None else self._sum + total
         self.count += n_samples
@@ -164,6 +171,8 @@ class OutputStatistics:
             raise ValueError(
                 f"outputs must have {self.cross.shape[1]} columns, got {outputs.shape[1]}."
             )
+        _check_size(outputs, "outputs")
+        self.inputs.update(inputs)
         xp = backend.namespace(inputs, outputs)
         cross = total = energy = 0.0
         n_samples = int(inputs.shape[0])
@@ -174,9 +183,6 @@ class OutputStatistics:
             cross = cross + xp.matmul(batch, slab)
             total = total + xp.sum(slab, axis=0)
             energy += float(xp.sum(slab**2))
-        if not math.isfinite(energy):
-            raise ValueError("outputs must be finite, with squares that do not overflow.")
-        self.inputs.update(inputs)
         if n_samples:
             self.cross = cross if self.cross is None else self.cross + cross
             self._sum = total if self._sum is None else self._sum + total
