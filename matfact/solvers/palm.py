@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 from matfact import backend
@@ -46,7 +47,7 @@ def palm4msa(
     W : array of shape (rows, columns)
         The matrix.
     factors : sequence of array
-        Where to start, with shapes that chain; projected first.
+        Where to start, with shapes that chain; projected, and scaled to fit, first.
     constraints : sequence of Constraint
         One set for each factor.
     max_iter : int
@@ -78,7 +79,10 @@ def palm4msa(
     product = functools.reduce(backend.namespace(W).matmul, factors)
     curvatures = [1.0] * len(factors)
     is_scaled = not all(constraint.is_cone for constraint in constraints)
-    scale = _best_scale(W, product, 1.0) if is_scaled else 1.0
+    scale = _best_scale(W, product, 1.0)
+    if not is_scaled:
+        power = 2.0 ** round(math.log2(scale))  # rounds nothing, and the steps find the rest
+        factors[0], product, scale = power * factors[0], power * product, 1.0
     objective = _energy(W - scale * product)
     best, best_scale, best_objective = list(factors), scale, objective
     negligible = _energy(W) * (NEGLIGIBLE * backend.namespace(W).finfo(W.dtype).eps) ** 2
