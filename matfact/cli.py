@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -135,9 +136,9 @@ def _study(
     comparison = _compare(console, matrices, run)
     comparison.metadata |= {"weights": loaded.source, "cut": cut}
     console.print(summary_table(comparison))
-    for row in comparison:
-        if row.status != "ok":
-            console.print(f"Failed: {row.method} on {row.matrix}: {row.message}", markup=False)
+    failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")
+    for (method, size, message), count in failed.items():
+        console.print(f"Failed: {method} at size {size} ({count}×): {message}", markup=False)
     _write(console, comparison, output)
     return comparison
 

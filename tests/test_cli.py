@@ -78,7 +78,7 @@ def test_without_matplotlib_the_rest_is_written(weights, invoke, tmp_path, monke
 def test_failed_fits_are_listed_and_others_kept(weights, invoke, tmp_path):
     result = invoke(weights, *COMMON, "--density", "0.1", "--output", tmp_path / "out")
     assert result.exit_code == 0
-    assert "Failed: lowrank on layer." in result.output
+    assert "Failed: lowrank at size 8 (2×): density=0.1" in result.output
     rows = Comparison.from_json(tmp_path / "out" / "comparison.json")
     assert {row.status for row in rows if row.method == "magnitude"} == {"ok"}
 
