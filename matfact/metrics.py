@@ -27,11 +27,11 @@ def relative_error(W: Array, W_hat: Array) -> float:
         0 when both are zero, infinity when only `W` is.
     """
     W, W_hat = backend.wide(W), backend.wide(W_hat)
-    scale = max(backend.max_abs(W), backend.max_abs(W_hat))
+    scale = backend.power_of_two(max(backend.max_abs(W), backend.max_abs(W_hat)))
     if scale == 0.0:
         return 0.0
-    total = backend.norm(W / scale)
-    error = backend.norm(W / scale - W_hat / scale)
+    W, W_hat = W * (1 / scale), W_hat * (1 / scale)
+    error, total = backend.norm(W - W_hat), backend.norm(W)
     return error / total if total else math.inf
 
 
