@@ -188,6 +188,8 @@ def even_odd(n: int) -> np.ndarray:
 
 def _near_divisor(n: int, target: float) -> int:
     """Return the divisor of `n` nearest in ratio to `target`, or the integer if none is near."""
-    divisors = [k for k in range(1, n + 1) if n % k == 0]
-    nearest = min(divisors, key=lambda k: abs(math.log(k / target)))
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    nearest = min(
+        [*small, *(n // k for k in reversed(small))], key=lambda k: abs(math.log(k / target))
+    )
     return nearest if 2 / 3 <= nearest / target <= 3 / 2 else min(n, round(target))
