@@ -32,6 +32,11 @@ def is_array(obj: Any) -> bool:
     return array_api_compat.is_array_api_obj(obj)
 
 
+def detached(array: Array) -> Array:
+    """Return `array` cut from the graph that gradients would flow through (torch only)."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
 def device(array: Array) -> Any:
     """Return the device `array` lives on."""
     return array_api_compat.device(array)
@@ -40,7 +45,7 @@ def device(array: Array) -> Any:
 def to_numpy(array: Array) -> np.ndarray:
     """Copy `array` to host memory as a NumPy array (16-bit floats arrive as float32)."""
     if array_api_compat.is_torch_array(array):
-        array = array.detach().cpu().resolve_conj()
+        array = detached(array).cpu().resolve_conj()
         return (array.float() if is_half(array) else array).numpy()
     if array_api_compat.is_cupy_array(array):
         array = array.get()

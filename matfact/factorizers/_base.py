@@ -165,7 +165,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             raise ValueError(
                 f"W must have the shape that was fitted, {self.operator_.shape}, to be scored; "
                 f"got {tuple(W.shape)}. In a grid search, fit and score the whole matrix with "
-                "cv=[(slice(None), slice(None))]."
+                "cv=[(np.arange(len(W)), np.arange(len(W)))]."
             )
         return -metrics.relative_error(W, self.operator_.astype(W.dtype).toarray())
 

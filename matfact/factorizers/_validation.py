@@ -38,6 +38,7 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
         )  # fmt: skip
         if W.dtype.kind in "OUS":
             W = W.astype(np.float64)
+    W = backend.detached(W)
     xp = backend.namespace(W)
     shape = tuple(int(n) for n in W.shape)
     if len(shape) != 2:

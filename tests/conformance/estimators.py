@@ -1,0 +1,34 @@
+"""The estimators every conformance test runs over."""
+
+from matfact import (
+    BlockSVD,
+    ButterflyFit,
+    CoSaMPNeuronSelector,
+    DoubleSparseFactorizer,
+    LowRank,
+    MagnitudePruner,
+    MonarchProjector,
+    Palm4MSA,
+)
+
+FACTORIZERS = {
+    "dsf": DoubleSparseFactorizer(max_iter=30),
+    "palm4msa": Palm4MSA(max_iter=30),
+    "palm4msa-hierarchical": Palm4MSA(n_factors=3, hierarchical="left", max_iter=10),
+    "butterfly": ButterflyFit(),
+    "blocksvd": BlockSVD(),
+    "monarch": MonarchProjector(),
+    "lowrank": LowRank(),
+    "magnitude": MagnitudePruner(),
+}
+
+ESTIMATORS = [
+    DoubleSparseFactorizer(),
+    Palm4MSA(),
+    ButterflyFit(),
+    BlockSVD(),
+    MonarchProjector(),
+    LowRank(),
+    MagnitudePruner(),
+    CoSaMPNeuronSelector(),
+]
