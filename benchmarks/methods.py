@@ -14,8 +14,10 @@ import matfact.factorizers
 from benchmarks import machine
 from matfact import backend
 from matfact.constraints import RowColumnSparsity
+from matfact.operators import Factor, SelectionFactor
 
-#: Densifies the factors of a finished fit; not timed.
+#: Densifies the factors of a finished fit; not timed. A boolean factor stands for a permutation
+#: or a crop that is kept as indices and stores no value.
 Factors = Callable[[], list[np.ndarray]]
 #: Seconds and relative error after each iteration of one fit.
 Trace = list[tuple[float, float]]
@@ -83,7 +85,7 @@ def ours(name: str, family: str, estimator: str, **options: Any) -> Method:
 
     def fit(W: np.ndarray, density: float, **setting: Any) -> Factors:
         model = fitted(W, density, **setting)
-        return lambda: [backend.to_numpy(factor.toarray()) for factor in model.factors_]
+        return lambda: [densify(factor) for factor in model.factors_]
 
     def trace(W: np.ndarray, density: float) -> Trace:
         history = fitted(W, density).history_
@@ -98,6 +100,11 @@ def ours(name: str, family: str, estimator: str, **options: Any) -> Method:
     if entry.get("sweep"):
         entry["trace"] = trace
     return Method(f"matfact {name}", family, fit, is_present=is_present, **entry)
+
+
+def densify(factor: Factor) -> np.ndarray:
+    dense = backend.to_numpy(factor.toarray())
+    return dense != 0 if isinstance(factor, SelectionFactor) else dense
 
 
 def truncated_svd(W: np.ndarray, density: float) -> Factors:

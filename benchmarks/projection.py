@@ -162,9 +162,9 @@ def fit_once(matrix: Matrix, method: Method, setting: Setting, row: Row, density
 
 def evaluate(W: np.ndarray, factors: list[np.ndarray]) -> dict[str, float]:
     """Return stored values and errors of a product, in double precision."""
+    nnz = sum(int(np.count_nonzero(factor)) for factor in factors if factor.dtype != bool)
     wide = np.complex128 if np.iscomplexobj(W) else np.float64
     W, factors = W.astype(wide), [factor.astype(wide) for factor in factors]
-    nnz = sum(map(stored_values, factors))
     energies = np.sort(np.abs(W), axis=None) ** 2
     relative = np.linalg.norm(W - functools.reduce(np.matmul, factors)) / np.linalg.norm(W)
     pruned = np.sqrt(energies[: max(0, W.size - nnz)].sum() / energies.sum())
@@ -174,11 +174,3 @@ def evaluate(W: np.ndarray, factors: list[np.ndarray]) -> dict[str, float]:
         "relative_error": float(relative),
         "normalized_error": float(relative / pruned) if pruned else None,
     }
-
-
-def stored_values(factor: np.ndarray) -> int:
-    """Return the nonzeros of a factor; 0 for a permutation or crop, which is known by indices."""
-    nonzero = factor != 0
-    crowded = max(nonzero.sum(axis=axis).max() for axis in (0, 1)) > 1
-    is_selection = not crowded and bool((factor[nonzero] == 1).all())
-    return 0 if is_selection else int(nonzero.sum())

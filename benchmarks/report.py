@@ -47,7 +47,8 @@ def write(
     }
     target = options.output / "projection"
     target.with_suffix(".json").write_text(json.dumps(content, indent=1, default=str))
-    target.with_suffix(".md").write_text(markdown(options, conditions, absent, rows))
+    table = markdown(options, conditions, absent, rows) + speedups(curves)
+    target.with_suffix(".md").write_text(table)
     if curves:
         draw(curves, target.with_suffix(".png"))
     _console.print(f"Written to {options.output}", markup=False)
@@ -117,8 +118,34 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     return f"{error} · {density:.3g} · {seconds:.3g} s"
 
 
+def speedups(curves: list[dict[str, Any]], reference: str = "published DSF") -> str:
+    """Say how soon other methods reach the error at which the reference ends by default."""
+    lines = []
+    for curve in curves:
+        ok = [row for row in curve["rows"] if row["status"] == "ok"]
+        goals = [r for r in ok if r["method"] == reference and r["setting"] == {"outer": 40}]
+        for goal in goals:
+            for method in dict.fromkeys(r["method"] for r in ok if r["method"] != reference):
+                good = [
+                    row["median_seconds"]
+                    for row in ok
+                    if row["method"] == method and row["relative_error"] <= goal["relative_error"]
+                ]
+                time = f"{min(good):.3g} s" if good else "no time measured"
+                lines.append(
+                    f"- {curve['matrix']}: {method} reaches the {goal['relative_error']:.4f} of "
+                    f"{reference} ({goal['median_seconds']:.3g} s) in {time}."
+                )
+    head = ["", "### Time to the error of the published code", ""]
+    return "\n".join([*head, *lines, ""]) if lines else ""
+
+
 def draw(curves: list[dict[str, Any]], path: Path) -> None:
-    """Draw error against seconds: markers are finished fits, lines the progress of one fit."""
+    """Draw error against seconds.
+
+    Markers are finished fits of more and more iterations; thin lines are the progress of one
+    fit with default settings, whose annealing makes its early errors larger.
+    """
     methods = list(dict.fromkeys(row["method"] for curve in curves for row in curve["rows"]))
     colours = dict(zip(methods, _COLOURS * math.ceil(len(methods) / len(_COLOURS)), strict=False))
     figure = Figure(figsize=(6.0 * len(curves), 4.4), layout="constrained", dpi=200)
@@ -135,6 +162,7 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", xlabel="seconds", ylabel="relative error", title=curve["matrix"])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].plot([], [], color="0.4", linewidth=1, label="progress of one fit")
     panels[0].legend(frameon=False)
     figure.savefig(path)
 

@@ -59,7 +59,11 @@ def test_no_fit_is_faster_than_the_floor():
 
 def test_evaluation_counts_factors_but_not_permutations():
     rng = np.random.RandomState(0)
-    factors = [rng.standard_normal((6, 2)), rng.standard_normal((2, 4)), np.eye(4)[::-1]]
+    factors = [
+        rng.standard_normal((6, 2)),
+        rng.standard_normal((2, 4)),
+        np.eye(4, dtype=bool)[::-1],
+    ]
     W = factors[0] @ factors[1] @ factors[2]
     measured = projection.evaluate(W, factors)
     assert measured["nnz"] == 20
@@ -76,3 +80,10 @@ def test_published_baseline_meets_its_budget_and_beats_pruning():
     measured = projection.evaluate(W.numpy(), [left.numpy(), right.numpy()])
     assert measured["density"] <= 0.25
     assert measured["normalized_error"] < 0.9
+
+
+def test_peers_that_are_not_installed_are_absent(monkeypatch):
+    assert all(method.is_present() for method in projection.OURS)
+    monkeypatch.setattr(machine, "version", lambda package: None)
+    assert not any(method.is_present() for method in projection.PEERS)
+    assert set(machine.describe(1)["peers"].values()) == {None}
