@@ -15,7 +15,7 @@ from matfact.solvers._callback import Callback
 #: Longest step at the start, as a multiple of 1 ÷ curvature: beyond 2 a gradient step diverges.
 RELAXATION = 1.8
 #: Shares of the iterations after which the longest step begins to shrink, and has shrunk to 1.
-HELD, ANNEALED = 0.5, 0.95
+HELD, ANNEALED = 0.7, 0.95
 #: Relative error, in units of rounding, below which nothing is left to approximate.
 NEGLIGIBLE = 32
 #: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
@@ -79,7 +79,7 @@ def palm4msa(
     product = functools.reduce(backend.namespace(W).matmul, factors)
     curvatures = [1.0] * len(factors)
     is_scaled = not all(constraint.is_cone for constraint in constraints)
-    scale = _best_scale(W, product, 1.0)
+    scale = _best_scale(W, product)
     if not is_scaled:
         power = 2.0 ** round(math.log2(scale))  # rounds nothing, and the steps find the rest
         factors[0], product, scale = power * factors[0], power * product, 1.0
@@ -93,7 +93,7 @@ def palm4msa(
         stretch = _stretch((iteration - 1) / max_iter, relaxation)
         product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
         if is_scaled:
-            scale = _best_scale(W, product, scale)
+            scale = _best_scale(W, product)
         objective = _energy(W - scale * product)
         if callback is not None:
             callback(iteration, objective)
@@ -230,11 +230,15 @@ def _weights(sides: tuple[Array | None, Array | None], is_scale_free: bool) -> t
     return weights, float(bound)
 
 
-def _best_scale(W: Array, product: Array, scale: float) -> float:
-    """Return the positive scale of `product` nearest to `W`, or `scale` where there is none."""
+def _best_scale(W: Array, product: Array) -> float:
+    """Return the positive scale of `product` nearest to `W`."""
     xp = backend.namespace(W)
+    energy = _energy(product)
+    if energy == 0.0:
+        return 1.0
     inner = float(xp.real(xp.sum(xp.conj(product) * W)))
-    return inner / _energy(product) if inner > 0 else scale
+    # A product that points away from W is better small; 0 would leave nothing to start from.
+    return max(inner / energy, 1e-3 * (_energy(W) / energy) ** 0.5) or 1.0
 
 
 def _times(left: Array | None, right: Array | None) -> Array | None:

@@ -179,6 +179,13 @@ def _residual_parts(supports, side):
     return [supports[: i + 2] if side == "right" else supports[i + 1 :] for i in indices]
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_start_far_from_the_matrix_ends_no_worse_than_zero(sign, rng):
+    W = rng.standard_normal((9, 9))
+    factors, _, _ = palm4msa(W, [np.eye(9), sign * 1e6 * W], [GlobalSparsity(20)] * 2, max_iter=5)
+    assert residual_error(W, factors) < np.linalg.norm(W)
+
+
 def test_a_stopping_callback_reaches_the_caller(rng):
     def stop(iteration, objective):
         if iteration == 3:
