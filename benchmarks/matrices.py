@@ -74,8 +74,10 @@ def trained(
 
 def _read_gguf(path: Path) -> Weights:
     """Read (and dequantize) the matrices of a GGUF file, with the package `gguf`."""
-    import gguf
-
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(f"Reading {path} needs gguf: pip install gguf.") from error
     tensors = gguf.GGUFReader(path).tensors
     return Weights(
         (
