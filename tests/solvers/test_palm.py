@@ -67,7 +67,10 @@ def test_every_constraint_holds_and_the_result_is_no_worse_than_the_start(first,
     assert residual_error(W, factors, scale) <= residual_error(W, projected) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("first", EVERY, ids=repr)
+# The union rule of rows and columns is no nearest point, so that descent is not promised.
+@pytest.mark.parametrize(
+    "first", [c for c in EVERY if not isinstance(c, RowColumnSparsity)], ids=repr
+)
 def test_unstretched_steps_descend(first, rng):
     objectives = []
     constraints = [first, GlobalSparsity(50)]
@@ -79,8 +82,6 @@ def test_unstretched_steps_descend(first, rng):
         tol=0.0,
         callback=lambda _, objective: objectives.append(objective),
     )
-    if isinstance(first, RowColumnSparsity):
-        return  # its projection is not a nearest point, so that descent is not promised
     objectives = np.asarray(objectives)
     # Sets of one norm are scaled to fit after each sweep, which descends too.
     assert np.all(np.diff(objectives) <= 1e-12 * objectives[0])
