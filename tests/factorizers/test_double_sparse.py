@@ -12,7 +12,9 @@ def rng():
 
 
 def test_product_of_two_random_sparse_matrices_is_found_again(rng):
-    A, B = (np.where(rng.random((128, 128)) < 0.05, rng.standard_normal((128, 128)), 0) for _ in "AB")
+    A, B = (
+        np.where(rng.random((128, 128)) < 0.05, rng.standard_normal((128, 128)), 0) for _ in "AB"
+    )
     model = DoubleSparseFactorizer(density=0.1).fit(A @ B)
     assert model.reconstruction_err_ < 0.2
 
