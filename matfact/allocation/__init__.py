@@ -1,0 +1,1 @@
+"""Budgets over many layers: which method and how many values each of them gets."""
