@@ -32,7 +32,15 @@ if TYPE_CHECKING:
         Palm4MSA,
     )
 else:
-    _SUBPACKAGES = ("calibration", "compare", "constraints", "factorizers", "metrics", "operators")
+    _SUBPACKAGES = (
+        "calibration",
+        "compare",
+        "constraints",
+        "factorizers",
+        "metrics",
+        "operators",
+        "transforms",
+    )
 
     def __getattr__(name: str) -> Any:
         """Import a public name when it is first used, so that the command line starts at once."""

@@ -115,7 +115,7 @@ def dyadic_chain(shape: tuple[int, int]) -> Chain:
 
 def grouped_chain(shape: tuple[int, int], n_factors: int) -> Chain:
     """Return the rank-one chain of `n_factors` factors, or as many as possible, for `shape`."""
-    primes = [_prime_factors(scipy.fft.next_fast_len(n, real=True)) for n in shape]
+    primes = [prime_factors(scipy.fft.next_fast_len(n, real=True)) for n in shape]
     n_factors = min(n_factors, *map(len, primes))
     if n_factors <= 1:
         return dense_chain(shape)
@@ -150,7 +150,7 @@ def two_factor_chains(shape: tuple[int, int]) -> list[Chain]:
     return list(dict.fromkeys(chains))
 
 
-def _prime_factors(n: int) -> list[int]:
+def prime_factors(n: int) -> list[int]:
     """Return the prime factors of `n`, ascending."""
     factors, p = [], 2
     while n > 1:
