@@ -15,11 +15,11 @@ import numpy as np
 from sklearn.base import clone
 
 from matfact import backend, metrics
+from matfact._threads import single_threaded
 from matfact.backend import Array
 from matfact.compare._environment import environment
 from matfact.compare._methods import MethodLike, make_estimators
 from matfact.compare._table import Comparison, ComparisonRow
-from matfact.compare._threads import single_threaded
 from matfact.factorizers import BaseFactorizer
 
 #: Called after each fit with its row and the number of fits in the study; may raise to stop.

