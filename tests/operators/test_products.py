@@ -47,6 +47,13 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_locations_say_where_each_value_stands(kind, rng):
+    for factor in (make_factor(kind, rng), make_factor(kind, rng).T):
+        found = factor.toarray().reshape(-1)[factor.locations]
+        np.testing.assert_array_equal(found, factor.values.reshape(-1))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_apply_transpose_and_conjugate_agree_with_the_dense_array(kind, dtype, rng):
