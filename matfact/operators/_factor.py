@@ -47,6 +47,16 @@ class Factor(ABC):
         """Return the matrix as a dense array."""
 
     @property
+    def locations(self) -> np.ndarray:
+        """Where each value stands in the flattened matrix, in the order of the values."""
+        numbers = np.arange(1.0, self.nnz + 1)
+        flat = self.with_values(numbers.reshape(self.values.shape)).toarray().reshape(-1)
+        found = np.flatnonzero(flat) if self.nnz else np.zeros(0, dtype=np.int64)
+        locations = np.empty(self.nnz, dtype=np.int64)
+        locations[flat[found].astype(np.int64) - 1] = found
+        return locations
+
+    @property
     def dtype(self) -> Any:
         """Dtype of the stored values."""
         return self.values.dtype
