@@ -27,11 +27,13 @@ def relative_error(W: Array, W_hat: Array) -> float:
         0 when both are zero, infinity when only `W` is.
     """
     W, W_hat = backend.wide(W), backend.wide(W_hat)
-    scale = backend.power_of_two(max(backend.max_abs(W), backend.max_abs(W_hat)))
-    if scale == 0.0:
+    with np.errstate(over="ignore"):
+        error, total = backend.norm(W - W_hat), backend.norm(W)
+    if math.isinf(error) or math.isinf(total):
+        scale = 1 / backend.power_of_two(max(backend.max_abs(W), backend.max_abs(W_hat)))
+        error, total = backend.norm(W * scale - W_hat * scale), backend.norm(W * scale)
+    if error == 0.0:
         return 0.0
-    W, W_hat = W * (1 / scale), W_hat * (1 / scale)
-    error, total = backend.norm(W - W_hat), backend.norm(W)
     return error / total if total else math.inf
 
 
@@ -129,8 +131,9 @@ def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: 
     """
     check_density(density)
     size = shape[0] * shape[1]
-    # Rounding guards against 0.29 * 100 = 28.999…; the ceiling itself is never exceeded.
-    budget = math.floor(round((DEFAULT_DENSITY if density is None else density) * size, 9))
+    share = DEFAULT_DENSITY if density is None else density
+    budget = math.floor(round(share * size, 9))  # 0.29 * 100 is 28.999…
+    budget -= budget / size > share
     if budget >= minimum:
         return budget
     if density is None:
