@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import array_api_compat
+import array_api_compat.numpy
 import numpy as np
 import scipy.linalg
 
@@ -19,6 +20,8 @@ Array = Any  #: an array of any library that follows the Array API standard
 
 def namespace(*arrays: Array) -> ModuleType:
     """Return the Array API namespace shared by `arrays`."""
+    if all(type(array) is np.ndarray for array in arrays):
+        return array_api_compat.numpy  # at once: small fits ask hundreds of times
     return array_api_compat.array_namespace(*arrays)
 
 
@@ -94,20 +97,39 @@ def storage_dtype(array: Array) -> Any:
     return array.dtype if floating else xp.float64
 
 
+def is_complex(array: Array) -> bool:
+    """Whether `array` has a complex dtype."""
+    if is_numpy(array):
+        return array.dtype.kind == "c"
+    return bool(namespace(array).isdtype(array.dtype, "complex floating"))
+
+
 def wide(array: Array) -> Array:
     """Return `array` in double precision, for error measures."""
     xp = namespace(array)
-    is_complex = xp.isdtype(array.dtype, "complex floating")
-    return xp.astype(array, xp.complex128 if is_complex else xp.float64)
+    dtype = xp.complex128 if is_complex(array) else xp.float64
+    return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
 def norm(array: Array) -> float:
     """Return the Frobenius norm of `array` as a float, accumulated in double precision."""
     array = wide(array)
+    plain = _plain_norm(array)
+    if 1e-140 < plain < math.inf:
+        return plain
+    # Squares have overflowed, or vanished.
     scale = power_of_two(max_abs(array))
-    if scale == 0.0:
-        return 0.0
-    return scale * float(namespace(array).linalg.vector_norm(array * (1 / scale)))
+    return scale * _plain_norm(array * (1 / scale)) if scale else 0.0
+
+
+def _plain_norm(array: Array) -> float:
+    """Return the Frobenius norm of `array`, where the squares of its entries are normal."""
+    if not is_numpy(array):
+        return float(namespace(array).linalg.vector_norm(array))
+    flat = array.reshape(-1)
+    flat = flat.view(np.float64) if is_complex(flat) else flat
+    with np.errstate(over="ignore", under="ignore"):
+        return math.sqrt(flat @ flat)
 
 
 def power_of_two(magnitude: float) -> float:

@@ -104,11 +104,13 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
         magnitude = backend.max_abs(work)
         scale = 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 1.0
+        # Reciprocals of subnormal numbers overflow.
+        scale = max(scale, float(backend.namespace(work).finfo(work.dtype).smallest_normal))
         history = History()
         if statistics is None:
-            result = self._factorize(work / scale, history)
+            result = self._factorize(work * (1 / scale), history)
         else:
-            result = self._factorize_calibrated(work / scale, history, statistics)
+            result = self._factorize_calibrated(work * (1 / scale), history, statistics)
         product = FactorProduct(result.factors).rescaled(scale)
         self.operator_ = product.astype(W.dtype)
         self.n_iter_ = result.n_iter

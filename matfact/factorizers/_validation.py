@@ -57,9 +57,9 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
     dtype = backend.storage_dtype(W)
     if W.dtype != dtype:
         W = xp.astype(W, dtype)
-    for test, what in ((xp.isnan, "NaN"), (xp.isinf, "infinity")):
-        if bool(xp.any(test(W))):
-            raise ValueError(f"{name} must be finite. Input {name} contains {what}.")
+    if not bool(xp.all(xp.isfinite(W))):
+        what = "NaN" if bool(xp.any(xp.isnan(W))) else "infinity"
+        raise ValueError(f"{name} must be finite. Input {name} contains {what}.")
     return W
 
 

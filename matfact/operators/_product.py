@@ -14,6 +14,8 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.operators import _storage
 from matfact.operators._factor import Factor
+from matfact.operators._kronecker import KroneckerSparseFactor
+from matfact.operators._selection import SelectionFactor
 
 Format = Literal["csr", "bitmask", "dense"]
 
@@ -118,8 +120,14 @@ class FactorProduct:
 
     def toarray(self) -> Array:
         """Return the product as a dense array."""
-        product = backend.compute_array(self.factors[-1].toarray())
-        for factor in reversed(self.factors[:-1]):
+        *factors, last = self.factors
+        if factors and isinstance(last, SelectionFactor):
+            return last.apply_right(FactorProduct(factors).toarray())
+        while factors and (merged := _merged(factors[-1], last)):
+            last = merged
+            factors.pop()
+        product = backend.compute_array(last.toarray())
+        for factor in reversed(factors):
             product = factor.apply(product)
         return backend.namespace(product).astype(product, self.dtype, copy=False)
 
@@ -204,3 +212,9 @@ class FactorProduct:
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)
         return f"FactorProduct({self.shape[0]}×{self.shape[1]}, {self.density:.1%}: [{inner}])"
+
+
+def _merged(left: Factor, right: Factor) -> Factor | None:
+    """Return the product of two neighbours where it keeps a block-diagonal structure."""
+    both = isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor)
+    return left.merged(right) if both else None

@@ -49,12 +49,11 @@ class SelectionFactor(Factor):
         return SelectionFactor(self.values, inverse, len(self.index))
 
     def apply(self, X: Array) -> Array:
-        xp = backend.namespace(X)
-        zero = xp.zeros((1, X.shape[1]), dtype=X.dtype, device=backend.device(X))
-        source = np.where(self.index < 0, self.n_columns, self.index)
-        if not (self.index < 0).any():
-            return xp.take(X, backend.like(source, X), axis=0)
-        return xp.take(xp.concat([X, zero]), backend.like(source, X), axis=0)
+        return _gather(X, self.index, axis=0)
+
+    def apply_right(self, X: Array) -> Array:
+        """Return the product of `X`, of shape (batch, rows), with the selection on its right."""
+        return _gather(X, self.T.index, axis=1)
 
     def toarray(self) -> Array:
         xp = backend.namespace(self.values)
@@ -66,3 +65,14 @@ class SelectionFactor(Factor):
 
     def index_nbytes(self, format: str) -> int:
         return 4 * len(self.index)
+
+
+def _gather(X: Array, index: np.ndarray, axis: int) -> Array:
+    """Return the rows (columns) of `X` that `index` names, zeros where it is −1."""
+    xp = backend.namespace(X)
+    if (index < 0).any():
+        index = np.where(index < 0, X.shape[axis], index)
+        shape = (1, X.shape[1]) if axis == 0 else (X.shape[0], 1)
+        zeros = xp.zeros(shape, dtype=X.dtype, device=backend.device(X))
+        X = xp.concat([X, zeros], axis=axis)
+    return xp.take(X, backend.like(index, X), axis=axis)
