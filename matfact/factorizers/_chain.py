@@ -46,10 +46,9 @@ class Layout:
 
     def arrange(self, W: Array) -> Array:
         """Return the matrix the product of the chain has to match."""
-        transpose = backend.namespace(W).matrix_transpose
         if not _is_identity(self.rows):
             W = self.rows.apply(W)
-        return W if _is_identity(self.columns) else transpose(self.columns.apply(transpose(W)))
+        return W if _is_identity(self.columns) else self.columns.T.apply_right(W)
 
     def factors(self, values: list[Array]) -> list[Factor]:
         """Return the factors of the matrix itself."""

@@ -216,5 +216,6 @@ class FactorProduct:
 
 def _merged(left: Factor, right: Factor) -> Factor | None:
     """Return the product of two neighbours where it keeps a block-diagonal structure."""
-    both = isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor)
-    return left.merged(right) if both else None
+    if isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor):
+        return left.merged(right)
+    return None

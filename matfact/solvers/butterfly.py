@@ -11,7 +11,7 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.solvers._callback import Callback
 from matfact.solvers.chains import Chain
-from matfact.solvers.leading import adjoint, leading_range, orthonormal
+from matfact.solvers.leading import adjoint, conj, leading_range, orthonormal
 
 
 def butterfly(
@@ -85,11 +85,12 @@ def _sweep(W: Array, chain: Chain, bases: list[Array], last: Array) -> tuple[lis
     """Replace each factor by the best one given the others."""
     xp = backend.namespace(W)
     improved, rest = [], W[None, :, :]
-    tails = _tails(bases, last)
+    tails = _tails([*map(conj, bases)], conj(last))  # conjugated before they grow
     for (rows, radix, rank), tail in zip(_cuts(chain), tails, strict=True):
         blocks = _blocks(rest, rows, radix)
         # Least squares divides by the Gram matrix of the tail, which leaves the range alone.
-        improved.append(orthonormal(xp.matmul(blocks, adjoint(_split_rank(tail, radix, rank)))))
+        weights = xp.matrix_transpose(_split_rank(tail, radix, rank))
+        improved.append(orthonormal(xp.matmul(blocks, weights)))
         rest = _remainder(improved[-1], blocks)
     return improved, rest
 

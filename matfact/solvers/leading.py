@@ -59,8 +59,10 @@ def leading_vector(gram: Array) -> Array:
     array of shape (…, n, 1)
         Unit eigenvectors, or zeros for zero matrices.
     """
-    xp = backend.namespace(gram)
     n = gram.shape[-1]
+    if n == 2:
+        return _leading_of_two(gram)
+    xp = backend.namespace(gram)
     power = xp.reshape(gram, (-1, n, n))
     power = _over(power, _trace(power))
     places, projectors, waiting = [], [], np.arange(power.shape[0])
@@ -83,6 +85,20 @@ def leading_vector(gram: Array) -> Array:
     return xp.reshape(orthonormal(_largest_column(projector)), (*gram.shape[:-1], 1))
 
 
+def _leading_of_two(gram: Array) -> Array:
+    """Return the leading eigenvector of 2×2 matrices ``[[p, q], [q̄, r]]`` in closed form."""
+    xp = backend.namespace(gram)
+    q = gram[..., 0, 1]
+    difference = _real(gram[..., 0, 0] - gram[..., 1, 1]) / 2
+    radius = xp.hypot(difference, xp.abs(q))
+    large = xp.astype(radius + xp.abs(difference), gram.dtype)  # the sum that cancels nothing
+    first = difference >= 0
+    vector = xp.stack([xp.where(first, large, q), xp.where(first, conj(q), large)], axis=-1)
+    # Multiples of the identity, among them zero, leave no vector: take the first axis then.
+    unit = xp.astype(_real(gram[..., :, 0]) > 0, gram.dtype)
+    return orthonormal(xp.where(radius[..., None] > 0, vector, unit)[..., None])
+
+
 def orthonormal(columns: Array) -> Array:
     """Return an orthonormal basis of the columns of each block."""
     xp = backend.namespace(columns)
@@ -94,17 +110,22 @@ def orthonormal(columns: Array) -> Array:
 
 def adjoint(blocks: Array) -> Array:
     """Return the conjugate transpose of each block."""
-    xp = backend.namespace(blocks)
-    transposed = xp.matrix_transpose(blocks)
-    is_complex = xp.isdtype(blocks.dtype, "complex floating")
-    return xp.conj(transposed) if is_complex else transposed
+    return conj(backend.namespace(blocks).matrix_transpose(blocks))
+
+
+def conj(array: Array) -> Array:
+    """Return the complex conjugate of `array`, itself where it is real."""
+    return backend.namespace(array).conj(array) if backend.is_complex(array) else array
+
+
+def _real(array: Array) -> Array:
+    """Return the real part of `array`, itself where it is real."""
+    return backend.namespace(array).real(array) if backend.is_complex(array) else array
 
 
 def _trace(matrices: Array) -> Array:
     """Return the real trace of each matrix."""
-    xp = backend.namespace(matrices)
-    trace = xp.linalg.trace(matrices)
-    return xp.real(trace) if xp.isdtype(trace.dtype, "complex floating") else trace
+    return _real(backend.namespace(matrices).linalg.trace(matrices))
 
 
 def _over(matrices: Array, traces: Array) -> Array:
@@ -125,9 +146,7 @@ def _rows(matrices: Array, chosen: np.ndarray) -> Array:
 def _largest_column(projectors: Array) -> Array:
     """Return the column of each projector with the largest diagonal entry."""
     xp = backend.namespace(projectors)
-    diagonal = xp.linalg.diagonal(projectors)
-    if xp.isdtype(diagonal.dtype, "complex floating"):
-        diagonal = xp.real(diagonal)
+    diagonal = _real(xp.linalg.diagonal(projectors))
     position = xp.argmax(diagonal, axis=-1, keepdims=True)
     counter = xp.arange(diagonal.shape[-1], device=backend.device(projectors))
     is_largest = xp.astype(counter == position, projectors.dtype)
