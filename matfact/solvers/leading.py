@@ -104,8 +104,9 @@ def orthonormal(columns: Array) -> Array:
     xp = backend.namespace(columns)
     if columns.shape[-1] > 1:
         return xp.linalg.qr(columns)[0]
-    norms = xp.linalg.vector_norm(columns, axis=-2, keepdims=True)
-    return columns / xp.where(norms == 0, xp.ones_like(norms), norms)
+    squares = _real(xp.vecdot(columns, columns, axis=-2))[..., None, :]
+    scales = 1 / xp.sqrt(xp.where(squares == 0, xp.ones_like(squares), squares))
+    return columns * xp.astype(scales, columns.dtype, copy=False)
 
 
 def adjoint(blocks: Array) -> Array:
