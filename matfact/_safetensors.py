@@ -30,7 +30,7 @@ _NUMPY = {
     "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
-_NAMES = {np.dtype(code): name for name, code in _NUMPY.items()}
+_NAMES = {np.dtype(code): name for name, code in _NUMPY.items()} | {np.dtype(bool): "BOOL"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class SafetensorsFile:
             If NumPy has no such dtype or the file ends early.
         """
         spec = self.specs[name]
-        if spec.dtype != "BF16" and spec.dtype not in _NUMPY:
+        if spec.dtype not in ("BOOL", "BF16") and spec.dtype not in _NUMPY:
             raise ValueError(f"{name!r} in {self.path} has dtype {spec.dtype}, unknown to NumPy.")
         content = np.empty(spec.nbytes, dtype=np.uint8)
         with self.path.open("rb") as file:
@@ -129,6 +129,8 @@ class SafetensorsFile:
                 self._refuse(f"ends within tensor {name!r}")
         if spec.dtype == "BF16":
             return from_bfloat16(content.view("<u2")).reshape(spec.shape)
+        if spec.dtype == "BOOL":
+            return (content != 0).reshape(spec.shape)
         return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
 
 
@@ -137,7 +139,14 @@ def stored(array: np.ndarray, dtype: str | None = None) -> Stored:
     if dtype == "BF16":
         return TensorSpec("BF16", array.shape), to_bfloat16(array).astype("<u2").tobytes()
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    if little.dtype not in _NAMES:
+        raise ValueError(f"safetensors files cannot hold arrays of dtype {array.dtype}.")
     return TensorSpec(_NAMES[little.dtype], array.shape), little.tobytes()
+
+
+def in_aligned_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return `specs` with wide entries first, which aligns them all."""
+    return dict(sorted(specs.items(), key=lambda item: -item[1].itemsize))
 
 
 def serialize(

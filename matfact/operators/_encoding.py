@@ -46,9 +46,7 @@ def encode(
         tensors[f"{i}.values"] = _stored_values(factor.values, None if is_complex else dtype)
         for name, array in positions.items():
             tensors[f"{i}.{name}"] = stored(array)
-    # Wide entries first, which aligns them all.
-    order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
-    return entries, {name: tensors[name] for name in order}
+    return entries, tensors
 
 
 def decode(entries: Sequence[dict[str, Any]], tensors: Tensors) -> list[Factor]:
@@ -100,16 +98,20 @@ def _is_complex(values: Array) -> bool:
 
 
 def _stored_values(values: Array, dtype: str | None) -> Stored:
-    """Return the values bit by bit; complex numbers as pairs of reals along a new last axis."""
-    name = str(values.dtype).rpartition(".")[2]
-    array = np.asarray(backend.to_numpy(values), order="C")
-    if _is_complex(values):
-        return stored(np.stack([array.real, array.imag], axis=-1))
-    if name == "bfloat16":
-        dtype = "BF16"
-    elif name == "float16":  # which arrives as float32
-        array = array.astype(np.float16)
-    return stored(array, dtype)
+    """Return values to be written; complex ones as pairs of reals along a new last axis."""
+    if not _is_complex(values):
+        return stored_array(values, dtype)
+    array = backend.to_numpy(values)
+    return stored(np.stack([array.real, array.imag], axis=-1))
+
+
+def stored_array(array: Array, dtype: str | None = None) -> Stored:
+    """Return an array of any library to be written bit by bit, ``dtype="BF16"`` rounded to it."""
+    name = str(array.dtype).rpartition(".")[2]
+    host = backend.to_numpy(array)
+    if name == "float16":  # which arrives as float32, as does bfloat16
+        host = host.astype(np.float16)
+    return stored(host, "BF16" if name == "bfloat16" else dtype)
 
 
 def _narrowed(positions: np.ndarray) -> np.ndarray:

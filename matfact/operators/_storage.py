@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matfact._files import write_atomically
-from matfact._safetensors import SafetensorsFile, parse_json, serialize
+from matfact._safetensors import SafetensorsFile, in_aligned_order, parse_json, serialize
 from matfact.operators._encoding import decode, encode
 from matfact.operators._factor import Factor
 
@@ -16,16 +16,22 @@ FORMAT_VERSION = 1
 
 def save(factors: Sequence[Factor], path: Path) -> None:
     """Write `factors` to `path`; an earlier file stays whole until the new one is complete."""
-    write_atomically(path, to_bytes(factors))
+    write_atomically(path, pack(factors)[1])
 
 
-def to_bytes(factors: Sequence[Factor], dtype: str | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file of `factors`, ``dtype="BF16"`` with values in bfloat16."""
+def pack(
+    factors: Sequence[Factor], dtype: str | None = None
+) -> tuple[tuple[str, ...], Iterator[bytes]]:
+    """Return how each factor is stored, and the bytes of a file of them all.
+
+    ``dtype="BF16"`` rounds real values to bfloat16; by default they are kept as they are.
+    """
     entries, tensors = encode(factors, dtype)
     manifest = {"format": "matfact", "version": FORMAT_VERSION, "factors": entries}
-    specs = {name: spec for name, (spec, _) in tensors.items()}
-    content = (data for _, data in tensors.values())
-    return serialize(specs, content, {"matfact": json.dumps(manifest)})
+    specs = in_aligned_order({name: spec for name, (spec, _) in tensors.items()})
+    content = (tensors[name][1] for name in specs)
+    kinds = tuple(entry["kind"] for entry in entries)
+    return kinds, serialize(specs, content, {"matfact": json.dumps(manifest)})
 
 
 def load(path: Path) -> list[Factor]:

@@ -1,48 +1,23 @@
-"""The command line: ``matfact compare``."""
+"""``matfact compare``."""
 
-# Only typer is imported here: the rest waits until a command runs, so that help is immediate.
+# Numerical libraries are imported where used, so that help is immediate.
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import matfact
+from matfact.cli._common import FAILURE, parse, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from matfact.compare import Comparison, ComparisonRow
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-T = TypeVar("T")
 
-_FAILURE, _USAGE, _INTERRUPTED = 1, 2, 130  # exit statuses; the last is the one shells give Ctrl-C
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"matfact {matfact.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print it and leave."
-        ),
-    ] = False,
-) -> None:
-    """Factorize weight matrices into products of sparse and structured factors."""
-
-
-@app.command()
 def compare(
     weights: Annotated[
         Path | None,
@@ -85,39 +60,17 @@ def compare(
     2 the options, the weights or the output folder cannot be used
     130 stopped by Ctrl-C; every file is complete or as it was
     """
-    with _told_to_users():
+    with told_to_users():
         comparison = _study(
             weights,
-            cut={"sizes": _parse("sizes", sizes, int), "per_size": per_size, "full": full,
+            cut={"sizes": parse("sizes", sizes, int), "per_size": per_size, "full": full,
                  "layers": layers, "random_state": seed},
-            run={"methods": _parse("methods", methods, str), "n_jobs": jobs,
-                 "densities": _parse("density", density, float), "random_state": seed},
+            run={"methods": parse("methods", methods, str), "n_jobs": jobs,
+                 "densities": parse("density", density, float), "random_state": seed},
             output=output,
         )  # fmt: skip
     if all(row.status != "ok" for row in comparison):
-        raise typer.Exit(_FAILURE)
-
-
-@contextlib.contextmanager
-def _told_to_users() -> Iterator[None]:
-    """Turn what a user can put right, or did, into one line and an exit status."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(_USAGE) from error
-    except KeyboardInterrupt as error:
-        typer.echo("Stopped; every file is complete or as it was.", err=True)
-        raise typer.Exit(_INTERRUPTED) from error
-
-
-def _parse(option: str, text: str | None, kind: Callable[[str], T]) -> list[T] | None:
-    """Return the values of a list separated by commas, or None for no list."""
-    try:
-        return None if text is None else [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{option} must be {what} separated by commas, got {text!r}.") from error
+        raise typer.Exit(FAILURE)
 
 
 def _study(

@@ -1,0 +1,223 @@
+"""From a safetensors file to a checkpoint of factors, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from sklearn.base import clone
+
+import matfact
+from matfact import metrics
+from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
+from matfact._threads import single_threaded
+from matfact.checkpoint._journal import Journal
+from matfact.checkpoint._manifest import Manifest, Shard, StoredTensor
+from matfact.checkpoint._reader import Checkpoint
+from matfact.checkpoint._shards import shard_name, write_plain, write_shard
+from matfact.checkpoint._source import Source, matrix_shape
+from matfact.factorizers import BaseFactorizer
+from matfact.operators import FactorProduct
+from matfact.operators._storage import pack
+
+#: Tables of embeddings look up rows instead of multiplying; by default they stay as they are.
+_EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e\.|(^|\.)shared\.", re.IGNORECASE)
+
+#: Called with each file's entry and the number of files, those of an earlier run first.
+Progress = Callable[[Shard, int], None]
+
+
+def compress(
+    source: str | Path,
+    folder: str | Path,
+    factorizer: BaseFactorizer,
+    *,
+    layers: str | None = None,
+    n_jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Factorize the weights in a safetensors file, and write a checkpoint.
+
+    Tensors are read one at a time, so that memory is bounded by the largest layer for each job.
+    Work that was stopped, or killed, at any moment is taken up again by the same call; files that
+    are complete are not made again, and the result is the same to the byte.
+
+    Parameters
+    ----------
+    source : str or Path
+        A ``.safetensors`` file, an index of several, or a folder with either.
+    folder : str or Path
+        Where to write: a new or empty folder, or one with work to be taken up.
+    factorizer : BaseFactorizer
+        What is fitted to each layer; it is cloned and, where it needs one, given seed 0.
+    layers : str, optional
+        Regular expression to be found in the names of the weights to factorize. By default all
+        floating-point matrices and convolutions whose names do not tell of embeddings.
+    n_jobs : int, optional
+        Layers factorized at a time, -1 for one on each core.
+    progress : callable, optional
+        Called as ``progress(shard, total)`` whenever a file is complete.
+
+    Returns
+    -------
+    Checkpoint
+        The result. Layers that cannot be factorized, or would take more bytes, are kept as they
+        are, with a note.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If an option is invalid, a file is damaged, or the folder holds anything else.
+    """
+    weights = Source(source)
+    names = _chosen(weights, layers)
+    factorizer = _seeded(factorizer)
+    settings = _settings(weights, factorizer, layers)
+    tasks = [
+        _Task(name, weights.file(name), weights.specs[name], factorizer, Path(folder), i)
+        for i, name in enumerate(names, start=1)
+    ]
+    with Journal(Path(folder), settings) as journal:
+        if not journal.is_complete:
+            shards = _run(weights, tasks, journal, n_jobs, progress)
+            journal.complete(Manifest(tuple(shards), settings, weights.metadata))
+    return Checkpoint(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One layer to be factorized, maybe in another process."""
+
+    name: str
+    source: SafetensorsFile
+    spec: TensorSpec
+    factorizer: BaseFactorizer
+    folder: Path
+    index: int
+
+    @property
+    def path(self) -> Path:
+        return self.folder / shard_name(self.index)
+
+
+def _chosen(weights: Source, layers: str | None) -> list[str]:
+    """Return the names of the layers to factorize."""
+    matrices = weights.matrices()
+    if layers is None:
+        chosen = [name for name in matrices if not _EMBEDDING.search(name)]
+    else:
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise ValueError(
+                f"layers must be a regular expression, got {layers!r}: {error}."
+            ) from None
+        chosen = [name for name in matrices if pattern.search(name)]
+    if not chosen:
+        shown = ", ".join(matrices[:3]) + (", …" if len(matrices) > 3 else "")
+        raise ValueError(f"layers={layers!r} names no weight. There are {len(matrices)}: {shown}.")
+    return chosen
+
+
+def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
+    """Return a copy that gives the same result each time."""
+    copy = clone(factorizer)
+    if copy.get_params(deep=False).get("random_state", 0) is None:
+        copy.set_params(random_state=0)
+    copy._validate_params()
+    return copy
+
+
+def _settings(weights: Source, factorizer: BaseFactorizer, layers: str | None) -> dict[str, Any]:
+    """Return all that the result depends on."""
+    parameters = factorizer.get_params(deep=False)
+    plain = (str, int, float, bool, type(None))
+    return {
+        "generator": f"matfact {matfact.__version__}",
+        "method": type(factorizer).__name__,
+        "parameters": {
+            k: v if isinstance(v, plain) else repr(v) for k, v in sorted(parameters.items())
+        },
+        "layers": layers,
+        "source": weights.digests(),
+    }
+
+
+def _run(
+    weights: Source,
+    tasks: Sequence[_Task],
+    journal: Journal,
+    n_jobs: int | None,
+    progress: Progress | None,
+) -> list[Shard]:
+    """Write all files that are not yet there, and return all of them in order."""
+    others = [name for name in weights.specs if name not in {task.name for task in tasks}]
+    names = [shard_name(0)] * bool(others) + [task.path.name for task in tasks]
+    for shard in journal.finished.values():
+        if progress is not None:
+            progress(shard, len(names))
+    for shard in _written(weights, others, tasks, journal, n_jobs):
+        journal.add(shard)
+        if progress is not None:
+            progress(shard, len(names))
+    return [journal.finished[name] for name in names]
+
+
+def _written(
+    weights: Source,
+    others: Sequence[str],
+    tasks: Sequence[_Task],
+    journal: Journal,
+    n_jobs: int | None,
+) -> Iterator[Shard]:
+    """Yield the files that are not in the journal as they are written."""
+    if others and shard_name(0) not in journal.finished:
+        pieces = {n: (weights.specs[n], weights.file(n).chunks(n)) for n in others}
+        yield write_plain(journal.folder / shard_name(0), pieces)
+    left = [task for task in tasks if task.path.name not in journal.finished]
+    # The largest first, so that no worker is left with one while the others are idle.
+    left.sort(key=lambda task: -math.prod(task.spec.shape))
+    pool = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    yield from pool(joblib.delayed(_factorize)(task) for task in left)
+
+
+def _factorize(task: _Task) -> Shard:
+    """Write the factors of one layer, or the layer itself where they are no gain."""
+    W = task.source.read(task.name).reshape(matrix_shape(task.spec.shape))
+    factorizer = clone(task.factorizer)
+    with single_threaded():
+        try:
+            product = factorizer.fit(W).operator_
+        except ValueError as error:
+            return _kept(task, str(error))
+        if is_bfloat16 := task.spec.dtype == "BF16":
+            product = _rounded(product)
+        work = np.float64 if W.dtype == np.float64 else np.float32
+        error_of_stored = metrics.relative_error(W, product.astype(work).toarray())
+    kinds, chunks = pack(product.factors, "BF16" if is_bfloat16 else None)
+    content = list(chunks)
+    if sum(map(len, content)) >= task.spec.nbytes:
+        return _kept(task, "its factors would take more bytes")
+    method = type(factorizer).__name__
+    tensor = StoredTensor(task.name, task.spec, kinds, method, product.density, error_of_stored)
+    return write_shard(task.path, content, [tensor])
+
+
+def _kept(task: _Task, reason: str) -> Shard:
+    pieces = {task.name: (task.spec, task.source.chunks(task.name))}
+    return write_plain(task.path, pieces, {task.name: reason})
+
+
+def _rounded(product: FactorProduct) -> FactorProduct:
+    """Return the product with values that bfloat16 holds."""
+    return FactorProduct(
+        [f.with_values(from_bfloat16(to_bfloat16(f.values))) for f in product.factors]
+    )

@@ -1,0 +1,78 @@
+"""From a checkpoint back to one safetensors file of dense tensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from matfact import backend
+from matfact._files import write_atomically
+from matfact._safetensors import HEADER_LIMIT, in_aligned_order, serialize, stored
+from matfact.checkpoint._reader import Checkpoint
+from matfact.operators import FactorProduct
+
+#: Entries of a tensor computed at a time, whatever its size is claimed to be.
+_ENTRIES = 1 << 22
+_NUMPY = {"F16": np.float16, "BF16": np.float32, "F32": np.float32, "F64": np.float64,
+          "C64": np.complex64}  # fmt: skip
+
+
+def decompress(folder: str | Path, path: str | Path) -> None:
+    """Write the dense tensors of a checkpoint to a safetensors file, all of it or nothing.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The checkpoint.
+    path : str or Path
+        The file; one that is there stays whole until the new one is complete.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no checkpoint.
+    ValueError
+        If it is damaged, or the tensors would not fit on the disk.
+    """
+    checkpoint, path = Checkpoint(folder), Path(path)
+    specs = in_aligned_order({name: t.spec for name, t in checkpoint.tensors.items()})
+    needed = HEADER_LIMIT + sum(spec.nbytes for spec in specs.values())
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{folder} must hold tensors that fit where {path} is to be written: they may take "
+            f"{needed} bytes, and {free} are free."
+        )
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.is_product and tensor.spec.dtype not in _NUMPY:
+            raise ValueError(f"{name!r} must be floating-point, got {tensor.spec.dtype}.")
+    content = (chunk for name in specs for chunk in _dense(checkpoint, name))
+    write_atomically(path, serialize(specs, content, checkpoint.metadata))
+
+
+def _dense(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    """Yield the bytes of one tensor."""
+    tensor = checkpoint.tensors[name]
+    if not tensor.is_product:
+        yield from checkpoint.file(name).chunks(name)
+        return
+    dtype = tensor.spec.dtype
+    for rows in _row_slabs(checkpoint.product(name)):
+        yield stored(rows.astype(_NUMPY[dtype]), "BF16" if dtype == "BF16" else None)[1]
+
+
+def _row_slabs(product: FactorProduct) -> Iterator[np.ndarray]:
+    """Yield the rows of the product, a few at a time."""
+    transposed = product.T
+    n_rows = product.shape[0]
+    widest = max(max(factor.shape) for factor in product.factors)
+    step = max(1, _ENTRIES // widest)
+    dtype = backend.compute_array(product.factors[0].values).dtype
+    for start in range(0, n_rows, step):
+        rows = np.arange(start, min(start + step, n_rows))
+        unit = np.zeros((n_rows, rows.size), dtype=dtype)
+        unit[rows, rows - start] = 1
+        yield np.ascontiguousarray((transposed @ unit).T)

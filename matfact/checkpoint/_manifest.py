@@ -1,0 +1,218 @@
+"""The manifest of a checkpoint: what it holds, in which files, and their checksums."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matfact._files import write_atomically
+from matfact._safetensors import TensorSpec, checked_spec, parse_json
+
+MANIFEST = "manifest.json"
+FORMAT = "matfact-checkpoint"
+VERSION = 1
+
+#: Longest manifest read, in bytes.
+_LIMIT = 1 << 26
+_HEAD = b'{"sha256":"'
+_ZEROS = b"0" * 64
+_FILE = re.compile(r"[0-9]{5,9}\.safetensors")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the network, as factors or as it is.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the network.
+    spec : TensorSpec
+        Its dtype and shape there.
+    storage : tuple of str
+        How each factor is stored; empty for a tensor kept as it is.
+    method : str
+        What factorized it, where that is known.
+    density : float or None
+        Stored values ÷ entries, of factors.
+    relative_error : float or None
+        ``‖W − Ŵ‖_F / ‖W‖_F``, of factors as they are stored.
+    note : str
+        Why a tensor that was to be factorized is kept as it is.
+    """
+
+    name: str
+    spec: TensorSpec
+    storage: tuple[str, ...] = ()
+    method: str = ""
+    density: float | None = None
+    relative_error: float | None = None
+    note: str = ""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is stored as factors."""
+        return bool(self.storage)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the manifest says of it; whatever does not apply is left out."""
+        fields = dataclasses.asdict(self)
+        del fields["spec"]
+        shown = {k: v for k, v in fields.items() if v not in (None, "", ())}
+        return shown | {"dtype": self.spec.dtype, "shape": list(self.spec.shape)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> StoredTensor:
+        """Rebuild it, or raise ``ValueError``."""
+        text = {k: _typed(fields, k, str, "") for k in ("name", "method", "note")}
+        measures = {k: _typed(fields, k, float, None) for k in ("density", "relative_error")}
+        storage = _typed(fields, "storage", list, [])
+        if not all(isinstance(kind, str) for kind in storage):
+            raise ValueError("storage must hold names")
+        return cls(
+            spec=checked_spec(fields.get("dtype"), fields.get("shape")),
+            storage=tuple(storage),
+            **text,
+            **measures,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file: the factors of one tensor, or any number of tensors as they are.
+
+    Attributes
+    ----------
+    file : str
+        Its name in the folder.
+    nbytes : int
+        Its size.
+    sha256 : str
+        Checksum of its bytes.
+    tensors : tuple of StoredTensor
+        What it holds.
+    """
+
+    file: str
+    nbytes: int
+    sha256: str
+    tensors: tuple[StoredTensor, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the manifest says of it."""
+        own = {"file": self.file, "nbytes": self.nbytes, "sha256": self.sha256}
+        return own | {"tensors": [tensor.to_json() for tensor in self.tensors]}
+
+    @classmethod
+    def from_json(cls, fields: Any) -> Shard:
+        """Rebuild it, or raise ``ValueError``."""
+        if not isinstance(fields, dict):
+            raise ValueError("a shard must be a JSON object")
+        file, digest = _typed(fields, "file", str), _typed(fields, "sha256", str)
+        if not _FILE.fullmatch(file) or not _DIGEST.fullmatch(digest):
+            raise ValueError(f"no shard can be called {file!r} with checksum {digest!r}")
+        tensors = _typed(fields, "tensors", list)
+        if not tensors or not all(isinstance(tensor, dict) for tensor in tensors):
+            raise ValueError("tensors must be JSON objects")
+        held = tuple(StoredTensor.from_json(tensor) for tensor in tensors)
+        if len(held) > 1 and any(tensor.is_product for tensor in held):
+            raise ValueError(f"{file} must hold the factors of one tensor, or none")
+        return cls(file, _typed(fields, "nbytes", int), digest, held)
+
+
+def _typed(fields: Mapping[str, Any], key: str, kind: type, default: Any = ...) -> Any:
+    value = fields.get(key, default)
+    if (value is not default and type(value) is not kind) or value is ...:
+        raise ValueError(f"{key} must be a {kind.__name__}, got {value!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes
+    ----------
+    shards : tuple of Shard
+        Its files.
+    settings : dict
+        How it was made.
+    metadata : dict of str to str
+        What the safetensors file it was made from held beside its tensors.
+    """
+
+    shards: tuple[Shard, ...]
+    settings: dict[str, Any]
+    metadata: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest, which completes the checkpoint in `folder`."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings,
+            "metadata": self.metadata,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+        body = json.dumps(content, indent=1, allow_nan=False).encode()[1:]
+        digest = hashlib.sha256(_HEAD + _ZEROS + b'",' + body).hexdigest().encode()
+        write_atomically(folder / MANIFEST, _HEAD + digest + b'",' + body)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of the checkpoint in `folder`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        ValueError
+            If it is damaged or of another kind or version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"path must name a folder with a {MANIFEST}, but there is none in {folder}."
+            )
+        try:
+            return cls._parsed(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged or not a checkpoint's: {error}.") from None
+
+    @classmethod
+    def _parsed(cls, path: Path) -> Manifest:
+        with path.open("rb") as file:
+            content = file.read(_LIMIT + 1)
+        if len(content) > _LIMIT:
+            raise ValueError(f"it is longer than {_LIMIT} bytes")
+        begin, end = len(_HEAD), len(_HEAD) + len(_ZEROS)
+        digest = hashlib.sha256(content[:begin] + _ZEROS + content[end:]).hexdigest().encode()
+        if not content.startswith(_HEAD) or content[begin:end] != digest:
+            raise ValueError("its checksum is wrong")
+        fields = parse_json(content)
+        if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
+            raise ValueError(
+                f"it must be of format {FORMAT}, version {VERSION}, got "
+                f"{fields.get('format')!r}, version {fields.get('version')!r}"
+            )
+        shards = tuple(Shard.from_json(shard) for shard in _typed(fields, "shards", list))
+        _check_unique([shard.file for shard in shards])
+        _check_unique([tensor.name for shard in shards for tensor in shard.tensors])
+        metadata = _typed(fields, "metadata", dict)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata must be strings")
+        return cls(shards, _typed(fields, "settings", dict), metadata)
+
+
+def _check_unique(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{name!r} comes twice")
+        seen.add(name)

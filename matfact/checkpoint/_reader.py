@@ -1,0 +1,124 @@
+"""Reading a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from matfact._safetensors import SafetensorsFile
+from matfact.checkpoint._manifest import Manifest, Shard
+from matfact.checkpoint._shards import check_shard
+from matfact.checkpoint._source import matrix_shape
+from matfact.operators import FactorProduct
+
+
+class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
+    """A network on disk: a mapping from names to products of factors or to arrays.
+
+    Nothing but the manifest is read before it is asked for. Each file's checksum is verified
+    when it is first used.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder.
+
+    Attributes
+    ----------
+    tensors : dict of str to StoredTensor
+        What the manifest says of each tensor.
+    settings : dict
+        How the checkpoint was made.
+    metadata : dict of str to str
+        What the file it was made from held beside its tensors.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no checkpoint in the folder.
+    ValueError
+        If the manifest is damaged; on access, if the file of a tensor is.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from matfact import LowRank, checkpoint
+    >>> W = np.outer([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 2.0])
+    >>> product = LowRank(rank=1).fit(W).operator_
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save(folder + "/small", {"fc.weight": product, "fc.bias": np.ones(4)})
+    ...     network = checkpoint.Checkpoint(folder + "/small")
+    ...     print(sorted(network), network["fc.weight"].nnz, network["fc.bias"])
+    ['fc.bias', 'fc.weight'] 8 [1. 1. 1. 1.]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        manifest = Manifest.read(self.path)
+        self.settings, self.metadata = manifest.settings, manifest.metadata
+        self.shards = manifest.shards
+        self._shards = {t.name: shard for shard in manifest.shards for t in shard.tensors}
+        self.tensors = {t.name: t for shard in manifest.shards for t in shard.tensors}
+        self._verified: dict[str, SafetensorsFile] = {}
+
+    def __getitem__(self, name: str) -> FactorProduct | np.ndarray:
+        """Return factors as a product with NumPy values, another tensor as an array.
+
+        bfloat16 becomes float32, which holds it exactly.
+        """
+        return self.product(name) if self.tensors[name].is_product else self.file(name).read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of all tensors, were none of them factorized."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+    def tensor_nbytes(self, name: str) -> int:
+        """Return the bytes that tensor `name` takes, those of its own file if it is a product."""
+        tensor = self.tensors[name]
+        return self._shards[name].nbytes if tensor.is_product else tensor.spec.nbytes
+
+    def product(self, name: str) -> FactorProduct:
+        """Return the factors of tensor `name`."""
+        tensor, path = self.tensors[name], self.file(name).path
+        product = FactorProduct.load(path)
+        if len(tensor.spec.shape) < 2 or product.shape != matrix_shape(tensor.spec.shape):
+            raise ValueError(
+                f"{path} must hold factors of a tensor of shape {tensor.spec.shape}, but their "
+                f"product has shape {product.shape}."
+            )
+        return product
+
+    def file(self, name: str) -> SafetensorsFile:
+        """Return the verified file that holds tensor `name`."""
+        shard = self._shards[name]
+        if shard.file not in self._verified:
+            self._verified[shard.file] = self._checked(shard)
+        return self._verified[shard.file]
+
+    def verify(self) -> None:
+        """Check every file, and raise ``ValueError`` where one is damaged."""
+        for shard in self.shards:
+            self.file(shard.tensors[0].name)
+
+    def _checked(self, shard: Shard) -> SafetensorsFile:
+        check_shard(self.path, shard)
+        file = SafetensorsFile(self.path / shard.file)
+        for tensor in shard.tensors:
+            if not tensor.is_product and file.specs.get(tensor.name) != tensor.spec:
+                raise ValueError(f"{file.path} does not hold what the manifest says of it.")
+        return file

@@ -1,0 +1,85 @@
+"""Writing a checkpoint from what is in memory."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matfact._safetensors import TensorSpec
+from matfact.backend import Array
+from matfact.checkpoint._manifest import Manifest, StoredTensor
+from matfact.checkpoint._shards import shard_name, write_plain, write_shard
+from matfact.checkpoint._source import matrix_shape
+from matfact.operators import FactorProduct
+from matfact.operators._encoding import stored_array
+from matfact.operators._storage import pack
+
+
+def save(
+    path: str | Path,
+    tensors: Mapping[str, FactorProduct | Array],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write products and arrays of any array library as a checkpoint, all of it or nothing.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder, which must not exist or be empty.
+    tensors : mapping of str to FactorProduct or array
+        What to write, by name. Every dtype is kept, bfloat16 of torch included.
+    shapes : mapping of str to tuple of int, optional
+        Shapes in the network of the products of which it is not the product's own, such as
+        convolutions.
+    settings : mapping, optional
+        How the network was made; anything that JSON can hold.
+    metadata : mapping of str to str, optional
+        Metadata for the safetensors file that ``decompress`` makes of the checkpoint.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at `path`.
+    ValueError
+        If a shape does not fit its product.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"path must name a new or an empty folder, got {path}.")
+    products = {k: v for k, v in tensors.items() if isinstance(v, FactorProduct)}
+    arrays = {k: stored_array(v) for k, v in tensors.items() if k not in products}
+    specs = {name: _spec(name, product, shapes or {}) for name, product in products.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary.mkdir()
+    try:
+        shards = []
+        if arrays:
+            pieces = {name: (spec, [data]) for name, (spec, data) in arrays.items()}
+            shards.append(write_plain(temporary / shard_name(0), pieces))
+        for i, (name, product) in enumerate(products.items(), start=1):
+            kinds, content = pack(product.factors)
+            tensor = StoredTensor(name, specs[name], kinds, density=product.density)
+            shards.append(write_shard(temporary / shard_name(i), content, [tensor]))
+        Manifest(tuple(shards), dict(settings or {}), dict(metadata or {})).write(temporary)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _spec(name: str, product: FactorProduct, shapes: Mapping[str, tuple[int, ...]]) -> TensorSpec:
+    """Return dtype and shape in the network."""
+    shape = tuple(shapes.get(name, product.shape))
+    if len(shape) < 2 or matrix_shape(shape) != product.shape:
+        raise ValueError(
+            f"shapes must fit the products, but {name!r} has shape {product.shape}, not {shape}."
+        )
+    none_of_them, _ = stored_array(product.factors[0].values[:0])
+    return TensorSpec(none_of_them.dtype, shape)

@@ -1,0 +1,34 @@
+"""The command line: ``matfact compare``, ``compress``, ``inspect`` and ``decompress``."""
+
+# Only typer is imported here: the rest waits until a command runs, so that help is immediate.
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import matfact
+from matfact.cli._checkpoint import compress, decompress, inspect
+from matfact.cli._compare import compare
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (compare, compress, inspect, decompress):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"matfact {matfact.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it and leave."
+        ),
+    ] = False,
+) -> None:
+    """Factorize weight matrices into products of sparse and structured factors."""

@@ -1,0 +1,192 @@
+"""``matfact compress``, ``matfact inspect`` and ``matfact decompress``."""
+
+# Numerical libraries are imported where used, so that help is immediate.
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from matfact.cli._common import FAILURE, told_to_users
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from matfact.checkpoint import Checkpoint, Shard
+    from matfact.factorizers import BaseFactorizer
+
+
+def compress(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A .safetensors file, a .safetensors.index.json, or a folder with either."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="New folder, or one with work to be taken up.")],
+    method: Annotated[
+        str, typer.Option(help="Method of factorization; an unknown one lists them.")
+    ] = "dsf",
+    density: Annotated[float, typer.Option(help="Stored values ÷ entries of each layer.")] = 0.5,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Regular expression to be found in names of layers; by default all matrices and "
+            "convolutions but embeddings."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Layers at a time; -1: one on each core.")] = 1,
+) -> None:
+    """Factorize the layers in a safetensors file, one at a time, and copy all other tensors.
+
+    When it is stopped, or killed, the same command goes on where it was.
+
+    Exit status:
+    0 the checkpoint is complete (layers kept as they are, are listed with the reason)
+    1 the checkpoint is complete, but no layer could be factorized
+    2 the options, the weights or the output folder cannot be used
+    130 stopped by Ctrl-C; the same command goes on
+    """
+    with told_to_users():
+        checkpoint = _compressed(source, output, _factorizer(method, density), layers, jobs)
+        _print_totals(checkpoint)
+    if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
+        raise typer.Exit(FAILURE)
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Verify a checkpoint and show what it holds.
+
+    Exit status:
+    0 the checkpoint is intact
+    2 it is damaged, or there is none
+    """
+    with told_to_users():
+        from matfact.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint(folder)
+        checkpoint.verify()
+        if as_json:
+            typer.echo(json.dumps(_summary(checkpoint), indent=1))
+            return
+        from rich.console import Console
+
+        Console().print(_table(checkpoint))
+        _print_totals(checkpoint)
+
+
+def decompress(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Write the dense tensors of a checkpoint to one safetensors file.
+
+    Exit status:
+    0 the file is written
+    2 the checkpoint is damaged or the file cannot be written; nothing was
+    130 stopped by Ctrl-C; nothing was written
+    """
+    with told_to_users():
+        from matfact.checkpoint import decompress as write_dense
+
+        write_dense(folder, output)
+        typer.echo(f"Written to {output}")
+
+
+def _factorizer(method: str, density: float) -> BaseFactorizer:
+    from sklearn.base import clone
+
+    from matfact.compare import METHODS
+    from matfact.metrics import check_density
+
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    check_density(density)
+    return clone(METHODS[method].estimator).set_params(density=density)
+
+
+def _compressed(
+    source: Path, output: Path, factorizer: BaseFactorizer, layers: str | None, jobs: int
+) -> Checkpoint:
+    """Compress behind a progress display, and list what was kept as it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    from matfact.checkpoint import compress as run
+
+    console = Console()
+    columns = (BarColumn(), MofNCompleteColumn(), Elapsed(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=None)
+
+        def advance(shard: Shard, total: int) -> None:
+            for tensor in shard.tensors:
+                if tensor.note:
+                    _print(console, f"Kept {_shown(tensor.name)}: {tensor.note}")
+            tensor = shard.tensors[-1]
+            error = "copied" if tensor.relative_error is None else f"{tensor.relative_error:.3f}"
+            description = f"{_shown(tensor.name)}: {error}".replace("[", "\\[")
+            progress.update(bar, advance=1, total=total, description=description)
+
+        return run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=advance)
+
+
+def _print_totals(checkpoint: Checkpoint) -> None:
+    factorized = sum(tensor.is_product for tensor in checkpoint.tensors.values())
+    typer.echo(
+        f"{checkpoint.path}: {len(checkpoint)} tensors, {factorized} of them factorized; "
+        f"{checkpoint.nbytes:,} bytes of {checkpoint.dense_nbytes:,} "
+        f"({checkpoint.nbytes / max(1, checkpoint.dense_nbytes):.1%})"
+    )
+
+
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "settings": checkpoint.settings,
+        "nbytes": checkpoint.nbytes,
+        "dense_nbytes": checkpoint.dense_nbytes,
+        "tensors": [
+            tensor.to_json() | {"nbytes": checkpoint.tensor_nbytes(name)}
+            for name, tensor in checkpoint.tensors.items()
+        ],
+    }
+
+
+def _table(checkpoint: Checkpoint) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    for title in ("shape", "dtype"):
+        table.add_column(title)
+    for title in ("stored as", "method", "note"):
+        table.add_column(title, overflow="fold")
+    for title in ("density", "error", "bytes"):
+        table.add_column(title, justify="right")
+    for name, tensor in checkpoint.tensors.items():
+        shape = "×".join(map(str, tensor.spec.shape))
+        texts = (name, shape, tensor.spec.dtype, " · ".join(tensor.storage), tensor.method)
+        numbers = (tensor.density, tensor.relative_error)
+        table.add_row(
+            *(Text(_shown(text)) for text in (*texts, tensor.note)),
+            *("" if number is None else f"{number:.4f}" for number in numbers),
+            f"{checkpoint.tensor_nbytes(name):,}",
+        )
+    return table
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _shown(text: str) -> str:
+    """Return text from a file, of which no character can control the terminal."""
+    return text if text.isprintable() else repr(text)
