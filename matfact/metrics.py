@@ -83,11 +83,12 @@ def magnitude_error(W: Array, nnz: int) -> float:
     This is the best error any single matrix with `nnz` stored values can reach, and the
     denominator of :func:`normalized_error`.
     """
-    magnitudes = np.sort(np.abs(backend.to_numpy(backend.wide(W))), axis=None)
-    if nnz >= magnitudes.size or magnitudes[-1] == 0.0:
+    magnitudes = np.abs(backend.to_numpy(backend.wide(W))).reshape(-1)
+    total, n_lost = backend.norm(magnitudes), magnitudes.size - nnz
+    if n_lost <= 0 or total == 0.0:
         return 0.0
-    squares = (magnitudes / magnitudes[-1]) ** 2
-    return math.sqrt(squares[: magnitudes.size - nnz].sum() / squares.sum())
+    lost = np.partition(magnitudes, n_lost)[:n_lost] if nnz else magnitudes
+    return backend.norm(lost) / total
 
 
 def normalized_error(W: Array, error: float, nnz: int) -> float:

@@ -152,8 +152,7 @@ shape (in_features,), default="identity"
         chain, layout = self._best(W, candidates)
         target, n_iter = layout.arrange(W), 1
         if len(chain.patterns) == 2:
-            values = monarch(target, chain)
-            history(1, monarch_loss(target, chain))
+            values = monarch(target, chain, callback=history)
         else:
             values, n_iter = butterfly(
                 target, chain, max_iter=self.max_iter, tol=self.tol, callback=history

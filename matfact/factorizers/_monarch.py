@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from sklearn.utils._param_validation import Interval
 
-from matfact import backend, metrics
+from matfact import metrics
 from matfact.backend import Array
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._chain import Layout, best_two_factor_chain
-from matfact.operators import FactorProduct
 from matfact.solvers._callback import History
 from matfact.solvers.chains import Chain, two_factor_chain, two_factor_chains
 from matfact.solvers.monarch import monarch
@@ -104,11 +103,10 @@ class MonarchProjector(BaseFactorizer):
     def _factorize(self, W: Array, history: History) -> Factorization:
         chain = best_two_factor_chain(W, self._chains(W.shape))
         layout = Layout.of(W, chain)
-        factors = layout.factors(monarch(layout.arrange(W), chain))
-        history(1, backend.norm(W - FactorProduct(factors).toarray()) ** 2)
+        values = monarch(layout.arrange(W), chain, callback=history)
         self.n_blocks_ = (chain.row_radices[1], chain.column_radices[0])
         self.rank_ = chain.ranks[0]
-        return Factorization(factors)
+        return Factorization(layout.factors(values))
 
     def _chains(self, shape: tuple[int, int]) -> list[Chain]:
         """Return the chains that fit the parameters."""

@@ -7,10 +7,8 @@ import numpy as np
 from matfact import backend
 from matfact.backend import Array
 
-#: Largest side of a Gram matrix whose squaring is faster than a singular value decomposition.
+#: Largest side of a Gram matrix whose squaring is faster than its eigenvectors.
 _SQUARING_SIDE = 32
-#: Ratio of a block's sides below which its Gram matrix replaces the decomposition.
-_GRAM_RATIO = 0.25
 #: Squarings after which two singular values count as equal.
 _MAX_SQUARINGS = 50
 
@@ -30,17 +28,31 @@ def leading_range(blocks: Array, rank: int) -> Array:
     array of shape (…, rows, rank)
         Orthonormal columns (zero ones may stand for those of a zero block).
     """
-    xp = backend.namespace(blocks)
     rows, columns = blocks.shape[-2:]
-    if rank == 1 and min(rows, columns) <= _SQUARING_SIDE:
-        if rows <= columns:
-            return leading_vector(xp.matmul(blocks, adjoint(blocks)))
-        right = leading_vector(xp.matmul(adjoint(blocks), blocks))
-        return orthonormal(xp.matmul(blocks, right))
-    if rows > _GRAM_RATIO * columns:
-        return xp.linalg.svd(blocks, full_matrices=False)[0][..., :rank]
-    gram = xp.matmul(blocks, adjoint(blocks))
-    return xp.flip(xp.linalg.eigh(gram)[1][..., -rank:], axis=-1)
+    if rows <= columns:
+        return _leading_vectors(blocks, rank)
+    right = _leading_vectors(adjoint(blocks), rank)
+    return orthonormal(backend.namespace(blocks).matmul(blocks, right))
+
+
+def improved_range(blocks: Array, basis: Array) -> Array:
+    """Return `basis` after a step of the power method.
+
+    It restores what the Gram matrices of :func:`leading_range` lose of singular values below the
+    root of the precision; blocks of low rank are then spanned to rounding.
+    """
+    xp = backend.namespace(blocks)
+    return orthonormal(xp.matmul(blocks, xp.matmul(adjoint(blocks), basis)))
+
+
+def _leading_vectors(blocks: Array, rank: int) -> Array:
+    """Return the `rank` leading left singular vectors of blocks with few rows."""
+    xp = backend.namespace(blocks)
+    if rank == 1 and blocks.shape[-2] <= _SQUARING_SIDE:
+        return leading_vector(xp.matmul(blocks, adjoint(blocks)))
+    precise = backend.wide(blocks)
+    vectors = xp.linalg.eigh(xp.matmul(precise, adjoint(precise)))[1]
+    return xp.astype(xp.flip(vectors[..., -rank:], axis=-1), blocks.dtype)
 
 
 def leading_vector(gram: Array) -> Array:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.solvers._callback import Callback
 from matfact.solvers.chains import Chain
-from matfact.solvers.leading import adjoint, leading_range
+from matfact.solvers.leading import adjoint, improved_range, leading_range
 
 
-def monarch(W: Array, chain: Chain) -> list[Array]:
+def monarch(W: Array, chain: Chain, *, callback: Callback | None = None) -> list[Array]:
     """Return the values of the two factors of `chain` whose product is nearest to `W`.
 
     The rows of the product with the same last digit and the columns with the same first digit
@@ -23,6 +24,8 @@ def monarch(W: Array, chain: Chain) -> list[Array]:
         Finite matrix, real or complex.
     chain : Chain
         Two factors.
+    callback : Callback, optional
+        Called once, with the squared error.
 
     Returns
     -------
@@ -36,11 +39,12 @@ def monarch(W: Array, chain: Chain) -> list[Array]:
         chain.ranks,
     )
     slices = _slices(W, chain)
-    if rank == 1:
-        U = leading_range(slices, 1)
-    else:  # Gram matrices would lose the small singular values that matter here
-        U = xp.linalg.svd(slices, full_matrices=False)[0][..., :rank]
+    U = leading_range(slices, rank)
+    if rank > 1:
+        U = improved_range(slices, U)
     Vh = xp.matmul(adjoint(U), slices)
+    if callback is not None:  # U is orthonormal
+        callback(1, max(0.0, backend.norm(W) ** 2 - backend.norm(Vh) ** 2))
     U = xp.reshape(xp.permute_dims(U, (1, 2, 0, 3)), (1, left, height, right * rank))
     Vh = xp.reshape(xp.permute_dims(Vh, (0, 2, 1, 3)), (right, 1, rank * left, width))
     return [U, Vh]
