@@ -132,6 +132,13 @@ def _plain_norm(array: Array) -> float:
         return math.sqrt(flat @ flat)
 
 
+def inner(a: Array, b: Array) -> float:
+    """Return the inner product of two real arrays of one shape."""
+    if is_numpy(a):
+        return float(np.vdot(a, b))
+    return float(namespace(a).sum(a * b))
+
+
 def power_of_two(magnitude: float) -> float:
     """Return a power of two near `magnitude`, 0 for 0, that has a finite reciprocal.
 

@@ -18,6 +18,7 @@ from matfact.constraints._support import (
     Support,
     Triangular,
 )
+from matfact.constraints._transposed import transposed
 from matfact.constraints._values import NonNegative, UnitNormColumns
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "Triangular",
     "UnitNormColumns",
     "get_constraint",
+    "transposed",
 ]

@@ -10,6 +10,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from matfact import backend, metrics
 from matfact.backend import Array
+from matfact.constraints import GlobalSparsity
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.operators import SparseFactor
 from matfact.solvers._callback import History
@@ -99,7 +100,8 @@ class DoubleSparseFactorizer(BaseFactorizer):
         if tall:  # the solver wants the square factor first
             W = xp.matrix_transpose(W)
             left_nnz, right_nnz = right_nnz, left_nnz
-        *found, n_iter = dsf(W, left_nnz, right_nnz, max_iter=self.max_iter, callback=history)
+        sets = GlobalSparsity(left_nnz), GlobalSparsity(right_nnz)
+        *found, n_iter = dsf(W, *sets, max_iter=self.max_iter, callback=history)
         candidates = [found, pruned(W, left_nnz + right_nnz)]
         best = min(candidates, key=lambda pair: backend.norm(W - xp.matmul(*pair)))
         factors = [xp.matrix_transpose(f) for f in reversed(best)] if tall else best

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from matfact import backend
+from matfact import backend, kernels
 from matfact.backend import Array
-from matfact.constraints import GlobalSparsity
+from matfact.constraints import Constraint, GlobalSparsity, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import SparseState, refit_values, sparse_regression
 
@@ -20,14 +20,16 @@ SETTLE = (1.2, 0.84)
 INITIAL_SHARE, INITIAL_EXTRA = 0.5, 2.4
 #: Share of the sweeps after which penalties and supports stay as they end.
 ANNEALED = 0.95
+#: Norms of rows are left alone between the inverse of this and this.
+DRIFT = 64.0
 #: Conjugate gradient steps on the values of each factor once the supports are found.
 REFIT_STEPS = 4
 
 
 def dsf(
     W: Array,
-    left_nnz: int,
-    right_nnz: int,
+    left: Constraint,
+    right: Constraint,
     *,
     max_iter: int = 100,
     callback: Callback | None = None,
@@ -44,8 +46,8 @@ def dsf(
     ----------
     W : array of shape (rows, columns)
         Finite real matrix with no more rows than columns.
-    left_nnz, right_nnz : int
-        Most nonzeros of either factor, at least 1.
+    left, right : Constraint
+        What supports either factor may have.
     max_iter : int
         Number of sweeps. The schedule stretches over them: more sweeps find better supports.
     callback : callable, optional
@@ -62,31 +64,34 @@ def dsf(
     """
     xp = backend.namespace(W)
     W = backend.contiguous(W)
+    W_transposed = backend.contiguous(xp.matrix_transpose(W))
     eye = xp.eye(W.shape[0], dtype=W.dtype, device=backend.device(W))
     # The solver works on A transposed, so that either factor is the unknown of Mᵀ X ≈ target.
-    A = SparseState(eye, eye != 0)
-    B = SparseState(W, GlobalSparsity(right_nnz).support(W))
+    left = transposed(left)
+    A, B = SparseState(eye, eye != 0), SparseState(W, right.support(W))
     energy = backend.norm(W) ** 2
-    negligible = energy * float(xp.finfo(W.dtype).eps) ** 2
-    gram = _gram(B.solution)
-    initial_share = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * W.shape[0] / left_nnz)
-    for sweep, (share, penalties) in enumerate(_schedule(max_iter, initial_share), start=1):
-        cross = xp.matmul(B.solution, xp.matrix_transpose(W))
-        A = sparse_regression(gram, cross, A, _grown(left_nnz, share), penalties)
-        gram_left, cross = _gram(A.solution), xp.matmul(A.solution, W)
-        B = sparse_regression(gram_left, cross, B, _grown(right_nnz, share), penalties)
-        gram = _gram(B.solution)
-        explained = 2 * float(xp.sum(cross * B.solution)) - float(xp.sum(gram_left * gram))
-        objective = max(0.0, energy - explained)
+    gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
+    for sweep, (time, penalties) in enumerate(_schedule(max_iter), start=1):
+        A = sparse_regression(gram, cross, A, _growing(left, W.shape[0], time), penalties)
+        gram_left, cross_left = kernels.normal_equations(A.values, A.support, W)
+        growing = _growing(right, W.shape[0], time)
+        B = sparse_regression(gram_left, cross_left, B, growing, penalties)
+        gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
+        explained = 2 * kernels.supported_inner(cross_left, B.support, B.values)
+        objective = max(0.0, energy - explained + backend.inner(gram_left, gram))
+        if objective <= energy * float(xp.finfo(W.dtype).eps) ** 0.5:  # mostly rounding
+            objective = (
+                backend.norm(W - xp.matmul(xp.matrix_transpose(A.solution), B.solution)) ** 2
+            )
         if callback is not None:
             callback(sweep, objective)
-        if objective <= negligible:
+        if objective <= energy * float(xp.finfo(W.dtype).eps) ** 2:
             break
-        A, B, gram = _balanced(A, B, gram)
-    right = refit_values(gram_left, cross, B.solution, B.support, REFIT_STEPS)
-    cross = xp.matmul(right, xp.matrix_transpose(W))
-    left = refit_values(_gram(right), cross, A.solution, A.support, REFIT_STEPS)
-    return xp.matrix_transpose(left), right, sweep
+        A, B, gram, cross = _rescaled(A, B, gram, cross)
+    fitted = refit_values(gram_left, cross_left, B.solution, B.support, REFIT_STEPS)
+    gram, cross = kernels.normal_equations(fitted, B.support, W_transposed)
+    fitted_left = refit_values(gram, cross, A.solution, A.support, REFIT_STEPS)
+    return *_balanced(xp.matrix_transpose(fitted_left), fitted), sweep
 
 
 def pruned(W: Array, n_values: int) -> tuple[Array, Array]:
@@ -116,36 +121,47 @@ def pruned(W: Array, n_values: int) -> tuple[Array, Array]:
     return xp.eye(W.shape[0], dtype=W.dtype, device=backend.device(W)) * used, right
 
 
-def _balanced(
-    A: SparseState, B: SparseState, gram: Array
-) -> tuple[SparseState, SparseState, Array]:
-    """Give the rows of `B` unit norm, lest they drift out of range over many sweeps."""
+def _rescaled(
+    A: SparseState, B: SparseState, gram: Array, cross: Array
+) -> tuple[SparseState, SparseState, Array, Array]:
+    """Give the rows of `B` unit norm where they drift out of range, as over many sweeps."""
     xp = backend.namespace(gram)
     norms = xp.sqrt(xp.linalg.diagonal(gram))
     norms = xp.where(norms > 0, norms, xp.ones_like(norms))
+    if float(xp.max(norms)) < DRIFT and float(xp.min(norms)) > 1 / DRIFT:
+        return A, B, gram, cross
     return (
         dataclasses.replace(A, values=A.values * norms[:, None]),
         dataclasses.replace(B, values=B.values / norms[:, None]),
         gram / (norms[:, None] * norms[None, :]),
+        cross / norms[:, None],
     )
 
 
-def _gram(M: Array) -> Array:
-    xp = backend.namespace(M)
-    return xp.matmul(M, xp.matrix_transpose(M))
+def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
+    """Give what the factors have in common, columns and rows, equal norms."""
+    xp = backend.namespace(left)
+    norms = xp.linalg.vector_norm(left, axis=0), xp.linalg.vector_norm(right, axis=1)
+    used = (norms[0] > 0) & (norms[1] > 0)
+    ones = xp.ones_like(norms[0])
+    scale = xp.sqrt(xp.where(used, norms[0], ones) / xp.where(used, norms[1], ones))
+    return left / scale, right * scale[:, None]
 
 
-def _schedule(max_iter: int, initial_share: float) -> Iterator[tuple[float, tuple[float, float]]]:
-    """Yield the share of the nonzeros allowed and the penalties of each sweep."""
+def _schedule(max_iter: int) -> Iterator[tuple[float, tuple[float, float]]]:
+    """Yield how far the schedule is, from 0 to 1, and the penalties, for each sweep."""
     for sweep in range(1, max_iter + 1):
         time = min(1.0, sweep / (ANNEALED * max_iter))
-        penalties = (_geometric(*EXPLORE, time), _geometric(*SETTLE, time))
-        yield initial_share + (1.0 - initial_share) * time, penalties
+        yield time, (_geometric(*EXPLORE, time), _geometric(*SETTLE, time))
 
 
 def _geometric(start: float, end: float, time: float) -> float:
     return start * (end / start) ** time
 
 
-def _grown(nnz: int, share: float) -> GlobalSparsity:
-    return GlobalSparsity(max(1, round(nnz * share)))
+def _growing(constraint: Constraint, side: int, time: float) -> Constraint:
+    """Return `constraint` with as many nonzeros as the schedule allows by `time`."""
+    if not isinstance(constraint, GlobalSparsity):
+        return constraint
+    initial = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * side / constraint.k)
+    return GlobalSparsity(max(1, round(constraint.k * (initial + (1.0 - initial) * time))))

@@ -63,7 +63,13 @@ def test_refit_descends_to_the_least_squares_values_of_its_support(rng):
 def test_factors_keep_their_budgets_dtype_and_objective(rng, dtype, shape):
     W = rng.standard_normal(shape).astype(dtype)
     seen = []
-    left, right, n_iter = dsf(W, 70, 90, max_iter=30, callback=lambda i, obj: seen.append((i, obj)))
+    left, right, n_iter = dsf(
+        W,
+        GlobalSparsity(70),
+        GlobalSparsity(90),
+        max_iter=30,
+        callback=lambda i, obj: seen.append((i, obj)),
+    )
     assert left.dtype == right.dtype == dtype
     assert np.count_nonzero(left) <= 70
     assert np.count_nonzero(right) <= 90
@@ -74,7 +80,7 @@ def test_factors_keep_their_budgets_dtype_and_objective(rng, dtype, shape):
 
 def test_more_sweeps_find_better_supports(rng):
     W = rng.standard_normal((48, 48))
-    budget = W.size // 8
+    budget = GlobalSparsity(W.size // 8)
 
     def error(max_iter):
         left, right, _ = dsf(W, budget, budget, max_iter=max_iter)
@@ -88,7 +94,7 @@ def test_extreme_scales_of_rows_do_not_overflow(rng):
     W[3] *= 1e-18
     W[5] = 0.0
     with np.errstate(all="raise", under="ignore"):
-        left, right, _ = dsf(W, 60, 60, max_iter=200)
+        left, right, _ = dsf(W, GlobalSparsity(60), GlobalSparsity(60), max_iter=200)
     assert np.all(np.isfinite(left @ right))
     assert np.linalg.norm(W - left @ right) < 0.1 * np.linalg.norm(W)
 

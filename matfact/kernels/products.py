@@ -1,0 +1,121 @@
+"""Products with a matrix of which most entries are zero."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+
+#: Share of nonzeros from which the product of dense arrays is faster.
+DENSE = 0.25
+#: Columns multiplied at a time, so that those of the dense matrix stay in the cache.
+PANEL = 256
+
+
+def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Array]:
+    """Return ``M Mᵀ`` and ``M W``, where `M` holds `values` on `support` and 0 elsewhere.
+
+    Parameters
+    ----------
+    values : array of shape (rows, inner)
+        Entries of `M`; those off `support` do not matter.
+    support : array of bool, of shape (rows, inner)
+        Where `M` may be nonzero.
+    W : array of shape (inner, columns)
+        Dense matrix, C-contiguous on NumPy.
+    """
+    xp = backend.namespace(values)
+    if backend.is_numpy(values):
+        nnz = np.count_nonzero(support)
+        if nnz <= DENSE * values.size:
+            return _sparse_normal_equations(values, support, nnz, W)
+    M = xp.where(support, values, xp.zeros_like(values))
+    return xp.matmul(M, xp.matrix_transpose(M)), xp.matmul(M, W)
+
+
+def supported_inner(values: Array, support: Array, other: Array) -> float:
+    """Return the inner product of `values` and `other` over `support`."""
+    if backend.is_numpy(values):
+        return float(_supported_inner(values, support, other))
+    xp = backend.namespace(values)
+    return float(xp.sum(xp.where(support, values * other, xp.zeros_like(values))))
+
+
+def _sparse_normal_equations(
+    values: np.ndarray, support: np.ndarray, nnz: int, W: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    rows, inner = values.shape
+    indptr = np.empty(rows + 1, np.uint64)
+    # One place more than needed: every entry is written, then kept or overwritten.
+    indices, data = np.empty(nnz + 1, np.uint32), np.empty(nnz + 1, values.dtype)
+    transposed = np.zeros((inner, rows), values.dtype)
+    _compress(values, support, indptr, indices, data, transposed)
+    gram, cross = np.empty((rows, rows), values.dtype), np.empty((rows, W.shape[1]), values.dtype)
+    _multiply(indptr, indices, data, transposed, gram)
+    _multiply(indptr, indices, data, W, cross)
+    return gram, cross
+
+
+@numba.njit(cache=True, nogil=True)
+def _compress(values, support, indptr, indices, data, transposed):  # type: ignore[no-untyped-def]
+    """Write the matrix in compressed sparse rows, and its transpose as a dense array."""
+    k = 0
+    for i in range(values.shape[0]):
+        indptr[i] = k
+        for j in range(values.shape[1]):
+            indices[k] = j
+            data[k] = values[i, j]
+            k += support[i, j]
+        for position in range(indptr[i], k):
+            transposed[indices[position], i] = data[position]
+    indptr[values.shape[0]] = k
+
+
+# Unsigned positions spare the test for negative ones, which would keep loops from being
+# vectorized. Eight rows are added at a time, so that sums are loaded and stored less often.
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _multiply(indptr, indices, data, dense, out):  # type: ignore[no-untyped-def]
+    """Write the product of a compressed and a dense matrix to `out`."""
+    u = np.uint64
+    buffer = np.empty(dense.shape[0] * PANEL, dense.dtype)
+    for start in range(0, out.shape[1], PANEL):
+        stop = min(start + PANEL, out.shape[1])
+        panel = buffer[: dense.shape[0] * (stop - start)]
+        # Packed, since rows a power of two apart would fall on each other in the cache.
+        panel.reshape(dense.shape[0], stop - start)[:] = dense[:, start:stop]
+        width = u(stop - start)
+        for i in range(out.shape[0]):
+            total = out[i, start:stop]
+            total[:] = 0
+            k, end = indptr[i], indptr[i + 1]
+            while k + u(8) <= end:
+                a, b, c, d = data[k], data[k + u(1)], data[k + u(2)], data[k + u(3)]
+                e, f, g, h = data[k + u(4)], data[k + u(5)], data[k + u(6)], data[k + u(7)]
+                p, q = u(indices[k]) * width, u(indices[k + u(1)]) * width
+                r, s = u(indices[k + u(2)]) * width, u(indices[k + u(3)]) * width
+                t, v = u(indices[k + u(4)]) * width, u(indices[k + u(5)]) * width
+                w, x = u(indices[k + u(6)]) * width, u(indices[k + u(7)]) * width
+                for j in range(width):
+                    total[j] += (
+                        (a * panel[p + j] + b * panel[q + j])
+                        + (c * panel[r + j] + d * panel[s + j])
+                        + (e * panel[t + j] + f * panel[v + j])
+                        + (g * panel[w + j] + h * panel[x + j])
+                    )
+                k += u(8)
+            while k < end:
+                a, p = data[k], u(indices[k]) * width
+                for j in range(width):
+                    total[j] += a * panel[p + j]
+                k += u(1)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def _supported_inner(values, support, other):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            total += values[i, j] * other[i, j] if support[i, j] else 0.0
+    return total
