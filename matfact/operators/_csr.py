@@ -92,7 +92,9 @@ class SparseFactor(Factor):
 
     def index_nbytes(self, format: str) -> int:
         rows, columns = self.shape
+        bits = (rows * columns + 7) // 8
         if format == "bitmask":
-            return (rows * columns + 7) // 8
+            return bits
         column_bytes = 2 if columns <= 1 << 16 else 4
-        return column_bytes * self.nnz + 4 * (rows + 1)
+        indices = column_bytes * self.nnz + 4 * (rows + 1)
+        return min(bits, indices) if format == "smallest" else indices

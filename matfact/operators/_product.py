@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import scipy.sparse.linalg
@@ -17,7 +17,7 @@ from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._selection import SelectionFactor
 
-Format = Literal["csr", "bitmask", "dense"]
+Format = Literal["csr", "bitmask", "smallest", "dense"]
 
 
 class FactorProduct:
@@ -93,13 +93,13 @@ class FactorProduct:
 
         Parameters
         ----------
-        format : {"csr", "bitmask", "dense"}, default="csr"
-            How scattered nonzeros are located: column indices, one bit an entry, or not at all
-            (every entry of every factor is stored). Structured factors need no positions in the
-            first two.
+        format : {"csr", "bitmask", "smallest", "dense"}, default="csr"
+            How scattered nonzeros are located: column indices, one bit an entry, whichever of
+            the two is smaller for each factor, or not at all (every entry of every factor is
+            stored). Structured factors need few positions or none in the first three.
         """
-        if format not in ("csr", "bitmask", "dense"):
-            raise ValueError(f"format must be 'csr', 'bitmask' or 'dense', got {format!r}.")
+        if format not in get_args(Format):
+            raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
         if format == "dense":
             itemsize = self.factors[0].value_nbytes() // max(1, self.factors[0].nnz)
             return sum(math.prod(factor.shape) for factor in self.factors) * (itemsize or 1)
