@@ -15,10 +15,13 @@ from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.constraints import (
     CONSTRAINTS,
+    ColumnSparsity,
     Constraint,
     FixedSupport,
     GlobalSparsity,
     LowRank,
+    RowColumnSparsity,
+    RowSparsity,
     Support,
     get_constraint,
 )
@@ -273,6 +276,9 @@ def _product_set(sets: Sequence[Constraint], shapes: Sequence[tuple[int, int]]) 
     if len(supports) == len(sets):
         masks = [support.mask(shape) for support, shape in zip(supports, shapes, strict=True)]
         return FixedSupport(functools.reduce(lambda a, b: a.astype(float) @ b > 0, masks))
+    for kind in (RowSparsity, ColumnSparsity, RowColumnSparsity):
+        if all(isinstance(constraint, kind) for constraint in sets):
+            return kind(math.prod(constraint.k for constraint in sets))
     stored = [constraint.nnz(shape) for constraint, shape in zip(sets, shapes, strict=True)]
     return GlobalSparsity(min(sum(stored), shapes[0][0] * shapes[-1][1]))
 

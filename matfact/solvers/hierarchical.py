@@ -70,7 +70,7 @@ def hierarchical_palm4msa(
         pair = _pair(constraints, residual_constraints, side, level)
         residual = factors.pop(0 if side == "right" else -1)
         sets = sets[1:] if side == "right" else sets[:-1]
-        start, backward = identity_start(residual, pair)
+        start, backward = identity_start(residual, pair, backward=side == "right")
         halves, _, sweeps = palm4msa(
             residual, start, pair, max_iter=max_iter, tol=tol, backward=backward,
             callback=callback if level == 1 else None,

@@ -39,8 +39,9 @@ def palm4msa(
     things differ. The step follows the curvature met along the step instead of the product of
     spectral norms, which only bounds it. Where the set allows it, columns left and rows right of
     a factor count with unit norm, a diagonal preconditioner. And the first steps are longer than
-    descent permits, so that supports keep changing; they shrink to the length that makes every
-    further iteration descend. The best iterate is returned, which is never worse than the start.
+    descent permits, so that supports keep changing; once they stay, and late in any case, steps
+    have the length that makes every further iteration descend. The best iterate is returned,
+    which is never worse than the start.
 
     Parameters
     ----------
@@ -88,13 +89,16 @@ def palm4msa(
     negligible = _energy(W) * (NEGLIGIBLE * backend.namespace(W).finfo(W.dtype).eps) ** 2
     if len(factors) == 1:
         relaxation = 1.0  # the first step is the projection of W: nothing to explore
+    supports, is_settled = [factor != 0 for factor in factors], False
     for iteration in range(1, max_iter + 1):
         previous = objective
-        stretch = _stretch((iteration - 1) / max_iter, relaxation)
+        stretch = 1.0 if is_settled else _stretch((iteration - 1) / max_iter, relaxation)
         product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
         if is_scaled:
             scale = _best_scale(W, product)
         objective = _energy(W - scale * product)
+        last, supports = supports, [factor != 0 for factor in factors]
+        is_settled = all(map(_is_equal, last, supports))
         if callback is not None:
             callback(iteration, objective)
         if objective < best_objective:
@@ -125,18 +129,21 @@ def _balanced(factors: list[Array], constraints: Sequence[Constraint]) -> list[A
     return factors
 
 
-def identity_start(W: Array, constraints: Sequence[Constraint]) -> tuple[list[Array], bool]:
+def identity_start(
+    W: Array, constraints: Sequence[Constraint], *, backward: bool = False
+) -> tuple[list[Array], bool]:
     """Return identities and the projection of `W`, whose product that is, and `backward`.
 
     All factors but that of the longer side are square on the shorter side. `backward` makes
-    :func:`palm4msa` begin with an identity; at the projection it would stay.
+    :func:`palm4msa` begin with an identity; at the projection it would stay. For a square `W`
+    it is as given.
     """
     xp = backend.namespace(W)
     rows, columns = W.shape
-    is_tall = rows > columns
+    backward = rows > columns or (rows == columns and backward)
     eye = xp.eye(min(rows, columns), dtype=W.dtype, device=backend.device(W))
     identities = [eye] * (len(constraints) - 1)
-    if is_tall:
+    if backward:
         return [constraints[0].project(W), *identities], True
     return [*identities, constraints[-1].project(W)], False
 
@@ -209,8 +216,9 @@ def _step(
         step = new - start
         change = _times(left, _times(step / weights, right))
         # The curvature along a step never exceeds the bound: no rounding can trap the search.
-        if curvature >= bound or _energy(change) <= stretch * curvature * _energy(step):
-            return new / weights, change, curvature / SHRINK
+        met, size = _energy(change), stretch * _energy(step)
+        if curvature >= bound or met <= curvature * size:
+            return new / weights, change, max(curvature / SHRINK, met / size if size else 0.0)
         curvature = min(bound, curvature * GROW)
 
 
@@ -254,6 +262,10 @@ def _adjoint(array: Array | None) -> Array | None:
     xp = backend.namespace(array)
     is_complex = xp.isdtype(array.dtype, "complex floating")
     return xp.matrix_transpose(xp.conj(array) if is_complex else array)
+
+
+def _is_equal(first: Array, second: Array) -> bool:
+    return bool(backend.namespace(first).all(first == second))
 
 
 def _energy(array: Array) -> float:

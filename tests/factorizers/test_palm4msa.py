@@ -13,6 +13,7 @@ from matfact.constraints import (
     GlobalSparsity,
     LowRank,
     NMSparsity,
+    RowColumnSparsity,
     RowSparsity,
     UnitNormColumns,
 )
@@ -76,6 +77,26 @@ def test_hierarchical_fit_recovers_hadamard(n, side):
     model = Palm4MSA(constraints=supports, hierarchical=side).fit(scipy.linalg.hadamard(n))
     assert model.nnz_ == 2 * n * len(supports)
     assert model.reconstruction_err_ < 1e-14
+
+
+@pytest.mark.parametrize("n", [4, 16, 32, 128])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hierarchical_fit_finds_the_supports_of_hadamard(n, side):
+    sets = [RowColumnSparsity(2)] * (n.bit_length() - 1)
+    model = Palm4MSA(constraints=sets, hierarchical=side).fit(scipy.linalg.hadamard(n))
+    assert model.nnz_ == 2 * n * len(sets)
+    assert model.reconstruction_err_ < 1e-14
+
+
+@pytest.mark.parametrize("kind", [RowSparsity, ColumnSparsity, RowColumnSparsity])
+def test_residuals_may_be_as_full_as_products_of_what_they_stand_for(kind, rng):
+    W = rng.standard_normal((12, 12))
+    sets = [kind(2), kind(2), kind(3), kind(2)]
+    default, explicit = (
+        Palm4MSA(constraints=sets, hierarchical="left", residual_constraints=r, max_iter=5).fit(W)
+        for r in (None, [kind(12), kind(6)])
+    )
+    np.testing.assert_array_equal(default.operator_.toarray(), explicit.operator_.toarray())
 
 
 def test_planted_sparse_factors_are_recovered_from_a_noisy_start(rng):

@@ -116,6 +116,20 @@ def test_the_result_is_finite_and_never_worse_than_the_start(rows, columns, n_fa
     assert residual_error(W, factors) <= residual_error(W, start) * (1 + 1e-12) + 1e-12
 
 
+def test_steps_descend_once_supports_stay(rng):
+    objectives = []
+    supports = [FixedSupport(rng.random((20, 20)) < 0.3) for _ in range(2)]
+    start = [support.project(rng.standard_normal((20, 20))) for support in supports]
+    palm4msa(
+        rng.standard_normal((20, 20)),
+        start,
+        supports,
+        max_iter=30,
+        callback=lambda _, objective: objectives.append(objective),
+    )
+    assert np.all(np.diff(objectives[1:]) <= 0)
+
+
 def test_objective_is_that_of_the_returned_factors(rng):
     W = rng.standard_normal((20, 30))
     objectives = []
