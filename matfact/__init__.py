@@ -39,6 +39,7 @@ else:
         "factorizers",
         "metrics",
         "operators",
+        "torch",
         "transforms",
     )
 

@@ -1,0 +1,168 @@
+"""Fit the values of a product to a layer's inputs, its supports fixed."""
+
+from __future__ import annotations
+
+import functools
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators import Factor, FactorProduct, SelectionFactor
+
+#: Share of the mean diagonal added to second moments, which holds directions without inputs to W.
+DAMPING = 1e-2
+
+
+def input_scale(second_moment: Array) -> Array:
+    """Return the root mean square of each input, slightly raised so that none is zero.
+
+    Approximating ``W · diag(scale)`` in place of `W` makes errors count where inputs are large
+    (paper 001, Section 4.3).
+
+    Parameters
+    ----------
+    second_moment : array of shape (in_features, in_features)
+        Average of ``x xᵀ``.
+    """
+    xp = backend.namespace(second_moment)
+    energies = xp.linalg.diagonal(second_moment)
+    floor = DAMPING * float(xp.mean(energies))
+    return xp.sqrt(energies + floor) if floor > 0 else xp.ones_like(energies)
+
+
+def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
+    """Return ``product · diag(scale)``, with the supports of `product`.
+
+    Parameters
+    ----------
+    product : FactorProduct
+        The product.
+    scale : array of shape (in_features,)
+        What each column is multiplied by.
+    """
+    xp = backend.namespace(scale)
+    factors = list(product.factors)
+    for i in range(len(factors) - 1, -1, -1):
+        factor = factors[i]
+        if not isinstance(factor, SelectionFactor):
+            columns = backend.like(factor.locations % factor.shape[1], scale)
+            scales = xp.astype(xp.take(scale, columns), factor.values.dtype)
+            factors[i] = factor.with_values(factor.values * xp.reshape(scales, factor.values.shape))
+            return FactorProduct(factors)
+        scale = factor.apply(scale[:, None])[:, 0]  # a selection hands the scale on
+    raise TypeError("a product of selections stores no value that could be scaled")
+
+
+def finalize(
+    product: FactorProduct,
+    W: Array,
+    second_moment: Array,
+    *,
+    n_sweeps: int = 2,
+    n_steps: int = 20,
+) -> FactorProduct:
+    """Lower ``E‖Wx − Ŵx‖²`` over the values of `product`, one factor at a time.
+
+    Source: paper 001, Section 4.3, "finalization", here by preconditioned conjugate gradients on
+    the fixed supports, of any factor of any product.
+
+    Parameters
+    ----------
+    product : FactorProduct
+        Where to start; kept as it is.
+    W : array of shape (out_features, in_features)
+        The real matrix to approximate.
+    second_moment : array of shape (in_features, in_features)
+        Average of ``x xᵀ``, possibly singular.
+    n_sweeps : int
+        How often each factor is refitted.
+    n_steps : int
+        Conjugate gradient steps each time.
+
+    Returns
+    -------
+    FactorProduct
+        The same supports with other values, and an error that is not larger.
+    """
+    xp = backend.namespace(W)
+    moment = xp.astype(second_moment, W.dtype)
+    mean = float(xp.mean(xp.linalg.diagonal(moment)))
+    if mean <= 0.0:
+        return product
+    moment = backend.add_diagonal(moment / mean, DAMPING)
+    factors = list(product.factors)
+    dense = [backend.compute_array(factor.toarray()) for factor in factors]
+    for _ in range(n_sweeps):
+        for i, factor in enumerate(factors):
+            if factor.nnz:
+                left, right = _product(dense[:i]), _product(dense[i + 1 :])
+                support = _support(factor)
+                dense[i] = _refit(left, right, W, moment, dense[i], support, n_steps)
+    return FactorProduct(
+        [_holding(factor, array) for factor, array in zip(factors, dense, strict=True)]
+    )
+
+
+def _product(matrices: list[Array]) -> Array | None:
+    """Return the product of `matrices`, None for no matrix."""
+    if not matrices:
+        return None
+    return functools.reduce(backend.namespace(*matrices).matmul, matrices)
+
+
+def _support(factor: Factor) -> Array:
+    """Return ones where `factor` stores values and zeros elsewhere."""
+    xp = backend.namespace(factor.values)
+    return backend.compute_array(factor.with_values(xp.ones_like(factor.values)).toarray())
+
+
+def _holding(factor: Factor, array: Array) -> Factor:
+    """Return the factor with its values taken from `array`."""
+    xp = backend.namespace(array)
+    values = xp.take(xp.reshape(array, (-1,)), backend.like(factor.locations, array), axis=0)
+    values = xp.astype(xp.reshape(values, factor.values.shape), factor.values.dtype)
+    return factor.with_values(values)
+
+
+def _refit(
+    left: Array | None,
+    right: Array | None,
+    W: Array,
+    moment: Array,
+    F: Array,
+    support: Array,
+    n_steps: int,
+) -> Array:
+    """Lower ``tr (W − L F R) H (W − L F R)ᵀ`` over the values of `F` on `support`."""
+    xp = backend.namespace(W)
+    transpose = xp.matrix_transpose
+    right_moment = moment if right is None else xp.matmul(right, moment)
+    gram_right = moment if right is None else xp.matmul(right_moment, transpose(right))
+    cross = xp.matmul(W, transpose(right_moment))
+    gram_left = None
+    if left is not None:
+        gram_left = xp.matmul(transpose(left), left)
+        cross = xp.matmul(transpose(left), cross)
+
+    def image(D: Array) -> Array:
+        D = xp.matmul(D, gram_right)
+        return support * (D if gram_left is None else xp.matmul(gram_left, D))
+
+    weights = xp.linalg.diagonal(gram_right)[None, :]
+    if gram_left is not None:
+        weights = weights * xp.linalg.diagonal(gram_left)[:, None]
+    inverse = xp.where(weights > 0, 1 / xp.where(weights > 0, weights, xp.ones_like(weights)), 0.0)
+    residual = support * cross - image(F)
+    direction = inverse * residual
+    energy = float(xp.sum(residual * direction))
+    negligible = energy * float(xp.finfo(W.dtype).eps) ** 2
+    for _ in range(n_steps):
+        step = image(direction)
+        curvature = float(xp.sum(direction * step))
+        if energy <= negligible or curvature <= 0.0:  # nothing left to gain
+            break
+        F = F + (energy / curvature) * direction
+        residual = residual - (energy / curvature) * step
+        preconditioned = inverse * residual
+        previous, energy = energy, float(xp.sum(residual * preconditioned))
+        direction = preconditioned + (energy / previous) * direction
+    return F

@@ -1,0 +1,49 @@
+"""Compress trained PyTorch networks: layers, capture, compression, fine-tuning."""
+
+from matfact.torch.batchnorm import reestimate_batch_norm
+from matfact.torch.capture import input_statistics
+from matfact.torch.compress import Compressed, compress
+from matfact.torch.conv import FactorizedConv
+from matfact.torch.finetune import (
+    FineTuning,
+    balance_factors,
+    fine_tune,
+    merge_update,
+    soft_cross_entropy,
+)
+from matfact.torch.gradual import compress_gradually, cubic_densities
+from matfact.torch.init import randomize_supports, reset_parameters
+from matfact.torch.layers import FactorizedLinear
+from matfact.torch.report import CompressionReport, LayerReport
+from matfact.torch.structured import (
+    BlockLowRankLinear,
+    ButterflyLinear,
+    LowRankLinear,
+    MonarchLinear,
+    SparseProductLinear,
+)
+
+__all__ = [
+    "BlockLowRankLinear",
+    "ButterflyLinear",
+    "Compressed",
+    "CompressionReport",
+    "FactorizedConv",
+    "FactorizedLinear",
+    "FineTuning",
+    "LayerReport",
+    "LowRankLinear",
+    "MonarchLinear",
+    "SparseProductLinear",
+    "balance_factors",
+    "compress",
+    "compress_gradually",
+    "cubic_densities",
+    "fine_tune",
+    "input_statistics",
+    "merge_update",
+    "randomize_supports",
+    "reestimate_batch_norm",
+    "reset_parameters",
+    "soft_cross_entropy",
+]

@@ -1,0 +1,209 @@
+"""Factors as modules: values are parameters, positions are buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from matfact.operators import (
+    BlockSparseFactor,
+    DenseFactor,
+    Factor,
+    KroneckerSparseFactor,
+    SelectionFactor,
+    SparseFactor,
+)
+
+
+class FactorModule(nn.Module):
+    """A factor of a product, applied to the last axis of its input.
+
+    Gradients flow through the values alone, so that no optimizer can move the support.
+
+    Parameters
+    ----------
+    factor : Factor
+        NumPy or torch values (copied) and their positions.
+    """
+
+    def __init__(self, factor: Factor) -> None:
+        super().__init__()
+        self.rows, self.columns = factor.shape
+        self.values = nn.Parameter(_tensor(factor.values))
+
+    def dense(self) -> Tensor:
+        """Return the matrix, through which gradients reach the values."""
+        return self(torch.eye(self.columns, dtype=self.values.dtype, device=self.values.device)).T
+
+    def to_factor(self) -> Factor:
+        """Return the factor, which shares the memory of the values."""
+        raise NotImplementedError
+
+    @property
+    def work(self) -> int:
+        """Multiplications a sample takes in :meth:`forward`."""
+        return self.values.numel()
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}×{self.columns}, {self.values.numel()} values"
+
+
+class DenseFactorModule(FactorModule):
+    """A factor stored entry by entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.values)
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def to_factor(self) -> DenseFactor:
+        return DenseFactor(self.values.detach())
+
+
+class SparseFactorModule(FactorModule):
+    """A factor with scattered values: one bit an entry says where they stand.
+
+    The bits are kept and saved; their expansion to indices is neither. A state dict with another
+    support, of any size, replaces the support.
+    """
+
+    mask: Tensor
+    locations: Tensor
+
+    def __init__(self, factor: SparseFactor) -> None:
+        super().__init__(factor)
+        order = np.argsort(factor.locations)
+        self.values = nn.Parameter(self.values.detach()[torch.from_numpy(order)])
+        kept = np.zeros(self.rows * self.columns, dtype=bool)
+        kept[factor.locations] = True
+        bits = torch.from_numpy(np.packbits(kept, bitorder="little"))
+        self.register_buffer("mask", bits.to(self.values.device))
+        self._locate()
+
+    def _locate(self) -> None:
+        """Expand the bits to the places of the values in the flattened matrix."""
+        if self.mask.is_meta:  # nothing to expand before a state dict is loaded
+            return
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.mask.device)
+        bits = (self.mask[:, None] >> shifts) & 1
+        locations = bits.flatten()[: self.rows * self.columns].nonzero().flatten()
+        self.register_buffer("locations", locations, persistent=False)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}values")
+        if loaded is not None and loaded.shape != self.values.shape and loaded.ndim == 1:
+            self.values = nn.Parameter(self.values.detach().new_empty(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._locate()
+
+    def dense(self) -> Tensor:
+        flat = self.values.new_zeros(self.rows * self.columns)
+        return flat.scatter(0, self.locations, self.values).reshape(self.rows, self.columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense())
+
+    @property
+    def work(self) -> int:
+        return self.rows * self.columns
+
+    def to_factor(self) -> SparseFactor:
+        locations = self.locations.cpu().numpy()
+        counts = np.bincount(locations // self.columns, minlength=self.rows)
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        indices = (locations % self.columns).astype(np.int32)
+        return SparseFactor(self.values.detach(), indices, indptr, self.columns)
+
+
+class KroneckerFactorModule(FactorModule):
+    """A butterfly, Monarch or block-diagonal factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, d, b, c = self.values.shape
+        blocks = x.reshape(-1, a, c, d)
+        product = torch.einsum("adbc,nacd->nabd", self.values, blocks)
+        return product.reshape(*x.shape[:-1], a * b * d)
+
+    def to_factor(self) -> KroneckerSparseFactor:
+        return KroneckerSparseFactor(self.values.detach())
+
+
+class BlockFactorModule(FactorModule):
+    """A factor of dense blocks anywhere."""
+
+    spans: Tensor
+
+    def __init__(self, factor: BlockSparseFactor) -> None:
+        super().__init__(factor)
+        self.register_buffer("spans", torch.from_numpy(np.array(factor.blocks, dtype=np.int64)))
+        self._read_spans()
+
+    def _read_spans(self) -> None:
+        """Keep the spans as numbers too, which compiled graphs need."""
+        self._blocks = [tuple(span) for span in self.spans.tolist()]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        self._read_spans()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(*x.shape[:-1], self.rows)
+        start = 0
+        for r0, r1, c0, c1 in self._blocks:
+            stop = start + (r1 - r0) * (c1 - c0)
+            block = self.values[start:stop].reshape(r1 - r0, c1 - c0)
+            out[..., r0:r1] += functional.linear(x[..., c0:c1], block)
+            start = stop
+        return out
+
+    def to_factor(self) -> BlockSparseFactor:
+        dimensions = np.asarray([self.rows, self.columns], dtype=np.int64)
+        return BlockSparseFactor(self.values.detach(), self.spans.cpu().numpy(), dimensions)
+
+
+class SelectionFactorModule(FactorModule):
+    """A permutation, padding or cropping, which has nothing to train."""
+
+    index: Tensor
+
+    def __init__(self, factor: SelectionFactor) -> None:
+        super().__init__(factor)
+        del self.values
+        self.register_buffer("values", _tensor(factor.values), persistent=False)
+        self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Entries that nothing is selected for read the zero behind the last column.
+        source = torch.where(self.index < 0, self.columns, self.index)
+        return functional.pad(x, (0, 1)).index_select(-1, source)
+
+    def to_factor(self) -> SelectionFactor:
+        return SelectionFactor(self.values.detach(), self.index.cpu().numpy(), self.columns)
+
+
+_MODULES: dict[type[Factor], Any] = {
+    DenseFactor: DenseFactorModule,
+    SparseFactor: SparseFactorModule,
+    KroneckerSparseFactor: KroneckerFactorModule,
+    BlockSparseFactor: BlockFactorModule,
+    SelectionFactor: SelectionFactorModule,
+}
+
+
+def factor_module(factor: Factor) -> FactorModule:
+    """Return the module that applies `factor`."""
+    return _MODULES[type(factor)](factor)
+
+
+def _tensor(values: Any) -> Tensor:
+    """Return a copy of `values` as a contiguous tensor."""
+    if isinstance(values, Tensor):
+        return values.detach().clone(memory_format=torch.contiguous_format)
+    return torch.tensor(np.asarray(values))

@@ -1,0 +1,112 @@
+"""Layers seen as matrices: what each class of layer multiplies, by what, and its replacement."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.calibration import InputStatistics
+from matfact.operators import FactorProduct
+from matfact.torch.conv import FactorizedConv, pad, unfold
+from matfact.torch.layers import FactorizedLinear
+
+
+class Matricized(ABC):
+    """A layer as one matrix, or as one for each of its groups.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        The layer, which is left as it is.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @abstractmethod
+    def matrices(self) -> list[Tensor]:
+        """Return the matrices, of shape (outputs, inputs)."""
+
+    @abstractmethod
+    def replacement(self, products: Sequence[FactorProduct]) -> nn.Module:
+        """Return the layer with `products` in place of the matrices."""
+
+    @abstractmethod
+    def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """Yield what a layer input `x` multiplies: (n, inputs) for each matrix, in pieces."""
+
+    def arrays(self) -> list[Array]:
+        """Return the matrices for the solvers: NumPy arrays on the CPU, tensors elsewhere."""
+        return [as_array(matrix) for matrix in self.matrices()]
+
+    def statistics(self, inputs: Sequence[Tensor]) -> list[InputStatistics]:
+        """Return the statistics of layer inputs, for each matrix."""
+        statistics = [InputStatistics() for _ in self.matrices()]
+        for x in inputs:
+            self.update(statistics, x)
+        return statistics
+
+    def update(self, statistics: Sequence[InputStatistics], x: Tensor) -> None:
+        """Add the layer input `x` to `statistics`."""
+        for pieces in self._inputs(x.detach()):
+            for running, piece in zip(statistics, pieces, strict=True):
+                running.update(as_array(piece))
+
+
+class MatricizedLinear(Matricized):
+    """A linear layer, dense or factorized: ``weight`` is the matrix."""
+
+    def matrices(self) -> list[Tensor]:
+        return [self.layer.weight.detach()]
+
+    def replacement(self, products: Sequence[FactorProduct]) -> nn.Module:
+        return FactorizedLinear(products[0], self.layer.bias)
+
+    def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
+        yield [x.reshape(-1, x.shape[-1])]
+
+
+class MatricizedTransposed(MatricizedLinear):
+    """A linear layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
+
+    def matrices(self) -> list[Tensor]:
+        return [self.layer.weight.detach().T]
+
+
+class MatricizedConv(Matricized):
+    """A convolution: the kernel of each group, flattened to (out, in · kernel size)."""
+
+    def matrices(self) -> list[Tensor]:
+        weight = self.layer.weight.detach()
+        return list(weight.flatten(1).chunk(self.layer.groups))
+
+    def replacement(self, products: Sequence[FactorProduct]) -> nn.Module:
+        return FactorizedConv.from_products(self.layer, products)
+
+    def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
+        conv = self.layer
+        batch = x if x.ndim == len(conv.kernel_size) + 2 else x[None]
+        for sample in batch.split(1):  # patches of one image at a time, to bound the memory
+            patches = unfold(pad(sample, conv), conv.kernel_size, conv.stride, conv.dilation)
+            yield list(patches[0].chunk(conv.groups, dim=1))
+
+
+def matricized(layer: nn.Module) -> Matricized | None:
+    """Return `layer` as matrices, or None if it is of a class that has none."""
+    if isinstance(layer, (nn.Linear, FactorizedLinear)):
+        return MatricizedLinear(layer)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, FactorizedConv)):
+        return MatricizedConv(layer)
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        return MatricizedTransposed(layer)
+    return None
+
+
+def as_array(tensor: Tensor) -> Array:
+    """Return `tensor` as the solvers take it; on the CPU they are fastest on NumPy arrays."""
+    return backend.to_numpy(tensor) if tensor.device.type == "cpu" else tensor.detach()

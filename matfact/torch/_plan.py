@@ -1,0 +1,178 @@
+"""Which layers of a network are compressed, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from sklearn.base import clone
+from torch import Tensor, nn
+
+from matfact import metrics
+from matfact.compare import METHODS
+from matfact.factorizers import BaseFactorizer
+from matfact.torch._fit import Fitted
+from matfact.torch._matrices import Matricized, matricized
+from matfact.torch.report import LayerReport
+
+#: A factorizer, or the name of one in ``matfact.compare.METHODS``.
+Method = str | BaseFactorizer
+#: Layers by regular expression, by name, or by a function of name and module.
+Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
+#: What one layer gets in place of the rule: a method, a density, both, or None to be kept.
+Override = Method | float | tuple[Method, float] | None
+
+
+@dataclasses.dataclass
+class Task:
+    """A layer and what to do with it.
+
+    Attributes
+    ----------
+    names : list of str
+        Every name the layer has in the network.
+    view : Matricized
+        The layer as matrices.
+    factorizer : BaseFactorizer or None
+        Unfitted; None where the layer is kept.
+    message : str
+        Why it is kept, or what is to be known about it.
+    """
+
+    names: list[str]
+    view: Matricized
+    factorizer: BaseFactorizer | None
+    message: str = ""
+
+    def report(self, status: str, fitted: Fitted | None = None) -> LayerReport:
+        """Return the row of the report."""
+        matrices = self.view.matrices()
+        size = sum(matrix.numel() for matrix in matrices)
+        row = LayerReport(
+            layer=self.names[0],
+            kind=type(self.view.layer).__name__,
+            rows=matrices[0].shape[0],
+            columns=matrices[0].shape[1],
+            groups=len(matrices),
+            method="" if status == "kept" else type(self.factorizer).__name__,
+            status=status,
+            dense_nbytes=size * matrices[0].element_size(),
+            dense_flops=2 * size,
+            requested_density=getattr(self.factorizer, "density", None),
+            message=self.message,
+        )
+        return row if fitted is None else dataclasses.replace(row, **_measures(fitted, size))
+
+
+def _measures(fitted: Fitted, size: int) -> dict[str, Any]:
+    products = fitted.products
+    return {
+        "density": sum(product.nnz for product in products) / size,
+        "relative_error": fitted.relative_error,
+        "normalized_error": fitted.normalized_error,
+        "layer_error": fitted.layer_error,
+        "nbytes": min(sum(p.nbytes(form) for p in products) for form in ("csr", "bitmask")),
+        "flops": sum(product.flops for product in products),
+        "seconds": fitted.seconds,
+    }
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    density: float | None,
+    layers: Layers | None,
+    overrides: Mapping[str, Override],
+    keep: tuple[bool, bool],
+) -> list[Task]:
+    """Return a task for each selected layer, in the order of the network.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is invalid or no layer is selected.
+    """
+    metrics.check_density(density)
+    tasks = []
+    for names, layer in _distinct_layers(model):
+        view = matricized(layer)
+        if view is None or not any(_selected(name, layer, layers) for name in names):
+            continue
+        factorizer = _factorizer(names, method, density, overrides)
+        tasks.append(Task(names, view, factorizer, "" if factorizer else "kept as asked"))
+    if not tasks:
+        raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
+    for task, is_kept in zip((tasks[0], tasks[-1]), keep, strict=True):
+        if is_kept:
+            task.factorizer, task.message = None, "kept as asked"
+    _keep_shared(model, tasks)
+    return tasks
+
+
+def _distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """Return each module that is not inside a layer, with all of its names."""
+    names: dict[nn.Module, list[str]] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.rpartition(".")[0] in inside:
+            inside.add(name)
+        elif name:  # the network itself cannot be replaced in itself
+            names.setdefault(module, []).append(name)
+            if matricized(module) is not None:
+                inside.add(name)
+    return [(found, module) for module, found in names.items()]
+
+
+def _selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
+    if layers is None:
+        return True
+    if isinstance(layers, str):
+        return re.search(layers, name) is not None
+    return layers(name, layer) if callable(layers) else name in layers
+
+
+def _factorizer(
+    names: list[str], method: Method, density: float | None, overrides: Mapping[str, Override]
+) -> BaseFactorizer | None:
+    """Return the unfitted factorizer of a layer, None to keep it."""
+    for override in _matching(names, overrides):
+        if override is None:
+            return None
+        if isinstance(override, tuple):
+            method, density = override
+        elif isinstance(override, (int, float)):
+            density = override
+        else:
+            method = override
+        break
+    metrics.check_density(density)
+    if isinstance(method, str) and method in METHODS:
+        factorizer = clone(METHODS[method].estimator)
+    elif isinstance(method, BaseFactorizer):
+        factorizer = clone(method)
+    else:
+        raise ValueError(
+            f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}."
+        )
+    return factorizer if density is None else factorizer.set_params(density=density)
+
+
+def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Override]:
+    """Return the overrides of a layer: one of its names first, then the patterns in order."""
+    exact = [overrides[name] for name in names if name in overrides]
+    patterns = (k for k in overrides if any(re.search(k, name) for name in names))
+    return exact or [overrides[pattern] for pattern in patterns]
+
+
+def _keep_shared(model: nn.Module, tasks: list[Task]) -> None:
+    """Keep layers whose weight another module uses, as replacing them would store it twice."""
+    owners: dict[Tensor, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+    for task in tasks:
+        weight: Any = task.view.layer.weight
+        if task.factorizer is not None and len(owners.get(weight, ())) > 1:
+            task.factorizer, task.message = None, "kept: its weight is shared with another module"

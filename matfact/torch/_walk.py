@@ -1,0 +1,177 @@
+"""A pass over all batches that stops at each layer, so that the layer can be replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matfact.torch._batches import checked, eval_mode, forward
+from matfact.torch._matrices import Matricized
+from matfact.torch.capture import LayerStatistics, layer_input, layer_views
+
+
+def walk(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Any]
+) -> Generator[tuple[str, LayerStatistics]]:
+    """Stop a pass over all batches at each layer, and go on with the layer that is there then.
+
+    Every batch runs through the network once, in a thread of its own that waits at each of
+    `layers`. When all have come to a layer, its name and the statistics of its inputs are yielded;
+    the caller may replace the layer, and later layers see what the replacement makes of the
+    inputs. The network's own code calls everything with its own arguments, so that any network
+    can be walked. One Gram matrix is kept at a time, and what the forward passes hold of all
+    batches: a few large batches are best.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, which is in eval mode until the walk ends.
+    layers : sequence of str
+        Names of linear or convolutional layers. Where a network calls them in another order, that
+        of `layers` decides between batches that wait at different ones.
+    batches : iterable
+        As for :func:`input_statistics`.
+
+    Yields
+    ------
+    name : str
+        Name of a layer that was called; each comes once, from its first call in each batch.
+    statistics : list of InputStatistics
+        One for each of its groups.
+    """
+    views = layer_views(model, layers)
+    order = {name: i for i, name in enumerate(views)}
+    passes = [_Pass(model, batch) for batch in checked(batches)]
+    shared = _SharedInputs()
+    with eval_mode(model), contextlib.ExitStack() as gates:
+        opened = {n: gates.enter_context(_gate(model, n, v.layer)) for n, v in views.items()}
+        try:
+            for batch in passes:
+                batch.advance()
+            while waiting := [batch for batch in passes if batch.at is not None]:
+                name = min((batch.at for batch in waiting if batch.at), key=order.__getitem__)
+                arrived = [batch for batch in waiting if batch.at == name]
+                yield name, shared.statistics(views[name], [batch.input for batch in arrived])
+                opened[name].set()
+                for batch in arrived:
+                    batch.advance()
+        finally:
+            for batch in passes:
+                batch.cancel()
+
+
+@contextlib.contextmanager
+def _gate(model: nn.Module, name: str, layer: nn.Module) -> Iterator[threading.Event]:
+    """Make batches wait at `layer` until the event yielded is set."""
+    opened = threading.Event()
+    original, patched = layer.forward, "forward" in vars(layer)
+
+    def forward_at_gate(*args: Any, **kwargs: Any) -> Any:
+        batch = _Pass.of_this_thread()
+        if batch is not None and not opened.is_set():
+            batch.wait_at(name, layer_input(args, kwargs))
+        present = model.get_submodule(name)
+        return original(*args, **kwargs) if present is layer else present(*args, **kwargs)
+
+    layer.forward = forward_at_gate
+    try:
+        yield opened
+    finally:
+        if patched:  # by another library before
+            layer.forward = original
+        else:
+            del layer.forward
+
+
+class _Cancelled(BaseException):
+    """Ends a pass that nobody waits for; no ``except Exception`` in a model may catch it."""
+
+
+class _Pass:
+    """One batch on its way through the network, in a thread that halts at gates.
+
+    Attributes
+    ----------
+    at : str or None
+        Name of the layer where it waits.
+    """
+
+    _local = threading.local()
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(model, batch), daemon=True)
+        self._cancelled = False
+        self._error: BaseException | None = None
+        self.at: str | None = None
+        self.input: Tensor = torch.empty(0)
+
+    @classmethod
+    def of_this_thread(cls) -> _Pass | None:
+        """Return the pass whose thread asks, if it is one's."""
+        return getattr(cls._local, "current", None)
+
+    def _run(self, model: nn.Module, batch: Any) -> None:
+        self._local.current = self
+        try:
+            with torch.no_grad():  # each thread has its own mode
+                forward(model, batch)
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._halted.release()
+
+    def wait_at(self, name: str, x: Tensor) -> None:
+        """Halt until advanced (called by the thread itself)."""
+        self.at, self.input = name, x
+        self._halted.release()
+        self._go.acquire()
+        self.at, self.input = None, torch.empty(0)
+        if self._cancelled:
+            raise _Cancelled
+
+    def advance(self) -> None:
+        """Let the batch run to the next gate or to its end, and raise what went wrong there."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._halted.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """End the thread where it waits."""
+        self._cancelled = True
+        self._go.release()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+
+class _SharedInputs:
+    """Statistics that several layers in a row can share, as query, key and value do."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, int]] = []
+        self._statistics: LayerStatistics = []
+
+    def statistics(self, view: Matricized, inputs: list[Tensor]) -> LayerStatistics:
+        """Return the statistics of `inputs`, those of the last call if these are the same."""
+        # The patches of convolutions depend on more than their inputs.
+        plain = not hasattr(view.layer, "kernel_size") and not any(x.is_inference() for x in inputs)
+        seen = [(x, x._version) for x in inputs] if plain else []
+        same = len(seen) == len(self._seen) > 0 and all(
+            x is y and version == before
+            for (x, version), (y, before) in zip(seen, self._seen, strict=True)
+        )
+        if not same:
+            self._statistics = view.statistics(inputs)
+        self._seen = seen
+        return self._statistics

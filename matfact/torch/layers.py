@@ -1,0 +1,144 @@
+"""Linear layers made of a product of factors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from matfact.backend import to_numpy
+from matfact.factorizers import BaseFactorizer
+from matfact.operators import FactorProduct
+from matfact.torch._cache import DerivedTensor
+from matfact.torch._factors import FactorModule, factor_module
+
+#: How a layer is applied where no gradient is wanted.
+Inference = Literal["auto", "dense", "factors"]
+
+
+class FactorizedLinear(nn.Module):
+    """``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a drop-in replacement of :class:`torch.nn.Linear`.
+
+    Values are parameters and positions are buffers: any optimizer trains the values on a fixed
+    support. Only plain, differentiable torch operations are used, so that copying, saving,
+    compiling and exporting work as for any module.
+
+    Parameters
+    ----------
+    product : FactorProduct
+        NumPy or torch factors, whose values are copied.
+    bias : Tensor, optional
+        Bias of shape (out_features,), copied.
+    inference : {"auto", "dense", "factors"}, default="auto"
+        How the layer is applied in eval mode where no gradient is wanted. "dense" multiplies the
+        factors once and keeps their product: as fast as the layer replaced, but as large in
+        memory. "factors" keeps nothing. "auto" keeps the product where the factors take more
+        work, as torch has no fast kernel for scattered values.
+
+    Attributes
+    ----------
+    factors : torch.nn.ModuleList
+        One module a factor, applied from the last to the first.
+    bias : torch.nn.Parameter or None
+        The bias.
+    in_features, out_features : int
+        Width of inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        product: FactorProduct,
+        bias: Tensor | None = None,
+        *,
+        inference: Inference = "auto",
+    ) -> None:
+        super().__init__()
+        if inference not in ("auto", "dense", "factors"):
+            raise ValueError(f"inference must be 'auto', 'dense' or 'factors', got {inference!r}.")
+        self.out_features, self.in_features = product.shape
+        self.factors = nn.ModuleList(factor_module(factor) for factor in product.factors)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.inference = inference
+        self._product = DerivedTensor()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, factorizer: BaseFactorizer, *, calibration: Any = None
+    ) -> FactorizedLinear:
+        """Factorize the weight of `linear`, of any class with ``weight`` and ``bias``.
+
+        Parameters
+        ----------
+        linear : torch.nn.Module
+            The trained layer, which is left as it is.
+        factorizer : BaseFactorizer
+            Fitted to the weight here.
+        calibration : array or InputStatistics, optional
+            Inputs of the layer or their statistics, for factorizers that use them.
+        """
+        weight: Any = linear.weight
+        matrix = to_numpy(weight) if weight.device.type == "cpu" else weight.detach()
+        product = factorizer.fit(matrix, calibration=calibration).operator_
+        bias: Any = linear.bias
+        layer = FactorizedLinear(product, bias)
+        return layer.to(device=weight.device, dtype=weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense product, computed anew: for code that reads the weight of a linear layer."""
+        *left, last = self.chain
+        product = last.dense()
+        for factor in reversed(left):
+            product = factor(product.T).T
+        return product
+
+    @property
+    def chain(self) -> list[FactorModule]:
+        """The factors as a list."""
+        return cast(list[FactorModule], list(self.factors))
+
+    def keeps_product(self) -> bool:
+        """Whether eval mode multiplies by the dense product rather than by the factors."""
+        if self.inference != "auto":
+            return self.inference == "dense"
+        return sum(factor.work for factor in self.chain) >= self.in_features * self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to the last axis of `x`."""
+        if not self.training and self.keeps_product():
+            product = self._product.get(self, lambda: self.weight)
+            if product is not None:
+                return functional.linear(x, product, self.bias)
+        x = self.apply_factors(x)
+        return x if self.bias is None else x + self.bias
+
+    def apply_factors(self, x: Tensor) -> Tensor:
+        """Return the output without bias, one factor after the other."""
+        for factor in reversed(self.chain):
+            x = factor(x)
+        return x
+
+    def to_product(self) -> FactorProduct:
+        """Return the product of the factors, which shares their memory."""
+        return FactorProduct([factor.to_factor() for factor in self.chain])
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """Return the dense layer that computes the same."""
+        weight = self.weight
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None,
+            device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        dense.weight.copy_(weight)
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, inference={self.inference!r}"
+        )
