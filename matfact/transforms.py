@@ -15,7 +15,15 @@ import numpy as np
 import scipy.fft
 
 from matfact.operators import Factor, FactorProduct, KroneckerSparseFactor, SelectionFactor
-from matfact.solvers.chains import digit_reversal, even_odd, prime_factors
+from matfact.solvers.chains import digit_reversal, even_odd
+from matfact.solvers.fourier import (
+    convolution,
+    fourier,
+    fourier_nnz,
+    radices,
+    real_part,
+    root_of_unity,
+)
 
 __all__ = ["circulant", "dct", "dft", "dst", "hadamard", "toeplitz"]
 
@@ -211,10 +219,10 @@ def circulant(c: Any, *, dtype: Any = None) -> FactorProduct:
     """
     c = _vector(c, "c")
     longer = scipy.fft.next_fast_len(2 * len(c) - 1, real=True)
-    if _chain_nnz(len(c)) > _chain_nnz(longer):
+    if fourier_nnz(len(c)) > fourier_nnz(longer):
         return toeplitz(c, np.roll(c[::-1], 1), dtype=dtype)
-    places = _places(len(c))
-    transform = _Transform(_convolution(c), len(_radices(len(c))) - 1, places, places)
+    every = np.arange(len(c))
+    transform = _Transform(convolution(c), every, every)
     return transform.product(_result_dtype(c, dtype), real=np.isrealobj(c))
 
 
@@ -256,15 +264,12 @@ class _Transform:
     Parameters
     ----------
     values : list of ndarray of shape (a, d, b, c)
-        Values of the factors. Those before position `middle` are of a transposed chain.
-    middle : int
-        Position of the factor where `a` is 1.
+        Values of the factors.
     rows, columns : ndarray of int
         Where each output (input) stands among the rows (columns) of the product.
     """
 
     values: list[np.ndarray]
-    middle: int
     rows: np.ndarray
     columns: np.ndarray
 
@@ -281,7 +286,7 @@ class _Transform:
 
     def product(self, dtype: Any, *, real: bool = False) -> FactorProduct:
         """Return the product in `dtype`, or its real part (what it makes of real inputs)."""
-        values = self._real_part() if real else self.values
+        values = real_part(self.values) if real else self.values
         factors: list[Factor] = [KroneckerSparseFactor(v.astype(dtype)) for v in values]
         height, width = factors[0].shape[0], factors[-1].shape[1]
         like = factors[0].values
@@ -292,25 +297,6 @@ class _Transform:
             factors.append(gather.T)
         return FactorProduct(factors)
 
-    def _real_part(self) -> list[np.ndarray]:
-        """Replace each complex number by a 2×2 block, but for real inputs and outputs.
-
-        The digit that tells real from imaginary part stands next to the digit that two
-        neighbours share, so that the factors stay Kronecker-sparse.
-        """
-        last = len(self.values) - 1
-        result = []
-        for i, v in enumerate(self.values):
-            a, d, b, c = v.shape
-            blocks = np.array([[v.real, -v.imag], [v.imag, v.real]])  # (2, 2, a, d, b, c)
-            blocks = blocks[:1] if i == 0 else blocks
-            blocks = blocks[:, :1] if i == last else blocks
-            rows = (4, 0) if i <= self.middle else (0, 4)
-            columns = (1, 5) if i < self.middle else (5, 1)
-            height, width = b * blocks.shape[0], c * blocks.shape[1]
-            result.append(blocks.transpose(2, 3, *rows, *columns).reshape(a, d, height, width))
-        return result
-
 
 def _spread(scales: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
     """Return `scales` at `places` of a vector of zeros."""
@@ -319,84 +305,37 @@ def _spread(scales: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
     return spread
 
 
-def _root(numerator: np.ndarray, denominator: int) -> np.ndarray:
-    """Return ``exp(−2πi numerator / denominator)`` for integers, the angle reduced exactly."""
-    angle = 2 * np.pi * (numerator % denominator) / denominator
-    return np.cos(angle) - 1j * np.sin(angle)
-
-
-def _radices(n: int) -> list[int]:
-    """Return the radices of the Fourier transform of length `n`, at least one."""
-    return prime_factors(n) or [1]
-
-
-def _chain_nnz(n: int) -> int:
-    """Return how many values the mixed-radix Fourier transform of length `n` stores."""
-    return n * sum(_radices(n))
-
-
-def _fourier(n: int) -> list[np.ndarray]:
-    """Return the factors of the Fourier transform of inputs in digit-reversed order."""
-    values, a, d = [], 1, n
-    for p in _radices(n):
-        d //= p
-        # Row k₁ d + k₂ and column j of the butterfly that joins p transforms of length d.
-        k2, k1, j = np.ogrid[:d, :p, :p]
-        values.append(np.tile(_root(j * (k1 * d + k2), p * d), (a, 1, 1, 1)))
-        a *= p
-    return values
-
-
 def _places(n: int) -> np.ndarray:
     """Return where each input stands in digit-reversed order."""
-    return np.argsort(digit_reversal(_radices(n)))
-
-
-def _convolution(c: np.ndarray) -> list[np.ndarray]:
-    """Return the factors of the circulant of `c`, its rows and columns in digit-reversed order.
-
-    The chain of the Fourier transform and its adjoint meet in factors of equal supports, which
-    are multiplied together with the spectrum.
-    """
-    n = len(c)
-    first, *rest = _fourier(n)
-    _, d, p, _ = first.shape
-    spectrum = (scipy.fft.fft(c.astype(np.result_type(c, np.float64))) / n).reshape(p, d).T
-    middle = _adjoint(first) @ (spectrum[None, :, :, None] * first)
-    return [*map(_adjoint, reversed(rest)), middle, *rest]
-
-
-def _adjoint(values: np.ndarray) -> np.ndarray:
-    return np.conj(np.swapaxes(values, -1, -2))
+    return np.argsort(digit_reversal(radices(n)))
 
 
 def _toeplitz(c: np.ndarray, r: np.ndarray) -> _Transform:
     """Return the Toeplitz matrix of first column `c` and first row `r`."""
     n = scipy.fft.next_fast_len(len(c) + len(r) - 1, real=True)
     gap = np.zeros(n - len(c) - len(r) + 1)
-    places, middle = _places(n), len(_radices(n)) - 1
-    values = _convolution(np.concatenate([c, gap, r[:0:-1]]))
-    return _Transform(values, middle, places[: len(c)], places[: len(r)])
+    factors = convolution(np.concatenate([c, gap, r[:0:-1]]))
+    return _Transform(factors, np.arange(len(c)), np.arange(len(r)))
 
 
 def _exponential(size: int, n: int) -> _Transform:
     """Return ``exp(−2πi k j / n)`` for k and j below `size`, by the cheaper way."""
     convolved = scipy.fft.next_fast_len(2 * size - 1, real=True)
-    if _chain_nnz(n) <= 2 * _chain_nnz(convolved):
-        return _Transform(_fourier(n), 0, np.arange(size), _places(n)[:size])
+    if fourier_nnz(n) <= 2 * fourier_nnz(convolved):
+        return _Transform(fourier(n), np.arange(size), _places(n)[:size])
     # k j = (k² + j² − (k − j)²) / 2
-    chirp = _root(np.arange(size) ** 2, 2 * n)
+    chirp = root_of_unity(np.arange(size) ** 2, 2 * n)
     return _toeplitz(np.conj(chirp), np.conj(chirp)).scaled(chirp, chirp)
 
 
 def _cosine(n: int, type: int, norm: Norm) -> _Transform:
     """Return the cosine transform of type 2 or 4, or the transpose of that of type 3."""
     k, ones = np.arange(n), np.ones(n)
-    rows = 2 * _root(2 * k + 1 if type == 4 else k, 8 * n if type == 4 else 4 * n)
+    rows = 2 * root_of_unity(2 * k + 1 if type == 4 else k, 8 * n if type == 4 else 4 * n)
     if norm == "ortho":
         rows = rows / np.sqrt(2 * n)
     if type == 4:
-        return _exponential(n, 2 * n).scaled(rows, _root(k, 4 * n))
+        return _exponential(n, 2 * n).scaled(rows, root_of_unity(k, 4 * n))
     if norm == "ortho":
         rows[0] /= np.sqrt(2)
     elif type == 3:
@@ -423,8 +362,8 @@ def _dct1(n: int, norm: Norm) -> _Transform:
 def _dst1(n: int, norm: Norm) -> _Transform:
     """Return the sine transform of type 1: ``sin(π (k + 1) (j + 1) / (n + 1))``."""
     k, scale = np.arange(n), np.sqrt(2 / (n + 1)) if norm == "ortho" else 2.0
-    rows = scale * 1j * _root(k + 1, 2 * n + 2)
-    return _exponential(n, 2 * n + 2).scaled(rows, _root(k, 2 * n + 2))
+    rows = scale * 1j * root_of_unity(k + 1, 2 * n + 2)
+    return _exponential(n, 2 * n + 2).scaled(rows, root_of_unity(k, 2 * n + 2))
 
 
 def _check(n: Any, norm: Any, type: Any = 2) -> None:
