@@ -140,8 +140,10 @@ def _compressed(
 
 def _print_totals(checkpoint: Checkpoint) -> None:
     factorized = sum(tensor.is_product for tensor in checkpoint.tensors.values())
+    method = checkpoint.settings.get("method")
+    by = f" by {_shown(method)}" if isinstance(method, str) else ""
     typer.echo(
-        f"{checkpoint.path}: {len(checkpoint)} tensors, {factorized} of them factorized; "
+        f"{checkpoint.path}: {len(checkpoint)} tensors, {factorized} of them factorized{by}; "
         f"{checkpoint.nbytes:,} bytes of {checkpoint.dense_nbytes:,} "
         f"({checkpoint.nbytes / max(1, checkpoint.dense_nbytes):.1%})"
     )
@@ -164,19 +166,16 @@ def _table(checkpoint: Checkpoint) -> Table:
     from rich.text import Text
 
     table = Table(box=None, header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    for title in ("shape", "dtype"):
-        table.add_column(title)
-    for title in ("stored as", "method", "note"):
+    for title in ("tensor", "shape", "dtype", "stored as"):
         table.add_column(title, overflow="fold")
     for title in ("density", "error", "bytes"):
         table.add_column(title, justify="right")
     for name, tensor in checkpoint.tensors.items():
         shape = "×".join(map(str, tensor.spec.shape))
-        texts = (name, shape, tensor.spec.dtype, " · ".join(tensor.storage), tensor.method)
+        stored_as = " · ".join(tensor.storage) or tensor.note
         numbers = (tensor.density, tensor.relative_error)
         table.add_row(
-            *(Text(_shown(text)) for text in (*texts, tensor.note)),
+            *(Text(_shown(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
             *("" if number is None else f"{number:.4f}" for number in numbers),
             f"{checkpoint.tensor_nbytes(name):,}",
         )

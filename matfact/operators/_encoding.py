@@ -180,6 +180,8 @@ def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) ->
     _need(indptr[0] == 0 and indptr[-1] == indices.size, "row pointers")
     _need(not (np.diff(indptr) < 0).any(), "row pointers decrease")
     _need(not ((indices < 0) | (indices >= shape[1])).any(), "columns outside the matrix")
+    places = np.repeat(np.arange(shape[0]) * shape[1], np.diff(indptr)) + indices
+    _need(np.unique(places).size == places.size, "a place comes twice")
     return SparseFactor(values, indices.astype(np.int32), indptr, shape[1])
 
 
