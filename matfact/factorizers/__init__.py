@@ -5,6 +5,7 @@ from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._cosamp import CoSaMPNeuronSelector
 from matfact.factorizers._dsf import DoubleSparseFactorizer
+from matfact.factorizers._kaleidoscope import KaleidoscopeFit
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
@@ -16,6 +17,7 @@ __all__ = [
     "ButterflyFit",
     "CoSaMPNeuronSelector",
     "DoubleSparseFactorizer",
+    "KaleidoscopeFit",
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",

@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 
 def _expected_failures(estimator):
-    if type(estimator).__name__ in ("ButterflyFit", "MonarchProjector"):
+    if type(estimator).__name__ in ("ButterflyFit", "KaleidoscopeFit", "MonarchProjector"):
         # Fourier matrices are complex, so that complex data are welcome here.
         return {"check_complex_data": "complex matrices are factorized, not refused"}
     return {}

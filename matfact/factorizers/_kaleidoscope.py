@@ -1,0 +1,124 @@
+"""Fit of kaleidoscope products: butterflies times reversed butterflies."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.fft
+from sklearn.utils._param_validation import Interval
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.factorizers._base import BaseFactorizer, Factorization
+from matfact.operators import Factor, KroneckerSparseFactor, SelectionFactor
+from matfact.solvers._callback import History
+from matfact.solvers.kaleidoscope import kaleidoscope
+
+
+class KaleidoscopeFit(BaseFactorizer):
+    """Products of butterflies and reversed butterflies, the kaleidoscope hierarchy.
+
+    ``(B B*)ʷ`` with an expansion stands for all structured matrices of practical use [1]_:
+    butterflies, circulant and Toeplitz matrices among them, which are recovered to rounding. The
+    factors of such products have no closed form; they are found by descent on all of them at
+    once, from the nearest butterfly or circulant matrix.
+
+    Parameters
+    ----------
+    width : int, default=1
+        Number w of pairs of a butterfly and a reversed one.
+    expansion : int, default=1
+        The butterflies are this many times longer than the longer side of `W`, which is a corner
+        of their product. Lengths with a prime factor above 5 are rounded up. Toeplitz matrices
+        need 2.
+    complex_pairs : bool, default=False
+        Whether the factors of a real `W` hold complex numbers as 2×2 blocks of real ones, which
+        takes four times the stored values, and which real circulant and Toeplitz matrices need.
+        Must be False when `W` is complex.
+    max_iter : int, default=100
+        Largest number of descent steps.
+    tol : float, default=1e-3
+        Stop when ten steps lower the squared error by less than this fraction.
+
+    Attributes
+    ----------
+    patterns_ : list of tuple of int
+        The (a, b, c, d) of each factor.
+    operator_ : FactorProduct
+        The product of the factors, and of the paddings there are.
+    factors_ : tuple of Factor
+        Its factors.
+    reconstruction_err_ : float
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_err_ : float
+        ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
+    nnz_ : int
+        Stored values.
+    density_ : float
+        Stored values ÷ entries of `W`; above 1 for small matrices.
+    n_iter_ : int
+        Descent steps done.
+    history_ : dict of list
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, at the start and after
+        each step.
+    n_features_in_ : int
+        in_features of `W`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of `W`, where it has any.
+
+    References
+    ----------
+    .. [1] T. Dao, N. Sohoni, A. Gu, M. Eichhorn, A. Blonder, M. Leszczynski, A. Rudra, C. Ré,
+       "Kaleidoscope: an efficient, learnable representation for all structured linear maps",
+       ICLR 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy.linalg import circulant
+    >>> from matfact import KaleidoscopeFit
+    >>> W = circulant(np.arange(32.0) ** 2)
+    >>> bool(KaleidoscopeFit(complex_pairs=True).fit(W).reconstruction_err_ < 1e-13)
+    True
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "width": [Interval(Integral, 1, None, closed="left")],
+        "expansion": [Interval(Integral, 1, None, closed="left")],
+        "complex_pairs": ["boolean"],
+        "max_iter": [Interval(Integral, 0, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+    }
+    _allow_complex: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        width: int = 1,
+        expansion: int = 1,
+        complex_pairs: bool = False,
+        max_iter: int = 100,
+        tol: float = 1e-3,
+    ) -> None:
+        self.width = width
+        self.expansion = expansion
+        self.complex_pairs = complex_pairs
+        self.max_iter = max_iter
+        self.tol = tol
+
+    def _factorize(self, W: Array, history: History) -> Factorization:
+        if self.complex_pairs and backend.is_complex(W):
+            raise ValueError("complex_pairs must be False when W is complex, got True.")
+        n = scipy.fft.next_fast_len(self.expansion * max(W.shape), real=True)
+        values, n_iter = kaleidoscope(
+            W, n, width=self.width, complex_pairs=self.complex_pairs, max_iter=self.max_iter,
+            tol=self.tol, callback=history,
+        )  # fmt: skip
+        factors: list[Factor] = [KroneckerSparseFactor(v) for v in values]
+        self.patterns_ = [KroneckerSparseFactor(v).pattern for v in values]
+        if W.shape[0] < n:
+            factors.insert(0, SelectionFactor.from_index(np.arange(W.shape[0]), n, like=W))
+        if W.shape[1] < n:
+            factors.append(SelectionFactor.from_index(np.arange(W.shape[1]), n, like=W).T)
+        return Factorization(factors, n_iter)
