@@ -18,6 +18,7 @@ from matfact.calibration import OutputStatistics
 from matfact.factorizers._validation import check_matrix
 from matfact.solvers import cosamp
 from matfact.solvers._callback import History
+from matfact.solvers.quadratic import quadratic
 
 _SOLVERS = {
     "least_squares": cosamp.least_squares,
@@ -39,15 +40,18 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
     ----------
     n_neurons : int, float or None, default=None
         Hidden units to keep: a number, a fraction of all in (0, 1] (rounded down, at least one),
-        or None for half of them.
+        or None for half of them, or for as few as `max_error` allows.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
         ``"least_squares"`` re-solves the weights in closed form in every iteration; its error is
-        at most that of the others, the published procedures: ``"gradient"`` [1]_ takes gradient
-        steps instead, ``"ispasp"`` [2]_ keeps the weights of the dense block and suits
-        activations that are not negative.
+        at most that of ``"ispasp"``, and hardly ever above that of ``"gradient"``, the published
+        procedures: ``"gradient"`` [1]_ takes gradient steps instead, ``"ispasp"`` [2]_ keeps the
+        weights of the dense block and suits activations that are not negative.
     max_iter : int, default=50
-        Most iterations; of ``"least_squares"``, from each of its four starting points, where it
-        stops earlier when no exchange of a unit helps.
+        Most iterations; of ``"least_squares"``, from each starting point, where it stops earlier
+        when no exchange of a unit helps.
+    max_error : float or None, default=None
+        Largest ``reconstruction_err_`` wanted, in [0, 1), in place of `n_neurons` and for
+        ``"least_squares"`` alone: as few units are kept as a bisection finds to suffice.
 
     Attributes
     ----------
@@ -102,6 +106,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         ],
         "method": [StrOptions(set(_SOLVERS))],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "max_error": [Interval(Real, 0, 1, closed="left"), None],
     }
 
     def __init__(
@@ -109,10 +114,12 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         n_neurons: int | float | None = None,
         method: Literal["least_squares", "gradient", "ispasp"] = "least_squares",
         max_iter: int = 50,
+        max_error: float | None = None,
     ) -> None:
         self.n_neurons = n_neurons
         self.method = method
         self.max_iter = max_iter
+        self.max_error = max_error
 
     def fit(self, H: Any, y: Any = None) -> Self:
         """Select hidden units.
@@ -134,16 +141,22 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter, `H` or `y` is invalid.
+            If a parameter, `H` or `y` is invalid, or if all units together miss `max_error`.
         """
         self._validate_params()
+        self._check_target()
         statistics, dtype, one_output = self._statistics(H, y)
         history = History()
-        solve = _SOLVERS[self.method]
-        result = solve(statistics, self._count(), self.max_iter, history)
+        if self.max_error is None:
+            solve = _SOLVERS[self.method]
+            result = solve(statistics, self._count(), self.max_iter, history)
+        else:
+            result = cosamp.smallest_selection(
+                statistics, self.max_error**2, self.max_iter, history
+            )
         xp = backend.namespace(result.weights)
         weights = xp.astype(result.weights, dtype)
-        problem = cosamp.quadratic(statistics)
+        problem = quadratic(statistics)
         # Of the weights as returned, rounded to the dtype.
         error = problem.error(result.support, backend.wide(weights) / problem.unit)
         self.support_ = np.zeros(self.n_features_in_, dtype=bool)
@@ -176,6 +189,15 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         if backend.namespace(y) is not backend.namespace(H):
             raise ValueError("y must be an array of the library of H.")
         return OutputStatistics().update(H, y), H.dtype, one_output
+
+    def _check_target(self) -> None:
+        """Raise ``ValueError`` if `max_error` cannot be combined with the other parameters."""
+        if self.max_error is None:
+            return
+        if self.n_neurons is not None:
+            raise ValueError(f"n_neurons must be None with max_error, got {self.n_neurons}.")
+        if self.method != "least_squares":
+            raise ValueError(f"method must be 'least_squares' with max_error, got {self.method!r}.")
 
     def _count(self) -> int:
         """Return how many units to keep."""

@@ -8,8 +8,7 @@ functions sees the activations themselves.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Self
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,145 +16,13 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import OutputStatistics
 from matfact.solvers._callback import Callback
+from matfact.solvers.exchange import Tableau, exchange, largest, shrink
+from matfact.solvers.quadratic import Quadratic, Selection, quadratic
 
 #: Gradient steps in each iteration of :func:`gradient` (the `m` of paper 003, Algorithm 1).
 _GRADIENT_STEPS = 5
-#: Eigenvalues of a Gram matrix below this, relative to the largest, are rounding.
-_RANK_TOLERANCE = 1e-12
-#: Added to the unit diagonal of a Gram matrix that is inverted to compare hidden units.
-_RIDGE = 1e-10
-#: An iteration that lowers the error by less, relatively, changes nothing.
-_PROGRESS = 1e-9
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Hidden units kept, in increasing order, with their output weights.
-
-    `weights` has shape (n_neurons, n_outputs) and `error` is ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
-    """
-
-    support: np.ndarray
-    weights: Array
-    error: float
-    n_iter: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Quadratic:
-    """``‖U − H W‖_F²`` as a function of the rows of `W` that are not zero.
-
-    Parameters
-    ----------
-    gram : array of shape (n_hidden, n_hidden)
-        ``HᵀH``.
-    cross : array of shape (n_hidden, n_outputs)
-        ``HᵀU``.
-    energy : float
-        ``‖U‖_F²``.
-    unit : float, default=1.0
-        What `W` is to be multiplied with where `H` and `U` were scaled.
-    """
-
-    gram: Array
-    cross: Array
-    energy: float
-    unit: float = 1.0
-
-    @property
-    def n_hidden(self) -> int:
-        """Number of hidden units."""
-        return int(self.gram.shape[0])
-
-    def normalized(self) -> tuple[Self, Array]:
-        """Return the same for units of norm one, with their norms (1 for a dead unit)."""
-        xp = backend.namespace(self.gram)
-        norms = xp.sqrt(xp.linalg.diagonal(self.gram))
-        norms = xp.where(norms > 0.0, norms, 1.0)
-        gram = self.gram / norms[:, None] / norms[None, :]
-        return dataclasses.replace(self, gram=gram, cross=self.cross / norms[:, None]), norms
-
-    def on(self, support: np.ndarray) -> tuple[Array, Array]:
-        """Return the rows and columns of `gram`, and the rows of `cross`, in `support`."""
-        gram, cross = self.rows(support)
-        return backend.namespace(gram).take(gram, backend.like(support, gram), axis=1), cross
-
-    def rows(self, support: np.ndarray) -> tuple[Array, Array]:
-        """Return the rows of `gram` and of `cross` in `support`."""
-        take = backend.namespace(self.gram).take
-        index = backend.like(support, self.gram)
-        return take(self.gram, index, axis=0), take(self.cross, index, axis=0)
-
-    def error(self, support: np.ndarray, weights: Array) -> float:
-        """Return the error of `weights` on `support`, relative to ``‖U‖_F²``."""
-        if self.energy == 0.0:
-            return 0.0
-        xp = backend.namespace(weights)
-        gram, cross = self.on(support)
-        gained = float(xp.sum(weights * (2.0 * cross - xp.matmul(gram, weights))))
-        return max(0.0, 1.0 - gained / self.energy)
-
-    def least_squares(self, support: np.ndarray) -> Array:
-        """Return the weights on `support` of smallest error, and of smallest norm among those."""
-        gram, cross = self.on(support)
-        xp = backend.namespace(gram)
-        eigenvalues, Q = xp.linalg.eigh(gram)
-        sound = eigenvalues > eigenvalues[-1] * _RANK_TOLERANCE
-        inverse = xp.where(sound, 1.0 / xp.where(sound, eigenvalues, 1.0), 0.0)
-        return xp.matmul(Q * inverse, xp.matmul(xp.matrix_transpose(Q), cross))
-
-    def fit(self, support: np.ndarray) -> tuple[Array, Array, float]:
-        """Return the inverse Gram matrix of `support`, the weights it gives, and their error.
-
-        Needs units of norm one. A slight ridge makes it cheaper and safer than
-        :meth:`least_squares`, and hardly worse.
-        """
-        gram, cross = self.on(support)
-        if not len(support):
-            return gram, cross, 1.0
-        xp = backend.namespace(gram)
-        eye = xp.eye(len(support), dtype=gram.dtype, device=backend.device(gram))
-        inverse = backend.spd_inverse(gram + _RIDGE * eye)
-        weights = xp.matmul(inverse, cross)
-        gained = float(xp.sum(weights * cross) + _RIDGE * xp.sum(weights**2))
-        error = max(0.0, 1.0 - gained / self.energy) if self.energy else 0.0
-        return inverse, weights, error
-
-    def gains(self, support: np.ndarray, inverse: Array) -> np.ndarray:
-        """Return how much each unit lowers the error when it joins `support`, weights re-solved.
-
-        Needs units of norm one, and the inverse from :meth:`fit`. Units of `support` get −1.
-        """
-        xp = backend.namespace(self.gram)
-        rows, cross = self.rows(support)
-        projected = xp.matmul(inverse, rows)
-        # Norm of what is new in each unit, no less than what the ridge makes of it.
-        new = 1.0 - xp.sum(rows * projected, axis=0)
-        new = xp.where(new > 10 * _RIDGE, new, 10 * _RIDGE)
-        residual = self.cross - xp.matmul(xp.matrix_transpose(projected), cross)
-        gains = backend.to_numpy(xp.sum(residual**2, axis=1) / new)
-        gains[support] = -1.0
-        return gains
-
-    def costs(self, support: np.ndarray) -> np.ndarray:
-        """Return how much the error grows when each unit leaves `support`, weights re-solved.
-
-        Needs units of norm one.
-        """
-        xp = backend.namespace(self.gram)
-        inverse, weights, _ = self.fit(support)
-        return backend.to_numpy(xp.sum(weights**2, axis=1) / xp.linalg.diagonal(inverse))
-
-
-def quadratic(statistics: OutputStatistics) -> Quadratic:
-    """Return the error of a selection as `statistics` determine it.
-
-    Powers of two bring activations and outputs to a scale at which squares of moments are finite.
-    """
-    gram, cross = statistics.inputs.gram, statistics.cross
-    energies = (backend.max_abs(gram), statistics.energy)
-    h, u = (2.0 ** (math.frexp(energy)[1] // 2) if energy else 1.0 for energy in energies)
-    return Quadratic(gram / h / h, cross / h / u, statistics.energy / u / u, u / h)
+#: Starting points whose errors differ by less, relatively, agree.
+_AGREEMENT = 1e-3
 
 
 def least_squares(
@@ -169,9 +36,9 @@ def least_squares(
     CoSaMP (paper 003, Algorithm 1) with its gradient steps replaced by the closed form they
     approach, units ranked by what they change in the re-solved error, and fewer newcomers as soon
     as an iteration does not pay: at the end one unit enters and one leaves. It starts from
-    nothing, from what is left of everything, and from the supports of the published procedures,
-    so that the error is at most theirs; different starts end in different local optima, and the
-    best is returned.
+    nothing and from what is left of everything, and where these end in different local optima,
+    or worse than the supports of the published procedures, from those too. The best is returned;
+    its error is never above that of :func:`ispasp`.
 
     Parameters
     ----------
@@ -184,58 +51,139 @@ def least_squares(
     callback : callable, optional
         Called after each iteration with its number and the lowest error of the run.
     """
-    scaled, norms = quadratic(statistics).normalized()
-    starts = [
-        np.zeros(0, dtype=np.int64),
-        _eliminate(scaled, n_neurons),
-        gradient(statistics, n_neurons, max_iter).support,
-        ispasp(statistics, n_neurons, max_iter).support,
-    ]
-    runs: list[Selection] = []
-    for start in starts:
-        done = runs[-1].n_iter if runs else 0
-        runs.append(_pursue(scaled, start, n_neurons, (done, done + max_iter), callback))
-    best = dataclasses.replace(min(runs, key=lambda run: run.error), n_iter=runs[-1].n_iter)
-    norms = backend.namespace(norms).take(norms, backend.like(best.support, norms))
-    return dataclasses.replace(best, weights=best.weights * scaled.unit / norms[:, None])
+    return _Search(statistics, max_iter, callback).best(n_neurons)
 
 
-def _pursue(
-    scaled: Quadratic,
-    support: np.ndarray,
-    n_neurons: int,
-    iterations: tuple[int, int],
-    callback: Callback | None,
+def selection_path(
+    statistics: OutputStatistics,
+    sizes: Sequence[int],
+    max_iter: int = 50,
+    callback: Callback | None = None,
+) -> list[Selection]:
+    """Return a selection of each size, each started from its neighbours.
+
+    One pass from the largest size to the smallest drops units, one in the other direction adds
+    some, and the better selection of each size is returned: no error is above that of a smaller
+    size.
+
+    Parameters
+    ----------
+    statistics : OutputStatistics
+        Of the activations and the outputs.
+    sizes : sequence of int
+        Units to keep, each from 1 to all.
+    max_iter : int, default=50
+        Most iterations for each size and direction.
+    callback : callable, optional
+        Called after each iteration with its number and the lowest error of the current run.
+
+    Returns
+    -------
+    list of Selection
+        In the order of `sizes`.
+    """
+    search = _Search(statistics, max_iter, callback)
+    found: dict[int, Tableau] = {}
+    state = search.fit(np.arange(search.scaled.n_hidden))
+    for size in sorted(set(sizes), reverse=True):
+        state = found[size] = search.shrink(state, size)
+    state = search.fit(np.zeros(0, dtype=np.int64))
+    for size in sorted(found):
+        state = search.grow(state, size)
+        state = found[size] = min(found[size], state, key=lambda run: run.error)
+    return [search.selection(found[size]) for size in sizes]
+
+
+def smallest_selection(
+    statistics: OutputStatistics,
+    max_error: float,
+    max_iter: int = 50,
+    callback: Callback | None = None,
 ) -> Selection:
-    """Improve a support until no exchange of one unit does, with iterations numbered so."""
-    n_iter, last = iterations
-    inverse, _, error = scaled.fit(support)
-    gains = scaled.gains(support, inverse)
-    newcomers = n_neurons
-    while newcomers and n_iter < last:
-        n_iter += 1
-        joined = np.union1d(support, _largest(gains, newcomers))
-        tried = np.sort(joined[_largest(scaled.costs(joined), n_neurons)])
-        inverse, _, tried_error = scaled.fit(tried)
-        # From nothing, any full support is progress.
-        if len(support) < n_neurons or tried_error < error * (1.0 - _PROGRESS):
-            support, error = tried, tried_error
-            gains = scaled.gains(support, inverse)
+    """Return the smallest selection found, by bisection, whose error is at most `max_error`.
+
+    Parameters as for :func:`least_squares`; `max_error` bounds ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
+
+    Raises
+    ------
+    ValueError
+        If even all units miss `max_error`.
+    """
+    search = _Search(statistics, max_iter, callback)
+    best = search.selection(search.fit(np.arange(search.scaled.n_hidden)))
+    if best.error > max_error:
+        raise ValueError(
+            f"max_error={max_error**0.5:g} is less than the error {best.error**0.5:.4g} "
+            "of all hidden units."
+        )
+    too_few = 0
+    while len(best.support) - too_few > 1:
+        tried = search.best((len(best.support) + too_few) // 2)
+        if tried.error <= max_error:
+            best = tried
         else:
-            newcomers //= 2
-        if callback is not None:
-            callback(n_iter, error)
-    weights = scaled.least_squares(support)
-    return Selection(support, weights, scaled.error(support, weights), n_iter)
+            too_few = len(tried.support)
+    return dataclasses.replace(best, n_iter=search.n_iter)
 
 
-def _eliminate(scaled: Quadratic, n_neurons: int) -> np.ndarray:
-    """Return what is left when the units that cost least leave, a quarter of the excess a time."""
-    support = np.arange(scaled.n_hidden)
-    while len(support) > n_neurons:
-        leaving = max(1, (len(support) - n_neurons) // 4)
-        support = support[_largest(scaled.costs(support), len(support) - leaving)]
-    return support
+class _Search:
+    """Improves selections of one block, and counts the iterations."""
+
+    def __init__(
+        self, statistics: OutputStatistics, max_iter: int, callback: Callback | None
+    ) -> None:
+        self.statistics, self.max_iter, self.callback = statistics, max_iter, callback
+        self.scaled, self._norms = quadratic(statistics).normalized()
+        self.n_iter = 0
+
+    def fit(self, support: np.ndarray) -> Tableau:
+        return Tableau.fit(self.scaled, support)
+
+    def grow(self, state: Tableau, n_neurons: int) -> Tableau:
+        """Add the units that gain most, and improve the selection."""
+        newcomers = n_neurons - int(state.kept.sum())
+        return self.improve(state.enter(state.entering(newcomers)), newcomers)
+
+    def shrink(self, state: Tableau, n_neurons: int) -> Tableau:
+        """Drop the units that cost least, and improve the selection."""
+        return self.improve(shrink(state, n_neurons), max(1, n_neurons // 16))
+
+    def improve(self, state: Tableau, newcomers: int) -> Tableau:
+        """Exchange units, at first as many as `newcomers`."""
+        return exchange(state, newcomers, self.max_iter, self._report)
+
+    def _report(self, error: float) -> None:
+        self.n_iter += 1
+        if self.callback is not None:
+            self.callback(self.n_iter, error)
+
+    def best(self, n_neurons: int) -> Selection:
+        """Return the best selection of all starts."""
+        runs = [
+            self.grow(self.fit(np.zeros(0, dtype=np.int64)), n_neurons),
+            self.shrink(self.fit(np.arange(self.scaled.n_hidden)), n_neurons),
+        ]
+        low, high = sorted(run.error for run in runs)
+        agree = high <= low * (1.0 + _AGREEMENT) ** 2
+        for published in (
+            ispasp(self.statistics, n_neurons, self.max_iter),
+            gradient(self.statistics, n_neurons, -(-self.max_iter // 5)),  # long enough to rank
+        ):
+            state = self.fit(published.support)
+            if not agree or state.error < low:
+                runs.append(self.improve(state, n_neurons))
+        return self.selection(min(runs, key=lambda run: run.error))
+
+    def selection(self, state: Tableau) -> Selection:
+        """Return the support with its least squares weights, for `H` and `U` as they were."""
+        support = state.support
+        weights = self.scaled.least_squares(support)
+        error = self.scaled.error(support, weights)
+        norms = backend.namespace(weights).take(
+            self._norms, backend.like(support, self._norms), axis=0
+        )
+        weights = weights * self.scaled.unit / norms[:, None]
+        return Selection(support, weights, error, self.n_iter)
 
 
 def gradient(
@@ -259,10 +207,10 @@ def gradient(
         importance = backend.to_numpy(xp.sum(slope**2, axis=1))
         importance[current.support] = -1.0
         newcomers = min(n_neurons, problem.n_hidden - len(current.support))
-        joined = np.concatenate([current.support, _largest(importance, newcomers)])
+        joined = np.concatenate([current.support, largest(importance, newcomers)])
         zeros = xp.zeros_like(slope)[:newcomers, :]
         weights = _descend(problem, joined, xp.concat([current.weights, zeros]), 1)
-        kept = _largest(backend.to_numpy(xp.sum(weights**2, axis=1)), n_neurons)
+        kept = largest(backend.to_numpy(xp.sum(weights**2, axis=1)), n_neurons)
         kept = kept[np.argsort(joined[kept])]
         support, weights = joined[kept], xp.take(weights, backend.like(kept, weights), axis=0)
         weights = _descend(problem, support, weights, _GRADIENT_STEPS - 1)
@@ -278,12 +226,14 @@ def _descend(problem: Quadratic, support: np.ndarray, weights: Array, steps: int
     """Take gradient steps on the weights of `support`, each to the lowest point of its line."""
     gram, cross = problem.on(support)
     xp = backend.namespace(gram)
+    slope = xp.matmul(gram, weights) - cross
     for _ in range(steps):
-        slope = xp.matmul(gram, weights) - cross
-        curvature = float(xp.sum(slope * xp.matmul(gram, slope)))
+        bend = xp.matmul(gram, slope)
+        curvature = float(xp.sum(slope * bend))
         if curvature <= 0.0:
             break
-        weights = weights - (float(xp.sum(slope**2)) / curvature) * slope
+        step = float(xp.sum(slope**2)) / curvature
+        weights, slope = weights - step * slope, slope - step * bend
     return weights
 
 
@@ -308,10 +258,14 @@ def ispasp(
     mean_output = backend.to_numpy(statistics.mean)
     support = np.zeros(0, dtype=np.int64)
     best: Selection | None = None
-    for n_iter in range(1, max_iter + 1):
+    n_iter = 0
+    while n_iter < max_iter:
         residual = mean_output - activity[support] @ by_output[support]
-        joined = np.union1d(support, _largest(by_output @ residual, 2 * n_neurons))
-        support = np.sort(joined[_largest(activity[joined], n_neurons)])
+        joined = np.union1d(support, largest(by_output @ residual, 2 * n_neurons))
+        chosen = np.sort(joined[largest(activity[joined], n_neurons)])
+        if np.array_equal(chosen, support):
+            break  # and so on for ever
+        support, n_iter = chosen, n_iter + 1
         weights = xp.take(dense, backend.like(support, dense), axis=0)
         error = problem.error(support, weights)
         if best is None or error < best.error:
@@ -319,9 +273,4 @@ def ispasp(
         if callback is not None:
             callback(n_iter, best.error)
     assert best is not None  # max_iter is at least 1
-    return dataclasses.replace(best, weights=best.weights * problem.unit, n_iter=max_iter)
-
-
-def _largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Return the positions of the `k` largest values, of the first among equals."""
-    return np.argsort(-values, kind="stable")[:k]
+    return dataclasses.replace(best, weights=best.weights * problem.unit, n_iter=n_iter)

@@ -1,0 +1,164 @@
+"""Hidden units that enter and leave a selection, with the weights re-solved at each step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.solvers.quadratic import Quadratic
+
+#: Added to the unit diagonal of Gram matrices, so that copies of a unit can be told apart.
+_RIDGE = 1e-10
+#: Inverse Gram matrices with a larger diagonal lose too many digits when they are updated.
+_ILL_CONDITIONED = 1e5
+#: An exchange that lowers the error by less, relatively, changes nothing.
+_PROGRESS = 1e-9
+#: Share of the excess that leaves at a time when a selection shrinks.
+_STRIDE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tableau:
+    """The least squares fit on a support, swept: all that is needed to change the support.
+
+    With `G` the Gram matrix of units of norm one, `C` their cross moments, and `S` the support,
+    the rows of `S` hold ``[−G_SS⁻¹, G_SS⁻¹ G_SN, W_S]``, and the others what `S` leaves
+    unexplained, ``[·, G_NN − G_NS G_SS⁻¹ G_SN, C_N − G_NS W_S]``. Moving `k` units takes one
+    product with `k` columns (the sweep operator, Goodnight 1979).
+
+    Parameters
+    ----------
+    problem : Quadratic
+        With units of norm one.
+    kept : ndarray of bool of shape (n_hidden,)
+        The support.
+    table : array of shape (n_hidden, n_hidden + n_outputs)
+        The rows above.
+    """
+
+    problem: Quadratic
+    kept: np.ndarray
+    table: Array
+
+    @classmethod
+    def fit(cls, problem: Quadratic, support: np.ndarray) -> Self:
+        """Sweep the support at once."""
+        xp = backend.namespace(problem.gram)
+        gram = backend.add_diagonal(problem.gram, _RIDGE)
+        kept = np.zeros(problem.n_hidden, dtype=bool)
+        empty = cls(problem, kept, xp.concat([gram, problem.cross], axis=1))
+        return empty._pivot(support, 1.0)
+
+    @property
+    def support(self) -> np.ndarray:
+        """Units kept, in increasing order."""
+        return np.flatnonzero(self.kept)
+
+    @property
+    def error(self) -> float:
+        """Squared error relative to that of no unit."""
+        energy = self.problem.energy
+        xp = backend.namespace(self.table)
+        weights = xp.take(self.table, backend.like(self.support, self.table), axis=0)
+        weights = weights[:, self.problem.n_hidden :]
+        _, cross = self.problem.rows(self.support)
+        gained = float(xp.sum(weights * cross) + _RIDGE * xp.sum(weights**2))
+        return max(0.0, 1.0 - gained / energy) if energy else 0.0
+
+    def _diagonal(self) -> np.ndarray:
+        n_hidden = self.problem.n_hidden
+        xp = backend.namespace(self.table)
+        return np.abs(backend.to_numpy(xp.linalg.diagonal(self.table[:, :n_hidden])))
+
+    def changes(self) -> np.ndarray:
+        """Return what each unit changes, relative to nothing, when it enters or leaves."""
+        xp = backend.namespace(self.table)
+        rows = backend.to_numpy(xp.sum(self.table[:, self.problem.n_hidden :] ** 2, axis=1))
+        # No less is new in a unit than what the ridge makes of it.
+        return rows / np.maximum(self._diagonal(), np.where(self.kept, 0.0, 10 * _RIDGE))
+
+    def entering(self, count: int) -> np.ndarray:
+        """Return the units outside the support that gain most, each by itself."""
+        return largest(np.where(self.kept, -1.0, self.changes()), min(count, (~self.kept).sum()))
+
+    def leaving(self, count: int) -> np.ndarray:
+        """Return the units of the support that cost least, each by itself."""
+        return largest(np.where(self.kept, -self.changes(), -np.inf), count)
+
+    def enter(self, units: np.ndarray) -> Self:
+        """Return the fit with `units` added."""
+        return self._moved(units, 1.0)
+
+    def leave(self, units: np.ndarray) -> Self:
+        """Return the fit without `units`."""
+        return self._moved(units, -1.0)
+
+    def _moved(self, units: np.ndarray, sign: float) -> Self:
+        if self.kept.any() and self._diagonal()[self.kept].max() > _ILL_CONDITIONED:
+            kept = self.kept.copy()
+            kept[units] = sign > 0
+            return self.fit(self.problem, np.flatnonzero(kept))
+        return self._pivot(units, sign)
+
+    def _pivot(self, units: np.ndarray, sign: float) -> Self:
+        """Sweep `units` (`sign` 1), or undo that (−1)."""
+        if not len(units):
+            return self
+        table, n_hidden = self.table, self.problem.n_hidden
+        xp = backend.namespace(table)
+        moved = np.zeros((len(units), table.shape[1]))
+        moved[np.arange(len(units)), units] = sign
+        rows = xp.take(table, backend.like(units, table), axis=0)
+        pivots = xp.take(rows[:, :n_hidden], backend.like(units, table), axis=1)
+        inverse = sign * backend.spd_inverse(sign * pivots)
+        # In the rows and columns of the pivots, this leaves the product that belongs there.
+        rows = rows - backend.like(moved, table)
+        update = xp.matmul(inverse, rows)
+        table = table - xp.matmul(xp.matrix_transpose(rows[:, :n_hidden]), update)
+        kept = self.kept.copy()
+        kept[units] = sign > 0
+        corner = np.zeros(n_hidden)
+        corner[units] = -2.0 * sign
+        square = backend.add_diagonal(table[:, :n_hidden], backend.like(corner, table))
+        table = xp.concat([square, table[:, n_hidden:]], axis=1)
+        return dataclasses.replace(self, kept=kept, table=table)
+
+
+def shrink(state: Tableau, n_neurons: int) -> Tableau:
+    """Drop the units that cost least, an eighth of the excess at a time."""
+    while (excess := int(state.kept.sum()) - n_neurons) > 0:
+        state = state.leave(state.leaving(max(1, excess // _STRIDE)))
+    return state
+
+
+def exchange(
+    state: Tableau, newcomers: int, max_iter: int, report: Callable[[float], None]
+) -> Tableau:
+    """Improve a support until no exchange of one unit does.
+
+    As in CoSaMP, newcomers join, the weights are re-solved, and as many units leave; half as
+    many newcomers come as soon as that does not pay.
+    """
+    error = state.error
+    for _ in range(max_iter):
+        if not newcomers:
+            break
+        joined = state.enter(state.entering(newcomers))
+        tried = joined.leave(joined.leaving(int(joined.kept.sum() - state.kept.sum())))
+        tried_error = tried.error
+        if tried_error < error * (1.0 - _PROGRESS):
+            state, error = tried, tried_error
+        else:
+            newcomers //= 2
+        report(error)
+    return state
+
+
+def largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the positions of the `k` largest values, of the first among equals."""
+    return np.argsort(-values, kind="stable")[:k]
