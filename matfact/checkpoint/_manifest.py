@@ -187,10 +187,9 @@ class Manifest:
 
     @classmethod
     def _parsed(cls, path: Path) -> Manifest:
-        with path.open("rb") as file:
-            content = file.read(_LIMIT + 1)
-        if len(content) > _LIMIT:
+        if path.stat().st_size > _LIMIT:
             raise ValueError(f"it is longer than {_LIMIT} bytes")
+        content = path.read_bytes()
         begin, end = len(_HEAD), len(_HEAD) + len(_ZEROS)
         digest = hashlib.sha256(content[:begin] + _ZEROS + content[end:]).hexdigest().encode()
         if not content.startswith(_HEAD) or content[begin:end] != digest:

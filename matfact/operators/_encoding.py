@@ -57,18 +57,18 @@ def decode(entries: Sequence[dict[str, Any]], tensors: Tensors) -> list[Factor]:
     ValueError
         If a tensor is missing, left over, or contradicts a description.
     """
-    factors, used = [], 0
+    factors, left = [], len(tensors)
     for i, entry in enumerate(entries):
         prefix = f"{i}."
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        used += len(own)
+        left -= len(own)
         try:
             factors.append(_decode_one(entry, own))
         except KeyError as error:
             raise ValueError(f"factor {i} lacks {error}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"factor {i} is inconsistent: {error}") from None
-    _need(used == len(tensors), "tensors belong to no factor")
+    _need(not left, "tensors belong to no factor")
     return factors
 
 
@@ -84,6 +84,7 @@ def _decode_one(entry: dict[str, Any], tensors: Tensors) -> Factor:
     _need(values.dtype.kind in "fc", f"values of dtype {values.dtype}")
     assert decoder is not None
     factor = decoder((shape[0], shape[1]), values, tensors)
+    _need(not tensors, f"{', '.join(tensors)} mean nothing to it")
     _need(factor.shape == tuple(shape), f"values of shape {values.shape} do not give {shape}")
     return factor
 
@@ -162,7 +163,7 @@ def _decode_kronecker(shape: tuple[int, int], values: np.ndarray, tensors: Tenso
 
 
 def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
-    (rows, columns), packed = shape, tensors["mask"]
+    (rows, columns), packed = shape, tensors.pop("mask")
     _need(packed.dtype == np.uint8 and packed.shape == ((rows * columns + 7) // 8,), "mask length")
     mask = np.unpackbits(packed)
     _need(not mask[rows * columns :].any(), "bits beyond the last entry")
@@ -175,7 +176,7 @@ def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors
 
 
 def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
-    indptr, indices = _whole(tensors["indptr"], 1), _whole(tensors["indices"], 1)
+    indptr, indices = _whole(tensors.pop("indptr"), 1), _whole(tensors.pop("indices"), 1)
     _need(indptr.shape == (shape[0] + 1,) and values.shape == indices.shape, "array lengths")
     _need(indptr[0] == 0 and indptr[-1] == indices.size, "row pointers")
     _need(not (np.diff(indptr) < 0).any(), "row pointers decrease")
@@ -186,7 +187,7 @@ def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) ->
 
 
 def _decode_blocks(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
-    blocks = _whole(tensors["blocks"], 2)
+    blocks = _whole(tensors.pop("blocks"), 2)
     _need(blocks.shape[1] == 4, "blocks are not given by four numbers")
     r0, r1, c0, c1 = blocks.T
     inside = (r0 >= 0) & (r0 <= r1) & (r1 <= shape[0]) & (c0 >= 0) & (c0 <= c1) & (c1 <= shape[1])
@@ -198,7 +199,7 @@ def _decode_blocks(shape: tuple[int, int], values: np.ndarray, tensors: Tensors)
 
 
 def _decode_selection(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
-    index = _whole(tensors["index"], 1)
+    index = _whole(tensors.pop("index"), 1)
     _need(values.shape == (0,) and not ((index < -1) | (index >= shape[1])).any(), "index")
     kept = index[index >= 0]
     _need(np.unique(kept).size == kept.size, "an entry is selected twice")

@@ -1,0 +1,154 @@
+"""Files of factors whose checksums are right and whose contents lie."""
+
+import json
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from matfact._files import write_atomically
+from matfact._safetensors import TensorSpec, serialize, stored
+from matfact.checkpoint import Checkpoint, decompress, save
+from matfact.checkpoint._manifest import Manifest, StoredTensor
+from matfact.checkpoint._shards import write_shard
+from matfact.operators import DenseFactor, FactorProduct, SparseFactor
+
+
+def content(factors, tensors, version=1):
+    entries = [{"complex": False} | factor for factor in factors]
+    manifest = {"format": "matfact", "version": version, "factors": entries}
+    held = {name: stored(np.asarray(array)) for name, array in tensors.items()}
+    specs = {name: spec for name, (spec, _) in held.items()}
+    data = [data for _, data in held.values()]
+    return list(serialize(specs, data, {"matfact": json.dumps(manifest)}))
+
+
+def factor(kind, shape, values, **positions):
+    """Return a file of one factor with the given tensors."""
+    tensors = {"values": np.asarray(values, np.float32), **positions}
+    named = {f"0.{name}": array for name, array in tensors.items()}
+    return content([{"kind": kind, "shape": shape}], named)
+
+
+U8, U16, I32 = np.uint8, np.uint16, np.int32
+HUGE = 1 << 62
+LIES = {
+    "an unknown storage": factor("pickle", [1, 1], [1]),
+    "a storage of another type": factor(["dense"], [1, 1], [1]),
+    "dense values of another shape": factor("dense", [2, 2], [1, 2, 3, 4]),
+    "dense values of another size": factor("dense", [2, 3], np.ones((2, 2))),
+    "a side of 2⁶¹": factor("csr", [1, 1 << 61], [], indptr=U16([0, 0]), indices=U16([])),
+    "a side of 2²⁵": factor("selection", [1, 1 << 25], [], index=U16([0])),
+    "a shape of three": factor("dense", [1, 1, 1], [1]),
+    "a mask too short": factor("bitmask", [4, 4], [1], mask=U8([128])),
+    "a mask with more bits": factor("bitmask", [2, 4], [1], mask=U8([255])),
+    "a mask with bits after the end": factor("bitmask", [1, 4], [1], mask=U8([1])),
+    "a mask of another dtype": factor("bitmask", [1, 4], [1], mask=U16([128])),
+    "no mask": factor("bitmask", [1, 4], [1]),
+    "more than a mask": factor("bitmask", [1, 4], [1], mask=U8([128]), index=U8([1])),
+    "columns outside": factor("csr", [1, 4], [1], indptr=U16([0, 1]), indices=U16([4])),
+    "columns before": factor("csr", [1, 4], [1], indptr=U16([0, 1]), indices=I32([-1])),
+    "a place twice": factor("csr", [1, 4], [1, 2], indptr=U16([0, 2]), indices=U16([1, 1])),
+    "rows that go back": factor("csr", [2, 4], [1], indptr=U16([0, 2, 1]), indices=U16([0])),
+    "rows beyond the end": factor("csr", [1, 4], [1], indptr=U16([0, 9]), indices=U16([0])),
+    "columns of floats": factor("csr", [1, 4], [1], indptr=U16([0, 1]), indices=np.ones(1)),
+    "kronecker values of another rank": factor("kronecker", [2, 2], np.ones((2, 2))),
+    "kronecker values of another shape": factor("kronecker", [9, 9], np.ones((2, 2, 2, 2))),
+    "blocks outside": factor("blocks", [4, 4], np.ones(4), blocks=U16([[3, 5, 0, 2]])),
+    "blocks inside out": factor("blocks", [4, 4], np.ones(4), blocks=U16([[2, 0, 2, 0]])),
+    "blocks of other size": factor("blocks", [4, 4], np.ones(3), blocks=U16([[0, 2, 0, 2]])),
+    "blocks without end": factor("blocks", [4, 4], [], blocks=np.array([[-HUGE, HUGE, 0, 4]])),
+    "a selection outside": factor("selection", [1, 4], [], index=U16([4])),
+    "a selection before": factor("selection", [1, 4], [], index=I32([-2])),
+    "a selection twice": factor("selection", [2, 4], [], index=U16([1, 1])),
+    "a selection with values": factor("selection", [1, 4], [1], index=U16([1])),
+    "values of integers": content([{"kind": "dense", "shape": [1, 1]}], {"0.values": [[1]]}),
+    "complex values that are not pairs": content(
+        [{"kind": "dense", "shape": [1, 1], "complex": True}], {"0.values": [[1.0]]}
+    ),
+    "no shape": content([{"kind": "dense"}], {"0.values": [[1.0]]}),
+    "no values": content([{"kind": "dense", "shape": [1, 1]}], {}),
+    "no factor": content([], {}),
+    "a tensor of no factor": content([], {"0.values": [[1.0]]}),
+    "factors that do not chain": content(
+        [{"kind": "dense", "shape": [1, 1]}, {"kind": "dense", "shape": [2, 1]}],
+        {"0.values": np.ones((1, 1)), "1.values": np.ones((2, 1))},
+    ),
+    "another version": content([], {}, version=2),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_files_of_factors_that_lie_are_refused(case, tmp_path):
+    path = tmp_path / "product.safetensors"
+    write_atomically(path, LIES[case])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"path must name|factors must"):
+            FactorProduct.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 21
+    finally:
+        tracemalloc.stop()
+
+
+def bomb(folder, shape, product):
+    """Write a checkpoint of one product that claims `shape`."""
+    folder.mkdir()
+    entries, data = [], {}
+    for i, (kind, sides, tensors) in enumerate(product):
+        entries.append({"kind": kind, "shape": sides})
+        data |= {f"{i}.{name}": array for name, array in tensors.items()}
+    kinds = tuple(entry["kind"] for entry in entries)
+    tensor = StoredTensor("w", TensorSpec("F32", shape), kinds)
+    shard = write_shard(folder / "00001.safetensors", content(entries, data), [tensor])
+    Manifest((shard,), {}, {}).write(folder)
+
+
+def empty_csr(rows, columns):
+    positions = {"indptr": np.zeros(rows + 1, U16), "indices": U16([])}
+    return ("csr", [rows, columns], {"values": np.zeros(0, np.float32), **positions})
+
+
+def test_a_few_bytes_that_claim_to_be_a_petabyte_are_refused(tmp_path):
+    side = 1 << 24
+    thin = ("dense", [side, 1], {"values": np.zeros((side, 1), np.float16)})
+    bomb(tmp_path / "bomb", (side, side), [thin, empty_csr(1, side)])
+    with pytest.raises(ValueError, match="are free"):
+        decompress(tmp_path / "bomb", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["bomb"]
+
+
+def test_rows_are_decompressed_a_few_at_a_time(tmp_path):
+    rows, columns = 64, 1 << 18
+    bomb(tmp_path / "bomb", (rows, columns), [empty_csr(rows, columns)])
+    tracemalloc.start()
+    try:
+        decompress(tmp_path / "bomb", tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out").stat().st_size > 4 * rows * columns
+    assert peak < 2 * 4 * rows * columns
+
+
+def test_a_checkpoint_of_large_factors_is_read_one_at_a_time(tmp_path):
+    layer = FactorProduct([DenseFactor(np.ones((256, 256), np.float32))])
+    save(tmp_path / "network", {f"w{i}": layer for i in range(20)})
+    one = 4 * 256 * 256
+    tracemalloc.start()
+    try:
+        loaded = Checkpoint(tmp_path / "network")
+        loaded.verify()
+        assert all(loaded[name].shape == (256, 256) for name in loaded)
+        assert tracemalloc.get_traced_memory()[1] < 4 * one
+    finally:
+        tracemalloc.stop()
+
+
+def test_values_in_an_order_of_their_own_keep_it(tmp_path):
+    scrambled = SparseFactor(np.float32([2, 1]), I32([3, 0]), np.array([0, 2]), 4)
+    save(tmp_path / "network", {"w": FactorProduct([scrambled])})
+    loaded = Checkpoint(tmp_path / "network")
+    assert loaded.tensors["w"].storage == ("csr",)
+    np.testing.assert_array_equal(loaded["w"].toarray(), [[1, 0, 0, 2]])
