@@ -25,6 +25,7 @@ from matfact.solvers.chains import (
     square_root_chain,
     two_factor_chains,
 )
+from matfact.solvers.descent import descend
 from matfact.solvers.monarch import monarch, monarch_loss
 
 _Orders = tuple[np.ndarray | None, np.ndarray | None]
@@ -42,8 +43,11 @@ class ButterflyFit(BaseFactorizer):
 
     Parameters
     ----------
-    method : {"hierarchical"}, default="hierarchical"
-        How the factors are found.
+    method : {"hierarchical", "gradient"}, default="hierarchical"
+        How the factors are found: as above, or followed by descent on the values of all factors
+        at once [3]_. Sweeps reach the same errors in less time, so that descent is worth a try
+        only where their number does not help any more. :class:`KaleidoscopeFit` has products that
+        need descent.
     chain : {"auto", "square_dyadic", "monarch"} or list of (a, b, c, d), default="auto"
         Supports ``I_a ⊗ 1_{b×c} ⊗ I_d`` of the factors, from left to right. "square_dyadic"
         takes as many factors as the prime factors of the sides allow, radix 2 for powers of two;
@@ -65,9 +69,10 @@ shape (in_features,), default="identity"
         ``rank=2``), "idct" that of their inverses (types III), where rows move too. "auto" tries
         these four and keeps the best.
     max_iter : int, default=10
-        Largest number of sweeps.
+        Largest number of sweeps, and of descent steps.
     tol : float, default=1e-3
-        Stop when a sweep lowers the squared error by less than this fraction.
+        Stop when a sweep, or ten descent steps, lower the squared error by less than this
+        fraction.
 
     Attributes
     ----------
@@ -86,7 +91,7 @@ shape (in_features,), default="identity"
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        Sweeps done; 1 for two factors, whose solution is in closed form.
+        Sweeps and descent steps done; 1 for two factors, whose solution is in closed form.
     history_ : dict of list
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled and padded `W`) and ``seconds``, after the
         identification and after each sweep.
@@ -101,6 +106,8 @@ shape (in_features,), default="identity"
        guarantees", ICASSP 2022.
     .. [2] L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
        matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023.
+    .. [3] T. Dao, A. Gu, M. Eichhorn, A. Rudra, C. Ré, "Learning fast algorithms for linear
+       transforms using butterfly factorizations", ICML 2019.
 
     Examples
     --------
@@ -112,7 +119,7 @@ shape (in_features,), default="identity"
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "method": [StrOptions({"hierarchical"})],
+        "method": [StrOptions({"hierarchical", "gradient"})],
         "chain": [StrOptions({"auto", "square_dyadic", "monarch"}), list, tuple, None],
         "rank": [Interval(Integral, 1, None, closed="left"), None],
         "density": DENSITY,
@@ -157,6 +164,11 @@ shape (in_features,), default="identity"
             values, n_iter = butterfly(
                 target, chain, max_iter=self.max_iter, tol=self.tol, callback=history
             )
+        if self.method == "gradient":
+            values, n_steps = descend(
+                target, values, max_iter=self.max_iter, tol=self.tol, callback=history
+            )
+            n_iter += n_steps
         self.patterns_ = chain.patterns
         return Factorization(layout.factors(values), max(1, n_iter))
 

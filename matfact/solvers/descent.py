@@ -55,7 +55,8 @@ def descend(
     eps = float(xp.finfo(W.dtype).eps)
     vector, n_iter = _pack(_balanced(values)), 0
     loss, gradient = objective(vector)
-    losses, memory = [loss], []
+    losses: list[float] = [loss]
+    memory: list[tuple[Array, Array]] = []
     callback(0, loss)
     floor = (eps * backend.norm(W)) ** 2 * len(values)
     while n_iter < max_iter and loss > floor:

@@ -90,6 +90,48 @@ def test_without_a_density_any_shape_is_fitted_in_at_most_its_own_values(rows, c
     assert model.reconstruction_err_ < 1
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (30, 48)])
+def test_descent_lowers_the_error_of_what_is_identified(shape):
+    W = np.random.default_rng(0).standard_normal(shape)
+    sweeps = ButterflyFit().fit(W)
+    descent = ButterflyFit(method="gradient").fit(W)
+    assert descent.patterns_ == sweeps.patterns_
+    assert descent.reconstruction_err_ < sweeps.reconstruction_err_
+    objective = descent.history_["objective"]
+    assert objective[-1] <= objective[0]
+
+
+def test_descent_keeps_what_is_exact():
+    model = ButterflyFit(method="gradient", permutation="bit_reversal").fit(np.fft.fft(np.eye(64)))
+    assert model.reconstruction_err_ < EXACT
+
+
+@pytest.mark.parametrize("shape", [(53, 53), (31, 97), (97, 31), (24, 60)])
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_a_chain_is_chosen_for_any_shape_and_field(shape, is_complex, density):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if is_complex else 0)
+    model = ButterflyFit(density=density, permutation="auto").fit(W)
+    assert 0.8 * density < model.density_ <= density
+    assert model.operator_.dtype == W.dtype
+    # As good as the best approximation of low rank with as many values, and often better.
+    rank = int(density * W.size / sum(shape))
+    values = np.linalg.svdvals(W)
+    assert (
+        model.reconstruction_err_ <= np.linalg.norm(values[rank:]) / np.linalg.norm(values) + 1e-9
+    )
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_padding_of_prime_sides_counts_as_stored(is_complex):
+    W = np.random.default_rng(0).standard_normal((53, 53)).astype(complex if is_complex else float)
+    model = ButterflyFit(chain="square_dyadic").fit(W)
+    stored = sum(factor.nnz for factor in model.factors_)
+    assert model.nnz_ == stored == sum(np.prod(pattern) for pattern in model.patterns_)
+    assert model.patterns_[0][1] * model.patterns_[0][3] > 53
+
+
 def test_full_density_is_exact():
     W = np.random.default_rng(0).standard_normal((13, 17))
     assert ButterflyFit(density=1.0).fit(W).reconstruction_err_ < EXACT
