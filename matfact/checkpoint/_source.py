@@ -89,15 +89,14 @@ def _indexed(path: Path) -> dict[str, SafetensorsFile]:
         places = parse_json(path.read_bytes()).get("weight_map")
     except ValueError as error:
         raise ValueError(f"{path} must be an index in JSON: {error}.") from None
-    if not isinstance(places, dict):
-        raise ValueError(f"{path} must hold a weight_map from tensors to files.")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise ValueError(f"{path} must hold a weight_map from names of tensors to names of files.")
     files: dict[str, SafetensorsFile] = {}
-    for name in sorted({str(place) for place in places.values()}):
-        if Path(name).name != name or "\\" in name or "\0" in name:
+    for name in sorted(set(places.values())):
+        if not name or Path(name).name != name or "\\" in name or "\0" in name:
             raise ValueError(f"{path} must name files beside it, got {name!r}.")
         files[name] = SafetensorsFile(path.with_name(name))
-    found = {name: files[place] for name, place in places.items() if isinstance(place, str)}
-    for name in places:
-        if name not in found or name not in found[name].specs:
-            raise ValueError(f"{path} names {name!r}, which is not in {places[name]!r}.")
-    return found
+    for name, place in places.items():
+        if name not in files[place].specs:
+            raise ValueError(f"{path} names {name!r}, which is not in {place!r}.")
+    return {name: files[place] for name, place in places.items()}

@@ -1,0 +1,94 @@
+"""Compress again and again in processes that are killed; run by the tests, which read its report.
+
+Usage: killed_runs.py SOURCE FOLDER KILLS. Children are forked, so that libraries load once.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from matfact import MagnitudePruner
+from matfact.checkpoint import compress
+
+source, folder, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+
+def run(out, *, die_at=None):
+    """Compress; die at the given write, rename or sync to disk."""
+    calls = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            if calls == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    originals = os.fsync, os.replace
+    os.fsync, os.replace = map(counted, originals)
+    try:
+        compress(source, out, MagnitudePruner(density=0.4))
+    finally:
+        os.fsync, os.replace = originals
+    return calls
+
+
+def content(out):
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def shards(out):
+    """Return the shards that are recorded as finished, with what tells if they are rewritten."""
+    if not (out / "journal.log").exists():
+        return {}
+    lines = (out / "journal.log").read_bytes().split(b"\n")[1:-1]
+    names = [json.loads(line.partition(b" ")[2])["file"] for line in lines]
+    return {name: (out / name).stat().st_ino for name in names}
+
+
+def child(out, die_at=None):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run(out, die_at=die_at)
+        finally:
+            os._exit(0)
+    return pid
+
+
+def resumed(out, expected):
+    """Complete the work, and say whether anything was lost or done twice."""
+    before = shards(out)
+    run(out)
+    now = {name: (out / name).stat().st_ino for name in before}
+    return {"finished": len(before), "identical": content(out) == expected, "kept": now == before}
+
+
+reference = folder / "reference"
+started = time.perf_counter()
+calls = run(reference)
+seconds = time.perf_counter() - started
+expected = content(reference)
+report = []
+draw = random.Random(0)
+for trial in range(calls + kills):
+    out = folder / "killed"
+    if trial < calls:  # at every moment between two changes on disk
+        os.waitpid(child(out, die_at=trial), 0)
+    else:  # at any moment, several times in a row
+        for _ in range(draw.randint(1, 3)):
+            pid = child(out)
+            time.sleep(draw.uniform(0, 1.2 * seconds))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    report.append(resumed(out, expected))
+    shutil.rmtree(out)
+print(json.dumps({"calls": calls, "seconds": seconds, "trials": report}))

@@ -1,0 +1,157 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from matfact import MagnitudePruner, checkpoint
+from matfact.checkpoint import Checkpoint
+from matfact.cli import app
+
+OPTIONS = ("--method", "magnitude", "--density", "0.25")
+
+
+@pytest.fixture
+def source(tmp_path):
+    rng = np.random.RandomState(0)
+    weights = {f"layer.{i}.weight": rng.randn(32, 48).astype(np.float32) for i in range(3)}
+    weights["layer.0.bias"] = np.ones(32, np.float32)
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_results_are_those_of_python(source, tmp_path):
+    result = invoke("compress", source, tmp_path / "out", *OPTIONS, "--layers", "[01]")
+    assert result.exit_code == 0, result.output
+    assert "4 tensors, 2 of them factorized by MagnitudePruner" in result.output
+    checkpoint.compress(source, tmp_path / "python", MagnitudePruner(density=0.25), layers="[01]")
+    assert content(tmp_path / "out") == content(tmp_path / "python")
+
+
+def test_a_checkpoint_is_shown_and_turned_back(source, tmp_path):
+    out = tmp_path / "out"
+    assert invoke("compress", source, out, *OPTIONS).exit_code == 0
+    shown = invoke("inspect", out)
+    assert shown.exit_code == 0
+    for text in ("layer.2.weight", "32×48", "F32", "bitmask", "0.2500"):
+        assert text in shown.output
+    assert invoke("decompress", out, tmp_path / "dense.safetensors").exit_code == 0
+    before, after = load_file(source), load_file(tmp_path / "dense.safetensors")
+    network = Checkpoint(out)
+    assert set(before) == set(after) == set(network)
+    np.testing.assert_array_equal(after["layer.0.bias"], before["layer.0.bias"])
+    np.testing.assert_array_equal(after["layer.2.weight"], network["layer.2.weight"].toarray())
+
+
+def test_json_holds_what_the_checkpoint_does(source, tmp_path):
+    out = tmp_path / "out"
+    assert invoke("compress", source, out, *OPTIONS).exit_code == 0
+    shown = json.loads(invoke("inspect", out, "--json").output)
+    network = Checkpoint(out)
+    assert shown["settings"] == network.settings
+    assert (shown["nbytes"], shown["dense_nbytes"]) == (network.nbytes, network.dense_nbytes)
+    assert [tensor["name"] for tensor in shown["tensors"]] == list(network)
+    for tensor in shown["tensors"]:
+        assert tensor.get("relative_error") == network.tensors[tensor["name"]].relative_error
+
+
+def test_layers_kept_as_they_are_are_named_with_the_reason(source, tmp_path):
+    weights = load_file(source)
+    weights["layer.1.weight"][0, 0] = np.nan
+    save_file(weights, source)
+    result = invoke("compress", source, tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 0
+    assert "Kept layer.1.weight" in result.output
+    assert "NaN" in result.output
+
+
+def test_a_network_of_which_no_layer_could_be_factorized_is_a_failure(tmp_path):
+    save_file({"w.weight": np.ones((2, 2), np.float32)}, tmp_path / "m.safetensors")
+    result = invoke("compress", tmp_path / "m.safetensors", tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 1
+    assert "more bytes" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--method", "magic"), "method"),
+        (("--density", "0"), "density"),
+        (("--layers", "("), "layers"),
+        (("--layers", "none such"), "layers"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(options, named, source, tmp_path):
+    result = invoke("compress", source, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert f"Error: {named}" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_one_line_and_write_nothing(source, tmp_path):
+    out = tmp_path / "out"
+    assert invoke("compress", source, out, *OPTIONS).exit_code == 0
+    damaged = out / "00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for command in (("inspect", out), ("decompress", out, tmp_path / "dense.safetensors")):
+        result = invoke(*command)
+        assert result.exit_code == 2
+        assert "00001.safetensors" in result.output
+        assert isinstance(result.exception, SystemExit)
+    for command in (("inspect", tmp_path), ("compress", tmp_path / "none", tmp_path / "new")):
+        assert invoke(*command).exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out"]
+
+
+def test_ctrl_c_leaves_work_that_the_same_command_completes(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert invoke("compress", source, tmp_path / "whole", *OPTIONS).exit_code == 0
+    fit, fits = MagnitudePruner.fit, []
+
+    def interrupted(self, W, **arguments):
+        fits.append(W.shape)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        return fit(self, W, **arguments)
+
+    monkeypatch.setattr(MagnitudePruner, "fit", interrupted)
+    assert invoke("compress", source, out, *OPTIONS).exit_code == 130
+    assert invoke("compress", source, out, *OPTIONS).exit_code == 0
+    assert len(fits) == 4  # the first layer was not fitted again
+    assert content(out) == content(tmp_path / "whole")
+    other = invoke("compress", source, out, "--method", "magnitude", "--density", "0.5")
+    assert other.exit_code == 2
+    assert "0.25" in other.output
+
+
+def test_names_cannot_control_the_terminal(tmp_path):
+    name = "\x1b]0;owned\x07[red]layer[/red].weight"
+    save_file({name: np.eye(32, dtype=np.float32)}, tmp_path / "m.safetensors")
+    result = invoke("compress", tmp_path / "m.safetensors", tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 0
+    shown = invoke("inspect", tmp_path / "out")
+    assert "\x1b]0" not in result.output + shown.output
+    assert "[red]" in shown.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect", "decompress"])
+def test_help_loads_no_numerical_library(command):
+    code = (
+        "import sys; from typer.testing import CliRunner; from matfact.cli import app; "
+        f"assert 'Exit status' in CliRunner().invoke(app, [{command!r}, '--help']).output; "
+        "print(*{'numpy', 'sklearn', 'numba', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
