@@ -1,0 +1,108 @@
+"""What reaches the layers, against what the layers were given."""
+
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from matfact.torch import input_statistics  # noqa: E402
+from matfact.torch._walk import walk  # noqa: E402
+
+
+class Residual(nn.Module):
+    """Keyword arguments, a skip connection, a layer called twice and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x, *, scale):
+        h = x + torch.relu_(self.first(input=scale * x))
+        return h + self.second(self.second(h))
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(n, 3, 6, generator=generator), "scale": 2.0} for n in (4, 2, 5)]
+
+
+def test_statistics_are_those_of_all_inputs(batches):
+    torch.manual_seed(0)
+    statistics = input_statistics(Residual(), iter(batches))
+    X = 2 * np.concatenate([batch["x"].reshape(-1, 6).numpy() for batch in batches])
+    assert statistics["first"][0].count == len(X)
+    np.testing.assert_allclose(statistics["first"][0].gram, X.T @ X, rtol=1e-5, atol=1e-5)
+    assert statistics["second"][0].count == 2 * len(X)  # called twice
+    assert "unused" not in statistics
+
+
+def test_a_walk_sees_what_replaced_layers_put_out(batches):
+    torch.manual_seed(0)
+    model = Residual().train()
+    order = []
+    for name, statistics in walk(model, ["first", "second", "unused"], batches):
+        order.append(name)
+        if name == "first":
+            model.first = nn.Linear(6, 6, bias=False).requires_grad_(False)
+            model.first.weight.zero_()
+            assert torch.is_grad_enabled()
+        else:
+            X = np.concatenate([batch["x"].reshape(-1, 6).numpy() for batch in batches])
+            np.testing.assert_allclose(statistics[0].gram, X.T @ X, rtol=1e-5, atol=1e-5)
+    assert order == ["first", "second"]
+    assert model.training
+
+
+def test_a_walk_through_a_convolution_sees_patches_of_each_group():
+    conv = nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2)
+    x = torch.randn(5, 4, 7, 8)
+    model = nn.Sequential(nn.ReLU(), conv)
+    (_, statistics), *_ = walk(model, ["1"], [(x, torch.zeros(5))])
+    patches = nn.functional.unfold(torch.relu(x), (3, 2), padding=1, stride=2).chunk(2, dim=1)
+    for group, found in zip(patches, statistics, strict=True):
+        X = group.transpose(1, 2).reshape(-1, 12).double().numpy()
+        np.testing.assert_allclose(found.gram, X.T @ X, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_with_the_same_input_share_their_statistics():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.out = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.out(self.query(x) * self.key(x))
+
+    found = dict(walk(Attention(), ["query", "key", "out"], [torch.randn(5, 4)] * 2))
+    assert found["query"] is found["key"]
+    assert found["out"] is not found["key"]
+
+
+def test_threads_and_patched_methods_are_gone_after_errors_and_early_ends(batches):
+    class Broken(Residual):
+        def forward(self, x, scale):
+            super().forward(x, scale=scale)
+            raise RuntimeError("broken network")
+
+    n_threads = threading.active_count()
+    model = Residual()
+    stops = walk(model, ["first", "second"], batches)
+    next(stops)
+    stops.close()
+    broken = Broken()
+    with pytest.raises(RuntimeError, match="broken network"):
+        list(walk(broken, ["first"], batches))
+    assert threading.active_count() == n_threads
+    assert all("forward" not in vars(m.first) for m in (model, broken))
+
+
+def test_what_is_no_layer_and_what_is_no_batch_is_refused():
+    with pytest.raises(ValueError, match="layers"):
+        input_statistics(nn.Sequential(nn.ReLU()), [torch.ones(1)], ["0"])
+    with pytest.raises(ValueError, match="batches"):
+        input_statistics(nn.Sequential(nn.Linear(1, 1)), [])

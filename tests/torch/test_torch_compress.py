@@ -1,0 +1,195 @@
+"""Whole networks: which layers change, what is reported, what accuracy is left."""
+
+import copy
+import csv
+import json
+
+import numpy as np
+import pytest
+from joblib import parallel_config
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from matfact import LowRank, MagnitudePruner  # noqa: E402
+from matfact.torch import (  # noqa: E402
+    CompressionReport,
+    FactorizedConv,
+    FactorizedLinear,
+    compress,
+    reestimate_batch_norm,
+)
+
+
+def statuses(report):
+    return {row.layer: row.status for row in report}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "dsf", "lowrank", "blocksvd", "monarch"])
+def test_a_trained_network_keeps_most_of_its_accuracy(mlp, digits, method):
+    small, report = compress(mlp, method, density=0.5, keep_last=True)
+    assert digits.accuracy(mlp) > 0.95
+    assert digits.accuracy(small) > 0.85
+    assert all(row.density <= 0.5 for row in report if row.status == "compressed")
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("method", ["magnitude", "dsf", "monarch"])
+def test_calibration_lowers_the_error_of_outputs(cnn, digits, method, sequential):
+    plain, _ = compress(cnn, method, density=0.4, layers="3|7")
+    calibrated, report = compress(
+        cnn, method, density=0.4, layers="3|7", calibration=digits.batches, sequential=sequential
+    )
+    with torch.no_grad():
+        dense, *others = (m(digits.test_x) for m in (cnn, plain, calibrated))
+    errors = [float((other - dense).norm() / dense.norm()) for other in others]
+    assert errors[1] < 0.8 * errors[0]
+    assert all(0 < row.layer_error < 1 for row in report)
+
+
+def test_the_network_given_is_changed_only_in_place(mlp):
+    before = copy.deepcopy(mlp.state_dict())
+    small, _ = compress(mlp, "magnitude", density=0.5)
+    assert all(torch.equal(mlp.state_dict()[name], before[name]) for name in before)
+    assert isinstance(small[1], FactorizedLinear)
+    same, _ = compress(mlp, "magnitude", density=0.5, inplace=True)
+    assert same is mlp
+    assert isinstance(mlp[1], FactorizedLinear)
+
+
+def test_modes_and_dtypes_are_those_of_the_layers_replaced(cnn):
+    cnn = cnn.to(torch.bfloat16).train()
+    cnn[7].eval()
+    small, _ = compress(
+        cnn, "magnitude", density=0.5, calibration=[torch.ones(2, 1, 8, 8).bfloat16()]
+    )
+    assert isinstance(small[0], FactorizedConv)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    assert [module.training for module in small] == [module.training for module in cnn]
+
+
+def test_layers_and_overrides_say_what_is_compressed_and_how(mlp):
+    overrides = {"5": ("lowrank", 0.3), "^3$": None, "[13]": 0.9}
+    _, report = compress(mlp, MagnitudePruner(), density=0.5, overrides=overrides)
+    assert [(r.layer, r.status, r.method, r.requested_density) for r in report] == [
+        ("1", "compressed", "MagnitudePruner", 0.9),
+        ("3", "kept", "", None),
+        ("5", "compressed", "LowRank", 0.3),
+    ]
+    assert statuses(compress(mlp, layers="[35]", dry_run=True).report) == {
+        "3": "planned",
+        "5": "planned",
+    }
+    _, report = compress(mlp, layers=lambda name, layer: layer.out_features == 10, dry_run=True)
+    assert list(statuses(report)) == ["5"]
+    _, report = compress(mlp, layers=["1", "3"], keep_first=True, keep_last=True, dry_run=True)
+    assert set(statuses(report).values()) == {"kept"}
+
+
+def test_jobs_do_not_change_the_result(mlp):
+    with parallel_config(backend="threading"):  # processes would take seconds to start
+        one, two = (compress(mlp, "magnitude", density=0.3, n_jobs=n).model for n in (1, 2))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_layer_too_small_for_the_structure_is_kept_with_a_warning(mlp):
+    with pytest.warns(UserWarning, match="density"):
+        small, report = compress(mlp, "lowrank", density=0.02)
+    assert statuses(report)["5"] == "kept"
+    assert "density" in report[-1].message
+    assert isinstance(small[5], nn.Linear)
+
+
+def test_a_layer_no_batch_reaches_is_fitted_without_inputs(digits):
+    class Detour(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(64, 8), nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    for sequential in (True, False):
+        with pytest.warns(UserWarning, match="idle"):
+            _, report = compress(
+                Detour(), "magnitude", calibration=digits.batches, sequential=sequential
+            )
+        assert [row.layer_error is None for row in report] == [False, True]
+
+
+def test_weights_shared_with_an_embedding_are_kept():
+    model = nn.ModuleDict({"embedding": nn.Embedding(20, 8), "head": nn.Linear(8, 20)})
+    model["head"].weight = model["embedding"].weight
+    model["twin"] = model["other"] = nn.Linear(8, 8)
+    small, report = compress(model, "magnitude")
+    assert statuses(report) == {"head": "kept", "twin": "compressed"}
+    assert small["twin"] is small["other"]
+
+
+def test_attention_that_reads_the_weight_of_its_projection_still_works():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True).eval()
+    small, _ = compress(layer, "magnitude", density=1.0)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), layer(x))
+
+
+def test_a_factorized_network_can_be_compressed_further(mlp):
+    half, _ = compress(mlp, "magnitude", density=0.5)
+    quarter, _ = compress(half, "magnitude", density=0.25)
+    direct, _ = compress(mlp, "magnitude", density=0.25)
+    for a, b in zip(quarter.parameters(), direct.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reports_agree_in_every_format(mlp, tmp_path):
+    _, report = compress(mlp, "magnitude", density=0.25, overrides={"5": None})
+    for form in ("csv", "json", "html"):
+        getattr(report, f"to_{form}")(tmp_path / f"report.{form}")
+    assert CompressionReport.from_json(tmp_path / "report.json").rows == report.rows
+    with open(tmp_path / "report.csv", encoding="utf-8") as file:
+        assert [row["layer"] for row in csv.DictReader(file)] == ["1", "3", "5"]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.count("<tr>") == 4
+    assert "<script" not in html
+    assert report.table().row_count == 4
+    assert report.nbytes < report.dense_nbytes
+    entries = np.array([64 * 64, 64 * 64, 640])
+    np.testing.assert_allclose(report.density, entries @ [0.25, 0.25, 1] / entries.sum())
+    assert json.loads((tmp_path / "report.json").read_text())["metadata"]["density"] == 0.25
+
+
+def test_names_in_a_page_are_no_markup(tmp_path):
+    model = nn.ModuleDict({"<b>": nn.Linear(4, 4)})
+    compress(model, "magnitude").report.to_html(tmp_path / "report.html")
+    assert "<b>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_batch_norm_is_averaged_over_the_batches(cnn, digits):
+    small, report = compress(
+        cnn, "magnitude", density=0.2, calibration=digits.batches, reestimate_batchnorm=True
+    )
+    assert "batch-norm statistics of 2 layers re-estimated" in report.metadata["steps"]
+    with torch.no_grad():
+        means = [small[0](x).mean((0, 2, 3)) for x, _ in digits.batches]
+    torch.testing.assert_close(small[1].running_mean, torch.stack(means).mean(0))
+    assert small[1].momentum == cnn[1].momentum
+    assert reestimate_batch_norm(nn.Sequential(nn.Linear(2, 2)), []) == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({"density": 1.5}, "density"),
+        ({"method": "unknown"}, "method"),
+        ({"layers": "nothing"}, "layers"),
+        ({"overrides": {"1": 2.0}}, "density"),
+        ({"reestimate_batchnorm": True}, "reestimate_batchnorm"),
+        ({"method": LowRank(), "calibration": []}, "batches"),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(mlp, parameters, name):
+    with pytest.raises(ValueError, match=name):
+        compress(mlp, **parameters)
