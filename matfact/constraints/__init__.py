@@ -2,14 +2,16 @@
 
 from matfact.constraints._base import Constraint
 from matfact.constraints._rank import LowRank
-from matfact.constraints._registry import CONSTRAINTS, get_constraint
+from matfact.constraints._registry import CONSTRAINTS, get_constraint, resolve_constraint
 from matfact.constraints._shared import Circulant, Hankel, Toeplitz
 from matfact.constraints._sparsity import (
+    BlockSparsity,
     ColumnSparsity,
     GlobalSparsity,
     NMSparsity,
     RowColumnSparsity,
     RowSparsity,
+    Sparsity,
 )
 from matfact.constraints._support import (
     BlockDiagonal,
@@ -24,6 +26,7 @@ from matfact.constraints._values import NonNegative, UnitNormColumns
 __all__ = [
     "CONSTRAINTS",
     "BlockDiagonal",
+    "BlockSparsity",
     "Circulant",
     "ColumnSparsity",
     "Constraint",
@@ -36,10 +39,12 @@ __all__ = [
     "NonNegative",
     "RowColumnSparsity",
     "RowSparsity",
+    "Sparsity",
     "Support",
     "Toeplitz",
     "Triangular",
     "UnitNormColumns",
     "get_constraint",
+    "resolve_constraint",
     "transposed",
 ]

@@ -8,6 +8,7 @@ from matfact.constraints._base import Constraint
 from matfact.constraints._rank import LowRank
 from matfact.constraints._shared import Circulant, Hankel, Toeplitz
 from matfact.constraints._sparsity import (
+    BlockSparsity,
     ColumnSparsity,
     GlobalSparsity,
     NMSparsity,
@@ -19,6 +20,7 @@ from matfact.constraints._values import NonNegative, UnitNormColumns
 
 CONSTRAINTS: dict[str, type[Constraint]] = {
     "block_diagonal": BlockDiagonal,
+    "block_sparsity": BlockSparsity,
     "circulant": Circulant,
     "column_sparsity": ColumnSparsity,
     "diagonal": Diagonal,
@@ -47,3 +49,23 @@ def get_constraint(name: str, **parameters: Any) -> Constraint:
     if name not in CONSTRAINTS:
         raise ValueError(f"name must be one of {sorted(CONSTRAINTS)}, got {name!r}.")
     return CONSTRAINTS[name](**parameters)
+
+
+def resolve_constraint(constraint: Constraint | str, label: str) -> Constraint:
+    """Return `constraint` itself, or the one of that name where it needs no parameter.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, naming `label`.
+    """
+    if isinstance(constraint, str):
+        try:
+            return get_constraint(constraint)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{label}={constraint!r}: {error}") from None
+    if not isinstance(constraint, Constraint):
+        raise ValueError(
+            f"{label} must be a Constraint or one of {sorted(CONSTRAINTS)}, got {constraint!r}."
+        )
+    return constraint

@@ -10,7 +10,7 @@ from matfact.backend import Array
 from matfact.constraints._base import Constraint, check_positive_int
 
 
-class _Sparsity(Constraint):
+class Sparsity(Constraint):
     """A set whose projection keeps some entries, chosen by magnitude, and zeroes the others."""
 
     def project(self, array: Array) -> Array:
@@ -22,7 +22,7 @@ class _Sparsity(Constraint):
 
 
 @dataclasses.dataclass(frozen=True)
-class GlobalSparsity(_Sparsity):
+class GlobalSparsity(Sparsity):
     """At most `k` nonzeros anywhere.
 
     Parameters
@@ -44,7 +44,7 @@ class GlobalSparsity(_Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowSparsity(_Sparsity):
+class RowSparsity(Sparsity):
     """At most `k` nonzeros in every row.
 
     Parameters
@@ -66,7 +66,7 @@ class RowSparsity(_Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class ColumnSparsity(_Sparsity):
+class ColumnSparsity(Sparsity):
     """At most `k` nonzeros in every column.
 
     Parameters
@@ -88,7 +88,7 @@ class ColumnSparsity(_Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowColumnSparsity(_Sparsity):
+class RowColumnSparsity(Sparsity):
     """The `k` largest entries of every row and the `k` largest of every column, united.
 
     ``project`` is the rule of paper 004 (appendix A.4): every row and column keeps at least its
@@ -117,7 +117,7 @@ class RowColumnSparsity(_Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class NMSparsity(_Sparsity):
+class NMSparsity(Sparsity):
     """At most `n` nonzeros among every `m` consecutive entries of a row (N:M sparsity).
 
     Where the row length is not a multiple of `m`, its last group is shorter.
@@ -152,3 +152,44 @@ class NMSparsity(_Sparsity):
     def nnz(self, shape: tuple[int, int]) -> int:
         groups, rest = divmod(shape[1], self.m)
         return shape[0] * (groups * self.n + min(self.n, rest))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSparsity(Sparsity):
+    """At most `k` blocks of a grid that hold nonzeros, which accelerators multiply fast.
+
+    Parameters
+    ----------
+    k : int
+        Number of blocks, at least 1.
+    block_shape : tuple of int, default=(4, 4)
+        Rows and columns of a block. Where they do not divide the shape, blocks at the lower and
+        right edges are smaller.
+    """
+
+    k: int
+    block_shape: tuple[int, int] = (4, 4)
+
+    def __post_init__(self) -> None:
+        check_positive_int("k", self.k)
+        if len(self.block_shape) != 2:
+            raise ValueError(f"block_shape must be two integers, got {self.block_shape!r}.")
+        for side in self.block_shape:
+            check_positive_int("block_shape", side)
+
+    def support(self, array: Array) -> Array:
+        xp = backend.namespace(array)
+        rows, columns = self.block_shape
+        grid = [-(-n // side) for n, side in zip(array.shape, self.block_shape, strict=True)]
+        padded = xp.abs(array)
+        for axis, length in enumerate((grid[0] * rows, grid[1] * columns)):
+            missing = list(padded.shape)
+            missing[axis] = length - padded.shape[axis]
+            zeros = xp.zeros(tuple(missing), dtype=padded.dtype, device=backend.device(array))
+            padded = xp.concat([padded, zeros], axis=axis)
+        energies = xp.sum(xp.reshape(padded, (grid[0], rows, grid[1], columns)) ** 2, axis=(1, 3))
+        mask = xp.repeat(kernels.top_k_mask(energies, self.k), rows, axis=0)
+        return xp.repeat(mask, columns, axis=1)[: array.shape[0], : array.shape[1]]
+
+    def nnz(self, shape: tuple[int, int]) -> int:
+        return min(shape[0] * shape[1], self.k * self.block_shape[0] * self.block_shape[1])

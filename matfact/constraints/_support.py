@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
+from sklearn.utils import check_random_state
 
 from matfact import backend
 from matfact.backend import Array
@@ -49,6 +50,29 @@ class FixedSupport(Support):
         if mask.ndim != 2:
             raise ValueError(f"support_mask must be 2-D, got {mask.ndim}-D.")
         object.__setattr__(self, "support_mask", mask != 0)
+
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], k: int, random_state: int | np.random.RandomState | None = None
+    ) -> FixedSupport:
+        """Return `k` positions drawn without replacement, for layers to share one mask.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of the factor.
+        k : int
+            Number of positions, at most all.
+        random_state : int, RandomState or None, default=None
+            Seed of the draw.
+        """
+        check_positive_int("k", k)
+        size = shape[0] * shape[1]
+        if k > size:
+            raise ValueError(f"k must be at most {size} for shape {shape}, got {k}.")
+        mask = np.zeros(size, dtype=bool)
+        mask[check_random_state(random_state).choice(size, k, replace=False)] = True
+        return cls(mask.reshape(shape))
 
     def mask(self, shape: tuple[int, int]) -> np.ndarray:
         if self.support_mask.shape != shape:

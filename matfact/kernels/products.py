@@ -28,7 +28,7 @@ def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Ar
     """
     xp = backend.namespace(values)
     if backend.is_numpy(values):
-        nnz = np.count_nonzero(support)
+        nnz = int(np.count_nonzero(support))
         if nnz <= DENSE * values.size:
             return _sparse_normal_equations(values, support, nnz, W)
     M = xp.where(support, values, xp.zeros_like(values))

@@ -72,9 +72,9 @@ def dsf(
     energy = backend.norm(W) ** 2
     gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
     for sweep, (time, penalties) in enumerate(_schedule(max_iter), start=1):
-        A = sparse_regression(gram, cross, A, _growing(left, W.shape[0], time), penalties)
+        A = sparse_regression(gram, cross, A, _growing(left, eye.shape, time), penalties)
         gram_left, cross_left = kernels.normal_equations(A.values, A.support, W)
-        growing = _growing(right, W.shape[0], time)
+        growing = _growing(right, W.shape, time)
         B = sparse_regression(gram_left, cross_left, B, growing, penalties)
         gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
         explained = 2 * kernels.supported_inner(cross_left, B.support, B.values)
@@ -159,9 +159,11 @@ def _geometric(start: float, end: float, time: float) -> float:
     return start * (end / start) ** time
 
 
-def _growing(constraint: Constraint, side: int, time: float) -> Constraint:
+def _growing(constraint: Constraint, shape: tuple[int, int], time: float) -> Constraint:
     """Return `constraint` with as many nonzeros as the schedule allows by `time`."""
-    if not isinstance(constraint, GlobalSparsity):
+    k = getattr(constraint, "k", None)
+    if k is None:  # a set of another kind, which stays as it is
         return constraint
-    initial = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * side / constraint.k)
-    return GlobalSparsity(max(1, round(constraint.k * (initial + (1.0 - initial) * time))))
+    initial = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * shape[0] / constraint.nnz(shape))
+    share = initial + (1.0 - initial) * time
+    return dataclasses.replace(constraint, k=max(1, round(k * share)))  # type: ignore[type-var]

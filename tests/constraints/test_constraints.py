@@ -14,6 +14,7 @@ from matfact import backend
 from matfact.constraints import (
     CONSTRAINTS,
     BlockDiagonal,
+    BlockSparsity,
     Circulant,
     ColumnSparsity,
     Diagonal,
@@ -29,6 +30,7 @@ from matfact.constraints import (
     Triangular,
     UnitNormColumns,
     get_constraint,
+    transposed,
 )
 
 SHAPE = (4, 4)
@@ -38,6 +40,7 @@ SPARSITY = [
     RowSparsity(2),
     ColumnSparsity(3),
     RowColumnSparsity(1),
+    BlockSparsity(2, (2, 2)),
     NMSparsity(1, 3),
     NMSparsity(2, 4),
     NMSparsity(1, 8),
@@ -192,12 +195,40 @@ def test_scale_free_sets_survive_row_and_column_scaling(constraint, rng):
         (lambda: Circulant().nnz((3, 4)), "square"),
         (lambda: FixedSupport(np.ones(3)), "2-D"),
         (lambda: FixedSupport(np.ones((2, 2))).nnz((3, 3)), "shape of the factor"),
+        (lambda: BlockSparsity(2, (4,)), "block_shape must be two integers"),
+        (lambda: BlockSparsity(2, (4, 0)), "block_shape must be"),
+        (lambda: FixedSupport.random((2, 2), 5), "k must be at most 4"),
         (lambda: get_constraint("sparse"), "name must be one of"),
     ],
 )
 def test_bad_parameters_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_ragged_blocks_are_kept_whole(rng):
+    array = rng.uniform(1, 2, (5, 7))
+    support = BlockSparsity(2, (2, 3)).support(array)
+    blocks = [support[i : i + 2, j : j + 3] for i in range(0, 5, 2) for j in range(0, 7, 3)]
+    assert all(block.all() or not block.any() for block in blocks)
+    assert sum(block.all() for block in blocks) == 2
+
+
+def test_random_support_is_the_same_for_one_seed():
+    first, second = (FixedSupport.random((6, 8), 17, 0).support_mask for _ in "ab")
+    assert np.count_nonzero(first) == 17
+    np.testing.assert_array_equal(first, second)
+    assert np.any(first != FixedSupport.random((6, 8), 17, 1).support_mask)
+
+
+@each([RowSparsity(2), ColumnSparsity(2), NMSparsity(1, 2), GlobalSparsity(4), Triangular()])
+def test_transposed_sets_hold_the_transposed_matrices(constraint, rng):
+    array = rng.standard_normal((4, 6))
+    flipped = transposed(constraint)
+    np.testing.assert_array_equal(flipped.project(array.T), constraint.project(array).T)
+    np.testing.assert_array_equal(flipped.support(array.T), constraint.support(array).T)
+    assert flipped.nnz((6, 4)) == constraint.nnz((4, 6))
+    assert transposed(flipped) == constraint
 
 
 def test_registry_knows_every_constraint():

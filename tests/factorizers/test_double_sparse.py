@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from matfact import DoubleSparseFactorizer
+from matfact.constraints import (
+    BlockSparsity,
+    Diagonal,
+    FixedSupport,
+    LowRank,
+    NMSparsity,
+    RowSparsity,
+)
 
 
 @pytest.fixture
@@ -61,3 +70,93 @@ def test_exactly_sparse_matrix_stops_at_once_without_error(rng):
     W = np.where(rng.random((30, 30)) < 0.05, rng.standard_normal((30, 30)), 0)
     model = DoubleSparseFactorizer(density=0.25).fit(W)
     assert model.reconstruction_err_ < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40), (40, 24)])
+@pytest.mark.parametrize(
+    "constraint", [NMSparsity(2, 4), RowSparsity(5), BlockSparsity(12), Diagonal()]
+)
+def test_constraints_hold_in_either_factor(rng, shape, constraint):
+    W = rng.standard_normal(shape)
+    side = min(shape)
+    for i, factor_shape in enumerate([(shape[0], side), (side, shape[1])]):
+        sets = [None, None]
+        sets[i] = constraint
+        stored = constraint.nnz(factor_shape)
+        density = (stored + 100) / W.size
+        model = DoubleSparseFactorizer(density=density, constraints=sets, max_iter=10).fit(W)
+        assert model.density_ <= density
+        assert model.factors_[1 - i].nnz <= 100
+        found = model.factors_[i].toarray()
+        assert found.shape == factor_shape
+        np.testing.assert_array_equal(constraint.project(found), found)
+
+
+def test_both_factors_can_be_constrained(rng):
+    W = rng.standard_normal((32, 48))
+    sets = (NMSparsity(1, 4), "diagonal")
+    model = DoubleSparseFactorizer(constraints=sets, max_iter=10).fit(W)
+    first, second = (factor.toarray() for factor in model.factors_)
+    np.testing.assert_array_equal(NMSparsity(1, 4).project(first), first)
+    np.testing.assert_array_equal(Diagonal().project(second), second)
+
+
+def test_a_mask_fixed_in_advance_costs_no_more_than_pruning_by_a_tenth(rng):
+    W = rng.standard_normal((64, 64))
+    mask = FixedSupport.random(W.shape, 256, random_state=0)
+    model = DoubleSparseFactorizer(density=0.25, constraints=(mask, None)).fit(W)
+    assert not np.any(model.factors_[0].toarray()[~mask.support_mask])
+    assert model.normalized_err_ < 1.1
+
+
+def test_row_budgets_cost_little_against_one_budget(rng):
+    W = rng.standard_normal((64, 64))
+    free = DoubleSparseFactorizer(density=0.25).fit(W)
+    rows = DoubleSparseFactorizer(constraints=[RowSparsity(8), RowSparsity(8)]).fit(W)
+    assert rows.reconstruction_err_ < 1.1 * free.reconstruction_err_
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"constraints": [None, None]}, "constraints must hold a set"),
+        ({"constraints": [Diagonal()]}, "constraints must hold two sets, got 1"),
+        ({"constraints": ["diagonal", "sparse"]}, r"constraints\[1\]='sparse'"),
+        ({"constraints": ["diagonal", "row_sparsity"]}, r"constraints\[1\]='row_sparsity'"),
+        ({"constraints": ["diagonal", 3]}, r"constraints\[1\] must be a Constraint"),
+        ({"constraints": [LowRank(2), None]}, r"constraints\[0\] must be a sparsity or a support"),
+        ({"constraints": [FixedSupport(np.eye(3)), None]}, r"constraints\[0\]: support_mask"),
+        ({"constraints": ["diagonal"] * 2, "density": 0.5}, "density must be None with two"),
+        ({"constraints": ["diagonal", None], "density": 0.05}, "density=0.05 allows 20 stored"),
+        ({"constraints": ["diagonal", None], "first_factor_density": 0.1}, "must be 'auto' with"),
+    ],
+)
+def test_bad_constraints_are_refused(rng, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        DoubleSparseFactorizer(**parameters).fit(rng.standard_normal((20, 20)))
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5])
+def test_fast_transforms_are_not_left_to_regression(density):
+    dct = scipy.linalg.dft(8).real
+    model = DoubleSparseFactorizer(density=density).fit(np.kron(dct, dct))
+    assert model.normalized_err_ < 0.5
+    assert model.density_ <= density
+
+
+def test_factors_are_balanced(rng):
+    model = DoubleSparseFactorizer().fit(rng.standard_normal((30, 40)))
+    first, second = (factor.toarray() for factor in model.factors_)
+    columns, rows = np.linalg.norm(first, axis=0), np.linalg.norm(second, axis=1)
+    # Equal but for the power of two that scales all of W.
+    np.testing.assert_allclose(rows, columns * rows[0] / columns[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sparse_and_dense_products_find_the_same(rng, dtype, monkeypatch):
+    W = rng.standard_normal((70, 90)).astype(dtype)
+    sparse = DoubleSparseFactorizer(max_iter=5).fit(W)
+    monkeypatch.setattr("matfact.kernels.products.DENSE", 0.0)
+    dense = DoubleSparseFactorizer(max_iter=5).fit(W)
+    tolerance = 1e4 * np.finfo(dtype).eps
+    assert abs(sparse.reconstruction_err_ - dense.reconstruction_err_) < tolerance
