@@ -1,5 +1,6 @@
 """Products of factors, each factor in the storage that suits its structure."""
 
+from matfact.operators._advice import Advice
 from matfact.operators._block import BlockSparseFactor
 from matfact.operators._csr import SparseFactor
 from matfact.operators._dense import DenseFactor
@@ -9,6 +10,7 @@ from matfact.operators._product import FactorProduct
 from matfact.operators._selection import SelectionFactor
 
 __all__ = [
+    "Advice",
     "BlockSparseFactor",
     "DenseFactor",
     "Factor",

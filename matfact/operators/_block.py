@@ -9,6 +9,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
 
 
@@ -89,6 +90,9 @@ class BlockSparseFactor(Factor):
         for (r0, r1, c0, c1), block in self._placed(values):
             out[r0:r1, :] += xp.matmul(block, X[c0:c1, :])
         return out
+
+    def add_to(self, program: Program) -> None:
+        program.add_blocks(self.values, self.blocks, self.shape[0])
 
     def toarray(self) -> Array:
         xp = backend.namespace(self.values)

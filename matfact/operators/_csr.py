@@ -11,6 +11,7 @@ import scipy.sparse
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
 
 
@@ -76,6 +77,9 @@ class SparseFactor(Factor):
         if backend.is_numpy(X):
             return self._operand @ X
         return backend.namespace(X).matmul(self._operand, X)
+
+    def add_to(self, program: Program) -> None:
+        program.add_csr(self.values, self.indices, self.indptr)
 
     def toarray(self) -> Array:
         xp = backend.namespace(self.values)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
+
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
 
 
@@ -27,6 +30,11 @@ class DenseFactor(Factor):
     def apply(self, X: Array) -> Array:
         values = backend.compute_array(self.values)
         return backend.namespace(values).matmul(values, X)
+
+    def add_to(self, program: Program) -> None:
+        rows, columns = self.shape
+        whole = np.asarray([[0, rows, 0, columns]])
+        program.add_blocks(np.ravel(self.values), whole, rows)
 
     def toarray(self) -> Array:
         return self.values

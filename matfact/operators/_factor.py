@@ -10,6 +10,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +42,10 @@ class Factor(ABC):
     @abstractmethod
     def apply(self, X: Array) -> Array:
         """Return the product with `X`, of shape (columns, batch), in a dtype fit to compute in."""
+
+    @abstractmethod
+    def add_to(self, program: Program) -> None:
+        """Make the factor the next step of a program for the kernels (NumPy values only)."""
 
     @abstractmethod
     def toarray(self) -> Array:
@@ -98,6 +103,10 @@ class Factor(ABC):
         """Return the factor with its values in another dtype."""
         xp = backend.namespace(self.values)
         return self.with_values(xp.astype(self.values, dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was prepared to apply the factor."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:
         rows, columns = self.shape

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
 
 
@@ -67,6 +68,9 @@ class KroneckerSparseFactor(Factor):
         )
         product = xp.permute_dims(product, (0, 3, 2, 1, 4))
         return KroneckerSparseFactor(xp.reshape(product, (a, 1, b * d, radix * width)))
+
+    def add_to(self, program: Program) -> None:
+        program.add_kronecker(self.values)
 
     def toarray(self) -> Array:
         a, b, c, d = self.pattern

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,8 +15,10 @@ import scipy.sparse.linalg
 from matfact import backend
 from matfact.backend import Array
 from matfact.operators import _storage
+from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
+from matfact.operators._plan import Plan, measure
 from matfact.operators._selection import SelectionFactor
 
 Format = Literal["csr", "bitmask", "smallest", "dense"]
@@ -144,11 +148,52 @@ class FactorProduct:
         both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
-        for factor in reversed(self.factors):
-            result = factor.apply(result)
+        if self._plan and result.dtype in (np.float32, np.float64):
+            result = self._plan.apply(result)
+        else:
+            result = self._apply_factors(result)
         if both_half:
             result = xp.astype(result, self.dtype)
         return result if X.ndim == 2 else xp.reshape(result, (-1,))
+
+    def _apply_factors(self, X: Array) -> Array:
+        """Apply one factor after the other, by the operations of the array library."""
+        for factor in reversed(self.factors):
+            X = factor.apply(X)
+        return X
+
+    @functools.cached_property
+    def _plan(self) -> Plan | None:
+        return Plan(self.factors) if Plan.suits(self.factors) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be prepared again, a dense copy among it."""
+        return {"factors": self.factors}
+
+    def advise(self, batch_size: int) -> Advice:
+        """Tell whether the factors or the dense matrix are faster for a batch.
+
+        ``product @ X`` follows the advice by itself on NumPy, where the times are predicted from
+        rates measured once on each machine (half a second, kept in the user's cache folder) with
+        weights that come from memory, as in a network. For other array libraries, complex
+        numbers and tiny products, both ways are timed, with weights that may be in the cache.
+
+        Parameters
+        ----------
+        batch_size : int
+            Columns of the operand, at least 1.
+
+        Returns
+        -------
+        Advice
+            The seconds of both ways, and which is the faster.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        batch_size = int(batch_size)
+        if self._plan:
+            return self._plan.advise(batch_size, self._plan.dtype)
+        return measure(self._apply_factors, self.toarray(), batch_size)
 
     def __rmatmul__(self, X: Array) -> Array:
         """Return ``X @ product`` for X of shape (out,) or (batch, out)."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
 
 
@@ -54,6 +55,9 @@ class SelectionFactor(Factor):
     def apply_right(self, X: Array) -> Array:
         """Return the product of `X`, of shape (batch, rows), with the selection on its right."""
         return _gather(X, self.T.index, axis=1)
+
+    def add_to(self, program: Program) -> None:
+        program.add_selection(self.index)
 
     def toarray(self) -> Array:
         xp = backend.namespace(self.values)

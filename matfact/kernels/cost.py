@@ -1,0 +1,158 @@
+"""How long products take on this machine: rates measured once, kept in the user's cache.
+
+Rates are seconds for one stored value (or one row) and a whole batch, for a few batch sizes. The
+weights measured rotate, so that they come from memory as those of a network's layers do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llvmlite.binding
+import numba
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from matfact import __version__
+from matfact._files import write_atomically
+from matfact.kernels.helpers import max_threads
+from matfact.kernels.program import Program
+
+Rates = dict[str, list[float]]
+
+BATCHES = (1, 2, 4, 16, 64, 256)  #: batch sizes at which rates are measured
+_SIDE = 1024  #: of the matrices measured
+_LAYERS = 12  #: whose dense weights exceed most caches
+_REPEATS = 3
+
+
+def seconds(rates: Rates, counts: dict[str, int], batch: int) -> float:
+    """Return the time for `counts` of each kind of thing at one batch size."""
+    batch = max(1, batch)
+    scale = max(1.0, batch / BATCHES[-1])  # beyond what was measured, time is proportional
+    return scale * sum(
+        count * float(np.interp(batch, BATCHES, rates[kind])) for kind, count in counts.items()
+    )
+
+
+@functools.cache
+def rates() -> Rates:
+    """Return this machine's rates, measured at the first call if no earlier process did."""
+    path = _cache_folder() / f"apply-{_machine()}.json"
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads(path.read_text())
+        if _is_complete(stored):
+            return stored
+    measured = measure()
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs time, not results
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(measured).encode())
+    return measured
+
+
+def measure() -> Rates:
+    """Measure the rates: half a second."""
+    rng = np.random.RandomState(0)
+    kinds = {"call": _tiny, "row": _selection, "csr": _csr, "pair": _pairs, "block": _blocks}
+    programs = {kind: [build(rng) for _ in range(_LAYERS)] for kind, build in kinds.items()}
+    weights = list(np.ones((_LAYERS, _SIDE, _SIDE), np.float32))
+    times = {
+        kind: [_fastest(layers[0].columns, batch, [p.apply for p in layers]) for batch in BATCHES]
+        for kind, layers in programs.items()
+    }
+    dense = [_fastest(_SIDE, batch, [w.__matmul__ for w in weights]) for batch in BATCHES]
+    result = {"dense": [t / _SIDE**2 for t in dense], "call": times["call"]}
+    for kind in ("row", "csr", "pair", "block"):
+        known = programs[kind][0].counts
+        rest = {k: n for k, n in known.items() if n and k != kind}
+        result[kind] = [
+            max(0.0, t - sum(n * result[k][i] for k, n in rest.items())) / known[kind]
+            for i, t in enumerate(times[kind])
+        ]
+    return result
+
+
+def _fastest(rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], object]]) -> float:
+    """Return the mean time of `calls`, in the fastest of a few rounds."""
+    if batch > BATCHES[-3]:
+        calls = calls[:2]  # arithmetic, not memory, takes the time
+    X = np.ones((rows, batch), np.float32)
+    times = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        for call in calls:
+            call(X)
+        times.append((time.perf_counter() - start) / len(calls))
+    return min(times[1:])
+
+
+def _tiny(rng: np.random.RandomState) -> Program:
+    program = Program(np.float32, half=False, columns=1)
+    program.add_selection(np.zeros(1, np.int64))
+    return program.finish()
+
+
+def _selection(rng: np.random.RandomState) -> Program:
+    program = Program(np.float32, half=False, columns=_SIDE)
+    for _ in range(4):
+        program.add_selection(rng.permutation(_SIDE))
+    return program.finish()
+
+
+def _csr(rng: np.random.RandomState) -> Program:
+    program = Program(np.float32, half=False, columns=_SIDE)
+    per_row = _SIDE // 10
+    indices = np.sort(rng.randint(_SIDE, size=(_SIDE, per_row)), axis=1)
+    indptr = np.arange(_SIDE + 1) * per_row
+    program.add_csr(np.ones(indices.size, np.float32), indices.ravel(), indptr)
+    return program.finish()
+
+
+def _pairs(rng: np.random.RandomState) -> Program:
+    program = Program(np.float32, half=False, columns=_SIDE)
+    for d in (1, 8, 64, 512):
+        program.add_kronecker(np.ones((_SIDE // 2 // d, d, 2, 2), np.float32))
+    return program.finish()
+
+
+def _blocks(rng: np.random.RandomState) -> Program:
+    program = Program(np.float32, half=False, columns=_SIDE)
+    for d in (1, _SIDE // 32):
+        program.add_kronecker(np.ones((_SIDE // 32 // d, d, 32, 32), np.float32))
+    return program.finish()
+
+
+def _is_complete(stored: object) -> bool:
+    kinds = ("dense", "call", "row", "csr", "pair", "block")
+    return isinstance(stored, dict) and all(
+        isinstance(stored.get(kind), list) and len(stored[kind]) == len(BATCHES) for kind in kinds
+    )
+
+
+def _cache_folder() -> Path:
+    """Return the user's folder for what can be computed again."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "matfact"
+
+
+def _machine() -> str:
+    """Return a name for what the rates depend on: processor, threads and versions."""
+    pools = [(lib["prefix"], lib["version"], lib["num_threads"]) for lib in threadpool_info()]
+    processor = (platform.node(), llvmlite.binding.get_host_cpu_name(), os.cpu_count())
+    versions = (np.__version__, numba.__version__, __version__)
+    parts = (processor, max_threads(), sorted(map(str, pools)), versions)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,195 @@
+"""The factors of a product as one flat program for the fused kernels."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import numpy as np
+
+from matfact.kernels import fused, helpers
+from matfact.kernels.blocks import TILE
+
+_HELP = 1 << 15  #: multiplications of vectors from which a second thread pays
+_DOT_SPEED = 3  #: values of a single column that take as long as one multiplication of vectors
+_PAIR = 16  #: entries of the largest block whose rows cost more than its values
+_PIECES = 4  #: parts of a factor for each thread, so that a late one still finds work
+_CACHE_LINE = 64  #: bytes; vectors that straddle two take twice as long
+_memory = threading.local()  #: scratch space, kept from call to call
+
+
+class Program:
+    """Steps to apply, in that order, with their values in one array.
+
+    Parameters
+    ----------
+    dtype : dtype
+        float32 or float64, in which results are computed.
+    half : bool
+        Whether values are float16 numbers.
+    columns : int
+        Rows of the operand.
+    """
+
+    def __init__(self, dtype: Any, half: bool, columns: int) -> None:
+        self.dtype = np.dtype(dtype)
+        self._half = half
+        self.columns = columns
+        self._largest = columns
+        self.counts = {"call": 1, "row": columns, "csr": 0, "pair": 0, "block": 0}
+        self._steps: list[list[int]] = []
+        self._values: list[np.ndarray] = []
+        self._indices: list[np.ndarray] = []
+        self._table: list[np.ndarray] = []
+
+    def add_csr(self, values: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> None:
+        """Add a matrix in compressed sparse rows."""
+        rows = len(indptr) - 1
+        place = {"TABLE": self._append(self._table, indptr)}
+        place["COLUMNS"] = self._append(self._indices, indices)
+        self._add(fused.CSR, rows, rows, rows, values, place)
+
+    def add_kronecker(self, values: np.ndarray) -> None:
+        """Add a Kronecker-sparse matrix from values of shape (a, d, b, c)."""
+        a, d, b, c = values.shape
+        units = a * d * -(-b // TILE)
+        self._add(
+            fused.KRONECKER, a * b * d, units, a * d, values, {"A": a, "B": b, "C": c, "D": d}
+        )
+
+    def add_blocks(self, values: np.ndarray, blocks: np.ndarray, rows: int) -> None:
+        """Add dense blocks, given by first and last rows and columns."""
+        tiles, pieces = _bands(blocks, rows, sum(map(np.size, self._values)))
+        place = {"TABLE": self._append(self._table, tiles)}
+        place["A"] = self._append(self._table, pieces)
+        place["B"] = place["A"] + pieces.size
+        self._add(fused.BANDS, rows, len(tiles), len(tiles), values, place)
+
+    def add_selection(self, index: np.ndarray) -> None:
+        """Add a choice of rows, negative where there is none."""
+        place = {"TABLE": self._append(self._table, index)}
+        self._add(fused.SELECTION, len(index), len(index), len(index), np.zeros(0), place)
+
+    def _append(self, parts: list[np.ndarray], array: np.ndarray) -> int:
+        start = sum(map(np.size, parts))
+        parts.append(array)
+        return start
+
+    def _add(
+        self, kind: int, rows: int, panel_units: int, vector_units: int, values: np.ndarray,
+        place: dict[str, int],
+    ) -> None:  # fmt: skip
+        step = [0] * fused.STEP_FIELDS
+        step[: fused.VALUES] = [kind, rows, panel_units, vector_units]
+        step[fused.VALUES] = self._append(self._values, values)
+        for name, number in place.items():
+            step[getattr(fused, name)] = number
+        self._steps.append(step)
+        pair = kind == fused.KRONECKER and place["B"] * place["C"] <= _PAIR
+        cost = "pair" if pair else ("csr", "block", "block", "row")[kind]
+        self.counts[cost] += rows if kind == fused.SELECTION else values.size
+        self._largest = max(self._largest, rows)
+
+    def finish(self) -> Program:
+        """Lay everything out flat; nothing can be added afterwards."""
+        stored = np.float16 if self._half else self.dtype
+        values = np.concatenate([np.ravel(v).astype(stored, copy=False) for v in self._values])
+        narrow = self._largest <= 1 << 16
+        indices = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._indices)])
+        table = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._table)])
+        self._arrays = (
+            np.asarray(self._steps, np.int64),
+            values.view(np.uint16) if self._half else values,
+            indices.astype(np.uint16 if narrow else np.uint32),
+            table.astype(np.int64),
+        )
+        self.rows = self._steps[-1][fused.ROWS]
+        self.counts["row"] += self.rows  # to pack and unpack
+        self._values, self._indices, self._table = [], [], []
+        return self
+
+    def threads(self, batch: int) -> int:
+        """Return how many threads a batch is worth."""
+        values = sum(self.counts.values())
+        vectors = values * batch * self.dtype.itemsize // fused.NARROW
+        if batch == 1:
+            vectors = values // _DOT_SPEED
+        return helpers.max_threads() if vectors >= _HELP else 1
+
+    def apply(self, X: np.ndarray, threads: int | None = None) -> np.ndarray:
+        """Return the product with `X`, of shape (columns, batch).
+
+        The result is laid out like `X`: row by row, or column by column.
+        """
+        threads = threads or self.threads(X.shape[1])
+        batch = X.shape[1]
+        by_columns = X.flags.f_contiguous and not X.flags.c_contiguous
+        X = np.ascontiguousarray(X.T if by_columns else X, self.dtype)
+        flat = (X if X.flags.writeable else X.copy()).reshape(-1)  # Numba has a type for read-only
+        out = np.empty((batch, self.rows) if by_columns else (self.rows, batch), self.dtype)
+        operands = (
+            flat, _strides(by_columns, self.columns, batch), out.reshape(-1),
+            _strides(by_columns, self.rows, batch),
+        )  # fmt: skip
+        if batch == 1:
+            self._apply_vector(operands, threads)
+        elif batch:
+            self._apply_panels(operands, batch, threads)
+        return out.T if by_columns else out
+
+    def _apply_vector(self, operands: tuple[Any, ...], threads: int) -> None:
+        scratch = self._scratch(2, self._largest)
+        counters = np.zeros(2 * fused.SPACING * len(self._arrays[0]), np.int64)
+        pieces = 1 if threads == 1 else _PIECES * threads
+        arguments = (self._arrays, operands, scratch, counters, pieces)
+        helpers.together(fused.apply_vector, arguments, threads)
+
+    def _apply_panels(self, operands: tuple[Any, ...], batch: int, threads: int) -> None:
+        wide, narrow = (n // self.dtype.itemsize for n in (fused.WIDE, fused.NARROW))
+        n_wide = (batch + wide // 2 - 1) // wide  # what is left over goes into narrow panels
+        n_panels = n_wide + max(0, -(-(batch - n_wide * wide) // narrow))
+        lanes = wide if n_wide else narrow
+        sizes = (self.columns, batch, n_panels, n_wide)
+        whole = threads == 1 or n_panels >= 2 * threads
+        phases = 2 if whole else len(self._arrays[0]) + 2
+        rows = min(threads, n_panels) if whole else n_panels
+        scratch = self._scratch(rows, 2 * self._largest * lanes)
+        counters = np.zeros(2 * fused.SPACING * phases, np.int64)
+        pieces = 0 if whole else _PIECES * threads
+        arguments = (self._arrays, sizes, operands, scratch, counters, pieces)
+        helpers.together(fused.apply_panels, arguments, threads)
+
+    def _scratch(self, count: int, size: int) -> np.ndarray:
+        """Return uninitialized memory that belongs to this thread until its next product."""
+        nbytes = count * size * self.dtype.itemsize
+        memory = getattr(_memory, "array", None)
+        if memory is None or memory.nbytes < nbytes:
+            memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
+            _memory.array = memory = memory[-memory.ctypes.data % _CACHE_LINE :]
+        return memory[:nbytes].view(self.dtype).reshape(count, size)
+
+
+def _strides(by_columns: bool, rows: int, batch: int) -> tuple[int, int]:
+    return (1, rows) if by_columns else (batch, 1)
+
+
+def _bands(blocks: np.ndarray, rows: int, origin: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut blocks into tiles of a few rows: see ``kernels.blocks.band_panel``.
+
+    `origin` is the place of the first value.
+    """
+    sizes = (blocks[:, 1] - blocks[:, 0]) * (blocks[:, 3] - blocks[:, 2])
+    begins = origin + np.cumsum(sizes) - sizes
+    cuts = np.unique(np.concatenate([[0, rows], blocks[:, 0], blocks[:, 1]]))
+    tiles: list[tuple[int, ...]] = []
+    pieces: list[tuple[int, ...]] = []
+    for top, bottom in itertools.pairwise(cuts.tolist()):
+        members = np.flatnonzero((blocks[:, 0] <= top) & (blocks[:, 1] > top))
+        for row in range(top, bottom, TILE):
+            first = len(pieces)
+            for m in members:
+                r0, _, c0, c1 = blocks[m]
+                pieces.append((begins[m] + (row - r0) * (c1 - c0), c1 - c0, c0, c1 - c0))
+            tiles.append((row, min(TILE, bottom - row), first, len(pieces)))
+    return np.reshape(tiles, (-1, 4)).astype(np.int64), np.reshape(pieces, (-1, 4)).astype(np.int64)

@@ -1,0 +1,220 @@
+"""Vectors that stay in registers, for Numba kernels.
+
+LLVM does not reliably keep an array of accumulators in registers. Here a vector of a fixed
+number of bytes is a Numba type of its own, so that ``total = fma(scalar, load(…), total)`` in a
+loop is one broadcast, one load and one fused multiply-add on every processor that has them, and
+correct on all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+_INT32 = ir.IntType(32)
+_HALF = types.uint16  #: Numba's stand-in for float16, which it cannot compute with
+
+
+class Vector(types.Type):
+    """`count` numbers of `dtype` in registers."""
+
+    def __init__(self, dtype: Any, count: int) -> None:
+        self.dtype, self.count = dtype, count
+        super().__init__(name=f"Vector({dtype}, {count})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        element = manager.lookup(vector.dtype).get_value_type()
+        super().__init__(manager, vector, ir.VectorType(element, vector.count))
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typingctx, array, nbytes):  # type: ignore[no-untyped-def]
+    """Return the zero vector of the dtype of `array`, of a constant number of bytes.
+
+    It says to the functions below, and to the kernels that it is passed to, how wide to be.
+    """
+    vector = Vector(array.dtype, nbytes.literal_value * 8 // array.dtype.bitwidth)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return ir.Constant(context.get_value_type(vector), None)
+
+    return vector(array, nbytes), generate
+
+
+@intrinsic
+def width(typingctx, vector):  # type: ignore[no-untyped-def]
+    """Return the number of lanes of `vector`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return context.get_constant(types.intp, vector.count)
+
+    return types.intp(vector), generate
+
+
+@intrinsic
+def load(typingctx, array, row, like):  # type: ignore[no-untyped-def]
+    """Read the `row`-th vector of a flat `array` of vectors of the type of `like`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = _place(context, builder, signature, arguments, like)
+        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+
+    return like(array, types.intp, like), generate
+
+
+@intrinsic
+def gather(typingctx, array, indices, first, like):  # type: ignore[no-untyped-def]
+    """``array[indices[first]], array[indices[first + 1]], …`` as a vector, lane by lane.
+
+    A chain of scalar loads is faster than the gather instructions of current processors.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source = _data(context, builder, array, arguments[0])
+        positions = builder.gep(_data(context, builder, indices, arguments[1]), [arguments[2]])
+        result = ir.Constant(arguments[3].type, ir.Undefined)
+        for lane in range(like.count):
+            index = builder.load(builder.gep(positions, [ir.Constant(_INT32, lane)]))
+            entry = builder.load(builder.gep(source, [builder.zext(index, ir.IntType(64))]))
+            result = builder.insert_element(result, entry, ir.Constant(_INT32, lane))
+        return result
+
+    return like(array, indices, types.intp, like), generate
+
+
+@intrinsic
+def store(typingctx, array, row, vector):  # type: ignore[no-untyped-def]
+    """Write `vector` as the `row`-th of a flat `array` of such vectors."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = _place(context, builder, signature, arguments, vector)
+        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, vector), generate
+
+
+@intrinsic
+def store_values(typingctx, array, first, vector):  # type: ignore[no-untyped-def]
+    """Write `vector` to ``array[first:]``."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data(context, builder, array, arguments[0]), [arguments[1]])
+        pointer = builder.bitcast(pointer, arguments[2].type.as_pointer())
+        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, vector), generate
+
+
+@intrinsic
+def load_values(typingctx, values, first, like):  # type: ignore[no-untyped-def]
+    """``values[first:]`` as a vector of the type of `like`, computed in its dtype."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data(context, builder, values, arguments[0]), [arguments[1]])
+        raw = ir.VectorType(pointer.type.pointee, like.count)
+        pointer = builder.bitcast(pointer, raw.as_pointer())
+        loaded = builder.load(pointer, align=values.dtype.bitwidth // 8)
+        if values.dtype == _HALF:
+            loaded = builder.bitcast(loaded, ir.VectorType(ir.HalfType(), like.count))
+            loaded = builder.fpext(loaded, arguments[2].type)
+        return loaded
+
+    return like(values, types.intp, like), generate
+
+
+@intrinsic
+def value(typingctx, values, position, like):  # type: ignore[no-untyped-def]
+    """``values[position]``, computed in the dtype of the array `like`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data(context, builder, values, arguments[0]), [arguments[1]])
+        loaded = builder.load(pointer)
+        if values.dtype == _HALF:
+            loaded = builder.bitcast(loaded, ir.HalfType())
+            loaded = builder.fpext(loaded, context.get_value_type(like.dtype))
+        return loaded
+
+    return like.dtype(values, types.intp, like), generate
+
+
+@intrinsic
+def spread(typingctx, scalar, like):  # type: ignore[no-untyped-def]
+    """Return the vector with `scalar` in every lane, of the type of `like`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kind = arguments[1].type
+        undefined = ir.Constant(kind, ir.Undefined)
+        single = builder.insert_element(undefined, arguments[0], ir.Constant(_INT32, 0))
+        lanes = ir.Constant(ir.VectorType(_INT32, like.count), None)
+        return builder.shuffle_vector(single, undefined, lanes)
+
+    return like(scalar, like), generate
+
+
+@intrinsic
+def fma(typingctx, left, right, total):  # type: ignore[no-untyped-def]
+    """``left · right + total`` of vectors, rounded once where the processor can."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        product = builder.fmul(arguments[0], arguments[1], flags=("contract",))
+        return builder.fadd(product, arguments[2], flags=("contract",))
+
+    return total(left, right, total), generate
+
+
+@intrinsic
+def add(typingctx, left, right):  # type: ignore[no-untyped-def]
+    """Return the sum of two vectors."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fadd(*arguments)
+
+    return left(left, right), generate
+
+
+@intrinsic
+def total(typingctx, vector):  # type: ignore[no-untyped-def]
+    """Return the sum of the lanes of `vector`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        scalar = context.get_value_type(vector.dtype)
+        kind = ir.FunctionType(scalar, [scalar, arguments[0].type])
+        name = f"llvm.vector.reduce.fadd.v{vector.count}f{vector.dtype.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        zero = ir.Constant(scalar, 0.0)
+        return builder.call(function, [zero, arguments[0]], fastmath=("reassoc",))
+
+    return vector.dtype(vector), generate
+
+
+@intrinsic
+def fetch_add(typingctx, counters, position, increment):  # type: ignore[no-untyped-def]
+    """Add to ``counters[position]`` in one step for all threads; return what stood there."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = _data(context, builder, counters, arguments[0])
+        pointer = builder.gep(data, [arguments[1]])
+        return builder.atomic_rmw("add", pointer, arguments[2], "seq_cst")
+
+    return types.int64(counters, types.intp, types.int64), generate
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    return context.make_array(kind)(context, builder, array).data
+
+
+def _place(context: Any, builder: Any, signature: Any, arguments: Any, vector: Vector) -> Any:
+    """Return the address of the vector at place ``arguments[1]`` of array ``arguments[0]``."""
+    data = _data(context, builder, signature.args[0], arguments[0])
+    count = ir.Constant(arguments[1].type, vector.count)
+    pointer = builder.gep(data, [builder.mul(arguments[1], count)])
+    return builder.bitcast(pointer, context.get_value_type(vector).as_pointer())

@@ -1,0 +1,47 @@
+"""Which way to apply a product is the faster one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """How long a product with a batch takes by its factors and by the dense matrix.
+
+    Parameters
+    ----------
+    batch_size : int
+        Columns of the operand.
+    factors_seconds : float
+        Time by the factors.
+    dense_seconds : float
+        Time by the dense matrix.
+    """
+
+    batch_size: int
+    factors_seconds: float
+    dense_seconds: float
+
+    @property
+    def method(self) -> str:
+        """The faster way, ``"factors"`` or ``"dense"``."""
+        return "factors" if self.factors_seconds <= self.dense_seconds else "dense"
+
+    @property
+    def seconds(self) -> float:
+        """Time of the faster way."""
+        return min(self.factors_seconds, self.dense_seconds)
+
+    @property
+    def speedup(self) -> float:
+        """Time by the dense matrix ÷ time by the factors: below 1, factors do not pay."""
+        return self.dense_seconds / self.factors_seconds
+
+    def __repr__(self) -> str:
+        verdict = "use the factors" if self.method == "factors" else "use dense"
+        return (
+            f"{verdict}: at batch size {self.batch_size} the factors take "
+            f"{self.factors_seconds * 1e6:.3g} µs, the dense matrix "
+            f"{self.dense_seconds * 1e6:.3g} µs ({self.speedup:.2g}× speed-up)"
+        )
