@@ -277,8 +277,9 @@ def _product_set(sets: Sequence[Constraint], shapes: Sequence[tuple[int, int]]) 
         masks = [support.mask(shape) for support, shape in zip(supports, shapes, strict=True)]
         return FixedSupport(functools.reduce(lambda a, b: a.astype(float) @ b > 0, masks))
     for kind in (RowSparsity, ColumnSparsity, RowColumnSparsity):
-        if all(isinstance(constraint, kind) for constraint in sets):
-            return kind(math.prod(constraint.k for constraint in sets))
+        counts = [constraint.k for constraint in sets if isinstance(constraint, kind)]
+        if len(counts) == len(sets):
+            return kind(math.prod(counts))
     stored = [constraint.nnz(shape) for constraint, shape in zip(sets, shapes, strict=True)]
     return GlobalSparsity(min(sum(stored), shapes[0][0] * shapes[-1][1]))
 
