@@ -106,12 +106,13 @@ class Program:
         )
         self.rows = self._steps[-1][fused.ROWS]
         self.counts["row"] += self.rows  # to pack and unpack
+        self._n_values = sum(self.counts.values())
         self._values, self._indices, self._table = [], [], []
         return self
 
     def threads(self, batch: int) -> int:
         """Return how many threads a batch is worth."""
-        values = sum(self.counts.values())
+        values = self._n_values
         vectors = values * batch * self.dtype.itemsize // fused.NARROW
         if batch == 1:
             vectors = values // _DOT_SPEED

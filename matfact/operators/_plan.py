@@ -16,6 +16,8 @@ from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
 
 _TINY = 1 << 14  #: entries of a product for which neither compiling nor measuring pays
+#: Dtypes of operands that are taken as they are.
+COMPUTED = frozenset(map(np.dtype, (np.float32, np.float64)))
 _ROUNDS = 5  #: timings of which the fastest counts
 
 
@@ -28,6 +30,8 @@ class Plan:
 
     def __init__(self, factors: Sequence[Factor]) -> None:
         self._factors = factors
+        #: Dtype that the values are computed with.
+        self.dtype = np.result_type(np.float32, *(f.dtype for f in factors))
         self._entries = factors[0].shape[0] * factors[-1].shape[1]
         self._choices: dict[tuple[int, np.dtype], str] = {}
         self._programs: dict[np.dtype, Program] = {}
@@ -42,14 +46,11 @@ class Plan:
             and factors[0].shape[0] * factors[-1].shape[1] > _TINY
         )
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Dtype that the values are computed with."""
-        return np.result_type(np.float32, *(f.dtype for f in self._factors))
-
     def apply(self, X: np.ndarray) -> np.ndarray:
-        """Return the product with `X`, of shape (in, batch), in float32 or float64."""
-        dtype = np.result_type(self.dtype, X.dtype)
+        """Return the product with `X`, of shape (in,) or (in, batch), in float32 or float64."""
+        if X.ndim == 1:
+            return self.apply(X[:, None])[:, 0]
+        dtype = self.dtype if X.dtype == self.dtype else np.result_type(self.dtype, X.dtype)
         if self._chosen(X.shape[1], dtype) == "dense":
             return self._densified(dtype) @ X
         return self._program(dtype).apply(X)

@@ -18,7 +18,7 @@ from matfact.operators import _storage
 from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
-from matfact.operators._plan import Plan, measure
+from matfact.operators._plan import COMPUTED, Plan, measure
 from matfact.operators._selection import SelectionFactor
 
 Format = Literal["csr", "bitmask", "smallest", "dense"]
@@ -144,11 +144,13 @@ class FactorProduct:
                 f"X must have shape ({self.shape[1]},) or ({self.shape[1]}, batch) to be "
                 f"multiplied by a product of shape {self.shape}, got {tuple(X.shape)}."
             )
+        if self._plan and backend.is_numpy(X) and X.dtype in COMPUTED:
+            return self._plan.apply(X)
         xp = backend.namespace(X, self.factors[0].values)
         both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
-        if self._plan and result.dtype in (np.float32, np.float64):
+        if self._plan and backend.is_numpy(result) and result.dtype in COMPUTED:
             result = self._plan.apply(result)
         else:
             result = self._apply_factors(result)

@@ -1,0 +1,189 @@
+"""Seconds to apply factors to a batch, against the dense matrix, in one process.
+
+Weights rotate over enough layers to come from memory, as in a network; repeats are interleaved,
+so that a slow moment of the machine falls on all; medians and their ratios to dense are reported.
+The break-even table is what the library itself predicts with ``FactorProduct.advise``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.applied import METHODS, STRUCTURES, Method, Structure
+from matfact.operators import FactorProduct
+
+Row = dict[str, Any]
+_SETTLE = 0.01  #: seconds, after which the threads of other methods have gone to sleep
+DENSITIES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
+    add("--sizes", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192], help="sides")
+    add("--batches", type=int, nargs="*", default=[1, 16, 64, 256, 1024], help="batch sizes")
+    add("--structures", nargs="*", default=list(STRUCTURES), choices=list(STRUCTURES))
+    add("--repeats", type=int, default=7, help="timings of each method")
+    add("--cache", type=float, default=64, help="MiB of dense weights to rotate over")
+    add("--slow", type=float, default=0.5, help="calls longer than this many seconds: timed once")
+    add("--quick", action="store_true", help="tiny matrices and one repeat, to see that all runs")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.quick:
+        options.sizes, options.batches = [256], [1, 20]
+        options.repeats, options.cache = 1, 0.5
+    with machine.threads(options.threads):
+        conditions = machine.describe(options.threads)
+        rows = [
+            row
+            for name in options.structures
+            for n in options.sizes
+            for row in measure(name, STRUCTURES[name], n, options)
+        ]
+        predicted = break_even(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    absent = [m.name for m in METHODS if not m.is_present()]
+    content = {"conditions": conditions, "absent": absent, "rows": rows, "break_even": predicted}
+    (options.output / "apply.json").write_text(json.dumps(content, indent=1, default=str))
+    text = markdown(conditions, absent, rows, predicted)
+    (options.output / "apply.md").write_text(text)
+    print(text, end="")
+    return 0
+
+
+def measure(name: str, structure: Structure, n: int, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each batch size and method."""
+    rng = np.random.RandomState(n)
+    layers = max(2, round(options.cache * 2**20 / (4 * n * n)))
+    products = [structure(n, rng) for _ in range(min(layers, 24))]
+    methods = [m for m in METHODS if m.is_present() and m.suits(name)]
+    # Which values a dense matrix holds does not change how long it takes.
+    matrices = [rng.standard_normal(product.shape).astype(product.dtype) for product in products]
+    pairs = list(zip(products, matrices, strict=True))
+    prepared = {m.name: [m.prepare(*pair) for pair in pairs] for m in methods}
+    for batch in options.batches:
+        X = rng.standard_normal((n, batch)).astype(np.float32)
+        seconds = interleaved(methods, prepared, X, options)
+        check(prepared, methods, products[0], X)
+        for method in methods:
+            times = seconds[method.name]
+            yield {
+                "structure": name, "n": n, "batch": batch, "method": method.name,
+                "stored": products[0].density, "layers": len(products), "seconds": times,
+                "median_seconds": statistics.median(times),
+                "ratio": statistics.median(times) / statistics.median(seconds["dense (BLAS)"]),
+            }  # fmt: skip
+
+
+def interleaved(
+    methods: list[Method],
+    prepared: dict[str, list[Callable[[Any], Any]]],
+    X: np.ndarray,
+    options: argparse.Namespace,
+) -> dict[str, list[float]]:
+    """Return the times of each method for one layer, the mean over a rotation."""
+    operands = {m.name: m.operand(X) for m in methods}
+    times: dict[str, list[float]] = {m.name: [] for m in methods}
+    for repeat in range(options.repeats + 1):
+        for method in methods:
+            if times[method.name] and times[method.name][0] > options.slow:
+                continue
+            calls, operand = prepared[method.name], operands[method.name]
+            calls = calls if repeat else calls[:1]  # the first round compiles and warms up
+            start = time.perf_counter()
+            for call in calls:
+                call(operand)
+            if repeat:
+                times[method.name].append((time.perf_counter() - start) / len(calls))
+            time.sleep(_SETTLE)
+    return times
+
+
+def check(
+    prepared: dict[str, list[Callable[[Any], Any]]],
+    methods: list[Method],
+    product: FactorProduct,
+    X: np.ndarray,
+) -> None:
+    """Make sure that all methods apply the same factors."""
+    exact = X.astype(np.float64)
+    for factor in reversed(product.factors):
+        exact = factor.apply(exact)
+    for method in methods:
+        if "dense" in method.name:
+            continue
+        result = np.asarray(prepared[method.name][0](method.operand(X)))
+        error = np.linalg.norm(result.reshape(exact.shape) - exact) / np.linalg.norm(exact)
+        if error > 1e-4:
+            raise AssertionError(f"{method.name} is off by {error:.1e}")
+
+
+def break_even(options: argparse.Namespace) -> list[Row]:
+    """Return what the library advises for shapes, densities and batches."""
+    rows = []
+    for n in options.sizes:
+        if n > 2048:
+            continue  # the ratios hardly change from there
+        for density in DENSITIES:
+            product = STRUCTURES["sparse 25 %"](n, np.random.RandomState(0), density)
+            for batch in options.batches:
+                advice = product.advise(batch)
+                rows.append({"n": n, "stored": product.density, **dataclasses.asdict(advice)})
+    return rows
+
+
+def markdown(
+    conditions: dict[str, Any], absent: list[str], rows: list[Row], predicted: list[Row]
+) -> str:
+    lines = [
+        f"{conditions['cpu']}, {conditions['threads']} thread(s), float32. Median µs of one layer "
+        "and, in brackets, ÷ dense (BLAS).",
+    ]
+    if absent:
+        lines += ["", f"Not installed: {', '.join(absent)}."]
+    for structure in dict.fromkeys(row["structure"] for row in rows):
+        chosen = [row for row in rows if row["structure"] == structure]
+        lines += ["", f"### {structure}", "", *_times(chosen)]
+    if predicted:
+        lines += ["", "### Break-even of two sparse factors, predicted", ""]
+        lines += ["Speed-up over dense; 'dense' where the factors do not pay.", ""]
+        lines += _speedups(predicted)
+    return "\n".join(lines) + "\n"
+
+
+def _times(rows: list[Row]) -> list[str]:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| n | batch | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
+    for n, batch in dict.fromkeys((row["n"], row["batch"]) for row in rows):
+        line = {r["method"]: r for r in rows if (r["n"], r["batch"]) == (n, batch)}
+        cells = [
+            f"{line[m]['median_seconds'] * 1e6:.4g} ({line[m]['ratio']:.2f})" if m in line else "–"
+            for m in methods
+        ]
+        lines.append(f"| {n} | {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+def _speedups(rows: list[Row]) -> list[str]:
+    batches = list(dict.fromkeys(row["batch_size"] for row in rows))
+    head = ["n", "stored", *(f"batch {b}" for b in batches)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for n, stored in dict.fromkeys((row["n"], row["stored"]) for row in rows):
+        cells = []
+        for row in rows:
+            if (row["n"], row["stored"]) == (n, stored):
+                speedup = row["dense_seconds"] / row["factors_seconds"]
+                cells.append(f"{speedup:.1f}×" if speedup >= 1 else "dense")
+        lines.append(f"| {n} | {stored:.0%} | {' | '.join(cells)} |")
+    return lines
