@@ -14,6 +14,7 @@ from matfact.torch.finetune import (
 from matfact.torch.gradual import compress_gradually, cubic_densities
 from matfact.torch.init import randomize_supports, reset_parameters
 from matfact.torch.layers import FactorizedLinear
+from matfact.torch.perturbation import exact_triple_scores, triple_scores
 from matfact.torch.report import CompressionReport, LayerReport
 from matfact.torch.structured import (
     BlockLowRankLinear,
@@ -39,6 +40,7 @@ __all__ = [
     "compress",
     "compress_gradually",
     "cubic_densities",
+    "exact_triple_scores",
     "fine_tune",
     "input_statistics",
     "merge_update",
@@ -46,4 +48,5 @@ __all__ = [
     "reestimate_batch_norm",
     "reset_parameters",
     "soft_cross_entropy",
+    "triple_scores",
 ]

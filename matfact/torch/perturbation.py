@@ -82,11 +82,11 @@ def triple_scores(
         name: _Triples(view, (grids or {}).get(name, (1, 1))) for name, view in views.items()
     }
     n_samples, probes = 0, torch.empty(0)
-    squares = {name: 0.0 for name in views}
+    squares: dict[str, Any] = dict.fromkeys(views, 0.0)
     sums: dict[str, dict[int, Any]] = {name: {} for name in views}  # by probe
     with eval_mode(model), torch.enable_grad():
         for batch in checked(batches):
-            with _recorded(views) as record:
+            with _recorded(triples) as record:
                 outputs = _rows(forward(model, batch))
             if not n_samples:
                 probes = _probes(outputs, n_probes, check_random_state(random_state))
@@ -97,10 +97,10 @@ def triple_scores(
                     (outputs * probe).sum(), tensors, retain_graph=i + 1 < len(probes),
                     allow_unused=True,
                 )  # fmt: skip
-                for (name, (x, _)), slope in zip(record.items(), slopes, strict=True):
+                for (name, (inner, _)), slope in zip(record.items(), slopes, strict=True):
                     if slope is None:
                         continue
-                    change = triples[name].changes(x, slope.detach())
+                    change = triples[name].changes(inner, slope)
                     squares[name] = squares[name] + (change**2).sum(0)
                     sums[name][i] = sums[name].get(i, 0.0) + change.sum(0)
     scores = {}
@@ -160,17 +160,27 @@ class _Triples:
         self.left, self.right = torch.cat(lefts, dim=1), torch.cat(rights)
         self._lengths = [len(right) for right in rights]
 
-    def changes(self, x: Tensor, slope: Tensor) -> Tensor:
-        """Return, for each sample, how a probe of the outputs changes with each triple."""
+    def project(self, x: Tensor) -> Tensor:
+        """Return the layer inputs `x` along the right vectors, of shape (samples, triples, …)."""
+        if not isinstance(self.layer, nn.Conv2d):
+            return (x @ self.right.T).reshape(len(x), -1, len(self.right)).mT
+        conv = self.layer
+        kernels = self.right.reshape(-1, *conv.weight.shape[1:])
+        x = pad(x, conv)
+        inner = nn.functional.conv2d(x, kernels, stride=conv.stride, dilation=conv.dilation)
+        return inner.flatten(2)
+
+    def changes(self, inner: Tensor, slope: Tensor) -> Tensor:
+        """Return, for each sample, how a probe of the outputs changes with each triple.
+
+        `inner` is what :meth:`project` makes of the inputs, `slope` the derivative of the probe
+        by the outputs of the layer.
+        """
         if isinstance(self.layer, nn.Conv2d):
-            conv = self.layer
-            kernels = self.right.reshape(-1, *conv.weight.shape[1:])
-            inner = nn.functional.conv2d(
-                pad(x, conv), kernels, stride=conv.stride, dilation=conv.dilation
-            )
-            return torch.einsum("nrp,nop,or->nr", inner.flatten(2), slope.flatten(2), self.left)
-        inner, outer = x @ self.right.T, slope @ self.left
-        return (inner * outer).reshape(len(x), -1, len(self.right)).sum(1)
+            slope = slope.flatten(2).mT
+        else:
+            slope = slope.reshape(len(slope), -1, slope.shape[-1])
+        return (inner.mT * (slope @ self.left)).sum(1)
 
     def split(self, scores: Any) -> list[np.ndarray]:
         """Return the scores block by block."""
@@ -193,22 +203,22 @@ def _checked_views(model: nn.Module, layers: Sequence[str] | None) -> dict[str, 
 
 
 @contextmanager
-def _recorded(views: Mapping[str, Matricized]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record input and output of each layer that is called in the block."""
+def _recorded(triples: Mapping[str, _Triples]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record the projected input and the output of each layer that is called in the block."""
     record: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             # Gradients are wanted even where no parameter needs one.
             output = output if output.requires_grad else output.detach().requires_grad_()
-            record[name] = (layer_input(args, kwargs).detach(), output)
+            record[name] = (triples[name].project(layer_input(args, kwargs).detach()), output)
             return output.clone()  # which activations may overwrite
 
         return keep
 
     handles = [
-        view.layer.register_forward_hook(hook(name), with_kwargs=True)
-        for name, view in views.items()
+        triple.layer.register_forward_hook(hook(name), with_kwargs=True)
+        for name, triple in triples.items()
     ]
     try:
         yield record

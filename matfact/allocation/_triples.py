@@ -1,0 +1,294 @@
+"""Singular triples of several matrices under one budget (paper 002; ALDS)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from sklearn.utils import check_random_state
+
+from matfact.solvers.block_svd import select_triples
+
+#: Numbers of strips that the first searches give to all layers, as in the ALDS paper.
+_FIRST_STRIPS = (3, 5, 7, 9)
+
+
+def magnitude_scores(spectra: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Score each triple of a matrix by its singular value.
+
+    Not comparable between layers of a network, whose scales are arbitrary.
+
+    Parameters
+    ----------
+    spectra : sequence of ndarray
+        Singular values of each block of the matrix.
+
+    Returns
+    -------
+    list of ndarray
+        A score for each triple of each block.
+    """
+    return [np.asarray(s, dtype=float) for s in spectra]
+
+
+def relative_error_scores(spectra: Sequence[np.ndarray], norm: float) -> list[np.ndarray]:
+    """Score each triple by the relative error in the operator norm that is left without it.
+
+    Parameters
+    ----------
+    spectra : sequence of ndarray
+        Singular values of each block, descending.
+    norm : float
+        Largest singular value of the whole matrix.
+
+    Returns
+    -------
+    list of ndarray
+        The error of a block that is cut just before each triple, ÷ `norm`.
+    """
+    return [np.asarray(s, dtype=float) / norm if norm else np.zeros(len(s)) for s in spectra]
+
+
+def rank_triples(
+    scores: Mapping[str, Sequence[np.ndarray]],
+    costs: Mapping[str, np.ndarray],
+    budget: int,
+    *,
+    per_value: bool = False,
+) -> dict[str, list[np.ndarray]]:
+    """Keep the best triples of all blocks of all matrices, in one ranking.
+
+    Parameters
+    ----------
+    scores : mapping of str to sequence of ndarray
+        For each matrix, the importance of each triple of each block; those of 0 are not kept.
+        Scores of different matrices are compared as they are.
+    costs : mapping of str to ndarray
+        For each matrix, the values that a triple of each block stores: rows + columns.
+    budget : int
+        Values that may be stored in all, at least those of the cheapest triple.
+    per_value : bool, default=False
+        Whether triples are ranked by their score ÷ cost.
+
+    Returns
+    -------
+    dict of str to list of ndarray of int
+        Positions of the triples to keep in each block. A matrix may be left with none at all,
+        which cuts the network in two: look out for it.
+
+    Raises
+    ------
+    ValueError
+        If names or numbers of blocks of `scores` and `costs` differ, or the budget holds no
+        triple.
+
+    References
+    ----------
+    .. [1] Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact.allocation import rank_triples
+    >>> scores = {"first": [np.array([5.0, 2.0])], "last": [np.array([4.0, 3.0])]}
+    >>> costs = {"first": np.array([10]), "last": np.array([6])}
+    >>> {name: list(blocks[0]) for name, blocks in rank_triples(scores, costs, 22).items()}
+    {'first': [np.int64(0)], 'last': [np.int64(0), np.int64(1)]}
+    """
+    lengths = {name: len(blocks) for name, blocks in scores.items()}
+    if lengths != {name: len(c) for name, c in costs.items()}:
+        raise ValueError(f"costs must hold one value for each block of scores, {lengths}.")
+    every = np.concatenate([np.asarray(costs[name]) for name in scores])
+    if budget < every.min():
+        raise ValueError(f"budget must be at least {every.min()}, one triple, got {budget}.")
+    blocks = [np.asarray(block, dtype=float) for name in scores for block in scores[name]]
+    if per_value:
+        blocks = [block / cost for block, cost in zip(blocks, every, strict=True)]
+    kept = iter(select_triples(blocks, every, budget))
+    return {name: [next(kept) for _ in range(n)] for name, n in lengths.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class StripRanks:
+    """How ALDS cuts a layer.
+
+    Attributes
+    ----------
+    strips : int
+        Number of column strips.
+    rank : int
+        Rank of each.
+    """
+
+    strips: int
+    rank: int
+
+
+def strip_spectra(W: np.ndarray, strips: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return the relative operator-norm errors of `W` cut into column strips.
+
+    Parameters
+    ----------
+    W : ndarray of shape (out_features, in_features)
+        The matrix.
+    strips : sequence of int
+        Numbers of strips to try; they must divide in_features.
+
+    Returns
+    -------
+    dict of int to ndarray
+        For each number k, the error ``max_b σ_{j+1}(W_b) / σ_1(W)`` left by strips of rank j = 0,
+        1, ….
+    """
+    rows, columns = W.shape
+    largest = float(np.linalg.norm(W, 2)) or 1.0
+    errors = {}
+    for k in strips:
+        if columns % k:
+            raise ValueError(f"strips must divide the {columns} columns of W, got {k}.")
+        blocks = W.reshape(rows, k, columns // k).swapaxes(0, 1)
+        spectrum = np.linalg.svdvals(blocks).max(axis=0) / largest
+        errors[k] = np.append(spectrum, 0.0)
+    return errors
+
+
+def alds_ranks(
+    errors: Mapping[str, Mapping[int, np.ndarray]],
+    shapes: Mapping[str, tuple[int, int]],
+    budget: int,
+    *,
+    n_starts: int = 15,
+    n_rounds: int = 4,
+    random_state: int | np.random.RandomState | None = 0,
+) -> tuple[dict[str, StripRanks], float]:
+    """Choose strips and ranks of all layers so that the largest relative error is least.
+
+    Given the numbers of strips, the least error that fits the budget is found by bisection; given
+    what that leaves each layer to store, the number of strips of least error. Both alternate, from
+    several starts [1]_.
+
+    Parameters
+    ----------
+    errors : mapping of str to mapping of int to ndarray
+        For each layer and number of strips, the errors of rank 0, 1, …: see
+        :func:`strip_spectra`.
+    shapes : mapping of str to tuple of int
+        out_features and in_features of each layer. A rank costs ``k · out + in`` values.
+    budget : int
+        Values that may be stored in all.
+    n_starts : int, default=15
+        Number of starts: 3, 5, 7 and 9 strips (or the nearest there are) and random ones.
+    n_rounds : int, default=4
+        Alternations from each start.
+    random_state : int, RandomState or None, default=0
+        Source of the random starts.
+
+    Returns
+    -------
+    ranks : dict of str to StripRanks
+        Strips and their rank, at least 1, of each layer.
+    error : float
+        The largest relative error of a layer.
+
+    Raises
+    ------
+    ValueError
+        If the budget is too small for rank one everywhere.
+
+    References
+    ----------
+    .. [1] L. Liebenwein, A. Maalouf, O. Gal, D. Feldman, D. Rus, "Compressing neural networks:
+       towards determining the optimal layer-wise decomposition", NeurIPS 2021.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact.allocation import alds_ranks, strip_spectra
+    >>> layers = {"easy": np.diag([9.0, 0.1, 0.1, 0.1]), "hard": np.eye(4)}
+    >>> errors = {name: strip_spectra(W, [1]) for name, W in layers.items()}
+    >>> shapes = {name: W.shape for name, W in layers.items()}
+    >>> ranks, error = alds_ranks(errors, shapes, budget=40)
+    >>> {name: r.rank for name, r in ranks.items()}, round(error, 3)
+    ({'easy': 1, 'hard': 4}, 0.011)
+    """
+    rng = check_random_state(random_state)
+    least = sum(min(_cost(k, shapes[name]) for k in options) for name, options in errors.items())
+    if budget < least:
+        raise ValueError(f"budget must be at least {least}, rank one everywhere, got {budget}.")
+    best: tuple[dict[str, StripRanks], float] | None = None
+    for start in range(n_starts):
+        strips = _start(errors, start, rng)
+        for _ in range(n_rounds):
+            found = _bisect(errors, shapes, strips, budget)
+            if found is None:  # too many strips: the cheapest fit
+                strips = {name: min(options) for name, options in errors.items()}
+                continue
+            if best is None or found[1] < best[1]:
+                best = found
+            strips = {
+                name: _best_strips(errors[name], shapes[name], ranks)
+                for name, ranks in found[0].items()
+            }
+    if best is None:
+        best = _bisect(errors, shapes, {n: min(options) for n, options in errors.items()}, budget)
+    assert best is not None  # rank one fits
+    return best
+
+
+def _cost(strips: int, shape: tuple[int, int]) -> int:
+    """Return the values that one more rank of each strip stores."""
+    return strips * shape[0] + shape[1]
+
+
+def _start(
+    errors: Mapping[str, Mapping[int, np.ndarray]], start: int, rng: np.random.RandomState
+) -> dict[str, int]:
+    """Return the numbers of strips to begin with."""
+    if start < len(_FIRST_STRIPS):
+        wanted = _FIRST_STRIPS[start]
+        return {
+            name: min(options, key=lambda k: abs(k - wanted)) for name, options in errors.items()
+        }
+    return {name: int(rng.choice(list(options))) for name, options in errors.items()}
+
+
+def _bisect(
+    errors: Mapping[str, Mapping[int, np.ndarray]],
+    shapes: Mapping[str, tuple[int, int]],
+    strips: Mapping[str, int],
+    budget: int,
+) -> tuple[dict[str, StripRanks], float] | None:
+    """Return the ranks of least largest error for these strips, None if nothing fits."""
+    curves = {name: errors[name][k] for name, k in strips.items()}
+    levels = np.unique(np.concatenate(list(curves.values())))
+
+    def ranks(level: float) -> dict[str, int]:
+        # Errors descend: the first at most `level`, but rank one at least.
+        return {n: max(1, int(np.argmax(curve <= level))) for n, curve in curves.items()}
+
+    def fits(level: float) -> bool:
+        return sum(r * _cost(strips[n], shapes[n]) for n, r in ranks(level).items()) <= budget
+
+    low, high = 0, len(levels) - 1
+    if not fits(levels[high]):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(levels[middle]) else (middle + 1, high)
+    chosen = ranks(levels[low])
+    error = max(float(curves[name][rank]) for name, rank in chosen.items())
+    return {name: StripRanks(strips[name], rank) for name, rank in chosen.items()}, error
+
+
+def _best_strips(
+    options: Mapping[int, np.ndarray], shape: tuple[int, int], ranks: StripRanks
+) -> int:
+    """Return the number of strips of least error among those as cheap as `ranks`."""
+    stored = ranks.rank * _cost(ranks.strips, shape)
+
+    def error(k: int) -> float:
+        rank = min(stored // _cost(k, shape), len(options[k]) - 1)
+        return float(options[k][rank]) if rank else np.inf
+
+    return min(options, key=error)
