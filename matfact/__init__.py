@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
 else:
     _SUBPACKAGES = (
+        "allocation",
         "calibration",
         "compare",
         "constraints",
