@@ -1,0 +1,193 @@
+"""Prune a network to a share of its weights by one of the published scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from matfact.torch.pruning._masks import (
+    Predicate,
+    Prunable,
+    collapsed_layers,
+    prunable_parameters,
+)
+from matfact.torch.pruning._scores import Loss, Method, scorer
+
+Scope = Literal["global", "layer"]
+
+#: Rounds of SynFlow, as published; the other scores are of one round.
+_ROUNDS = {"synflow": 100}
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningReport:
+    """What is kept of each layer.
+
+    Attributes
+    ----------
+    asked : float
+        Share of the weights to keep.
+    kept, sizes : dict of str to int
+        Weights kept of each parameter, and all of them.
+    collapsed : list of str
+        Parameters of which nothing is kept.
+    """
+
+    asked: float
+    kept: dict[str, int]
+    sizes: dict[str, int]
+    collapsed: list[str]
+
+    @property
+    def share(self) -> float:
+        """Share of the weights that is kept, at most `asked`."""
+        return sum(self.kept.values()) / sum(self.sizes.values())
+
+
+def prune_network(
+    model: nn.Module,
+    method: Method = "synflow",
+    keep: float = 0.1,
+    batches: Sequence[Any] = (),
+    *,
+    loss: Loss | None = None,
+    scope: Scope = "global",
+    rounds: int | None = None,
+    prunable: Predicate | None = None,
+    random_state: Any = None,
+) -> PruningReport:
+    """Mask all but the weights that matter most.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, changed in place: a pruned ``weight`` is computed from the parameter
+        ``weight_orig`` and the mask ``weight_mask``, until :func:`make_permanent`. Values of
+        factorized layers are pruned as weights are. What is masked already, also by
+        :mod:`torch.nn.utils.prune`, stays so.
+    method : {"random", "magnitude", "snip", "grasp", "synflow"}, default="synflow"
+        Score of the weights, see :func:`pruning_scores`.
+    keep : float, default=0.1
+        Share of the weights to keep, in (0, 1], of all that may be pruned; never exceeded.
+    batches : sequence, default=()
+        What the network is called with, with whatever `loss` needs: for SNIP and GraSP. Of the
+        first, SynFlow takes the shape.
+    loss : callable, optional
+        From the output for a batch and the batch, for SNIP and GraSP, which use the network as in
+        training.
+    scope : {"global", "layer"}, default="global"
+        Whether all weights compete, or those of each layer, which all keep the same share.
+    rounds : int, optional
+        The scores are computed anew in each, on what is left, and the share that is kept falls
+        exponentially to `keep`. By default 100 for SynFlow, and 1. SynFlow takes more where a
+        round would cost a layer all of its flow.
+    prunable : callable, optional
+        See :func:`prunable_parameters`.
+    random_state : int, RandomState or None, default=None
+        Draws random scores.
+
+    Returns
+    -------
+    PruningReport
+        What is kept of each layer.
+
+    Warns
+    -----
+    LayerCollapseWarning
+        Where nothing is kept of a layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from matfact.torch.pruning import prune_network
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> report = prune_network(model, "synflow", keep=0.25, batches=[torch.ones(1, 8)])
+    >>> report.share, int(model[0].weight.count_nonzero() + model[2].weight.count_nonzero())
+    (0.25, 20)
+    """
+    _check(method, keep, scope, rounds)
+    parameters = prunable_parameters(model, prunable)
+    score = scorer(model, parameters, method, batches, loss, prunable, random_state)
+    n_rounds = _ROUNDS.get(method, 1) if rounds is None else rounds
+    groups = [parameters] if scope == "global" else [[p] for p in parameters]
+    for k in range(1, n_rounds + 1):
+        wanted = [_budget(group, keep ** (k / n_rounds)) for group in groups]
+        while any(_kept(group) > n for group, n in zip(groups, wanted, strict=True)):
+            by_label = dict(zip([p.label for p in parameters], score(), strict=True))
+            for group, n in zip(groups, wanted, strict=True):
+                scores = [by_label[p.label] for p in group]
+                _remove_lowest(group, scores, n, gently=method == "synflow")
+    return PruningReport(
+        asked=keep,
+        kept={p.label: int(p.mask.sum()) for p in parameters},
+        sizes={p.label: p.values.numel() for p in parameters},
+        collapsed=collapsed_layers(parameters),
+    )
+
+
+def _check(method: str, keep: float, scope: str, rounds: int | None) -> None:
+    """Raise ``ValueError`` for a parameter of no meaning."""
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}.")
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must be in (0, 1], got {keep!r}.")
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+
+
+def _budget(group: list[Prunable], keep: float) -> int:
+    """Return how many weights of `group` may be kept."""
+    # Rounding guards against 0.29 * 100 = 28.999…
+    return math.floor(round(keep * sum(p.values.numel() for p in group), 9))
+
+
+def _kept(group: list[Prunable]) -> int:
+    return sum(int(p.mask.sum()) for p in group)
+
+
+def _remove_lowest(
+    group: list[Prunable], scores: list[Tensor], wanted: int, *, gently: bool = False
+) -> None:
+    """Mask the lowest scores until `wanted` weights are kept, or `gently` some of them.
+
+    Gently means that their scores add up to less than those of any layer: SynFlow conserves the
+    flow, so that no layer is cut from the others as long as any choice could avoid it (Tanaka et
+    al. 2020, Theorem 3).
+    """
+    flat = torch.cat([score.flatten().double() for score in scores])
+    masks = torch.cat([p.mask.flatten() for p in group])
+    alive = torch.nonzero(masks).flatten()
+    lowest = _lowest(flat[alive], len(alive) - wanted)
+    if gently:
+        least = min(float((s * p.mask).sum()) for s, p in zip(scores, group, strict=True))
+        # The margin covers the rounding of the sums.
+        spared = int((flat[alive[lowest]].cumsum(0) < least * (1.0 - 1e-9)).sum())
+        lowest = lowest[:spared] if spared else lowest
+    masks[alive[lowest]] = False
+    for p, mask in zip(group, masks.split([p.mask.numel() for p in group]), strict=True):
+        p.restrict(mask.reshape(p.mask.shape))
+
+
+def _lowest(values: Tensor, count: int) -> Tensor:
+    """Return the positions of the `count` lowest values in increasing order, first come first."""
+    if not count:
+        return torch.zeros(0, dtype=torch.int64, device=values.device)
+    threshold = values.kthvalue(count).values
+    below = torch.nonzero(values < threshold).flatten()
+    equal = torch.nonzero(values == threshold).flatten()[: count - len(below)]
+    return torch.cat([below[values[below].argsort(stable=True)], equal])
+
+
+def prune_lowest_magnitudes(parameters: list[Prunable], keep: float, scope: Scope) -> None:
+    """Keep the share `keep` of largest magnitude, of all weights or of each layer."""
+    groups = [parameters] if scope == "global" else [[p] for p in parameters]
+    for group in groups:
+        if _kept(group) > (wanted := _budget(group, keep)):
+            _remove_lowest(group, [p.values.detach().abs() for p in group], wanted)

@@ -1,0 +1,231 @@
+"""How much each weight matters: what is kept has the highest scores."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
+from torch import Tensor, nn
+from torch.nn.modules import activation
+from torch.nn.modules.batchnorm import _NormBase
+
+from matfact.torch._batches import eval_mode, forward
+from matfact.torch.pruning._masks import Predicate, Prunable, prunable_parameters
+
+Method = Literal["random", "magnitude", "snip", "grasp", "synflow"]
+#: Loss of an output and the batch it is for.
+Loss = Callable[[Any, Any], Tensor]
+#: Gives the scores of all parameters, of those that are masked too.
+Scores = Callable[[], list[Tensor]]
+
+#: Outputs are divided by it before the loss of GraSP, which evens out the predictions.
+_TEMPERATURE = 200.0
+_NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_ACTIVATIONS = tuple(
+    getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
+)
+
+
+def pruning_scores(
+    model: nn.Module,
+    method: Method,
+    batches: Sequence[Any] = (),
+    *,
+    loss: Loss | None = None,
+    prunable: Predicate | None = None,
+    random_state: Any = None,
+) -> dict[str, Tensor]:
+    """Return the score of every weight: the higher, the more it matters.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, whose masks get into place if it has none.
+    method : {"random", "magnitude", "snip", "grasp", "synflow"}
+        ``"snip"``: ``|g ⊙ θ|`` with the gradient `g` of the loss [1]_. ``"grasp"``: ``θ ⊙ Hg`` with
+        the Hessian `H`, which is high where removal would weaken the gradient [2]_ (the paper
+        prefers low values of its opposite). ``"synflow"``: ``|θ| ⊙ ∂R/∂|θ|``, with `R` the sum
+        of outputs of the network for inputs of one, with absolute weights, without biases,
+        normalizations and activation modules, in double precision [3]_.
+    batches, loss, prunable, random_state
+        As for :func:`prune_network`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Of the shape of each parameter.
+
+    References
+    ----------
+    .. [1] N. Lee, T. Ajanthan, P. Torr, "SNIP: single-shot network pruning based on connection
+       sensitivity", ICLR 2019.
+    .. [2] C. Wang, G. Zhang, R. Grosse, "Picking winning tickets before training by preserving
+       gradient flow", ICLR 2020.
+    .. [3] H. Tanaka, D. Kunin, D. Yamins, S. Ganguli, "Pruning neural networks without any data
+       by iteratively conserving synaptic flow", NeurIPS 2020.
+    """
+    parameters = prunable_parameters(model, prunable)
+    scores = scorer(model, parameters, method, batches, loss, prunable, random_state)()
+    return {p.label: score for p, score in zip(parameters, scores, strict=True)}
+
+
+def scorer(
+    model: nn.Module,
+    parameters: list[Prunable],
+    method: Method,
+    batches: Sequence[Any],
+    loss: Loss | None,
+    prunable: Predicate | None,
+    random_state: Any,
+) -> Scores:
+    """Return the function that scores `parameters` under their present masks."""
+    if method == "random":
+        random = check_random_state(random_state)
+        return lambda: [_random(p.values, random) for p in parameters]
+    if method == "magnitude":
+        return lambda: [p.values.detach().abs() for p in parameters]
+    if not len(batches):
+        raise ValueError(f"batches must hold at least one batch for {method!r}, got none.")
+    if method == "synflow":
+        return _SynFlow(model, parameters, batches[0], prunable)
+    if loss is None:
+        raise ValueError(f"loss must be given for {method!r}, got None.")
+    score = {"snip": snip, "grasp": grasp}[method]
+    return lambda: score(model, parameters, batches, loss)
+
+
+def _random(values: Tensor, random: np.random.RandomState) -> Tensor:
+    return torch.from_numpy(random.random_sample(tuple(values.shape))).to(values.device)
+
+
+def snip(
+    model: nn.Module, parameters: list[Prunable], batches: Sequence[Any], loss: Loss
+) -> list[Tensor]:
+    """Return ``|g ⊙ θ|``, with the gradient of the sum of losses over `batches`."""
+    with _as_in_training(model, parameters) as originals:
+        gradients = [torch.zeros_like(original) for original in originals]
+        for batch in batches:
+            value = loss(forward(model, batch), batch)
+            _add(gradients, torch.autograd.grad(value, originals, allow_unused=True))
+    return [
+        (gradient * original.detach()).abs()
+        for gradient, original in zip(gradients, originals, strict=True)
+    ]
+
+
+def grasp(
+    model: nn.Module, parameters: list[Prunable], batches: Sequence[Any], loss: Loss
+) -> list[Tensor]:
+    """Return ``θ ⊙ Hg``, with the sum of losses over `batches`."""
+
+    def flattened_loss(batch: Any) -> Tensor:
+        output = forward(model, batch)
+        return loss(output / _TEMPERATURE if isinstance(output, Tensor) else output, batch)
+
+    with _as_in_training(model, parameters) as originals:
+        total = [torch.zeros_like(original) for original in originals]
+        for batch in batches:
+            _add(total, torch.autograd.grad(flattened_loss(batch), originals, allow_unused=True))
+        products = [torch.zeros_like(original) for original in originals]
+        for batch in batches:
+            value = flattened_loss(batch)
+            gradients = torch.autograd.grad(
+                value, originals, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            flow: Any = sum((g * t).sum() for g, t in zip(gradients, total, strict=True))
+            _add(products, torch.autograd.grad(flow, originals, allow_unused=True))
+    return [
+        product * original.detach() for product, original in zip(products, originals, strict=True)
+    ]
+
+
+def _add(totals: list[Tensor], terms: Sequence[Tensor | None]) -> None:
+    for total, term in zip(totals, terms, strict=True):
+        if term is not None:
+            total += term
+
+
+@contextlib.contextmanager
+def _as_in_training(model: nn.Module, parameters: list[Prunable]) -> Iterator[list[Tensor]]:
+    """Yield parameters that take gradients; modes, flags and running statistics come back."""
+    for parameter in parameters:
+        _ = parameter.mask  # whose place is the last that may change the parameter object
+    originals = [parameter.original for parameter in parameters]
+    flags = [original.requires_grad for original in originals]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with eval_mode(model), torch.enable_grad():
+        try:
+            model.train()
+            for original in originals:
+                original.requires_grad_(True)
+            yield originals
+        finally:
+            for original, flag in zip(originals, flags, strict=True):
+                original.requires_grad_(flag)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+class _SynFlow:
+    """Synaptic flow through a copy of the network that is positive and linear."""
+
+    def __init__(
+        self, model: nn.Module, parameters: list[Prunable], batch: Any, prunable: Predicate | None
+    ) -> None:
+        self._parameters = parameters
+        for parameter in parameters:
+            _ = parameter.mask  # so that the copy has masks too
+        self._copy = copy.deepcopy(model).double().eval()
+        self._copied = prunable_parameters(self._copy, prunable)
+        self._batch = _ones(batch)
+        with torch.no_grad():
+            for name, values in self._copy.named_parameters():
+                values.copy_(torch.zeros_like(values) if name.endswith("bias") else values.abs())
+                values.requires_grad_(False)
+        for module in self._copy.modules():
+            if isinstance(module, (*_NORMALIZATIONS, *_ACTIVATIONS)):
+                module.register_forward_hook(_identity)
+
+    def __call__(self) -> list[Tensor]:
+        originals = [copied.original for copied in self._copied]
+        for copied, parameter in zip(self._copied, self._parameters, strict=True):
+            copied.mask.copy_(parameter.mask)
+            copied.original.requires_grad_(True)
+        with torch.enable_grad():
+            flow = _first_tensor(forward(self._copy, self._batch)).sum()
+            gradients = torch.autograd.grad(
+                flow, originals, allow_unused=True, materialize_grads=True
+            )
+        return [
+            gradient * original.detach()
+            for gradient, original in zip(gradients, originals, strict=True)
+        ]
+
+
+def _identity(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return args[0]
+
+
+def _ones(batch: Any) -> Any:
+    """Return one sample of a batch, all of whose floating point entries are one."""
+    if isinstance(batch, Tensor):
+        one = batch[:1]
+        return torch.ones_like(one, dtype=torch.float64) if one.is_floating_point() else one
+    if hasattr(batch, "keys"):
+        return {key: _ones(batch[key]) for key in batch.keys()}  # noqa: SIM118
+    return [_ones(item) for item in batch] if isinstance(batch, (list, tuple)) else batch
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """Return the output itself, or the logits or the first tensor among many outputs."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    values = output.values() if hasattr(output, "values") else output
+    return next(value for value in values if isinstance(value, Tensor))
