@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from matfact import backend, kernels
@@ -25,7 +24,7 @@ class SparseState:
     values: Array
     support: Array
 
-    @functools.cached_property
+    @property
     def solution(self) -> Array:
         """The sparse solution as a dense array."""
         xp = backend.namespace(self.values)
@@ -69,14 +68,14 @@ def sparse_regression(
     norms = xp.sqrt(diagonal)
     for penalty in penalties:
         rhs = kernels.consensus_target(cross, state.values, state.support, penalty * diagonal)
-        ridge = backend.add_diagonal(gram, (penalty + DAMPING) * diagonal)
-        step = backend.spd_solve(ridge, rhs)
-        values, scores = kernels.absorb_step(step, state.values, state.support, norms)
+        rhs = backend.spd_solve(backend.add_diagonal(gram, (penalty + DAMPING) * diagonal), rhs)
+        values, scores = kernels.absorb_step(rhs, state.values, state.support, norms)
         state = SparseState(values, constraint.support(scores))
+        del rhs, values, scores  # memory for the next step
     return state
 
 
-def refit_values(gram: Array, cross: Array, X: Array, support: Array, n_steps: int) -> Array:
+def refit_values(gram: Array, residual: Array, X: Array, support: Array, n_steps: int) -> Array:
     """Lower ``‖Mᵀ X − W‖_F²`` over the values of `X` on a fixed support.
 
     Conjugate gradients: every step lowers the objective, however few there are.
@@ -85,10 +84,10 @@ def refit_values(gram: Array, cross: Array, X: Array, support: Array, n_steps: i
     ----------
     gram : array of shape (rows, rows)
         ``M Mᵀ``.
-    cross : array of shape (rows, columns)
-        ``M W``.
+    residual : array of shape (rows, columns)
+        ``M W − M Mᵀ X``, minus half the gradient. Overwritten, to save memory.
     X : array of shape (rows, columns)
-        Values to start from, zero off the support.
+        Values to start from, zero off the support. Overwritten with the values.
     support : array of bool, of shape (rows, columns)
         Where `X` may be nonzero.
     n_steps : int
@@ -97,21 +96,24 @@ def refit_values(gram: Array, cross: Array, X: Array, support: Array, n_steps: i
     Returns
     -------
     array of shape (rows, columns)
-        The values, zero off the support.
+        `X`, zero off the support.
     """
     xp = backend.namespace(X)
-    mask = xp.astype(support, X.dtype)
-    residual = (cross - xp.matmul(gram, X)) * mask
-    direction = residual
-    energy = float(xp.sum(residual * residual))
+    zero = xp.zeros((), dtype=X.dtype, device=backend.device(X))
+    residual *= xp.astype(support, X.dtype)
+    direction = xp.asarray(residual, copy=True)
+    energy = backend.inner(residual, residual)
     negligible = energy * float(xp.finfo(X.dtype).eps) ** 2
     for _ in range(n_steps):
-        image = xp.matmul(gram, direction) * mask
-        curvature = float(xp.sum(direction * image))
+        image = xp.where(support, xp.matmul(gram, direction), zero)
+        curvature = backend.inner(direction, image)
         if energy <= negligible or curvature <= 0.0:  # nothing left to gain
             break
-        X = X + (energy / curvature) * direction
-        residual = residual - (energy / curvature) * image
-        previous, energy = energy, float(xp.sum(residual * residual))
-        direction = residual + (energy / previous) * direction
+        X += (energy / curvature) * direction
+        image *= energy / curvature
+        residual -= image
+        del image
+        previous, energy = energy, backend.inner(residual, residual)
+        direction *= energy / previous
+        direction += residual
     return X

@@ -65,33 +65,45 @@ def dsf(
     xp = backend.namespace(W)
     W = backend.contiguous(W)
     W_transposed = backend.contiguous(xp.matrix_transpose(W))
-    eye = xp.eye(W.shape[0], dtype=W.dtype, device=backend.device(W))
+    side = W.shape[0]
+    eye = xp.eye(side, dtype=W.dtype, device=backend.device(W))
     # The solver works on A transposed, so that either factor is the unknown of Mᵀ X ≈ target.
     left = transposed(left)
     A, B = SparseState(eye, eye != 0), SparseState(W, right.support(W))
-    energy = backend.norm(W) ** 2
+    del eye  # memory, as below
+    energy, eps = backend.norm(W) ** 2, float(xp.finfo(W.dtype).eps)
     gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
     for sweep, (time, penalties) in enumerate(_schedule(max_iter), start=1):
-        A = sparse_regression(gram, cross, A, _growing(left, eye.shape, time), penalties)
-        gram_left, cross_left = kernels.normal_equations(A.values, A.support, W)
-        growing = _growing(right, W.shape, time)
-        B = sparse_regression(gram_left, cross_left, B, growing, penalties)
+        A = sparse_regression(gram, cross, A, _growing(left, (side, side), time), penalties)
+        del gram, cross
+        gram_left, cross = kernels.normal_equations(A.values, A.support, W)
+        B = sparse_regression(gram_left, cross, B, _growing(right, W.shape, time), penalties)
+        explained = 2 * kernels.supported_inner(cross, B.support, B.values)
+        del cross
         gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
-        explained = 2 * kernels.supported_inner(cross_left, B.support, B.values)
         objective = max(0.0, energy - explained + backend.inner(gram_left, gram))
-        if objective <= energy * float(xp.finfo(W.dtype).eps) ** 0.5:  # mostly rounding
-            objective = (
-                backend.norm(W - xp.matmul(xp.matrix_transpose(A.solution), B.solution)) ** 2
-            )
+        del gram_left
+        if objective <= energy * eps**0.5:  # a difference of numbers this close is mostly rounding
+            product = xp.matmul(xp.matrix_transpose(A.solution), B.solution)
+            objective = backend.norm(W - product) ** 2
         if callback is not None:
             callback(sweep, objective)
-        if objective <= energy * float(xp.finfo(W.dtype).eps) ** 2:
+        if objective <= energy * eps**2:
             break
         A, B, gram, cross = _rescaled(A, B, gram, cross)
-    fitted = refit_values(gram_left, cross_left, B.solution, B.support, REFIT_STEPS)
-    gram, cross = kernels.normal_equations(fitted, B.support, W_transposed)
-    fitted_left = refit_values(gram, cross, A.solution, A.support, REFIT_STEPS)
-    return *_balanced(xp.matrix_transpose(fitted_left), fitted), sweep
+    del gram, cross
+    B = _refitted(B, A, W)
+    A = _refitted(A, B, W_transposed)
+    return *_balanced(xp.matrix_transpose(A.values), B.values), sweep
+
+
+def _refitted(state: SparseState, other: SparseState, target: Array) -> SparseState:
+    """Return `state` with better values, zero off the support, given the `other` factor."""
+    gram, residual = kernels.normal_equations(other.values, other.support, target)
+    values = state.solution
+    residual -= backend.namespace(values).matmul(gram, values)
+    values = refit_values(gram, residual, values, state.support, REFIT_STEPS)
+    return SparseState(values, state.support)
 
 
 def pruned(W: Array, n_values: int) -> tuple[Array, Array]:

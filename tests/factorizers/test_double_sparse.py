@@ -1,5 +1,7 @@
 """What is particular to DoubleSparseFactorizer."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -160,3 +162,14 @@ def test_sparse_and_dense_products_find_the_same(rng, dtype, monkeypatch):
     dense = DoubleSparseFactorizer(max_iter=5).fit(W)
     tolerance = 1e4 * np.finfo(dtype).eps
     assert abs(sparse.reconstruction_err_ - dense.reconstruction_err_) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (128, 512), (512, 128)])
+def test_a_fit_takes_no_more_than_twelve_times_the_memory_of_its_matrix(rng, shape):
+    W = rng.standard_normal(shape).astype(np.float32)
+    model = DoubleSparseFactorizer(max_iter=10).fit(W)  # compiles
+    tracemalloc.start()
+    model.fit(W)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 12 * W.nbytes
