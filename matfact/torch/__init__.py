@@ -2,6 +2,7 @@
 
 from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.capture import input_statistics
+from matfact.torch.checkpoint import load_network, save_network
 from matfact.torch.compress import Compressed, compress
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.finetune import (
@@ -43,10 +44,12 @@ __all__ = [
     "exact_triple_scores",
     "fine_tune",
     "input_statistics",
+    "load_network",
     "merge_update",
     "randomize_supports",
     "reestimate_batch_norm",
     "reset_parameters",
+    "save_network",
     "soft_cross_entropy",
     "triple_scores",
 ]

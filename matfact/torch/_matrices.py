@@ -107,6 +107,18 @@ def matricized(layer: nn.Module) -> Matricized | None:
     return None
 
 
+def replace(
+    model: nn.Module, names: Sequence[str], view: Matricized, products: Sequence[FactorProduct]
+) -> None:
+    """Put `products` in place of the layer that `model` has under each of `names`."""
+    old: Any = view.layer
+    new = view.replacement(products)
+    new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
 def as_array(tensor: Tensor) -> Array:
     """Return `tensor` as the solvers take it; on the CPU they are fastest on NumPy arrays."""
     return backend.to_numpy(tensor) if tensor.device.type == "cpu" else tensor.detach()

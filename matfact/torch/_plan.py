@@ -96,7 +96,7 @@ def plan(
     """
     metrics.check_density(density)
     tasks = []
-    for names, layer in _distinct_layers(model):
+    for names, layer in distinct_layers(model):
         view = matricized(layer)
         if view is None or not any(_selected(name, layer, layers) for name in names):
             continue
@@ -111,7 +111,7 @@ def plan(
     return tasks
 
 
-def _distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     """Return each module that is not inside a layer, with all of its names."""
     names: dict[nn.Module, list[str]] = {}
     inside: set[str] = set()

@@ -12,6 +12,7 @@ from joblib import Parallel, delayed
 from torch import nn
 
 from matfact.torch._fit import Fitted, fit_layer
+from matfact.torch._matrices import replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm
@@ -201,10 +202,5 @@ def _install(model: nn.Module, task: Task, fitted: Fitted | None) -> LayerReport
     if fitted is None:
         warnings.warn(f"{task.names[0]}: {task.message}", stacklevel=4)
         return task.report("kept")
-    old: Any = task.view.layer
-    new = task.view.replacement(fitted.products)
-    new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
-    for name in task.names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    replace(model, task.names, task.view, fitted.products)
     return task.report("compressed", fitted)

@@ -1,0 +1,183 @@
+"""Networks of factorized layers on disk, in the format of :mod:`matfact.checkpoint`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from matfact.checkpoint import Checkpoint, save
+from matfact.operators import FactorProduct
+from matfact.torch._matrices import Matricized, MatricizedTransposed, matricized, replace
+from matfact.torch._plan import distinct_layers
+from matfact.torch.conv import FactorizedConv
+from matfact.torch.layers import FactorizedLinear
+
+#: In the settings of checkpoints whose products are laid out (out, in), whatever the layer.
+_BY_LAYER = {"layout": "out, in"}
+
+
+def save_network(
+    model: nn.Module, path: str | Path, *, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write a network, its factorized layers as factors, to a folder.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network. Parameters that several modules share are written once.
+    path : str or Path
+        The folder, which must not exist or be empty. All of it is written or nothing.
+    settings : mapping, optional
+        How the network was made; anything that JSON can hold.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at `path`.
+    """
+    products: dict[str, FactorProduct] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    inside: list[str] = []
+    for (name, *_), layer in distinct_layers(model):
+        if isinstance(layer, FactorizedLinear):
+            products[f"{name}.weight"] = layer.to_product()
+            inside.append(f"{name}.factors.")
+        elif isinstance(layer, FactorizedConv):
+            names = _kernel_names(name, layer.groups)
+            products |= dict(zip(names, layer.to_products(), strict=True))
+            inside.append(f"{name}.kernels.")
+            if layer.groups == 1:
+                kernel = (layer.in_channels, *map(int, layer.kernel_size))
+                shapes[names[0]] = (layer.out_channels, *kernel)
+    arrays = {name: tensor for name, tensor in _unshared(model) if not _begins(name, inside)}
+    save(path, products | arrays, shapes=shapes, settings=dict(settings or {}) | _BY_LAYER)
+
+
+def load_network(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a checkpoint into a network of the same architecture.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, before or after it was compressed, with any weights. Its layers are replaced
+        by factorized ones in place; it keeps its devices and dtypes.
+    path : str or Path
+        A folder written by :func:`save_network` or by ``matfact compress``.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same `model`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no checkpoint.
+    ValueError
+        If the checkpoint is damaged, or is not of this architecture.
+    """
+    network = Checkpoint(path)
+    found = list(_replacements(model, network))
+    used = {key for replacement in found for key in replacement.keys}
+    rest = {name: _tensor(network, name) for name in network if name not in used}
+    _check_names(model, rest, [name for replacement in found for name in replacement.names])
+    for replacement in found:
+        replace(model, replacement.names, replacement.view, replacement.products)
+    model.load_state_dict(rest, strict=False)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Replacement:
+    """A layer, by all its names, and the products stored for it under `keys`."""
+
+    names: list[str]
+    keys: list[str]
+    view: Matricized
+    products: list[FactorProduct]
+
+
+def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacement]:
+    """Yield the layers of which the checkpoint holds factors."""
+    is_by_layer = network.settings.get("layout") == _BY_LAYER["layout"]
+    for names, layer in distinct_layers(model):
+        view = matricized(layer)
+        for name in names if view is not None else ():
+            keys = _kernel_names(name, getattr(layer, "groups", 1))
+            if not all(key in network and network.tensors[key].is_product for key in keys):
+                continue
+            products = [network.product(key) for key in keys]
+            if isinstance(view, MatricizedTransposed) and not is_by_layer:
+                products = [product.T for product in products]
+            assert view is not None
+            _check_shapes(keys[0], view, products)
+            yield _Replacement(names, keys, view, products)
+            break
+
+
+def _kernel_names(name: str, groups: int) -> list[str]:
+    """Return the names under which a layer's products are stored, one for each group."""
+    if groups == 1:
+        return [f"{name}.weight"]
+    return [f"{name}.kernels.{i}.weight" for i in range(groups)]
+
+
+def _unshared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the state, each once."""
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in seen or not tensor.numel():
+            seen.add(place)
+            yield name, tensor
+
+
+def _begins(name: str, prefixes: list[str]) -> bool:
+    return any(name.startswith(prefix) for prefix in prefixes)
+
+
+def _tensor(network: Checkpoint, name: str) -> Tensor:
+    """Return a tensor of the state; factors of what is no layer are multiplied."""
+    value = network[name]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return torch.from_numpy(value.toarray()).reshape(network.tensors[name].spec.shape)
+
+
+def _check_shapes(name: str, view: Matricized, products: list[FactorProduct]) -> None:
+    for matrix, product in zip(view.matrices(), products, strict=True):
+        if tuple(matrix.shape) != product.shape:
+            raise ValueError(
+                f"path must name a checkpoint of this network, but {name!r} has shape "
+                f"{product.shape} there and {tuple(matrix.shape)} here."
+            )
+
+
+def _check_names(model: nn.Module, state: Mapping[str, Tensor], replaced: list[str]) -> None:
+    """Raise ``ValueError`` unless `state` and what is replaced make up all of the model."""
+    own = model.state_dict()
+    loaded = {own[name].data_ptr() for name in state if name in own}
+    inside = tuple(f"{name}." for name in replaced)
+    missing = [
+        name
+        for name, tensor in own.items()
+        if name not in state
+        and tensor.data_ptr() not in loaded
+        and (not name.startswith(inside) or name.endswith(".bias"))
+    ]
+    for what, names in (("lacks", missing), ("also has", [n for n in state if n not in own])):
+        if names:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"path must name a checkpoint of this network, but {name!r} has shape "
+                f"{tuple(tensor.shape)} there and {tuple(own[name].shape)} here."
+            )

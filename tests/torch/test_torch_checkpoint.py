@@ -1,0 +1,152 @@
+"""Networks of factorized layers, saved and loaded."""
+
+import copy
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+from matfact import LowRank, MagnitudePruner, checkpoint  # noqa: E402
+from matfact.torch import MonarchLinear, compress, load_network, save_network  # noqa: E402
+
+
+class Network(nn.Module):
+    """Convolutions, in groups too, an embedding tied to the output, and a layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.first = nn.Linear(32, 24)
+        self.again = self.first
+        self.embedding = nn.Embedding(10, 24)
+        self.output = nn.Linear(24, 10)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, x):
+        x = self.norm(self.grouped(self.conv(x))).flatten(1)
+        x = self.first(x) + self.again(-x) + self.embedding(torch.tensor([3]))
+        return self.output(x)
+
+
+class Conv1D(nn.Module):
+    """A layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
+
+    def __init__(self, n_outputs, n_inputs):
+        super().__init__()
+        self.nf = n_outputs
+        self.weight = nn.Parameter(torch.randn(n_inputs, n_outputs))
+        self.bias = nn.Parameter(torch.randn(n_outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def make(seed):
+    torch.manual_seed(seed)
+    return Network().eval()
+
+
+X = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def network():
+    return compress(make(0), "lowrank", density=0.5, layers="conv|grouped|first").model
+
+
+def test_a_loaded_network_computes_the_same(network, tmp_path):
+    save_network(network, tmp_path / "network", settings={"epochs": 3})
+    loaded = load_network(make(1), tmp_path / "network")
+    assert torch.equal(loaded(X), network(X))
+    assert loaded.again is loaded.first
+    assert loaded.output.weight is loaded.embedding.weight
+    assert checkpoint.Checkpoint(tmp_path / "network").settings["epochs"] == 3
+    again = load_network(copy.deepcopy(network), tmp_path / "network")  # factorized already
+    assert torch.equal(again(X), network(X))
+
+
+def test_what_modules_share_is_stored_once(network, tmp_path):
+    save_network(network, tmp_path / "network")
+    names = set(checkpoint.Checkpoint(tmp_path / "network"))
+    assert len(names & {"embedding.weight", "output.weight"}) == 1
+    assert len(names & {"first.weight", "again.weight"}) == 1
+    assert {"conv.weight", "grouped.kernels.0.weight", "grouped.kernels.1.weight"} <= names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_bit_is_kept(dtype, network, tmp_path):
+    network = network.to(dtype)
+    save_network(network, tmp_path / "network")
+    loaded = load_network(make(1).to(dtype), tmp_path / "network").state_dict()
+    for name, tensor in network.state_dict().items():
+        assert tensor.dtype == loaded[name].dtype
+        assert torch.equal(tensor, loaded[name]), name
+
+
+@pytest.mark.parametrize("factorizer", [MagnitudePruner(density=0.5), LowRank(density=0.5)])
+def test_what_the_command_line_wrote_is_the_network_it_decompresses_to(factorizer, tmp_path):
+    dense = make(0)
+    weights = {k: v for k, v in dense.state_dict().items() if k[:5] not in ("again", "outpu")}
+    weights["output.bias"] = dense.output.bias.detach()
+    save_file(weights, tmp_path / "model.safetensors")
+    checkpoint.compress(tmp_path / "model.safetensors", tmp_path / "network", factorizer)
+    checkpoint.decompress(tmp_path / "network", tmp_path / "dense.safetensors")
+    dense.load_state_dict(load_file(tmp_path / "dense.safetensors"), strict=False)
+    loaded = load_network(make(1), tmp_path / "network")
+    assert type(loaded.first).__name__ == "FactorizedLinear"
+    torch.testing.assert_close(loaded(X), dense(X), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_keep_their_weight_transposed_keep_their_meaning(tmp_path):
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(Conv1D(40, 40), Conv1D(12, 40)), torch.randn(3, 40)
+    save_file(dense.state_dict(), tmp_path / "model.safetensors")
+    checkpoint.compress(tmp_path / "model.safetensors", tmp_path / "cli", LowRank(density=0.5))
+    checkpoint.decompress(tmp_path / "cli", tmp_path / "dense.safetensors")
+    from_cli = load_network(copy.deepcopy(dense), tmp_path / "cli")
+    save_network(from_cli, tmp_path / "saved")
+    from_saved = load_network(copy.deepcopy(dense), tmp_path / "saved")
+    dense.load_state_dict(load_file(tmp_path / "dense.safetensors"))
+    for loaded in (from_cli, from_saved):
+        torch.testing.assert_close(loaded(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_built_from_scratch_are_saved(tmp_path):
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(MonarchLinear(16, 16), nn.Linear(16, 2)) for _ in range(2))
+    save_network(first, tmp_path / "network")
+    x = torch.randn(3, 16)
+    assert torch.equal(load_network(second, tmp_path / "network").eval()(x), first.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model, "extra", nn.Linear(2, 2)), "lacks extra.weight"),
+        (lambda model: delattr(model, "norm"), "also has norm"),
+        (lambda model: setattr(model, "first", nn.Linear(31, 24)), "first.weight"),
+        (lambda model: setattr(model, "norm", nn.BatchNorm2d(9)), "norm.weight"),
+    ],
+)
+def test_another_architecture_is_refused_and_left_as_it_is(change, message, network, tmp_path):
+    save_network(network, tmp_path / "network")
+    other = make(1)
+    change(other)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_network(other, tmp_path / "network")
+    after = other.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_earlier_network_is_left_alone(network, tmp_path):
+    save_network(network, tmp_path / "network")
+    with pytest.raises(FileExistsError, match="path must name"):
+        save_network(network, tmp_path / "network")
+    assert os.listdir(tmp_path) == ["network"]
