@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMMPruner",
     "BlockSVD",
     "ButterflyFit",
     "CoSaMPNeuronSelector",
@@ -17,12 +18,14 @@ __all__ = [
     "MagnitudePruner",
     "MonarchProjector",
     "Palm4MSA",
+    "WandaPruner",
     "compare_projections",
 ]
 
 if TYPE_CHECKING:
     from matfact.compare import compare_projections
     from matfact.factorizers import (
+        ADMMPruner,
         BlockSVD,
         ButterflyFit,
         CoSaMPNeuronSelector,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
         MagnitudePruner,
         MonarchProjector,
         Palm4MSA,
+        WandaPruner,
     )
 else:
     _SUBPACKAGES = (

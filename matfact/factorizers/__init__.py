@@ -1,5 +1,6 @@
 """The estimators, one file each."""
 
+from matfact.factorizers._admm_pruner import ADMMPruner
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
@@ -10,8 +11,10 @@ from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._wanda_pruner import WandaPruner
 
 __all__ = [
+    "ADMMPruner",
     "BaseFactorizer",
     "BlockSVD",
     "ButterflyFit",
@@ -22,4 +25,5 @@ __all__ = [
     "MagnitudePruner",
     "MonarchProjector",
     "Palm4MSA",
+    "WandaPruner",
 ]

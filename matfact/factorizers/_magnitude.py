@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from matfact import backend, kernels, metrics
-from matfact.backend import Array
-from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
-from matfact.operators import SparseFactor
-from matfact.solvers._callback import History
+from matfact.constraints import Constraint
+from matfact.factorizers._pruner import BasePruner
 
 
-class MagnitudePruner(BaseFactorizer):
+class MagnitudePruner(BasePruner):
     """Keep the entries of largest magnitude.
 
     The exact projection onto matrices with a given number of nonzeros [1]_, and the yardstick of
@@ -21,7 +16,12 @@ class MagnitudePruner(BaseFactorizer):
     ----------
     density : float or None, default=None
         Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or one value
-        where that is more.
+        (in each row or column, where they share alike) where that is more. It must be None with
+        a set as `constraint`.
+    constraint : Constraint or str, default="global_sparsity"
+        Which entries may stay: anywhere as many as `density` allows, or with "row_sparsity" or
+        "column_sparsity" the same number in every row or column; or any sparsity or support of
+        :mod:`matfact.constraints`, such as ``NMSparsity(2, 4)``.
 
     Attributes
     ----------
@@ -32,8 +32,8 @@ class MagnitudePruner(BaseFactorizer):
     reconstruction_err_ : float
         ``‖W − Ŵ‖_F / ‖W‖_F``.
     normalized_err_ : float
-        ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``: 1 here, or 0
-        where nothing was lost.
+        ``reconstruction_err_`` ÷ that of keeping the ``nnz_`` largest entries: 1 here, more with
+        a `constraint` that forbids some of them, or 0 where nothing was lost.
     nnz_ : int
         Stored values.
     density_ : float
@@ -62,14 +62,8 @@ class MagnitudePruner(BaseFactorizer):
            [0., 4.]])
     """
 
-    _parameter_constraints: ClassVar[dict[str, Any]] = {"density": DENSITY}
-
-    def __init__(self, density: float | None = None) -> None:
+    def __init__(
+        self, density: float | None = None, constraint: Constraint | str = "global_sparsity"
+    ) -> None:
         self.density = density
-
-    def _factorize(self, W: Array, history: History) -> Factorization:
-        xp = backend.namespace(W)
-        budget = metrics.stored_value_budget(self.density, W.shape)
-        mask = kernels.top_k_mask(xp.abs(W), budget) & (W != 0)
-        history(1, float(xp.sum(xp.where(mask, 0.0, W) ** 2)))
-        return Factorization([SparseFactor.from_dense(W, mask)])
+        self.constraint = constraint

@@ -1,6 +1,7 @@
 """The estimators every conformance test runs over."""
 
 from matfact import (
+    ADMMPruner,
     BlockSVD,
     ButterflyFit,
     CoSaMPNeuronSelector,
@@ -10,6 +11,7 @@ from matfact import (
     MagnitudePruner,
     MonarchProjector,
     Palm4MSA,
+    WandaPruner,
 )
 
 FACTORIZERS = {
@@ -21,6 +23,8 @@ FACTORIZERS = {
     "monarch": MonarchProjector(),
     "lowrank": LowRank(),
     "magnitude": MagnitudePruner(),
+    "wanda": WandaPruner(),
+    "admm": ADMMPruner(),
 }
 
 ESTIMATORS = [
@@ -32,5 +36,7 @@ ESTIMATORS = [
     MonarchProjector(),
     LowRank(),
     MagnitudePruner(),
+    WandaPruner(),
+    ADMMPruner(),
     CoSaMPNeuronSelector(),
 ]

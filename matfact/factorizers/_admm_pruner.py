@@ -1,0 +1,133 @@
+"""Pruning with an update of the weights, by ADMM."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal
+
+from sklearn.utils._param_validation import Interval, StrOptions
+
+from matfact.backend import Array
+from matfact.calibration import InputStatistics
+from matfact.constraints import Constraint
+from matfact.factorizers._base import Factorization
+from matfact.factorizers._pruner import BasePruner
+from matfact.operators import SparseFactor
+from matfact.solvers._callback import History
+from matfact.solvers.layerwise import admm_prune
+
+#: Damping by default, times samples ÷ inputs: the best for samples that were held out.
+AUTO_DAMPING = 0.2
+
+
+class ADMMPruner(BasePruner):
+    """Keep the entries, and change their values, so that the layer's outputs change least.
+
+    Sparse regression by the alternating direction method of multipliers [1]_ of the outputs on
+    the inputs, here with a growing penalty; its outputs are never further from those of `W` than
+    with the entries that magnitude pruning or Wanda keep and their values refit. Without
+    calibration inputs count as uncorrelated and of equal size, for which magnitude pruning is
+    the solution.
+
+    Parameters
+    ----------
+    density : float or None, default=None
+        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or one value
+        (in each row or column, where they share alike) where that is more. It must be None with
+        a set as `constraint`.
+    constraint : Constraint or str, default="global_sparsity"
+        Which entries may stay: anywhere as many as `density` allows, or with "row_sparsity" or
+        "column_sparsity" the same number in every row (output) or column (input); or any
+        sparsity or support of :mod:`matfact.constraints`, such as ``NMSparsity(2, 4)``.
+    damping : float or "auto", default="auto"
+        What is added to the diagonal of the Gram matrix of the inputs scaled to unit norm: the
+        more, the closer values stay to those of `W`. "auto" takes 0.2 · inputs ÷ samples, as few
+        samples say little. The lowest `layer_err_` on the calibration inputs has 0.
+    max_iter : int, default=40
+        Number of ADMM steps. The penalty grows over them, so that more steps find better
+        supports: 100 lower the error by some 0.5 %, 20 raise it by 1.
+
+    Attributes
+    ----------
+    operator_ : FactorProduct
+        The pruned matrix, one sparse factor.
+    factors_ : tuple of Factor
+        Its factors.
+    reconstruction_err_ : float
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_err_ : float
+        ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
+    layer_err_ : float
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` for the calibration inputs `X`; only with calibration.
+    nnz_ : int
+        Stored values.
+    density_ : float
+        Stored values ÷ entries of `W`.
+    n_iter_ : int
+        Number of ADMM steps; 1 without calibration.
+    history_ : dict of list
+        ``objective`` (squared error of the outputs, damping included, relative to their energy,
+        before values are refit; ``‖W − Ŵ‖_F²`` of the scaled `W` without calibration) and
+        ``seconds``, one entry an iteration.
+    n_features_in_ : int
+        in_features of `W`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of `W`, where it has any.
+
+    See Also
+    --------
+    WandaPruner : Values as they are, in no time.
+    DoubleSparseFactorizer : Two sparse factors.
+
+    References
+    ----------
+    .. [1] V. Boža, "Fast and effective weight update for pruned large language models", TMLR,
+       2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact import ADMMPruner, WandaPruner
+    >>> rng = np.random.default_rng(0)
+    >>> W = rng.standard_normal((32, 64))
+    >>> X = rng.standard_normal((500, 64)) @ rng.standard_normal((64, 64))
+    >>> wanda, admm = (P(0.5).fit(W, calibration=X) for P in (WandaPruner, ADMMPruner))
+    >>> admm.nnz_, bool(admm.layer_err_ < 0.6 * wanda.layer_err_)
+    (1024, True)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **BasePruner._parameter_constraints,
+        "damping": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        density: float | None = None,
+        constraint: Constraint | str = "global_sparsity",
+        damping: float | Literal["auto"] = "auto",
+        max_iter: int = 40,
+    ) -> None:
+        self.density = density
+        self.constraint = constraint
+        self.damping = damping
+        self.max_iter = max_iter
+
+    def _factorize_calibrated(
+        self, W: Array, history: History, calibration: InputStatistics
+    ) -> Factorization:
+        damping = (
+            AUTO_DAMPING * W.shape[1] / calibration.count
+            if self.damping == "auto"
+            else float(self.damping)
+        )
+        pruned = admm_prune(
+            W,
+            calibration.gram,
+            self._set(W.shape),
+            damping=damping,
+            max_iter=self.max_iter,
+            callback=history,
+        )
+        return Factorization([SparseFactor.from_dense(pruned)], self.max_iter)

@@ -1,0 +1,119 @@
+"""Pruning of a layer with regard to its inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.constraints import Constraint, transposed
+from matfact.solvers._callback import Callback
+from matfact.solvers.admm import DAMPING, SparseState, refit_values, sparse_regression
+
+#: Penalty of the first and of the last ADMM step; geometric in between.
+PENALTIES = (0.1, 1.0)
+#: Conjugate gradient steps on the values once the support is found.
+REFIT_STEPS = 20
+#: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
+#: first, and in the order of their magnitude.
+LEAST_NORM = 1e-6
+
+
+def input_norms(gram: Array) -> Array:
+    """Return the norm of each input over all samples, relative to the largest.
+
+    Parameters
+    ----------
+    gram : array of shape (columns, columns)
+        ``XᵀX`` of the inputs.
+
+    Returns
+    -------
+    array of shape (columns,)
+        In [1e-6, 1]; 1 where all inputs are zero.
+    """
+    xp = backend.namespace(gram)
+    squares = xp.linalg.diagonal(gram)
+    largest = xp.max(squares)
+    if float(largest) <= 0.0:
+        return xp.ones_like(squares)
+    return xp.clip(xp.sqrt(squares / largest), LEAST_NORM, None)
+
+
+def admm_prune(
+    W: Array,
+    gram: Array,
+    constraint: Constraint,
+    *,
+    damping: float = 0.0,
+    max_iter: int = 40,
+    callback: Callback | None = None,
+) -> Array:
+    """Lower ``‖X (W − Ŵ)ᵀ‖_F²`` over `Ŵ` in a set of sparse matrices.
+
+    Source: [1]_, with inputs scaled to unit norm. What differs is that the number of nonzeros
+    stays as it is while the penalty grows, so that supports change freely at first and then
+    settle, and that the values are refit in the end.
+
+    Parameters
+    ----------
+    W : array of shape (rows, columns)
+        Weights.
+    gram : array of shape (columns, columns)
+        ``XᵀX`` of the inputs, in double precision.
+    constraint : Constraint
+        Set of `Ŵ`, a sparsity or a support.
+    damping : float
+        What is added to the diagonal of the Gram matrix of inputs of unit norm, which pulls
+        `Ŵ` to `W`.
+    max_iter : int
+        Number of ADMM steps.
+    callback : callable, optional
+        Called with the number of every step and the squared error of the outputs, damping
+        included, relative to the energy of the outputs.
+
+    Returns
+    -------
+    array of shape (rows, columns)
+        `Ŵ`, zero off its support; never worse than what magnitude pruning or Wanda keep with
+        their values refit in the same way.
+
+    References
+    ----------
+    .. [1] V. Boža, "Fast and effective weight update for pruned large language models", TMLR,
+       2024.
+    """
+    xp = backend.namespace(W)
+    norms = input_norms(gram)
+    gram = xp.astype(backend.add_diagonal(_normalized(gram, norms), damping), W.dtype)
+    weights = xp.astype(norms, W.dtype)
+    # Columns are the outputs, each a regression on the inputs.
+    target = backend.contiguous(xp.matrix_transpose(W * weights))
+    cross = xp.matmul(gram, target)
+    energy = float(xp.sum(target * cross)) or 1.0
+
+    def error(X: Array) -> float:
+        difference = target - X
+        return float(xp.sum(difference * xp.matmul(gram, difference))) / energy
+
+    def refit(start: SparseState) -> Array:
+        X = start.solution
+        return refit_values(gram, cross - xp.matmul(gram, X), X, start.support, REFIT_STEPS)
+
+    rule = transposed(constraint)
+    magnitude = SparseState(target, xp.matrix_transpose(constraint.support(W)))
+    state = wanda = SparseState(target, rule.support(target))
+    pulled = cross + DAMPING * target  # what the solver adds to the Gram matrix, added here too
+    for step, penalty in enumerate(np.geomspace(*PENALTIES, max_iter), start=1):
+        state = sparse_regression(gram, pulled, state, rule, [float(penalty)])
+        if callback is not None:
+            callback(step, error(state.solution))
+    found = min(map(refit, (state, wanda, magnitude)), key=error)
+    return xp.matrix_transpose(found) / weights
+
+
+def _normalized(gram: Array, norms: Array) -> Array:
+    """Return the Gram matrix of inputs of unit norm, zero where they are dead."""
+    xp = backend.namespace(gram)
+    largest = float(xp.max(xp.linalg.diagonal(gram))) or 1.0
+    return gram / largest / norms[:, None] / norms[None, :]
