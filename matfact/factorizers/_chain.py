@@ -46,8 +46,10 @@ class Layout:
 
     def arrange(self, W: Array) -> Array:
         """Return the matrix the product of the chain has to match."""
-        if not _is_identity(self.rows):
-            W = self.rows.apply(W)
+        return self.arrange_columns(W if _is_identity(self.rows) else self.rows.apply(W))
+
+    def arrange_columns(self, W: Array) -> Array:
+        """Return `W` with its columns where the product of the chain has them."""
         return W if _is_identity(self.columns) else self.columns.T.apply_right(W)
 
     def factors(self, values: list[Array]) -> list[Factor]:

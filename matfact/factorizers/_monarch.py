@@ -10,8 +10,10 @@ from sklearn.utils._param_validation import Interval
 
 from matfact import metrics
 from matfact.backend import Array
+from matfact.calibration import InputStatistics
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._chain import Layout, best_two_factor_chain
+from matfact.operators import Factor, FactorProduct
 from matfact.solvers._callback import History
 from matfact.solvers.chains import Chain, two_factor_chain, two_factor_chains
 from matfact.solvers.monarch import monarch
@@ -25,7 +27,7 @@ class MonarchProjector(BaseFactorizer):
     of R, form a block of low rank, so that the nearest Monarch matrix follows from one truncated
     singular value decomposition a block [1]_. Here the matrix may have any shape and each block
     any rank; sides that the blocks do not divide are padded with zeros, whose stored values
-    count.
+    count. With ``fit(W, calibration=X)`` the blocks keep what their outputs need.
 
     Parameters
     ----------
@@ -54,6 +56,8 @@ class MonarchProjector(BaseFactorizer):
         ``‖W − Ŵ‖_F / ‖W‖_F``.
     normalized_err_ : float
         ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
+    layer_err_ : float
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F``; only after a fit with calibration inputs.
     nnz_ : int
         Stored values.
     density_ : float
@@ -61,7 +65,8 @@ class MonarchProjector(BaseFactorizer):
     n_iter_ : int
         1: the solution is in closed form.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`, or squared layer error with calibration)
+        and ``seconds``, one entry.
     n_features_in_ : int
         in_features of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -103,10 +108,28 @@ class MonarchProjector(BaseFactorizer):
     def _factorize(self, W: Array, history: History) -> Factorization:
         chain = best_two_factor_chain(W, self._chains(W.shape))
         layout = Layout.of(W, chain)
-        values = monarch(layout.arrange(W), chain, callback=history)
+        return self._finish(
+            chain, layout.factors(monarch(layout.arrange(W), chain, callback=history))
+        )
+
+    def _factorize_calibrated(
+        self, W: Array, history: History, calibration: InputStatistics
+    ) -> Factorization:
+        fits = []
+        for chain in self._chains(W.shape):
+            layout = Layout.of(W, chain)
+            moment = layout.arrange_columns(layout.arrange_columns(calibration.second_moment).T).T
+            factors = layout.factors(monarch(layout.arrange(W), chain, moment=moment))
+            error = metrics.layer_error(W, FactorProduct(factors).toarray(), calibration.gram)
+            fits.append((error, chain, factors))
+        error, chain, factors = min(fits, key=lambda fit: fit[0])
+        history(1, error**2)
+        return self._finish(chain, factors)
+
+    def _finish(self, chain: Chain, factors: list[Factor]) -> Factorization:
         self.n_blocks_ = (chain.row_radices[1], chain.column_radices[0])
         self.rank_ = chain.ranks[0]
-        return Factorization(layout.factors(values))
+        return Factorization(factors)
 
     def _chains(self, shape: tuple[int, int]) -> list[Chain]:
         """Return the chains that fit the parameters."""

@@ -14,7 +14,7 @@ import numpy as np
 from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
-from matfact.solvers.svd import psd_root
+from matfact.solvers.svd import whitening_root
 
 Ranking = Literal["energy", "output_perturbation", "output_variance"]
 
@@ -182,7 +182,7 @@ def block_svd(
     targets = blocks
     if calibration is not None and not data_ranking:
         moments = _moments(blocking, calibration.second_moment)
-        roots = {span: psd_root(_seen(moment)) for span, moment in moments.items()}
+        roots = {span: whitening_root(moment) for span, moment in moments.items()}
         targets = [
             xp.matmul(backend.wide(block), roots[span[2:]])
             for block, span in zip(blocks, blocking.spans, strict=True)
@@ -229,15 +229,6 @@ def _batched(
 def _moments(blocking: Blocking, moment: Array) -> dict[tuple[int, int], Array]:
     """Return the diagonal block of `moment` for each column strip."""
     return {(c0, c1): moment[c0:c1, c0:c1] for _, _, c0, c1 in blocking.spans}
-
-
-def _seen(moment: Array) -> Array:
-    """Return `moment` with a little of the identity, so that unseen directions rank last."""
-    xp = backend.namespace(moment)
-    n = moment.shape[0]
-    mean = float(xp.linalg.trace(moment)) / n
-    ridge = 1e-9 * mean if mean > 0.0 else 1.0
-    return moment + ridge * xp.eye(n, dtype=moment.dtype, device=backend.device(moment))
 
 
 def _data_scores(

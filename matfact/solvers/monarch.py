@@ -7,9 +7,12 @@ from matfact.backend import Array
 from matfact.solvers._callback import Callback
 from matfact.solvers.chains import Chain
 from matfact.solvers.leading import adjoint, improved_range, leading_range
+from matfact.solvers.svd import whitening_root
 
 
-def monarch(W: Array, chain: Chain, *, callback: Callback | None = None) -> list[Array]:
+def monarch(
+    W: Array, chain: Chain, *, moment: Array = None, callback: Callback | None = None
+) -> list[Array]:
     """Return the values of the two factors of `chain` whose product is nearest to `W`.
 
     The rows of the product with the same last digit and the columns with the same first digit
@@ -24,6 +27,10 @@ def monarch(W: Array, chain: Chain, *, callback: Callback | None = None) -> list
         Finite matrix, real or complex.
     chain : Chain
         Two factors.
+    moment : array of shape (columns, columns), optional
+        Average of ``x xᵀ`` over the inputs of a real `W`, in double precision. With it the slices
+        keep the directions in which their outputs have most energy, as
+        :func:`~matfact.solvers.svd.whitened_svd` does for the whole matrix.
     callback : Callback, optional
         Called once, with the squared error.
 
@@ -39,9 +46,11 @@ def monarch(W: Array, chain: Chain, *, callback: Callback | None = None) -> list
         chain.ranks,
     )
     slices = _slices(W, chain)
-    U = leading_range(slices, rank)
+    targets = slices if moment is None else _outputs(slices, moment)
+    U = leading_range(targets, rank)
     if rank > 1:
-        U = improved_range(slices, U)
+        U = improved_range(targets, U)
+    U = xp.astype(U, W.dtype, copy=False)
     Vh = xp.matmul(adjoint(U), slices)
     if callback is not None:  # U is orthonormal
         callback(1, max(0.0, backend.norm(W) ** 2 - backend.norm(Vh) ** 2))
@@ -66,3 +75,12 @@ def _slices(W: Array, chain: Chain) -> Array:
     xp = backend.namespace(W)
     cut = xp.reshape(W, (*chain.row_radices, *chain.column_radices))
     return xp.permute_dims(cut, (2, 1, 0, 3))
+
+
+def _outputs(slices: Array, moment: Array) -> Array:
+    """Return the slices times roots of the second moments of what they are applied to."""
+    xp = backend.namespace(slices)
+    right, width = slices.shape[0], slices.shape[3]
+    spans = [slice(i * width, (i + 1) * width) for i in range(right)]
+    roots = xp.stack([whitening_root(moment[span, span]) for span in spans])
+    return xp.matmul(backend.wide(slices), roots[:, None, :, :])

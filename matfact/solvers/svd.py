@@ -83,6 +83,18 @@ def psd_root(matrix: Array) -> Array:
     return Q * xp.sqrt(xp.where(eigenvalues > floor, eigenvalues, 0.0))
 
 
+def whitening_root(moment: Array) -> Array:
+    """Return :func:`psd_root` of `moment`, in which directions without inputs rank last.
+
+    A little of the identity is added to the second moment for them.
+    """
+    xp = backend.namespace(moment)
+    n = moment.shape[0]
+    mean = float(xp.linalg.trace(moment)) / n
+    ridge = 1e-9 * mean if mean > 0.0 else 1.0
+    return psd_root(moment + ridge * xp.eye(n, dtype=moment.dtype, device=backend.device(moment)))
+
+
 def _project(W: Array, basis: Array) -> Array:
     """Return `W` projected on the span of the orthonormal columns of `basis`."""
     xp = backend.namespace(W)

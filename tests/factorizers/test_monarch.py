@@ -1,7 +1,9 @@
 """MonarchProjector: the exact projection, and never worse than low rank."""
 
+import array_api_strict
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +95,49 @@ def test_a_planted_monarch_matrix_is_found():
 def test_a_quarter_of_the_values_are_used():
     W = np.random.default_rng(0).standard_normal((128, 128))
     assert MonarchProjector(density=0.25).fit(W).density_ == 0.25
+
+
+def layer_inputs(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((300, n)) @ (rng.standard_normal((n, n)) * np.linspace(0, 1, n))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40), (31, 29)])
+@pytest.mark.parametrize("n_blocks", [None, 2, 4])
+def test_calibration_inputs_lower_the_error_of_the_outputs(shape, n_blocks):
+    W, X = np.random.default_rng(1).standard_normal(shape), layer_inputs(shape[1])
+    aware = MonarchProjector(density=0.4, n_blocks=n_blocks).fit(W, calibration=X)
+    plain = MonarchProjector(density=0.4, n_blocks=n_blocks).fit(W)
+    outputs = X @ W.T
+    blind = np.linalg.norm(X @ (W - plain.operator_.toarray()).T) / np.linalg.norm(outputs)
+    error = np.linalg.norm(X @ (W - aware.operator_.toarray()).T) / np.linalg.norm(outputs)
+    assert aware.layer_err_ == pytest.approx(error)
+    assert error < blind
+    assert aware.nnz_ <= 0.4 * W.size
+
+
+@pytest.mark.parametrize("asarray", [torch.asarray, array_api_strict.asarray])
+def test_calibrated_fits_agree_between_libraries(asarray):
+    W, X = np.random.default_rng(1).standard_normal((20, 24)), layer_inputs(24)
+    expected = MonarchProjector(n_blocks=2).fit(W, calibration=X)
+    model = MonarchProjector(n_blocks=2).fit(asarray(W), calibration=asarray(X))
+    assert model.layer_err_ == pytest.approx(expected.layer_err_)
+
+
+def test_never_worse_than_low_rank_with_the_same_inputs():
+    W, X = np.random.default_rng(1).standard_normal((32, 48)), layer_inputs(48)
+    low_rank = LowRank(density=0.3).fit(W, calibration=X)
+    model = MonarchProjector(density=0.3).fit(W, calibration=X)
+    assert model.layer_err_ <= low_rank.layer_err_ * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_inputs_of_low_rank_and_dead_columns_are_no_trouble(fill):
+    W, X = np.random.default_rng(1).standard_normal((16, 16)), np.zeros((5, 16))
+    X[:, :3] = fill
+    model = MonarchProjector(density=0.5, n_blocks=4).fit(W, calibration=X)
+    assert model.layer_err_ < 1e-6
+    assert model.reconstruction_err_ <= 1
 
 
 @pytest.mark.parametrize(
