@@ -30,6 +30,7 @@ def least_squares(
     n_neurons: int,
     max_iter: int = 50,
     callback: Callback | None = None,
+    width: int = 1,
 ) -> Selection:
     """Return a selection whose weights, in every iteration, are the best for their support.
 
@@ -50,8 +51,10 @@ def least_squares(
         Most iterations from each starting point.
     callback : callable, optional
         Called after each iteration with its number and the lowest error of the run.
+    width : int, default=1
+        Columns of the activations that make a unit, which are next to each other.
     """
-    return _Search(statistics, max_iter, callback).best(n_neurons)
+    return _Search(statistics, max_iter, callback, width).best(n_neurons)
 
 
 def selection_path(
@@ -59,6 +62,7 @@ def selection_path(
     sizes: Sequence[int],
     max_iter: int = 50,
     callback: Callback | None = None,
+    width: int = 1,
 ) -> list[Selection]:
     """Return a selection of each size, each started from its neighbours.
 
@@ -76,13 +80,15 @@ def selection_path(
         Most iterations for each size and direction.
     callback : callable, optional
         Called after each iteration with its number and the lowest error of the current run.
+    width : int, default=1
+        As for :func:`least_squares`.
 
     Returns
     -------
     list of Selection
         In the order of `sizes`.
     """
-    search = _Search(statistics, max_iter, callback)
+    search = _Search(statistics, max_iter, callback, width)
     found: dict[int, Tableau] = {}
     state = search.fit(np.arange(search.scaled.n_hidden))
     for size in sorted(set(sizes), reverse=True):
@@ -99,6 +105,7 @@ def smallest_selection(
     max_error: float,
     max_iter: int = 50,
     callback: Callback | None = None,
+    width: int = 1,
 ) -> Selection:
     """Return the smallest selection found, by bisection, whose error is at most `max_error`.
 
@@ -109,7 +116,7 @@ def smallest_selection(
     ValueError
         If even all units miss `max_error`.
     """
-    search = _Search(statistics, max_iter, callback)
+    search = _Search(statistics, max_iter, callback, width)
     best = search.selection(search.fit(np.arange(search.scaled.n_hidden)))
     if best.error > max_error:
         raise ValueError(
@@ -130,10 +137,10 @@ class _Search:
     """Improves selections of one block, and counts the iterations."""
 
     def __init__(
-        self, statistics: OutputStatistics, max_iter: int, callback: Callback | None
+        self, statistics: OutputStatistics, max_iter: int, callback: Callback | None, width: int
     ) -> None:
         self.statistics, self.max_iter, self.callback = statistics, max_iter, callback
-        self.scaled, self._norms = quadratic(statistics).normalized()
+        self.scaled, self._norms = quadratic(statistics, width).normalized()
         self.n_iter = 0
 
     def fit(self, support: np.ndarray) -> Tableau:
@@ -166,8 +173,9 @@ class _Search:
         low, high = sorted(run.error for run in runs)
         agree = high <= low * (1.0 + _AGREEMENT) ** 2
         for published in (
-            ispasp(self.statistics, n_neurons, self.max_iter),
-            gradient(self.statistics, n_neurons, -(-self.max_iter // 5)),  # long enough to rank
+            ispasp(self.statistics, n_neurons, self.max_iter, width=self.scaled.width),
+            # Long enough to rank units.
+            gradient(self.statistics, n_neurons, -(-self.max_iter // 5), width=self.scaled.width),
         ):
             state = self.fit(published.support)
             if not agree or state.error < low:
@@ -180,7 +188,7 @@ class _Search:
         weights = self.scaled.least_squares(support)
         error = self.scaled.error(support, weights)
         norms = backend.namespace(weights).take(
-            self._norms, backend.like(support, self._norms), axis=0
+            self._norms, backend.like(self.scaled.columns(support), self._norms), axis=0
         )
         weights = weights * self.scaled.unit / norms[:, None]
         return Selection(support, weights, error, self.n_iter)
@@ -191,28 +199,31 @@ def gradient(
     n_neurons: int,
     max_iter: int = 50,
     callback: Callback | None = None,
+    width: int = 1,
 ) -> Selection:
     """Return the selection of paper 003, Algorithm 1, with exact line searches.
 
     The best iterate is returned, which the paper does not ask for. Parameters as for
     :func:`least_squares`.
     """
-    problem = quadratic(statistics)
+    problem = quadratic(statistics, width)
     xp = backend.namespace(problem.gram)
     current = Selection(np.zeros(0, dtype=np.int64), problem.cross[:0, :], 1.0)
     best: Selection | None = None
     for n_iter in range(1, max_iter + 1):
         rows, _ = problem.rows(current.support)
         slope = xp.matmul(xp.matrix_transpose(rows), current.weights) - problem.cross
-        importance = backend.to_numpy(xp.sum(slope**2, axis=1))
+        importance = problem.by_unit(backend.to_numpy(xp.sum(slope**2, axis=1)))
         importance[current.support] = -1.0
         newcomers = min(n_neurons, problem.n_hidden - len(current.support))
         joined = np.concatenate([current.support, largest(importance, newcomers)])
-        zeros = xp.zeros_like(slope)[:newcomers, :]
+        zeros = xp.zeros_like(slope)[: newcomers * width, :]
         weights = _descend(problem, joined, xp.concat([current.weights, zeros]), 1)
-        kept = largest(backend.to_numpy(xp.sum(weights**2, axis=1)), n_neurons)
+        sizes = problem.by_unit(backend.to_numpy(xp.sum(weights**2, axis=1)))
+        kept = largest(sizes, n_neurons)
         kept = kept[np.argsort(joined[kept])]
-        support, weights = joined[kept], xp.take(weights, backend.like(kept, weights), axis=0)
+        index = backend.like(problem.columns(kept), weights)
+        support, weights = joined[kept], xp.take(weights, index, axis=0)
         weights = _descend(problem, support, weights, _GRADIENT_STEPS - 1)
         current = Selection(support, weights, problem.error(support, weights), n_iter)
         best = current if best is None or current.error < best.error else best
@@ -242,6 +253,7 @@ def ispasp(
     n_neurons: int,
     max_iter: int = 50,
     callback: Callback | None = None,
+    width: int = 1,
 ) -> Selection:
     """Return the selection of i-SpaSP (Wolfe & Kyrillidis 2021), with the dense weights.
 
@@ -249,24 +261,27 @@ def ispasp(
     are not negative; weights are those that fit `U` best when no unit is dropped. The best
     iterate is returned. Parameters as for :func:`least_squares`.
     """
-    problem = quadratic(statistics)
+    problem = quadratic(statistics, width)
     xp = backend.namespace(problem.gram)
     scaled, norms = problem.normalized()
     dense = scaled.least_squares(np.arange(problem.n_hidden)) / norms[:, None]
-    activity = backend.to_numpy(statistics.inputs.mean)
+    mean_input = backend.to_numpy(statistics.inputs.mean)
+    activity = problem.by_unit(mean_input)
     by_output = backend.to_numpy(dense) * problem.unit
     mean_output = backend.to_numpy(statistics.mean)
     support = np.zeros(0, dtype=np.int64)
     best: Selection | None = None
     n_iter = 0
     while n_iter < max_iter:
-        residual = mean_output - activity[support] @ by_output[support]
-        joined = np.union1d(support, largest(by_output @ residual, 2 * n_neurons))
+        columns = problem.columns(support)
+        residual = mean_output - mean_input[columns] @ by_output[columns]
+        importance = problem.by_unit(by_output @ residual)
+        joined = np.union1d(support, largest(importance, 2 * n_neurons))
         chosen = np.sort(joined[largest(activity[joined], n_neurons)])
         if np.array_equal(chosen, support):
             break  # and so on for ever
         support, n_iter = chosen, n_iter + 1
-        weights = xp.take(dense, backend.like(support, dense), axis=0)
+        weights = xp.take(dense, backend.like(problem.columns(support), dense), axis=0)
         error = problem.error(support, weights)
         if best is None or error < best.error:
             best = Selection(support, weights, error)

@@ -37,8 +37,8 @@ class Tableau:
         With units of norm one.
     kept : ndarray of bool of shape (n_hidden,)
         The support.
-    table : array of shape (n_hidden, n_hidden + n_outputs)
-        The rows above.
+    table : array of shape (n_columns, n_columns + n_outputs)
+        The rows above, one for each column of a unit.
     """
 
     problem: Quadratic
@@ -64,23 +64,35 @@ class Tableau:
         """Squared error relative to that of no unit."""
         energy = self.problem.energy
         xp = backend.namespace(self.table)
-        weights = xp.take(self.table, backend.like(self.support, self.table), axis=0)
-        weights = weights[:, self.problem.n_hidden :]
+        index = backend.like(self.problem.columns(self.support), self.table)
+        weights = xp.take(self.table, index, axis=0)[:, self._n_columns :]
         _, cross = self.problem.rows(self.support)
         gained = float(xp.sum(weights * cross) + _RIDGE * xp.sum(weights**2))
         return max(0.0, 1.0 - gained / energy) if energy else 0.0
 
-    def _diagonal(self) -> np.ndarray:
-        n_hidden = self.problem.n_hidden
+    @property
+    def _n_columns(self) -> int:
+        return self.problem.gram.shape[0]
+
+    def _ill_conditioned(self) -> bool:
         xp = backend.namespace(self.table)
-        return np.abs(backend.to_numpy(xp.linalg.diagonal(self.table[:, :n_hidden])))
+        diagonal = backend.to_numpy(xp.linalg.diagonal(self.table[:, : self._n_columns]))
+        of_kept = diagonal[self.problem.columns(self.support)]
+        return bool(np.any(of_kept < -_ILL_CONDITIONED))
 
     def changes(self) -> np.ndarray:
-        """Return what each unit changes, relative to nothing, when it enters or leaves."""
+        """Return by how much the error changes when each unit enters or leaves."""
         xp = backend.namespace(self.table)
-        rows = backend.to_numpy(xp.sum(self.table[:, self.problem.n_hidden :] ** 2, axis=1))
+        n_hidden, width = self.problem.n_hidden, self.problem.width
+        square = self.table[:, : self._n_columns]
+        square = xp.reshape(square, (n_hidden, width, n_hidden, width))
+        own = backend.to_numpy(xp.linalg.diagonal(xp.permute_dims(square, (1, 3, 0, 2))))
+        own = np.moveaxis(own, -1, 0) * np.where(self.kept, -1.0, 1.0)[:, None, None]
         # No less is new in a unit than what the ridge makes of it.
-        return rows / np.maximum(self._diagonal(), np.where(self.kept, 0.0, 10 * _RIDGE))
+        own = own + np.where(self.kept, 0.0, 10 * _RIDGE)[:, None, None] * np.eye(width)
+        rows = xp.reshape(self.table[:, self._n_columns :], (n_hidden, width, -1))
+        products = backend.to_numpy(xp.matmul(rows, xp.matrix_transpose(rows)))
+        return np.einsum("iab,iab->i", np.linalg.inv(own), products)
 
     def entering(self, count: int) -> np.ndarray:
         """Return the units outside the support that gain most, each by itself."""
@@ -99,7 +111,7 @@ class Tableau:
         return self._moved(units, -1.0)
 
     def _moved(self, units: np.ndarray, sign: float) -> Self:
-        if self.kept.any() and self._diagonal()[self.kept].max() > _ILL_CONDITIONED:
+        if self._ill_conditioned():
             kept = self.kept.copy()
             kept[units] = sign > 0
             return self.fit(self.problem, np.flatnonzero(kept))
@@ -109,23 +121,24 @@ class Tableau:
         """Sweep `units` (`sign` 1), or undo that (−1)."""
         if not len(units):
             return self
-        table, n_hidden = self.table, self.problem.n_hidden
+        table, n_columns = self.table, self._n_columns
         xp = backend.namespace(table)
-        moved = np.zeros((len(units), table.shape[1]))
-        moved[np.arange(len(units)), units] = sign
-        rows = xp.take(table, backend.like(units, table), axis=0)
-        pivots = xp.take(rows[:, :n_hidden], backend.like(units, table), axis=1)
+        columns = self.problem.columns(units)
+        moved = np.zeros((len(columns), table.shape[1]))
+        moved[np.arange(len(columns)), columns] = sign
+        rows = xp.take(table, backend.like(columns, table), axis=0)
+        pivots = xp.take(rows[:, :n_columns], backend.like(columns, table), axis=1)
         inverse = sign * backend.spd_inverse(sign * pivots)
         # In the rows and columns of the pivots, this leaves the product that belongs there.
         rows = rows - backend.like(moved, table)
         update = xp.matmul(inverse, rows)
-        table = table - xp.matmul(xp.matrix_transpose(rows[:, :n_hidden]), update)
+        table = table - xp.matmul(xp.matrix_transpose(rows[:, :n_columns]), update)
+        corner = np.zeros(n_columns)
+        corner[columns] = -2.0 * sign
+        square = backend.add_diagonal(table[:, :n_columns], backend.like(corner, table))
+        table = xp.concat([square, table[:, n_columns:]], axis=1)
         kept = self.kept.copy()
         kept[units] = sign > 0
-        corner = np.zeros(n_hidden)
-        corner[units] = -2.0 * sign
-        square = backend.add_diagonal(table[:, :n_hidden], backend.like(corner, table))
-        table = xp.concat([square, table[:, n_hidden:]], axis=1)
         return dataclasses.replace(self, kept=kept, table=table)
 
 

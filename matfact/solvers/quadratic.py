@@ -43,17 +43,28 @@ class Quadratic:
         ``‖U‖_F²``.
     unit : float, default=1.0
         What `W` is to be multiplied with where `H` and `U` were scaled.
+    width : int, default=1
+        Columns of `H` that make a unit, as the places of a channel do.
     """
 
     gram: Array
     cross: Array
     energy: float
     unit: float = 1.0
+    width: int = 1
 
     @property
     def n_hidden(self) -> int:
         """Number of hidden units."""
-        return int(self.gram.shape[0])
+        return int(self.gram.shape[0]) // self.width
+
+    def columns(self, support: np.ndarray) -> np.ndarray:
+        """Return the columns of the units in `support`."""
+        return (support[:, None] * self.width + np.arange(self.width)).reshape(-1)
+
+    def by_unit(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of the values of the columns of each unit."""
+        return values.reshape(-1, self.width).sum(axis=1)
 
     def normalized(self) -> tuple[Self, Array]:
         """Return the same for units of norm one, with their norms (1 for a dead unit)."""
@@ -66,12 +77,13 @@ class Quadratic:
     def on(self, support: np.ndarray) -> tuple[Array, Array]:
         """Return the rows and columns of `gram`, and the rows of `cross`, in `support`."""
         gram, cross = self.rows(support)
-        return backend.namespace(gram).take(gram, backend.like(support, gram), axis=1), cross
+        index = backend.like(self.columns(support), gram)
+        return backend.namespace(gram).take(gram, index, axis=1), cross
 
     def rows(self, support: np.ndarray) -> tuple[Array, Array]:
         """Return the rows of `gram` and of `cross` in `support`."""
         take = backend.namespace(self.gram).take
-        index = backend.like(support, self.gram)
+        index = backend.like(self.columns(support), self.gram)
         return take(self.gram, index, axis=0), take(self.cross, index, axis=0)
 
     def error(self, support: np.ndarray, weights: Array) -> float:
@@ -93,7 +105,7 @@ class Quadratic:
         return xp.matmul(Q * inverse, xp.matmul(xp.matrix_transpose(Q), cross))
 
 
-def quadratic(statistics: OutputStatistics) -> Quadratic:
+def quadratic(statistics: OutputStatistics, width: int = 1) -> Quadratic:
     """Return the error of a selection as `statistics` determine it.
 
     Powers of two bring activations and outputs to a scale at which squares of moments are finite.
@@ -101,4 +113,4 @@ def quadratic(statistics: OutputStatistics) -> Quadratic:
     gram, cross = statistics.inputs.gram, statistics.cross
     energies = (backend.max_abs(gram), statistics.energy)
     h, u = (2.0 ** (math.frexp(energy)[1] // 2) if energy else 1.0 for energy in energies)
-    return Quadratic(gram / h / h, cross / h / u, statistics.energy / u / u, u / h)
+    return Quadratic(gram / h / h, cross / h / u, statistics.energy / u / u, u / h, width)

@@ -15,7 +15,7 @@ from sklearn.neural_network import MLPClassifier
 from matfact import backend
 from matfact.calibration import OutputStatistics
 from matfact.factorizers import CoSaMPNeuronSelector
-from matfact.solvers.cosamp import ispasp, selection_path
+from matfact.solvers.cosamp import gradient, ispasp, least_squares, selection_path
 from matfact.solvers.exchange import Tableau
 from matfact.solvers.quadratic import quadratic
 
@@ -329,3 +329,27 @@ def test_names_of_units_are_kept():
     selector = CoSaMPNeuronSelector(2).set_output(transform="pandas").fit(frame, U)
     kept = [name for name, keep in zip("abcd", selector.support_, strict=True) if keep]
     assert list(selector.transform(frame).columns) == kept
+
+
+@pytest.mark.parametrize("method", [least_squares, gradient, ispasp])
+def test_units_of_many_columns_are_kept_or_dropped_whole(method):
+    rng = np.random.RandomState(0)
+    H = np.maximum(rng.randn(300, 24), 0)
+    planted = np.array([1, 4, 6])
+    columns = (3 * planted[:, None] + np.arange(3)).ravel()
+    W = 1 + rng.rand(9, 5)
+    statistics = OutputStatistics().update(H, H[:, columns] @ W)
+    selection = method(statistics, 3, width=3)
+    assert selection.weights.shape == (9, 5)
+    if method is not ispasp:  # which ranks by activity alone in the end
+        np.testing.assert_array_equal(selection.support, planted)
+        np.testing.assert_allclose(selection.weights, W, atol=1e-2 if method is gradient else 1e-9)
+
+
+def test_changes_of_units_of_many_columns_are_those_of_the_error():
+    H, U = block(15, n_hidden=12)
+    problem, _ = quadratic(OutputStatistics().update(H, U), width=3).normalized()
+    state = Tableau.fit(problem, np.array([0, 3]))
+    for unit, change in enumerate(state.changes() / problem.energy):
+        move = state.leave if state.kept[unit] else state.enter
+        assert change == pytest.approx(abs(move(np.array([unit])).error - state.error), abs=1e-8)
