@@ -57,8 +57,9 @@ def finalize(
     W: Array,
     second_moment: Array,
     *,
-    n_sweeps: int = 2,
+    n_sweeps: int = 3,
     n_steps: int = 20,
+    n_factors: int | None = None,
 ) -> FactorProduct:
     """Lower ``E‖Wx − Ŵx‖²`` over the values of `product`, one factor at a time.
 
@@ -77,29 +78,42 @@ def finalize(
         How often each factor is refitted.
     n_steps : int
         Conjugate gradient steps each time.
+    n_factors : int or None
+        How many factors are refitted, from the output side on; None for all.
 
     Returns
     -------
     FactorProduct
         The same supports with other values, and an error that is not larger.
     """
-    xp = backend.namespace(W)
-    moment = xp.astype(second_moment, W.dtype)
-    mean = float(xp.mean(xp.linalg.diagonal(moment)))
-    if mean <= 0.0:
-        return product
-    moment = backend.add_diagonal(moment / mean, DAMPING)
+    moment = damped(second_moment, W)
     factors = list(product.factors)
     dense = [backend.compute_array(factor.toarray()) for factor in factors]
+    fitted = [i for i, factor in enumerate(factors) if factor.nnz][:n_factors]
     for _ in range(n_sweeps):
-        for i, factor in enumerate(factors):
-            if factor.nnz:
-                left, right = _product(dense[:i]), _product(dense[i + 1 :])
-                support = _support(factor)
-                dense[i] = _refit(left, right, W, moment, dense[i], support, n_steps)
+        for i in fitted:
+            left, right = _product(dense[:i]), _product(dense[i + 1 :])
+            support = _support(factors[i])
+            dense[i] = _refit(left, right, W, moment, dense[i], support, n_steps)
     return FactorProduct(
         [_holding(factor, array) for factor, array in zip(factors, dense, strict=True)]
     )
+
+
+def damped(second_moment: Array, like: Array) -> Array:
+    """Return `second_moment` with a mean diagonal of one, made positive definite.
+
+    Parameters
+    ----------
+    second_moment : array of shape (in_features, in_features)
+        Average of ``x xᵀ``.
+    like : array
+        Gives the dtype.
+    """
+    xp = backend.namespace(second_moment)
+    mean = float(xp.mean(xp.linalg.diagonal(second_moment)))
+    moment = xp.astype(second_moment / mean if mean > 0.0 else second_moment, like.dtype)
+    return backend.add_diagonal(moment, DAMPING)
 
 
 def _product(matrices: list[Array]) -> Array | None:
@@ -150,7 +164,8 @@ def _refit(
     weights = xp.linalg.diagonal(gram_right)[None, :]
     if gram_left is not None:
         weights = weights * xp.linalg.diagonal(gram_left)[:, None]
-    inverse = xp.where(weights > 0, 1 / xp.where(weights > 0, weights, xp.ones_like(weights)), 0.0)
+    used = weights > 0
+    inverse = xp.astype(used, weights.dtype) / xp.where(used, weights, xp.ones_like(weights))
     residual = support * cross - image(F)
     direction = inverse * residual
     energy = float(xp.sum(residual * direction))
