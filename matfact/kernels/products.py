@@ -7,11 +7,17 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.helpers import together
+from matfact.kernels.vectors import fetch_add
 
 #: Share of nonzeros from which the product of dense arrays is faster.
 DENSE = 0.25
-#: Columns multiplied at a time, so that those of the dense matrix stay in the cache.
+#: Most columns multiplied at a time, so that those of the dense matrix stay in the cache.
 PANEL = 256
+#: Entries of a product for each of several threads, below which more do not pay.
+SMALL = 1 << 17
+#: Counters between the two that threads use: each has its own cache line.
+SPACING = 8
 
 
 def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Array]:
@@ -53,9 +59,20 @@ def _sparse_normal_equations(
     transposed = np.zeros((inner, rows), values.dtype)
     _compress(values, support, indptr, indices, data, transposed)
     gram, cross = np.empty((rows, rows), values.dtype), np.empty((rows, W.shape[1]), values.dtype)
-    _multiply(indptr, indices, data, transposed, gram)
-    _multiply(indptr, indices, data, W, cross)
+    for dense, product in ((transposed, gram), (W, cross)):
+        _multiply(indptr, indices, data, dense, product)
     return gram, cross
+
+
+def _multiply(
+    indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, dense: np.ndarray, out: np.ndarray
+) -> None:
+    """Write the product of a compressed and a dense matrix to `out`."""
+    # As many threads as BLAS is likely to have: both are set together (see matfact._threads).
+    threads = min(numba.get_num_threads(), max(1, out.size // SMALL))
+    width = min(PANEL, -(-out.shape[1] // threads))
+    counters = np.zeros(2 * SPACING, np.int64)
+    together(_multiply_panels, (indptr, indices, data, dense, width, counters, out), threads)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -73,43 +90,56 @@ def _compress(values, support, indptr, indices, data, transposed):  # type: igno
     indptr[values.shape[0]] = k
 
 
+@numba.njit(cache=True, nogil=True)
+def _multiply_panels(indptr, indices, data, dense, width, counters, out):  # type: ignore[no-untyped-def]
+    """Compute panels of columns that no other thread has taken, and wait for all of them."""
+    count = (out.shape[1] + width - 1) // width
+    buffer = np.empty(dense.shape[0] * width, dense.dtype)
+    while True:
+        start = fetch_add(counters, 0, 1) * width
+        if start >= out.shape[1]:
+            break
+        stop = min(start + width, out.shape[1])
+        # Packed, since rows a power of two apart would fall on each other in the cache.
+        panel = buffer[: dense.shape[0] * (stop - start)]
+        panel.reshape(dense.shape[0], stop - start)[:] = dense[:, start:stop]
+        _multiply_panel(indptr, indices, data, panel, out, start, stop)
+        fetch_add(counters, SPACING, 1)
+    while fetch_add(counters, SPACING, 0) < count:
+        pass
+
+
 # Unsigned positions spare the test for negative ones, which would keep loops from being
 # vectorized. Eight rows are added at a time, so that sums are loaded and stored less often.
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
-def _multiply(indptr, indices, data, dense, out):  # type: ignore[no-untyped-def]
-    """Write the product of a compressed and a dense matrix to `out`."""
+def _multiply_panel(indptr, indices, data, panel, out, start, stop):  # type: ignore[no-untyped-def]
+    """Write the product with a flat panel to columns `start` to `stop` of `out`."""
     u = np.uint64
-    buffer = np.empty(dense.shape[0] * PANEL, dense.dtype)
-    for start in range(0, out.shape[1], PANEL):
-        stop = min(start + PANEL, out.shape[1])
-        panel = buffer[: dense.shape[0] * (stop - start)]
-        # Packed, since rows a power of two apart would fall on each other in the cache.
-        panel.reshape(dense.shape[0], stop - start)[:] = dense[:, start:stop]
-        width = u(stop - start)
-        for i in range(out.shape[0]):
-            total = out[i, start:stop]
-            total[:] = 0
-            k, end = indptr[i], indptr[i + 1]
-            while k + u(8) <= end:
-                a, b, c, d = data[k], data[k + u(1)], data[k + u(2)], data[k + u(3)]
-                e, f, g, h = data[k + u(4)], data[k + u(5)], data[k + u(6)], data[k + u(7)]
-                p, q = u(indices[k]) * width, u(indices[k + u(1)]) * width
-                r, s = u(indices[k + u(2)]) * width, u(indices[k + u(3)]) * width
-                t, v = u(indices[k + u(4)]) * width, u(indices[k + u(5)]) * width
-                w, x = u(indices[k + u(6)]) * width, u(indices[k + u(7)]) * width
-                for j in range(width):
-                    total[j] += (
-                        (a * panel[p + j] + b * panel[q + j])
-                        + (c * panel[r + j] + d * panel[s + j])
-                        + (e * panel[t + j] + f * panel[v + j])
-                        + (g * panel[w + j] + h * panel[x + j])
-                    )
-                k += u(8)
-            while k < end:
-                a, p = data[k], u(indices[k]) * width
-                for j in range(width):
-                    total[j] += a * panel[p + j]
-                k += u(1)
+    width = u(stop - start)
+    for i in range(out.shape[0]):
+        total = out[i, start:stop]
+        total[:] = 0
+        k, end = indptr[i], indptr[i + 1]
+        while k + u(8) <= end:
+            a, b, c, d = data[k], data[k + u(1)], data[k + u(2)], data[k + u(3)]
+            e, f, g, h = data[k + u(4)], data[k + u(5)], data[k + u(6)], data[k + u(7)]
+            p, q = u(indices[k]) * width, u(indices[k + u(1)]) * width
+            r, s = u(indices[k + u(2)]) * width, u(indices[k + u(3)]) * width
+            t, v = u(indices[k + u(4)]) * width, u(indices[k + u(5)]) * width
+            w, x = u(indices[k + u(6)]) * width, u(indices[k + u(7)]) * width
+            for j in range(width):
+                total[j] += (
+                    (a * panel[p + j] + b * panel[q + j])
+                    + (c * panel[r + j] + d * panel[s + j])
+                    + (e * panel[t + j] + f * panel[v + j])
+                    + (g * panel[w + j] + h * panel[x + j])
+                )
+            k += u(8)
+        while k < end:
+            a, p = data[k], u(indices[k]) * width
+            for j in range(width):
+                total[j] += a * panel[p + j]
+            k += u(1)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from matfact import backend
+from matfact import backend, kernels
 from matfact.constraints import FixedSupport, GlobalSparsity
 from matfact.solvers.admm import SparseState, refit_values, sparse_regression
 from matfact.solvers.dsf import dsf, pruned
@@ -16,6 +16,21 @@ def rng():
 
 def _state(values, n_nonzero):
     return SparseState(values, GlobalSparsity(n_nonzero).support(values))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_normal_equations_of_sparse_and_dense_factors(rng, monkeypatch, dtype, share):
+    monkeypatch.setattr("matfact.kernels.products.SMALL", 1)  # all threads, however small
+    values, W = (rng.standard_normal(shape).astype(dtype) for shape in ((60, 90), (90, 600)))
+    support = rng.random(values.shape) < share
+    gram, cross = kernels.normal_equations(values, support, W)
+    M = np.where(support, values, 0)
+    tolerance = 100 * np.finfo(dtype).eps
+    np.testing.assert_allclose(gram, M @ M.T, rtol=tolerance, atol=90 * tolerance)
+    np.testing.assert_allclose(cross, M @ W, rtol=tolerance, atol=90 * tolerance)
+    inner = kernels.supported_inner(values, support, values)
+    np.testing.assert_allclose(inner, np.sum(M * M), rtol=tolerance)
 
 
 def test_regression_on_a_full_support_is_the_ridge_solution(rng):
