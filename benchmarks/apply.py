@@ -101,12 +101,14 @@ def interleaved(
                 continue
             calls, operand = prepared[method.name], operands[method.name]
             calls = calls if repeat else calls[:1]  # the first round compiles and warms up
+            calls[-1](operand)  # wakes up threads and caches of instructions
             start = time.perf_counter()
             for call in calls:
                 call(operand)
             if repeat:
                 times[method.name].append((time.perf_counter() - start) / len(calls))
-            time.sleep(_SETTLE)
+            if options.threads > 1:
+                time.sleep(_SETTLE)
     return times
 
 

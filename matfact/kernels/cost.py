@@ -29,6 +29,7 @@ from matfact.kernels.program import Program
 
 Rates = dict[str, list[float]]
 
+KINDS = ("dense", "call", "row", "csr", "pair", "block")  #: what has a rate
 BATCHES = (1, 2, 4, 16, 64, 256)  #: batch sizes at which rates are measured
 _SIDE = 1024  #: of the matrices measured
 _LAYERS = 12  #: whose dense weights exceed most caches
@@ -119,7 +120,7 @@ def _csr(rng: np.random.RandomState) -> Program:
 
 def _pairs(rng: np.random.RandomState) -> Program:
     program = Program(np.float32, half=False, columns=_SIDE)
-    for d in (1, 8, 64, 512):
+    for d in (1, 8, _SIDE // 16, _SIDE // 2):
         program.add_kronecker(np.ones((_SIDE // 2 // d, d, 2, 2), np.float32))
     return program.finish()
 
@@ -132,9 +133,8 @@ def _blocks(rng: np.random.RandomState) -> Program:
 
 
 def _is_complete(stored: object) -> bool:
-    kinds = ("dense", "call", "row", "csr", "pair", "block")
     return isinstance(stored, dict) and all(
-        isinstance(stored.get(kind), list) and len(stored[kind]) == len(BATCHES) for kind in kinds
+        isinstance(stored.get(kind), list) and len(stored[kind]) == len(BATCHES) for kind in KINDS
     )
 
 

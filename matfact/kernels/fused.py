@@ -11,6 +11,9 @@ import numba
 from matfact.kernels import blocks, csr, panels
 from matfact.kernels.vectors import fetch_add, zeros
 
+#: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
+SOURCES = "04e31e9941edc1f4"
+
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
 #: single columns.

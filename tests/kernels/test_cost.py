@@ -1,0 +1,68 @@
+"""Rates of a machine: measured once, kept where that is possible."""
+
+import json
+
+import numpy as np
+import pytest
+
+from matfact.kernels import cost
+
+RATES = {kind: [float(b) for b in cost.BATCHES] for kind in cost.KINDS}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder of its own, and a count of measurements."""
+    measured = []
+
+    def measure():
+        measured.append(1)
+        return RATES
+
+    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(cost, "_cache_folder", lambda: tmp_path / "new")
+    cost.rates.cache_clear()
+    yield tmp_path / "new", measured
+    cost.rates.cache_clear()
+
+
+def test_rates_are_measured_once_for_all_processes(cache):
+    folder, measured = cache
+    assert cost.rates() == RATES
+    cost.rates.cache_clear()  # as in another process
+    assert cost.rates() == RATES
+    assert len(measured) == 1
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"dense": [1]}', "\x00"])
+def test_damaged_files_are_measured_anew(cache, content):
+    folder, measured = cache
+    cost.rates()
+    (path,) = folder.iterdir()
+    path.write_text(content)
+    cost.rates.cache_clear()
+    assert cost.rates() == RATES
+    assert len(measured) == 2
+    assert json.loads(path.read_text()) == RATES
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cost, "_cache_folder", lambda: tmp_path / "file" / "matfact")
+    assert cost.rates() == RATES
+
+
+def test_times_are_interpolated_and_proportional_beyond_what_was_measured():
+    largest = cost.BATCHES[-1]
+    assert cost.seconds(RATES, {"dense": 2}, 40) == pytest.approx(80)
+    assert cost.seconds(RATES, {"csr": 1, "row": 2}, 2 * largest) == pytest.approx(6 * largest)
+
+
+def test_measured_rates_are_finite_and_take_no_negative_time(monkeypatch):
+    monkeypatch.setattr(cost, "_SIDE", 64)
+    monkeypatch.setattr(cost, "_LAYERS", 2)
+    rates = cost.measure()
+    assert set(rates) == set(cost.KINDS)
+    assert all(np.isfinite(rates[kind]).all() and min(rates[kind]) >= 0 for kind in rates)
+    assert min(rates["dense"] + rates["call"]) > 0

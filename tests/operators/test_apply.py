@@ -1,0 +1,241 @@
+"""Products applied by the kernels, by the dense matrix and by plain operations agree."""
+
+import copy
+import multiprocessing
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matfact.kernels import cost
+from matfact.operators import (
+    BlockSparseFactor,
+    DenseFactor,
+    FactorProduct,
+    KroneckerSparseFactor,
+    SelectionFactor,
+    SparseFactor,
+)
+
+KINDS = ("dense", "csr", "kronecker", "butterfly", "blocks", "selection")
+#: Rates that make the one or the other way look free.
+FACTORS = {kind: [0.0] * 6 for kind in ("call", "row", "csr", "pair", "block")} | {
+    "dense": [1.0] * 6
+}
+DENSE = {kind: [1.0] * 6 for kind in FACTORS} | {"dense": [0.0] * 6}
+
+
+def random_factor(kind, rows, columns, rng, dtype):
+    """Return a random factor of about `rows` × `columns`, ragged wherever its storage allows."""
+
+    def random(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    if kind == "dense":
+        return DenseFactor(random(rows, columns))
+    if kind == "csr":
+        dense = np.where(rng.random((rows, columns)) < rng.random(), random(rows, columns), 0)
+        return SparseFactor.from_dense(dense.astype(dtype))
+    if kind == "kronecker":
+        a, c, d = 3, 5, max(1, columns // 15)
+        return KroneckerSparseFactor(random(a, d, int(rng.integers(1, 9)), c))
+    if kind == "butterfly":
+        d = int(rng.choice([1, 2, 8]))
+        return KroneckerSparseFactor(random(max(1, columns // (2 * d)), d, 2, 2))
+    if kind == "blocks":
+        cuts = np.sort(rng.integers(0, rows, 3))
+        spans = [(cuts[0], cuts[1]), (cuts[1], cuts[2]), (0, rows)]
+        lefts = [0, 0, columns // 2]
+        widths = [columns // 3, columns // 2, columns - columns // 2]
+        arrays = [random(b - a, w) for (a, b), w in zip(spans, widths, strict=True)]
+        corners = [(int(a), left) for (a, _), left in zip(spans, lefts, strict=True)]
+        return BlockSparseFactor.from_blocks(arrays, corners, (rows, columns), like=arrays[0])
+    index = rng.permutation(columns)[:rows]
+    index = np.where(rng.random(len(index)) < 0.2, -1, index)
+    return SelectionFactor.from_index(index, columns, like=np.zeros(0, dtype))
+
+
+def random_product(kinds, rng, dtype, side=140):
+    """Return a chain of random factors that begins with a dense one, so that it is not tiny."""
+    factors = []
+    columns = side + int(rng.integers(20))
+    for kind in kinds:
+        factor = random_factor(kind, int(rng.integers(90, side)), columns, rng, dtype)
+        if factor.shape[1] != columns:
+            crop = SelectionFactor.from_index(
+                np.arange(factor.shape[1]) % columns, columns, like=np.zeros(0, dtype)
+            )
+            factors.insert(0, crop)
+        factors.insert(0, factor)
+        columns = factor.shape[0]
+    factors.insert(0, DenseFactor(rng.standard_normal((side, columns)).astype(dtype)))
+    return FactorProduct(factors)
+
+
+@pytest.fixture
+def by_factors(monkeypatch):
+    monkeypatch.setattr(cost, "rates", lambda: FACTORS)
+
+
+@pytest.fixture
+def sparse_pair():
+    rng = np.random.default_rng(0)
+    return FactorProduct([random_factor("csr", 200, 200, rng, np.float32) for _ in range(2)])
+
+
+def error(found, product, X):
+    """Return the largest error ÷ what rounding allows in the dtype of the result."""
+    wide = [factor.astype(np.float64) for factor in product]
+    exact, bound = X.astype(np.float64), np.abs(X.astype(np.float64))
+    for factor in reversed(wide):
+        exact = factor.apply(exact)
+        bound = factor.with_values(np.abs(factor.values)).apply(bound)
+    unit = np.finfo(found.dtype).eps * len(wide) * 20
+    return float(np.max(np.abs(found - exact) / (unit * bound + np.finfo(found.dtype).tiny)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    batch=st.sampled_from([1, 2, 15, 16, 17, 40, 64, 65, 150]),
+    order=st.sampled_from("CF"),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_kernels_agree_with_the_factors(kinds, dtype, batch, order, threads, seed):
+    rng = np.random.default_rng(seed)
+    product = random_product(kinds, rng, dtype)
+    X = np.asarray(rng.standard_normal((product.shape[1], batch)), order=order)
+    X = X.astype(np.float64 if dtype == np.float64 else np.float32)
+    for operator in (product, product.T):
+        operand = X if operator is product else rng.standard_normal((operator.shape[1], batch))
+        operand = operand.astype(X.dtype)
+        program = operator._plan._program(X.dtype)
+        found = program.apply(operand, threads)
+        assert found.dtype == X.dtype
+        assert error(found, operator, operand) < 1
+
+
+def test_batches_come_out_in_the_layout_they_came_in(sparse_pair, by_factors):
+    X = np.ones((30, 200), np.float32)
+    assert (sparse_pair @ X.T).T.flags.c_contiguous
+    assert (sparse_pair @ np.ascontiguousarray(X.T)).flags.c_contiguous
+    assert (X @ sparse_pair).flags.c_contiguous
+
+
+def test_vectors_empty_batches_views_and_read_only_operands_are_taken(sparse_pair, by_factors):
+    X = np.random.default_rng(1).standard_normal((400, 60)).astype(np.float32)
+    assert (sparse_pair @ X[:200, :0]).shape == (200, 0)
+    view = X[::2, ::3]
+    np.testing.assert_array_equal(sparse_pair @ view, sparse_pair @ view.copy())
+    np.testing.assert_allclose(sparse_pair @ view[:, 0], (sparse_pair @ view)[:, 0], rtol=1e-4)
+    fixed = view.copy()
+    fixed.flags.writeable = False
+    np.testing.assert_array_equal(sparse_pair @ fixed, sparse_pair @ view)
+
+
+def test_factors_without_inner_dimension_give_zeros(by_factors):
+    empty = [DenseFactor(np.ones(shape, np.float32)) for shape in ((150, 0), (0, 150))]
+    product = FactorProduct(empty)
+    np.testing.assert_array_equal(product @ np.ones((150, 20), np.float32), np.zeros((150, 20)))
+    np.testing.assert_array_equal(product @ np.ones(150, np.float32), np.zeros(150))
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+def test_wider_operands_are_computed_with_in_their_dtype(sparse_pair, batch, by_factors):
+    X = np.random.default_rng(1).standard_normal((200, batch))
+    found = sparse_pair @ X
+    assert found.dtype == np.float64
+    assert error(found, sparse_pair, X) < 1
+
+
+def test_results_do_not_depend_on_the_machine_beyond_rounding(sparse_pair, monkeypatch):
+    X = np.random.default_rng(1).standard_normal((200, 20)).astype(np.float32)
+    results = []
+    for rates in (FACTORS, DENSE):
+        monkeypatch.setattr(cost, "rates", lambda rates=rates: rates)
+        results.append(FactorProduct(sparse_pair.factors) @ X)
+    assert max(error(found, sparse_pair, X) for found in results) < 1
+
+
+def test_the_dense_copy_is_used_where_it_is_faster_and_never_pickled(sparse_pair, monkeypatch):
+    monkeypatch.setattr(cost, "rates", lambda: DENSE)
+    size = len(pickle.dumps(sparse_pair))
+    X = np.eye(200, dtype=np.float32)
+    np.testing.assert_array_equal(sparse_pair @ X, sparse_pair._plan._densified(X.dtype))
+    sparse_pair.toarray()
+    assert len(pickle.dumps(sparse_pair)) == size
+    for again in (pickle.loads(pickle.dumps(sparse_pair)), copy.deepcopy(sparse_pair)):
+        np.testing.assert_array_equal(again @ X, sparse_pair @ X)
+
+
+def test_advice_names_the_faster_way(sparse_pair, monkeypatch):
+    monkeypatch.setattr(cost, "rates", lambda: DENSE)
+    advice = sparse_pair.advise(8)
+    assert advice.method == "dense"
+    assert "use dense: at batch size 8" in repr(advice)
+    monkeypatch.setattr(cost, "rates", lambda: FACTORS | {"csr": [1e-3] * 6})
+    advice = sparse_pair.advise(512)
+    assert advice.method == "factors"
+    assert advice.factors_seconds == pytest.approx(2e-3 * sparse_pair.nnz)
+    assert advice.speedup == pytest.approx(advice.dense_seconds / advice.seconds)
+    assert "use the factors" in repr(advice)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "16"])
+def test_advice_refuses_what_is_no_batch_size(sparse_pair, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
+        sparse_pair.advise(batch_size)
+
+
+def test_advice_measures_what_the_kernels_do_not_serve(sparse_pair):
+    torch = pytest.importorskip("torch")
+    complexes = sparse_pair.astype(np.complex64)
+    tensors = FactorProduct([DenseFactor(torch.ones(64, 64)), DenseFactor(torch.ones(64, 64))])
+    for product in (complexes, tensors):
+        advice = product.advise(3)
+        assert min(advice.factors_seconds, advice.dense_seconds) > 0
+
+
+def test_threads_may_share_a_product(sparse_pair, by_factors):
+    rng = np.random.default_rng(1)
+    operands = [rng.standard_normal((200, 300)).astype(np.float32) for _ in range(4)]
+    expected = [sparse_pair @ X for X in operands]
+    wrong = []
+
+    def work(X, result):
+        for _ in range(20):
+            found = sparse_pair._plan._program(X.dtype).apply(X, 3)
+            wrong.append(not np.array_equal(found, result))
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(operands, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [False] * 80
+
+
+def _apply_in_child(program, X, queue):
+    queue.put(program.apply(X, 2))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_products_can_be_applied_after_a_fork(sparse_pair, by_factors):
+    X = np.ones((200, 40), np.float32)
+    program = sparse_pair._plan._program(X.dtype)
+    expected = program.apply(X, 2)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_apply_in_child, args=(program, X, queue))
+    child.start()
+    np.testing.assert_array_equal(queue.get(), expected)
+    child.join(30)
+    assert child.exitcode == 0
