@@ -7,8 +7,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from matfact import backend, metrics
@@ -26,8 +27,9 @@ from matfact.constraints import (
     get_constraint,
 )
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
+from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.factorizers._validation import check_matrix
-from matfact.operators import DenseFactor, Factor, SparseFactor
+from matfact.operators import DenseFactor, Factor, FactorProduct, SparseFactor
 from matfact.solvers._callback import History
 from matfact.solvers.hierarchical import Side, hierarchical_palm4msa
 from matfact.solvers.palm import identity_start, palm4msa
@@ -64,9 +66,14 @@ class Palm4MSA(BaseFactorizer):
     hierarchical : {"left", "right"} or None, default=None
         Split off one factor at a time, from this side, and refine all after each split, instead
         of fitting all factors at once. Finds fast transforms exactly.
-    init : sequence of array or None, default=None
-        Factors to start from (a warm start). None starts from identities and the projection of
-        `W`. Not used by the hierarchical algorithm.
+    init : {"dsf", "svd"}, FactorProduct, sequence of array or None, default=None
+        Factors to start from. "dsf" starts from, and improves on, the factors that
+        :class:`DoubleSparseFactorizer` finds, the lowest error as a rule; "svd" from halves of
+        the singular value decomposition, better still where `W` is of low rank but for noise
+        (both for two factors). A product, such as ``operator_`` of any fitted factorizer, or a
+        list of arrays is a warm start, whose factors keep their shares of the budget where they
+        fit into it. None starts from identities and the projection of `W`. Not used by the
+        hierarchical algorithm.
     max_iter : int, default=100
         Most sweeps over the factors, for each split and refinement.
     tol : float, default=1e-6
@@ -119,7 +126,7 @@ class Palm4MSA(BaseFactorizer):
         "constraints": ["array-like", None],
         "residual_constraints": ["array-like", None],
         "hierarchical": [StrOptions({"left", "right"}), None],
-        "init": [list, tuple, None],
+        "init": [StrOptions({"dsf", "svd"}), FactorProduct, list, tuple, None],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
     }
@@ -131,7 +138,7 @@ class Palm4MSA(BaseFactorizer):
         constraints: Sequence[Constraint | str] | None = None,
         residual_constraints: Sequence[Constraint | str] | None = None,
         hierarchical: Side | None = None,
-        init: Sequence[Any] | None = None,
+        init: Literal["dsf", "svd"] | FactorProduct | Sequence[Any] | None = None,
         max_iter: int = 100,
         tol: float = 1e-6,
     ) -> None:
@@ -150,6 +157,8 @@ class Palm4MSA(BaseFactorizer):
         return self.constraints is not None
 
     def _factorize(self, W: Array, history: History) -> Factorization:
+        if self.init is not None and self.hierarchical is not None:
+            raise ValueError(f"init must be None with hierarchical={self.hierarchical!r}.")
         start = self._initial_factors(W)
         sets, shapes = self._sets(W, start)
         options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "callback": history}
@@ -168,12 +177,19 @@ class Palm4MSA(BaseFactorizer):
         return Factorization(stored, n_iter)
 
     def _initial_factors(self, W: Array) -> list[Array] | None:
-        """Return the factors of a warm start, checked."""
-        if self.init is None:
+        """Return the factors to start from, checked; None for identities."""
+        init = self.init
+        if isinstance(init, str):
+            n_factors = self.n_factors if self.constraints is None else len(self.constraints)
+            if n_factors != 2:
+                raise ValueError(f"init={init!r} needs two factors, got {n_factors}.")
+            return self._from_dsf(W) if init == "dsf" else list(LowRank(min(W.shape)).factors(W))
+        if init is None:
             return None
         xp = backend.namespace(W)
         start = []
-        for i, array in enumerate(self.init):
+        for i, given in enumerate(init):
+            array = given.toarray() if isinstance(given, Factor) else given
             array = check_matrix(array, f"init[{i}]", allow_complex=self._allow_complex)
             if backend.namespace(array) is not xp:
                 array = backend.like(backend.to_numpy(array), W)
@@ -185,6 +201,13 @@ class Palm4MSA(BaseFactorizer):
                 f"{[tuple(array.shape) for array in start]}."
             )
         return start
+
+    def _from_dsf(self, W: Array) -> list[Array]:
+        """Return the factors of a double sparse factorization in the same sets."""
+        if backend.namespace(W).isdtype(W.dtype, "complex floating"):
+            raise ValueError(f"init='dsf' needs a real matrix, got {W.dtype}.")
+        model = DoubleSparseFactorizer(self.density, constraints=self.constraints)
+        return [factor.toarray() for factor in model._factorize(W, History()).factors]
 
     def _sets(
         self, W: Array, start: list[Array] | None
@@ -201,7 +224,8 @@ class Palm4MSA(BaseFactorizer):
             raise ValueError(f"init must hold {n_factors} factors, got {len(start)}.")
         shapes = _shapes(W.shape, n_factors) if start is None else [a.shape for a in start]
         if self.constraints is None:
-            return _shares(self.density, W.shape, shapes), shapes
+            budget = metrics.stored_value_budget(self.density, W.shape, minimum=n_factors)
+            return _shares(budget, W.shape, n_factors, start), shapes
         for i, (constraint, shape) in enumerate(zip(sets, shapes, strict=True)):
             try:
                 constraint.nnz(shape)
@@ -213,8 +237,6 @@ class Palm4MSA(BaseFactorizer):
         self, sets: list[Constraint], shapes: list[tuple[int, int]]
     ) -> list[Constraint]:
         """Return the sets of the residuals of the hierarchical algorithm."""
-        if self.init is not None:
-            raise ValueError("init must be None with hierarchical, got factors.")
         n_residuals = len(sets) - 2
         if self.residual_constraints is not None:
             residuals = _resolve("residual_constraints", self.residual_constraints)
@@ -259,14 +281,18 @@ def _shapes(shape: tuple[int, int], n_factors: int) -> list[tuple[int, int]]:
 
 
 def _shares(
-    density: float | None, shape: tuple[int, int], shapes: Sequence[tuple[int, int]]
+    budget: int, shape: tuple[int, int], n_factors: int, start: list[Array] | None
 ) -> list[Constraint]:
-    """Return sparsity constraints that share the budget."""
-    budget = metrics.stored_value_budget(density, shape, minimum=len(shapes))
-    n_factors = len(shapes)
-    aspect = max(shape) / min(shape)
-    rest = [max(1, int(SQUARE_SHARE * budget / n_factors / aspect**0.5))] * (n_factors - 1)
-    sizes = [budget - sum(rest), *rest] if shape[0] > shape[1] else [*rest, budget - sum(rest)]
+    """Return sparsity constraints that share the budget, as `start` does where it fits into it."""
+    stored = [max(1, int(np.count_nonzero(backend.to_numpy(array)))) for array in start or ()]
+    if 0 < sum(stored) <= budget:
+        rest = [budget * k // sum(stored) for k in stored[1:]]
+        sizes = [budget - sum(rest), *rest]
+    else:
+        aspect = max(shape) / min(shape)
+        rest = [max(1, int(SQUARE_SHARE * budget / n_factors / aspect**0.5))] * (n_factors - 1)
+        last = budget - sum(rest)
+        sizes = [last, *rest] if shape[0] > shape[1] else [*rest, last]
     return [GlobalSparsity(k) for k in sizes]
 
 

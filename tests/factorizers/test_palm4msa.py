@@ -6,7 +6,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matfact import MagnitudePruner, Palm4MSA
+from matfact import DoubleSparseFactorizer, MagnitudePruner, Palm4MSA
 from matfact.constraints import (
     ColumnSparsity,
     FixedSupport,
@@ -121,6 +121,40 @@ def test_a_warm_start_is_never_made_worse(rng):
     assert warm.reconstruction_err_ <= cold.reconstruction_err_ * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (64, 32), (32, 64)])
+def test_a_start_from_double_sparse_factors_improves_on_them(shape, rng):
+    W = rng.standard_normal(shape)
+    double_sparse = DoubleSparseFactorizer(density=0.3).fit(W)
+    for init in ("dsf", double_sparse.operator_):
+        model = Palm4MSA(density=0.3, init=init).fit(W)
+        assert model.nnz_ <= 0.3 * W.size
+        assert model.reconstruction_err_ <= double_sparse.reconstruction_err_
+    assert model.reconstruction_err_ < Palm4MSA(density=0.3).fit(W).reconstruction_err_
+
+
+def test_a_start_from_double_sparse_factors_keeps_to_the_sets(rng):
+    W = rng.standard_normal((16, 24))
+    sets = [RowSparsity(4), NMSparsity(2, 4)]
+    cold = Palm4MSA(constraints=sets).fit(W)
+    warm = Palm4MSA(constraints=sets, init="dsf").fit(W)
+    for constraint, factor in zip(sets, warm.factors_, strict=True):
+        np.testing.assert_array_equal(constraint.project(factor.toarray()), factor.toarray())
+    assert warm.reconstruction_err_ < cold.reconstruction_err_
+
+
+def test_a_start_from_the_svd_suits_low_rank_and_noise(rng):
+    W = rng.standard_normal((64, 4)) @ rng.standard_normal((4, 64))
+    W += 0.3 * rng.standard_normal((64, 64))
+    cold, warm = (Palm4MSA(init=init).fit(W).reconstruction_err_ for init in (None, "svd"))
+    assert warm < cold
+
+
+def test_a_start_from_the_svd_may_be_complex(rng):
+    W = rng.standard_normal((8, 12)) + 1j * rng.standard_normal((8, 12))
+    model = Palm4MSA(constraints=[RowSparsity(4), RowSparsity(4)], init="svd").fit(W)
+    assert model.reconstruction_err_ < 1
+
+
 def test_a_start_sets_the_inner_dimensions(rng):
     W = rng.standard_normal((12, 16))
     start = [rng.standard_normal((12, 20)), rng.standard_normal((20, 16))]
@@ -181,6 +215,10 @@ def test_a_start_from_lists_is_accepted(rng):
         ({"init": [np.eye(4), np.full((4, 6), np.nan)]}, r"init\[1\] must be finite"),
         ({"n_factors": 3, "init": [np.eye(4), np.ones((4, 6))]}, "init must hold 3 factors"),
         ({"hierarchical": "left", "init": [np.eye(4), np.ones((4, 6))]}, "init must be None"),
+        ({"hierarchical": "left", "init": "dsf"}, "init must be None"),
+        ({"n_factors": 3, "init": "svd"}, "init='svd' needs two factors, got 3"),
+        ({"init": "best"}, "init"),
+        ({"init": "dsf", "constraints": ["toeplitz", "toeplitz"]}, "sparsity or a support"),
         (
             {"hierarchical": "left", "residual_constraints": ["toeplitz"]},
             "residual_constraints must hold 0",
