@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from matfact.allocation._curves import Option
+from matfact.allocation._curves import DENSE, Option
 from matfact.allocation._knapsack import select
 
 Cost = Literal["nbytes", "flops", "seconds"]
@@ -36,6 +36,14 @@ class Allocation:
     budget: float
     error: float
     lower_bound: float
+
+    @property
+    def overrides(self) -> dict[str, tuple[str, float] | None]:
+        """Method and density of each layer, None for one left as it is: for `compress`."""
+        return {
+            name: None if option.method == DENSE else (option.method, option.density)
+            for name, option in self.options.items()
+        }
 
 
 def allocate(

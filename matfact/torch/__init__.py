@@ -1,6 +1,7 @@
 """Compress trained PyTorch networks: layers, capture, compression, fine-tuning."""
 
 from matfact.torch.batchnorm import reestimate_batch_norm
+from matfact.torch.budget import layer_options, output_sensitivity
 from matfact.torch.capture import input_statistics
 from matfact.torch.checkpoint import load_network, save_network
 from matfact.torch.compress import Compressed, compress
@@ -44,8 +45,10 @@ __all__ = [
     "exact_triple_scores",
     "fine_tune",
     "input_statistics",
+    "layer_options",
     "load_network",
     "merge_update",
+    "output_sensitivity",
     "randomize_supports",
     "reestimate_batch_norm",
     "reset_parameters",

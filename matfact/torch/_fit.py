@@ -36,6 +36,11 @@ class Fitted:
     layer_error: float | None
     seconds: float
 
+    def nbytes(self, itemsize: int) -> int:
+        """Return the bytes of values of `itemsize` bytes each and of their positions."""
+        factors = [factor for product in self.products for factor in product]
+        return sum(itemsize * f.nnz + f.index_nbytes("smallest") for f in factors)
+
 
 def fit_layer(
     factorizer: BaseFactorizer, matrices: list[Array], statistics: list[InputStatistics] | None

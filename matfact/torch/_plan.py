@@ -63,17 +63,19 @@ class Task:
             requested_density=getattr(self.factorizer, "density", None),
             message=self.message,
         )
-        return row if fitted is None else dataclasses.replace(row, **_measures(fitted, size))
+        if fitted is None:
+            return row
+        return dataclasses.replace(row, **_measures(fitted, size, matrices[0].element_size()))
 
 
-def _measures(fitted: Fitted, size: int) -> dict[str, Any]:
+def _measures(fitted: Fitted, size: int, itemsize: int) -> dict[str, Any]:
     products = fitted.products
     return {
         "density": sum(product.nnz for product in products) / size,
         "relative_error": fitted.relative_error,
         "normalized_error": fitted.normalized_error,
         "layer_error": fitted.layer_error,
-        "nbytes": min(sum(p.nbytes(form) for p in products) for form in ("csr", "bitmask")),
+        "nbytes": fitted.nbytes(itemsize),
         "flops": sum(product.flops for product in products),
         "seconds": fitted.seconds,
     }
