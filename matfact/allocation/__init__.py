@@ -10,6 +10,7 @@ from matfact.allocation._triples import (
     rank_triples,
     relative_error_scores,
     strip_spectra,
+    truncated_blocks,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "relative_error_scores",
     "select",
     "strip_spectra",
+    "truncated_blocks",
 ]

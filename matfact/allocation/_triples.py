@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.utils import check_random_state
 
-from matfact.solvers.block_svd import select_triples
+from matfact.backend import Array
+from matfact.factorizers._block_svd import block_factors
+from matfact.operators import FactorProduct
+from matfact.solvers.block_svd import Blocking, keep_triples, select_triples
 
 #: Numbers of strips that the first searches give to all layers, as in the ALDS paper.
 _FIRST_STRIPS = (3, 5, 7, 9)
@@ -107,6 +110,39 @@ def rank_triples(
         blocks = [block / cost for block, cost in zip(blocks, every, strict=True)]
     kept = iter(select_triples(blocks, every, budget))
     return {name: [next(kept) for _ in range(n)] for name, n in lengths.items()}
+
+
+def truncated_blocks(
+    W: Array, kept: Sequence[np.ndarray], grid: tuple[int, int] = (1, 1)
+) -> FactorProduct:
+    """Return the product that keeps the chosen singular triples of each block of a matrix.
+
+    Parameters
+    ----------
+    W : array of shape (out_features, in_features)
+        The matrix, real and finite.
+    kept : sequence of array-like of int
+        Positions of the triples in each block, as :func:`rank_triples` chooses them.
+    grid : tuple of int, default=(1, 1)
+        Numbers of row and of column strips.
+
+    Returns
+    -------
+    FactorProduct
+        Two block-sparse factors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from matfact.allocation import truncated_blocks
+    >>> truncated_blocks(np.diag([3.0, 2.0, 1.0]), [[0, 2]]).toarray().round(12) + 0.0
+    array([[3., 0., 0.],
+           [0., 0., 0.],
+           [0., 0., 1.]])
+    """
+    blocking = Blocking((int(W.shape[0]), int(W.shape[1])), grid)
+    factors = keep_triples(W, blocking, [np.asarray(k, dtype=np.int64) for k in kept])
+    return FactorProduct(block_factors(factors, blocking, W))
 
 
 @dataclasses.dataclass(frozen=True)

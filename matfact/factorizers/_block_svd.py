@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from sklearn.utils._param_validation import StrOptions
@@ -42,12 +42,14 @@ class BlockSVD(BaseFactorizer):
         nearly square, or into a grid with these numbers of row and column strips. ``"auto"``
         tries grids of up to 16×16 and keeps the best; as the whole matrix is among them, the
         error is at most that of :class:`LowRank`.
-    ranking : {"energy", "output_perturbation", "output_variance"}, default="energy"
-        What ranks the triples: the squared error they save per stored value (on the outputs, with
-        calibration inputs), or the mean square or the variance over the inputs of what the output
-        loses without one of the plain singular triples. The last two are those of [1]_ and need
-        calibration inputs. Its other two, singular values and relative errors, order the triples
-        of a single layer as ``"energy"`` does.
+    ranking : {"energy", "magnitude", "relative_error", "output_perturbation", \
+"output_variance"}, default="energy"
+        What ranks the triples. "energy" is the squared error they save per stored value (on the
+        outputs, with calibration inputs) and gives the smallest errors. The others are those of
+        [1]_, of the plain singular triples: the singular value; that ÷ the norm of `W`, which is
+        the same order for a single matrix; the mean square, or the variance, over the inputs of
+        what the output loses without the triple, which need calibration inputs. Over the layers
+        of a network they differ more: see :func:`~matfact.allocation.rank_triples`.
 
     Attributes
     ----------
@@ -99,7 +101,7 @@ class BlockSVD(BaseFactorizer):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "density": DENSITY,
         "blocking": [StrOptions({"auto", "whole", "strips", "square"}), tuple],
-        "ranking": [StrOptions({"energy", *_DATA_RANKINGS})],
+        "ranking": [StrOptions(set(get_args(Ranking)))],
     }
 
     def __init__(
@@ -143,7 +145,7 @@ class BlockSVD(BaseFactorizer):
         factors = block_svd(W, best, budget, self.ranking, calibration)
         self.blocking_ = best.grid
         self.ranks_ = np.asarray([left.shape[1] for left, _ in factors]).reshape(best.grid)
-        return Factorization(_block_factors(factors, best, W), len(blockings))
+        return Factorization(block_factors(factors, best, W), len(blockings))
 
     def _blockings(self, shape: tuple[int, int]) -> list[Blocking]:
         """Return the blockings to try."""
@@ -164,7 +166,7 @@ class BlockSVD(BaseFactorizer):
         return [Blocking(shape, (int(grid[0]), int(grid[1])))]
 
 
-def _block_factors(
+def block_factors(
     factors: list[tuple[Array, Array]], blocking: Blocking, W: Array
 ) -> list[BlockSparseFactor]:
     """Return the left and the right factors of all blocks, each as one block-sparse factor."""

@@ -16,7 +16,7 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.solvers.svd import whitening_root
 
-Ranking = Literal["energy", "output_perturbation", "output_variance"]
+Ranking = Literal["energy", "magnitude", "relative_error", "output_perturbation", "output_variance"]
 
 #: Most strips a side is cut into, and the least length of a strip, when the cut is searched.
 _MAX_STRIPS, _MIN_STRIP = 16, 8
@@ -121,6 +121,16 @@ def energy_scores(spectra: Sequence[np.ndarray], costs: np.ndarray) -> list[np.n
     return [np.where(s > floor, s, 0.0) ** 2 / c for s, c in zip(spectra, costs, strict=True)]
 
 
+def _plain_scores(
+    spectra: Sequence[np.ndarray], costs: np.ndarray, ranking: Ranking
+) -> list[np.ndarray]:
+    """Return what singular values alone say of each triple."""
+    scores = energy_scores(spectra, costs)
+    if ranking in ("magnitude", "relative_error"):  # one order: they differ by a constant
+        return [np.sqrt(score * cost) for score, cost in zip(scores, costs, strict=True)]
+    return scores
+
+
 def blocking_error(
     W: Array,
     blocking: Blocking,
@@ -139,7 +149,7 @@ def blocking_error(
     xp = backend.namespace(W)
     spectra = _batched(blocking.cut(W), lambda stack: [xp.linalg.svdvals(stack)])
     values = [backend.to_numpy(s) for (s,) in spectra]
-    kept = select_triples(energy_scores(values, blocking.costs), blocking.costs, budget)
+    kept = select_triples(_plain_scores(values, blocking.costs, ranking), blocking.costs, budget)
     energies = [v.astype(np.float64) ** 2 for v in values]
     total = sum(e.sum() for e in energies)
     lost = sum(np.delete(e, k).sum() for e, k in zip(energies, kept, strict=True))
@@ -163,7 +173,7 @@ def block_svd(
         How it is cut.
     budget : int
         Values that may be stored, at least those of one triple.
-    ranking : {"energy", "output_perturbation", "output_variance"}
+    ranking : {"energy", "magnitude", "relative_error", "output_perturbation", "output_variance"}
         How triples are ranked. The last two need `calibration`: the mean square and the variance
         over the inputs of what the output loses with the triple, in closed form
         ``σ² E(vᵀx)²`` and ``σ² Var(vᵀx)`` for one layer (paper 002, Sec. 4).
@@ -180,7 +190,7 @@ def block_svd(
     blocks = blocking.cut(W)
     data_ranking = ranking in ("output_perturbation", "output_variance")
     targets = blocks
-    if calibration is not None and not data_ranking:
+    if calibration is not None and ranking == "energy":
         moments = _moments(blocking, calibration.second_moment)
         roots = {span: whitening_root(moment) for span, moment in moments.items()}
         targets = [
@@ -190,7 +200,7 @@ def block_svd(
     pairs = _batched(targets, lambda stack: xp.linalg.svd(stack, full_matrices=False)[:2])
     bases = [xp.astype(U, W.dtype) for U, _ in pairs]
     spectra = [backend.to_numpy(s) for _, s in pairs]
-    scores = energy_scores(spectra, blocking.costs)
+    scores = _plain_scores(spectra, blocking.costs, ranking)
     if data_ranking and calibration is not None:
         average = ranking == "output_perturbation"
         moment = calibration.second_moment if average else calibration.covariance
@@ -199,6 +209,19 @@ def block_svd(
     return [
         _factors(block, xp.take(U, backend.like(k, W), axis=1))
         for block, U, k in zip(blocks, bases, kept, strict=True)
+    ]
+
+
+def keep_triples(
+    W: Array, blocking: Blocking, kept: Sequence[np.ndarray]
+) -> list[tuple[Array, Array]]:
+    """Return for each block of `W` the two factors of its singular triples at positions `kept`."""
+    xp = backend.namespace(W)
+    blocks = blocking.cut(W)
+    pairs = _batched(blocks, lambda stack: xp.linalg.svd(stack, full_matrices=False)[:1])
+    return [
+        _factors(block, xp.take(U, backend.like(np.asarray(k, dtype=np.int64), W), axis=1))
+        for block, (U,), k in zip(blocks, pairs, kept, strict=True)
     ]
 
 

@@ -13,7 +13,9 @@ from matfact.allocation import (
     rank_triples,
     relative_error_scores,
     strip_spectra,
+    truncated_blocks,
 )
+from matfact.solvers.block_svd import Blocking
 
 
 def stored(kept, costs):
@@ -69,6 +71,18 @@ def test_strip_spectra_are_operator_norm_errors():
     assert errors[1][0] == pytest.approx(1)
     with pytest.raises(ValueError, match="strips must divide"):
         strip_spectra(W, [5])
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_kept_triples_make_the_product_that_was_counted(grid):
+    W = np.random.default_rng(0).standard_normal((7, 11))
+    blocking = Blocking(W.shape, grid)
+    spectra = [np.linalg.svdvals(block) for block in blocking.cut(W)]
+    kept = rank_triples({"W": magnitude_scores(spectra)}, {"W": blocking.costs}, 40)["W"]
+    product = truncated_blocks(W, kept, grid)
+    assert product.nnz == sum(len(k) * c for k, c in zip(kept, blocking.costs, strict=True)) <= 40
+    lost = sum(np.sum(np.delete(s, k) ** 2) for s, k in zip(spectra, kept, strict=True))
+    assert np.linalg.norm(W - product.toarray()) == pytest.approx(np.sqrt(lost))
 
 
 def layers(seed, n, strips=(1, 2, 3)):

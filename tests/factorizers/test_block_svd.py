@@ -62,6 +62,29 @@ def test_whole_is_the_truncated_svd():
     )
 
 
+RANKINGS = ["energy", "magnitude", "relative_error", "output_perturbation", "output_variance"]
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("blocking", ["auto", "strips", "square", (3, 2)])
+def test_every_ranking_keeps_to_the_budget_and_energy_is_best(ranking, blocking):
+    rng = np.random.RandomState(0)
+    W, X = rng.randn(25, 44), rng.randn(90, 44) * np.linspace(0.1, 2, 44) + 1
+    model = BlockSVD(0.4, blocking, ranking).fit(W, calibration=X)
+    assert model.nnz_ <= 0.4 * W.size
+    best = BlockSVD(0.4, blocking).fit(W, calibration=X)
+    assert best.layer_err_ <= model.layer_err_ * 1.02
+
+
+def test_singular_values_and_relative_errors_order_one_matrix_alike():
+    W = np.random.RandomState(0).randn(20, 45)
+    by_value, by_error = (
+        BlockSVD(0.3, (3, 2), ranking).fit(W).operator_.toarray()
+        for ranking in ("magnitude", "relative_error")
+    )
+    np.testing.assert_array_equal(by_value, by_error)
+
+
 @pytest.mark.parametrize("asarray", [torch.asarray, array_api_strict.asarray])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_every_library_finds_the_same(asarray, calibrated):
