@@ -41,6 +41,7 @@ else:
     _SUBPACKAGES = (
         "allocation",
         "calibration",
+        "checkpoint",
         "compare",
         "constraints",
         "factorizers",
