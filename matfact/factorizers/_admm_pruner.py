@@ -16,7 +16,7 @@ from matfact.operators import SparseFactor
 from matfact.solvers._callback import History
 from matfact.solvers.layerwise import admm_prune
 
-#: Damping by default, times samples ÷ inputs: the best for samples that were held out.
+#: Damping by default, times inputs ÷ samples: about the best for samples held out.
 AUTO_DAMPING = 0.2
 
 
