@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from typing import Literal
 
 from matfact import backend, metrics
 from matfact.backend import Array
@@ -12,6 +13,10 @@ from matfact.calibration import InputStatistics
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize, input_scale, scaled_columns
+
+#: How inputs count for factorizers that cannot use them: not at all; in the scale of columns
+#: before the fit; and also in a refit of values after it, of one factor or of all.
+Adaptation = Literal["none", "scale", "finalize_one", "finalize"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,10 @@ class Fitted:
 
 
 def fit_layer(
-    factorizer: BaseFactorizer, matrices: list[Array], statistics: list[InputStatistics] | None
+    factorizer: BaseFactorizer,
+    matrices: list[Array],
+    statistics: list[InputStatistics] | None,
+    adapt: Adaptation = "finalize",
 ) -> Fitted:
     """Factorize the matrices of a layer and measure the result.
 
@@ -55,10 +63,12 @@ def fit_layer(
         The matrices, of one shape.
     statistics : list of InputStatistics or None
         Those of the inputs of each.
+    adapt : {"finalize", "finalize_one", "scale", "none"}
+        What makes factorizers that cannot use the inputs themselves take them into account.
     """
     start = time.perf_counter()
     products = [
-        _fit(factorizer, W, None if statistics is None else statistics[i])
+        _fit(factorizer, W, None if statistics is None else statistics[i], adapt)
         for i, W in enumerate(matrices)
     ]
     seconds = time.perf_counter() - start
@@ -72,20 +82,30 @@ def fit_layer(
     return Fitted(products, relative, normalized, layer_error, seconds)
 
 
-def _fit(factorizer: BaseFactorizer, W: Array, statistics: InputStatistics | None) -> FactorProduct:
+def _fit(
+    factorizer: BaseFactorizer, W: Array, statistics: InputStatistics | None, adapt: Adaptation
+) -> FactorProduct:
     """Return the fitted product.
 
     Factorizers that cannot use the inputs are fitted to columns scaled by what enters them, and
     their values refitted to the inputs (paper 001, Section 4.3).
     """
-    if statistics is None:
-        return factorizer.fit(W).operator_
-    if type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated:
+    if statistics is not None and uses_inputs(factorizer):
         return factorizer.fit(W, calibration=statistics).operator_
+    if statistics is None or adapt == "none":
+        return factorizer.fit(W).operator_
     xp = backend.namespace(W)
     scale = xp.astype(input_scale(statistics.second_moment), W.dtype)
     product = scaled_columns(factorizer.fit(W * scale[None, :]).operator_, 1 / scale)
-    return finalize(product, W, statistics.second_moment).rescaled(1.0)
+    if adapt == "scale":
+        return product.rescaled(1.0)
+    n_factors = 1 if adapt == "finalize_one" else None
+    return finalize(product, W, statistics.second_moment, n_factors=n_factors).rescaled(1.0)
+
+
+def uses_inputs(factorizer: BaseFactorizer) -> bool:
+    """Whether `factorizer` takes calibration inputs itself."""
+    return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
 def _layer_error(

@@ -11,13 +11,19 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from matfact import metrics
-from matfact.compare import METHODS
-from matfact.factorizers import BaseFactorizer
+from matfact.compare import METHODS as COMPARED
+from matfact.factorizers import ADMMPruner, BaseFactorizer, WandaPruner
 from matfact.torch._fit import Fitted
 from matfact.torch._matrices import Matricized, matricized
 from matfact.torch.report import LayerReport
 
-#: A factorizer, or the name of one in ``matfact.compare.METHODS``.
+#: Factorizers by name: those compared on weights alone, and those that need inputs to differ.
+METHODS: dict[str, BaseFactorizer] = {
+    **{name: method.estimator for name, method in COMPARED.items()},
+    "admm": ADMMPruner(),
+    "wanda": WandaPruner(),
+}
+#: A factorizer, or its name in :data:`METHODS`.
 Method = str | BaseFactorizer
 #: Layers by regular expression, by name, or by a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
@@ -151,7 +157,7 @@ def _factorizer(
         break
     metrics.check_density(density)
     if isinstance(method, str) and method in METHODS:
-        factorizer = clone(METHODS[method].estimator)
+        factorizer = clone(METHODS[method])
     elif isinstance(method, BaseFactorizer):
         factorizer = clone(method)
     else:

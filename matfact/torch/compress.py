@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from joblib import Parallel, delayed
 from torch import nn
 
-from matfact.torch._fit import Fitted, fit_layer
+from matfact.torch._fit import Adaptation, Fitted, fit_layer
 from matfact.torch._matrices import replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch._walk import walk
@@ -19,6 +20,7 @@ from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.capture import input_statistics
 from matfact.torch.report import CompressionReport, LayerReport
 
+_Fit = Callable[..., tuple[Fitted | None, str]]
 _Results = Generator[tuple[Task, Fitted | None]]
 
 
@@ -40,6 +42,7 @@ def compress(
     keep_last: bool = False,
     calibration: Iterable[Any] | None = None,
     sequential: bool = True,
+    adapt: Adaptation = "finalize",
     reestimate_batchnorm: bool = False,
     n_jobs: int = 1,
     inplace: bool = False,
@@ -56,7 +59,7 @@ def compress(
     model : torch.nn.Module
         The network.
     method : str or BaseFactorizer, default="dsf"
-        A factorizer, or the name of one in ``matfact.compare.METHODS``.
+        A factorizer, or the name of one: those of ``matfact.compare.METHODS``, "wanda" or "admm".
     density : float, optional
         Stored values ÷ entries of each layer, in (0, 1]. By default what the factorizer says.
     layers : str, collection of str or callable, optional
@@ -74,6 +77,11 @@ def compress(
         Whether each layer is calibrated on what the layers before it, already compressed, make of
         the batches, with one Gram matrix in memory at a time. Otherwise all layers are calibrated
         in one pass of the dense network, with a Gram matrix for each.
+    adapt : {"finalize", "finalize_one", "scale", "none"}, default="finalize"
+        What makes factorizers that cannot use calibration inputs themselves take them into
+        account: columns of the weight are scaled by what enters them, and after the fit the
+        values of all factors, or of the one on the output side, are refitted to the inputs (paper
+        001, Section 4.3). "scale" refits nothing, and "none" only reports the error of outputs.
     reestimate_batchnorm : bool, default=False
         Whether the statistics of batch normalizations are averaged anew over the calibration
         batches at the end, which must be a collection that can be iterated twice. A repair that
@@ -112,6 +120,8 @@ def compress(
     """
     if reestimate_batchnorm and calibration is None:
         raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
+    if adapt not in get_args(Adaptation):
+        raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
     if not (inplace or dry_run):
         model = copy.deepcopy(model)
     tasks = plan(model, method, density, layers, overrides or {}, (keep_first, keep_last))
@@ -121,8 +131,9 @@ def compress(
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     if dry_run:
         return Compressed(model, CompressionReport(rows.values(), metadata))
+    fit = functools.partial(_try, adapt=adapt)
     modes = {task.names[0]: task.view.layer.training for task in todo}
-    with contextlib.closing(_fits(model, todo, calibration, sequential, n_jobs)) as fits:
+    with contextlib.closing(_fits(model, todo, fit, calibration, sequential, n_jobs)) as fits:
         for task, fitted in fits:
             row = _install(model, task, fitted)
             rows[row.layer] = row
@@ -131,7 +142,8 @@ def compress(
     for name, training in modes.items():
         model.get_submodule(name).train(training)
     if calibration is not None:
-        metadata["steps"].append("sequential calibration" if sequential else "calibration")
+        kind = "sequential calibration" if sequential else "calibration"
+        metadata["steps"].append(f"{kind} ({adapt})")
     if reestimate_batchnorm:
         n_layers = reestimate_batch_norm(model, calibration or ())
         metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
@@ -141,13 +153,14 @@ def compress(
 def _fits(
     model: nn.Module,
     tasks: list[Task],
+    fit: _Fit,
     calibration: Iterable[Any] | None,
     sequential: bool,
     n_jobs: int,
 ) -> _Results:
     """Yield each task with its fit; None where the method cannot take the layer."""
     if calibration is not None and sequential:
-        yield from _sequential_fits(model, tasks, calibration)
+        yield from _sequential_fits(model, tasks, fit, calibration)
         return
     statistics: Mapping[str, Any] = {}
     if calibration is not None:
@@ -155,7 +168,7 @@ def _fits(
         _note_unreached(tasks, statistics)
     run = Parallel(n_jobs=n_jobs, return_as="generator")
     jobs = (
-        delayed(_try)(task.factorizer, task.view.arrays(), statistics.get(task.names[0]))
+        delayed(fit)(task.factorizer, task.view.arrays(), statistics.get(task.names[0]))
         for task in tasks
     )
     for task, (fitted, problem) in zip(tasks, run(jobs), strict=True):
@@ -163,20 +176,22 @@ def _fits(
         yield task, fitted
 
 
-def _sequential_fits(model: nn.Module, tasks: list[Task], calibration: Iterable[Any]) -> _Results:
+def _sequential_fits(
+    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any]
+) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
     reached = set()
     with contextlib.closing(walk(model, list(by_name), calibration)) as stops:
         for name, statistics in stops:
             task = by_name[name]
             reached.add(name)
-            fitted, problem = _try(task.factorizer, task.view.arrays(), statistics)
+            fitted, problem = fit(task.factorizer, task.view.arrays(), statistics)
             task.message = problem or task.message
             yield task, fitted
     _note_unreached(tasks, reached)
     for task in tasks:
         if task.names[0] not in reached:
-            fitted, problem = _try(task.factorizer, task.view.arrays(), None)
+            fitted, problem = fit(task.factorizer, task.view.arrays(), None)
             task.message = problem or task.message
             yield task, fitted
 
@@ -189,10 +204,12 @@ def _note_unreached(tasks: list[Task], reached: Any) -> None:
             warnings.warn(f"{task.names[0]}: {task.message}.", stacklevel=4)
 
 
-def _try(factorizer: Any, matrices: Any, statistics: Any) -> tuple[Fitted | None, str]:
+def _try(
+    factorizer: Any, matrices: Any, statistics: Any, adapt: Adaptation
+) -> tuple[Fitted | None, str]:
     """Return the fit, or why the method cannot take the layer."""
     try:
-        return fit_layer(factorizer, matrices, statistics), ""
+        return fit_layer(factorizer, matrices, statistics, adapt), ""
     except ValueError as error:
         return None, f"kept: {error}"
 

@@ -47,6 +47,28 @@ def test_calibration_lowers_the_error_of_outputs(cnn, digits, method, sequential
     assert all(0 < row.layer_error < 1 for row in report)
 
 
+def test_more_adaptation_to_inputs_gives_smaller_errors_of_outputs(cnn, digits):
+    errors = []
+    for adapt in ("none", "scale", "finalize_one", "finalize"):
+        _, report = compress(
+            cnn, "dsf", density=0.3, layers=["7"], calibration=digits.batches, adapt=adapt
+        )
+        errors.append(report[0].layer_error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["wanda", "admm"])
+def test_pruners_that_use_inputs_beat_magnitude_on_outputs(mlp, digits, method):
+    errors = [
+        compress(mlp, m, density=0.3, calibration=digits.batches, adapt="none", layers=["1"])
+        .report[0]
+        .layer_error
+        for m in (method, "magnitude")
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_the_network_given_is_changed_only_in_place(mlp):
     before = copy.deepcopy(mlp.state_dict())
     small, _ = compress(mlp, "magnitude", density=0.5)
@@ -187,6 +209,7 @@ def test_batch_norm_is_averaged_over_the_batches(cnn, digits):
         ({"layers": "nothing"}, "layers"),
         ({"overrides": {"1": 2.0}}, "density"),
         ({"reestimate_batchnorm": True}, "reestimate_batchnorm"),
+        ({"adapt": "somehow"}, "adapt"),
         ({"method": LowRank(), "calibration": []}, "batches"),
     ],
 )
