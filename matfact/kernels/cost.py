@@ -34,6 +34,7 @@ BATCHES = (1, 2, 4, 16, 64, 256)  #: batch sizes at which rates are measured
 _SIDE = 1024  #: of the matrices measured
 _LAYERS = 12  #: whose dense weights exceed most caches
 _REPEATS = 3
+_PATIENCE = 0.03  #: seconds for one rate, and a call more
 
 
 def seconds(rates: Rates, counts: dict[str, int], batch: int) -> float:
@@ -47,13 +48,18 @@ def seconds(rates: Rates, counts: dict[str, int], batch: int) -> float:
 
 @functools.cache
 def rates() -> Rates:
-    """Return this machine's rates, measured at the first call if no earlier process did."""
+    """Return this machine's rates, measured at the first call if no earlier process did.
+
+    What is measured on a busy machine is not kept for other processes.
+    """
     path = _cache_folder() / f"apply-{_machine()}.json"
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads(path.read_text())
         if _is_complete(stored):
             return stored
     measured = measure()
+    if _is_busy():
+        return measured  # which say little about other times
     with contextlib.suppress(OSError):  # a folder that cannot be written costs time, not results
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(measured).encode())
@@ -83,17 +89,16 @@ def measure() -> Rates:
 
 
 def _fastest(rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], object]]) -> float:
-    """Return the mean time of `calls`, in the fastest of a few rounds."""
-    if batch > BATCHES[-3]:
-        calls = calls[:2]  # arithmetic, not memory, takes the time
+    """Return the time of the fastest of `calls`, each made a few times in turn."""
     X = np.ones((rows, batch), np.float32)
-    times = []
-    for _ in range(_REPEATS + 1):
+    calls[0](X)  # compiles
+    times: list[float] = []
+    while sum(times) < _PATIENCE and len(times) < _REPEATS * len(calls):
+        call = calls[len(times) % len(calls)]
         start = time.perf_counter()
-        for call in calls:
-            call(X)
-        times.append((time.perf_counter() - start) / len(calls))
-    return min(times[1:])
+        call(X)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _tiny(rng: np.random.RandomState) -> Program:
@@ -130,6 +135,11 @@ def _blocks(rng: np.random.RandomState) -> Program:
     for d in (1, _SIDE // 32):
         program.add_kronecker(np.ones((_SIDE // 32 // d, d, 32, 32), np.float32))
     return program.finish()
+
+
+def _is_busy() -> bool:
+    """Whether more programs than processors want to run, where the system can tell."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def _is_complete(stored: object) -> bool:

@@ -20,6 +20,7 @@ def cache(tmp_path, monkeypatch):
         return RATES
 
     monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(cost, "_is_busy", lambda: False)
     monkeypatch.setattr(cost, "_cache_folder", lambda: tmp_path / "new")
     cost.rates.cache_clear()
     yield tmp_path / "new", measured
@@ -51,6 +52,12 @@ def test_a_folder_that_cannot_be_written_is_no_failure(cache, tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cost, "_cache_folder", lambda: tmp_path / "file" / "matfact")
     assert cost.rates() == RATES
+
+
+def test_rates_of_a_busy_machine_are_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(cost, "_is_busy", lambda: True)
+    assert cost.rates() == RATES
+    assert not cache[0].exists()
 
 
 def test_times_are_interpolated_and_proportional_beyond_what_was_measured():
