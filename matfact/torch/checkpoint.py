@@ -59,7 +59,7 @@ def save_network(
     save(path, products | arrays, shapes=shapes, settings=dict(settings or {}) | _BY_LAYER)
 
 
-def load_network(model: nn.Module, path: str | Path) -> nn.Module:
+def load_network(model: nn.Module, path: str | Path, *, strict: bool = True) -> nn.Module:
     """Load a checkpoint into a network of the same architecture.
 
     Parameters
@@ -69,6 +69,9 @@ def load_network(model: nn.Module, path: str | Path) -> nn.Module:
         by factorized ones in place; it keeps its devices and dtypes.
     path : str or Path
         A folder written by :func:`save_network` or by ``matfact compress``.
+    strict : bool, default=True
+        Whether the checkpoint must hold every tensor of the network and no other, as for
+        ``load_state_dict``.
 
     Returns
     -------
@@ -86,7 +89,9 @@ def load_network(model: nn.Module, path: str | Path) -> nn.Module:
     found = list(_replacements(model, network))
     used = {key for replacement in found for key in replacement.keys}
     rest = {name: _tensor(network, name) for name in network if name not in used}
-    _check_names(model, rest, [name for replacement in found for name in replacement.names])
+    if strict:
+        _check_names(model, rest, [name for replacement in found for name in replacement.names])
+    _check_sizes(model, rest)
     for replacement in found:
         replace(model, replacement.names, replacement.view, replacement.products)
     model.load_state_dict(rest, strict=False)
@@ -175,8 +180,12 @@ def _check_names(model: nn.Module, state: Mapping[str, Tensor], replaced: list[s
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
+
+
+def _check_sizes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
     for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
+        if name in own and tensor.shape != own[name].shape:
             raise ValueError(
                 f"path must name a checkpoint of this network, but {name!r} has shape "
                 f"{tuple(tensor.shape)} there and {tuple(own[name].shape)} here."

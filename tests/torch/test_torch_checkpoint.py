@@ -145,6 +145,17 @@ def test_another_architecture_is_refused_and_left_as_it_is(change, message, netw
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_tensors_that_either_side_lacks_are_ignored_on_request(network, tmp_path):
+    save_network(network, tmp_path / "network")
+    other = make(1)
+    other.extra = nn.Linear(2, 2)
+    del other.norm
+    before = other.extra.weight.clone()
+    load_network(other, tmp_path / "network", strict=False)
+    assert torch.equal(other.extra.weight, before)
+    assert torch.equal(other.first(torch.ones(32)), network.first(torch.ones(32)))
+
+
 def test_an_earlier_network_is_left_alone(network, tmp_path):
     save_network(network, tmp_path / "network")
     with pytest.raises(FileExistsError, match="path must name"):
