@@ -10,6 +10,9 @@ from matfact.backend import Array
 #: Rows converted to double precision at a time, which bounds the extra memory.
 _SLAB = 4096
 
+#: An input whose variance is a smaller share of its second moment is constant.
+_CONSTANT = 1e-12
+
 #: Entries must be smaller, so that no sum of their squares overflows.
 _LARGEST = 1e150
 
@@ -193,3 +196,20 @@ class OutputStatistics:
     def mean(self) -> Array:
         """Mean output, of shape (n_outputs,)."""
         return self._sum / self.inputs.count
+
+    def centered(self) -> OutputStatistics:
+        """Return the statistics of the deviations from the means, for maps with a bias.
+
+        Inputs that hardly deviate, by rounding perhaps, count as constant.
+        """
+        result = OutputStatistics()
+        count, inputs, outputs = self.inputs.count, self.inputs.mean, self.mean
+        xp = backend.namespace(inputs)
+        gram, square = self.inputs.covariance * count, xp.linalg.diagonal(self.inputs.gram)
+        varies = xp.astype(xp.linalg.diagonal(gram) > _CONSTANT * square, gram.dtype)
+        result.inputs.count, result.inputs._sum = count, xp.zeros_like(inputs)
+        result.inputs.gram = gram * varies[:, None] * varies[None, :]
+        result.cross = (self.cross - count * inputs[:, None] * outputs[None, :]) * varies[:, None]
+        result.energy = max(0.0, self.energy - count * float(xp.sum(outputs**2)))
+        result._sum = xp.zeros_like(outputs)
+        return result

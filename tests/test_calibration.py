@@ -123,3 +123,15 @@ def test_bad_outputs_are_refused_and_change_nothing(inputs, outputs, message):
     with pytest.raises(ValueError, match=message):
         statistics.update(inputs, outputs)
     assert (statistics.inputs.count, statistics.energy) == (2, 2.0)
+
+
+def test_centered_statistics_are_those_of_the_deviations():
+    rng = np.random.RandomState(0)
+    X, U = 3 + rng.randn(50, 4), rng.randn(50, 2) - 2
+    centered = OutputStatistics().update(X, U).centered()
+    expected = OutputStatistics().update(X - X.mean(axis=0), U - U.mean(axis=0))
+    np.testing.assert_allclose(centered.inputs.gram, expected.inputs.gram, atol=1e-9)
+    np.testing.assert_allclose(centered.cross, expected.cross, atol=1e-9)
+    assert centered.energy == pytest.approx(expected.energy)
+    assert centered.inputs.count == 50
+    np.testing.assert_array_equal(centered.mean, 0.0)
