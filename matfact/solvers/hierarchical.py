@@ -8,7 +8,7 @@ from typing import Literal
 from matfact.backend import Array
 from matfact.constraints import Constraint
 from matfact.solvers._callback import Callback
-from matfact.solvers.palm import identity_start, palm4msa
+from matfact.solvers.palm import identity_start, is_exact, palm4msa
 
 Side = Literal["left", "right"]
 
@@ -26,7 +26,8 @@ def hierarchical_palm4msa(
     """Approximate `W` by a product of factors, found one after the other.
 
     Each level splits what is left into a factor and a new residual by :func:`palm4msa`, then
-    refines all factors found so far, with the residual, against `W`. Source: [1]_, Fig. 3.
+    refines all factors found so far, with the residual, against `W`, unless their product is `W`
+    already. Source: [1]_, Fig. 3.
 
     Parameters
     ----------
@@ -71,18 +72,22 @@ def hierarchical_palm4msa(
         residual = factors.pop(0 if side == "right" else -1)
         sets = sets[1:] if side == "right" else sets[:-1]
         start, backward = identity_start(residual, pair, backward=side == "right")
-        halves, _, sweeps = palm4msa(
+        halves, split_scale, sweeps = palm4msa(
             residual, start, pair, max_iter=max_iter, tol=tol, backward=backward,
             callback=callback if level == 1 else None,
         )  # fmt: skip
         factors = [*halves, *factors] if side == "right" else [*factors, *halves]
         sets = [*pair, *sets] if side == "right" else [*sets, *pair]
-        if level > 1:  # the first split has refined all there is
+        if level == 1:  # the first split has refined all there is
+            scale, n_iter = split_scale, sweeps
+        elif is_exact(W, factors):
+            scale = 1.0
+        else:
             factors, scale, sweeps = palm4msa(
                 W, factors, sets, max_iter=max_iter, tol=tol, backward=backward,
                 callback=_counted_from(n_iter, callback),
             )  # fmt: skip
-        n_iter += sweeps
+            n_iter += sweeps
     return factors, scale, n_iter
 
 

@@ -86,7 +86,7 @@ def palm4msa(
         factors[0], product, scale = power * factors[0], power * product, 1.0
     objective = _energy(W - scale * product)
     best, best_scale, best_objective = list(factors), scale, objective
-    negligible = _energy(W) * (NEGLIGIBLE * backend.namespace(W).finfo(W.dtype).eps) ** 2
+    negligible = _negligible(W)
     if len(factors) == 1:
         relaxation = 1.0  # the first step is the projection of W: nothing to explore
     supports, is_settled = [factor != 0 for factor in factors], False
@@ -146,6 +146,17 @@ def identity_start(
     if backward:
         return [constraints[0].project(W), *identities], True
     return [*identities, constraints[-1].project(W)], False
+
+
+def is_exact(W: Array, factors: Sequence[Array]) -> bool:
+    """Whether the product of `factors` differs from `W` by rounding at most."""
+    product = functools.reduce(backend.namespace(W).matmul, factors)
+    return _energy(W - product) <= _negligible(W)
+
+
+def _negligible(W: Array) -> float:
+    """Return the objective below which nothing is left to approximate."""
+    return _energy(W) * (NEGLIGIBLE * float(backend.namespace(W).finfo(W.dtype).eps)) ** 2
 
 
 def _stretch(progress: float, relaxation: float) -> float:

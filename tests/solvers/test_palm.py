@@ -11,6 +11,7 @@ from matfact import backend
 from matfact.constraints import (
     CONSTRAINTS,
     BlockDiagonal,
+    BlockSparsity,
     ColumnSparsity,
     FixedSupport,
     GlobalSparsity,
@@ -26,6 +27,7 @@ from matfact.solvers.palm import identity_start, palm4msa
 
 PARAMETERS = {
     "block_diagonal": BlockDiagonal(3),
+    "block_sparsity": BlockSparsity(4, (3, 3)),
     "column_sparsity": ColumnSparsity(3),
     "fixed_support": FixedSupport(np.tri(9, k=2)),
     "global_sparsity": GlobalSparsity(30),
@@ -192,6 +194,16 @@ def test_hierarchical_recovers_fast_transforms(side, transform):
 def _residual_parts(supports, side):
     indices = range(len(supports) - 2)
     return [supports[: i + 2] if side == "right" else supports[i + 1 :] for i in indices]
+
+
+def test_one_split_is_a_joint_fit_with_its_scale(rng):
+    W = 5 * rng.standard_normal((8, 8))
+    sets = [UnitNormColumns(), UnitNormColumns()]
+    joint, joint_scale, _ = solve(W, sets, max_iter=20)
+    split, scale, _ = hierarchical_palm4msa(W, sets, [], side="left", max_iter=20)
+    assert scale == joint_scale != 1.0
+    for one, other in zip(split, joint, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
