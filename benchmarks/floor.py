@@ -42,9 +42,11 @@ class Schedule:
 
 
 SCHEDULES = {
-    # A Gram matrix and a right-hand side (2 n³ each), and two steps, each with a Cholesky factor
-    # (n³/3), two triangular solves (n³ each) and some twelve arrays touched.
-    "matfact DSF": Schedule(100, 2 * 2 + 2 * (1 / 3 + 2), 2 * 12),
+    # A Gram matrix and a right-hand side, products with an eighth of the entries (density 0.25),
+    # three quarters of them on average while the factors fill up. Two steps, each with a Cholesky
+    # factor (n³/3), two triangular solves (n³ each) and some fourteen arrays touched; and six for
+    # the products and the objective.
+    "matfact DSF": Schedule(100, 2 * 2 * (1 / 8) * (3 / 4) + 2 * (1 / 3 + 2), 2 * 14 + 6),
     # Two Gram matrices, a right-hand side, two LU inverses (2 n³ each) and six products, and
     # five steps of eighteen arrays, sorts not counted.
     "published DSF": Schedule(40, 3 * 2 + 2 * 2 + 6 * 2, 5 * 18),

@@ -11,10 +11,10 @@ from matfact.constraints import Constraint, GlobalSparsity, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import SparseState, refit_values, sparse_regression
 
-#: Penalty of the first ADMM step of a sweep, and of the second, in the first and the last sweep;
-#: geometric in between.
-EXPLORE = (0.03, 0.75)
-SETTLE = (1.2, 0.84)
+#: Penalty of the first ADMM step of a sweep, in the first and the last sweep; geometric between.
+EXPLORE = (0.04, 0.6)
+#: Penalty of the second step.
+SETTLE = 0.9
 #: The share of the nonzeros allowed in the first sweep, which grows linearly to all of them: the
 #: first number, and so many nonzeros more in each row of the square factor.
 INITIAL_SHARE, INITIAL_EXTRA = 0.5, 2.4
@@ -164,11 +164,7 @@ def _schedule(max_iter: int) -> Iterator[tuple[float, tuple[float, float]]]:
     """Yield how far the schedule is, from 0 to 1, and the penalties, for each sweep."""
     for sweep in range(1, max_iter + 1):
         time = min(1.0, sweep / (ANNEALED * max_iter))
-        yield time, (_geometric(*EXPLORE, time), _geometric(*SETTLE, time))
-
-
-def _geometric(start: float, end: float, time: float) -> float:
-    return start * (end / start) ** time
+        yield time, (EXPLORE[0] * (EXPLORE[1] / EXPLORE[0]) ** time, SETTLE)
 
 
 def _growing(constraint: Constraint, shape: tuple[int, int], time: float) -> Constraint:
