@@ -1,26 +1,39 @@
-"""Tensors derived from parameters, kept while those stay as they are."""
+"""What is derived from parameters, kept while those stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+T = TypeVar("T")
 
 
-class DerivedTensor:
-    """A tensor computed from the parameters of a module, anew after each change of them.
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing but the value of `x` counts: no gradient, tracing or transformation."""
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class Derived(Generic[T]):
+    """Something computed from the parameters of a module, anew after each change of them.
 
     Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
-        self._tensor: Tensor | None = None
+        self._value: T | None = None
 
-    def get(self, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor | None:
-        """Return the tensor, or None where it cannot be kept.
+    def get(self, module: nn.Module, compute: Callable[[], T]) -> T | None:
+        """Return what `compute` computes, or None where it cannot be kept.
 
         That is where gradients are wanted, in traced and transformed code, and in code that has
         replaced the parameters by tensors of its own.
@@ -34,14 +47,14 @@ class DerivedTensor:
             return None
         # The version counts changes in place; moves and loads replace the storage.
         key = tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
-        if key != self._key or self._tensor is None:
+        if key != self._key or self._value is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._tensor = compute().detach()
+                self._value = compute()
             self._key = key
-        return self._tensor
+        return self._value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DerivedTensor:
-        return DerivedTensor()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Derived[T]:
+        return Derived()
 
-    def __reduce__(self) -> tuple[type[DerivedTensor], tuple[()]]:
-        return DerivedTensor, ()
+    def __reduce__(self) -> tuple[type[Derived[T]], tuple[()]]:
+        return Derived, ()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from matfact.operators import FactorProduct
-from matfact.torch._cache import DerivedTensor
+from matfact.torch._cache import Derived
 from matfact.torch._factors import DenseFactorModule, SparseFactorModule
 from matfact.torch.layers import FactorizedLinear, Inference
 
@@ -60,7 +60,7 @@ class FactorizedConv(nn.Module):
         self._check_kernels(kernels)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.inference = inference
-        self._kernel = DerivedTensor()
+        self._kernel: Derived[Tensor] = Derived()
 
     def _check_kernels(self, kernels: Sequence[FactorizedLinear]) -> None:
         columns = self.in_channels // self.groups * math.prod(self.kernel_size)
@@ -126,7 +126,7 @@ class FactorizedConv(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """Return the output for padded, batched inputs."""
         if not self.training and self.keeps_product():
-            kernel = self._kernel.get(self, lambda: self.weight)
+            kernel = self._kernel.get(self, lambda: self.weight.detach())
             if kernel is not None:
                 return self._conv(x, kernel, self.bias, self.groups)
         channels = self.in_channels // self.groups

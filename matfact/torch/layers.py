@@ -11,8 +11,8 @@ from torch.nn import functional
 from matfact.backend import to_numpy
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import FactorProduct
-from matfact.torch._cache import DerivedTensor
-from matfact.torch._factors import FactorModule, factor_module
+from matfact.torch._cache import Derived, is_plain
+from matfact.torch._factors import DenseFactorModule, FactorModule, factor_module
 
 #: How a layer is applied where no gradient is wanted.
 Inference = Literal["auto", "dense", "factors"]
@@ -34,8 +34,10 @@ class FactorizedLinear(nn.Module):
     inference : {"auto", "dense", "factors"}, default="auto"
         How the layer is applied in eval mode where no gradient is wanted. "dense" multiplies the
         factors once and keeps their product: as fast as the layer replaced, but as large in
-        memory. "factors" keeps nothing. "auto" keeps the product where the factors take more
-        work, as torch has no fast kernel for scattered values.
+        memory. "factors" keeps nothing. "auto" takes what is fastest: on the CPU the kernels of
+        :class:`~matfact.operators.FactorProduct`, which keep the values in their own order;
+        elsewhere it keeps the product where the factors take more work, as torch has no fast
+        kernel for scattered values.
 
     Attributes
     ----------
@@ -61,7 +63,8 @@ class FactorizedLinear(nn.Module):
         self.factors = nn.ModuleList(factor_module(factor) for factor in product.factors)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.inference = inference
-        self._product = DerivedTensor()
+        self._product: Derived[Tensor] = Derived()
+        self._operator: Derived[FactorProduct] = Derived()
 
     @classmethod
     def from_linear(
@@ -107,12 +110,42 @@ class FactorizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last axis of `x`."""
-        if not self.training and self.keeps_product():
-            product = self._product.get(self, lambda: self.weight)
-            if product is not None:
-                return functional.linear(x, product, self.bias)
+        if not self.training and not torch.compiler.is_compiling():
+            out = self._infer(x)
+            if out is not None:
+                return out
         x = self.apply_factors(x)
         return x if self.bias is None else x + self.bias
+
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """Return the output by what is kept for inference, None where that cannot be used."""
+        if self.inference == "auto" and self._has_kernels(x):
+            operator = self._operator.get(self, self._to_host)
+            if operator is not None:
+                rows = torch.from_numpy((operator @ x.reshape(-1, self.in_features).numpy().T).T)
+                out = rows.contiguous().reshape(*x.shape[:-1], self.out_features)
+                return out if self.bias is None else out.add_(self.bias)
+        if self.keeps_product():
+            product = self._product.get(self, lambda: self.weight.detach())
+            if product is not None:
+                return functional.linear(x, product, self.bias)
+        return None
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Whether products on the host are faster than anything torch has."""
+        return (
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
+            and x.dtype == self.chain[-1].values.dtype
+            and x.numel() > 0
+            and is_plain(x)
+            and not all(isinstance(factor, DenseFactorModule) for factor in self.chain)
+        )
+
+    def _to_host(self) -> FactorProduct:
+        """Return the product with NumPy values, which share the memory of the parameters."""
+        factors = self.to_product().factors
+        return FactorProduct([factor.with_values(factor.values.numpy()) for factor in factors])
 
     def apply_factors(self, x: Tensor) -> Tensor:
         """Return the output without bias, one factor after the other."""

@@ -61,6 +61,19 @@ def test_eval_mode_computes_the_same_and_follows_changes(layer, inference):
                 change(parameter)
 
 
+def test_gradients_reach_inputs_and_tangents_pass_in_eval_mode(layer):
+    layer.eval().requires_grad_(False)
+    x = inputs(layer, 5)
+    expected = torch.ones(5, layer.out_features, dtype=x.dtype) @ layer.weight
+    free = x.clone().requires_grad_()
+    layer(free).sum().backward()
+    torch.testing.assert_close(free.grad, expected)
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(layer, (x,), (x,))
+        torch.testing.assert_close(tangent, x @ layer.weight.T)
+        torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+
+
 def test_gradients_are_those_of_finite_differences(layer):
     names = [name for name, _ in layer.named_parameters()]
 
