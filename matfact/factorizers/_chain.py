@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from matfact.backend import Array
 from matfact.operators import Factor, KroneckerSparseFactor, SelectionFactor
 from matfact.solvers.chains import Chain
 from matfact.solvers.monarch import monarch_loss
+
+#: Entries from which losses are estimated first, and the number of slices that takes.
+_LARGE, _SAMPLE = 1 << 15, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +82,23 @@ def _is_identity(selection: SelectionFactor) -> bool:
 
 
 def best_two_factor_chain(W: Array, chains: list[Chain]) -> Chain:
-    """Return the chain with the nearest Monarch matrix, the first unless others are better."""
+    """Return the chain with the nearest Monarch matrix, the first unless others are better.
+
+    Losses of large matrices are estimated from some of their slices, and computed for the chains
+    that look best: what is returned is never worse than the first.
+    """
     if len(chains) == 1:
         return chains[0]
-    losses = [monarch_loss(Layout.of(W, chain).arrange(W), chain) for chain in chains]
+    targets = [Layout.of(W, chain).arrange(W) for chain in chains]
+    sample = _SAMPLE if math.prod(W.shape) >= _LARGE else None
+    losses = [
+        monarch_loss(target, chain, n_slices=sample if i else None)
+        for i, (target, chain) in enumerate(zip(targets, chains, strict=True))
+    ]
     # Above the rounding of the losses, so that the choice is never worse than the first.
     losses[0] -= 1e-12 * backend.norm(W) ** 2
-    return chains[min(range(len(chains)), key=losses.__getitem__)]
+    known = [0] if sample else [*range(len(chains))]
+    while (best := min(range(len(chains)), key=losses.__getitem__)) not in known:
+        losses[best] = monarch_loss(targets[best], chains[best])
+        known = [*known, best]
+    return chains[best]

@@ -92,6 +92,21 @@ def test_a_planted_monarch_matrix_is_found():
     assert model.reconstruction_err_ < 1e-13
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "low rank", "planted"])
+def test_estimated_losses_choose_as_well_as_exact_ones(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((384, 512))
+    if kind == "low rank":
+        W += 3 * rng.standard_normal((384, 20)) @ rng.standard_normal((20, 512))
+    elif kind == "planted":
+        W = brute_force(W, (8, 8), 4) + 0.1 * W
+    chosen = MonarchProjector(density=0.25).fit(W)
+    monkeypatch.setattr("matfact.factorizers._chain._LARGE", W.size + 1)
+    best = MonarchProjector(density=0.25).fit(W)
+    assert chosen.reconstruction_err_ <= best.reconstruction_err_ * 1.005
+    assert chosen.reconstruction_err_ <= LowRank(density=0.25).fit(W).reconstruction_err_ + 1e-12
+
+
 def test_a_quarter_of_the_values_are_used():
     W = np.random.default_rng(0).standard_normal((128, 128))
     assert MonarchProjector(density=0.25).fit(W).density_ == 0.25
