@@ -25,6 +25,23 @@ SPACING = 8  #: counters between two that threads use: each has its own cache li
 
 
 @numba.njit(inline="always")
+def _arrive(posted, patience):  # type: ignore[no-untyped-def]
+    """Count the call, unless as a helper, and return its number."""
+    return fetch_add(posted, 0, 1) + 1 if patience == 0 else fetch_add(posted, 0, 0)
+
+
+@numba.njit(inline="always")
+def _linger(posted, call, patience):  # type: ignore[no-untyped-def]
+    """Wait as a helper for the next call, as long as `patience` lasts.
+
+    A thread that sleeps takes longer to wake than a small product takes, and one that returned
+    would hold up the caller at Python's global lock.
+    """
+    while patience > 0 and fetch_add(posted, 0, 0) == call:
+        patience -= 1
+
+
+@numba.njit(inline="always")
 def _panel_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
     kind, at = step[KIND], step[TABLE]
     if kind == CSR:
@@ -120,7 +137,7 @@ def _chunk(chunk, begin, end, pieces, program, sizes, operands, memory):  # type
 
 
 @numba.njit(nogil=True, cache=True)
-def apply_panels(program, sizes, operands, scratch, counters, pieces):  # type: ignore[no-untyped-def]
+def apply_panels(program, sizes, operands, scratch, counters, pieces, posted, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to panels.
 
     With 0 `pieces`, each thread takes whole panels through all phases, so that their activations
@@ -130,6 +147,7 @@ def apply_panels(program, sizes, operands, scratch, counters, pieces):  # type: 
 
     `sizes` are rows of X, columns of X, panels, and how many of them are wide.
     """
+    call = _arrive(posted, patience)
     n_phases = len(program[0]) + 2
     split = pieces > 0
     count = sizes[2] * max(1, pieces)
@@ -146,13 +164,15 @@ def apply_panels(program, sizes, operands, scratch, counters, pieces):  # type: 
             fetch_add(counters, done, 1)
         while fetch_add(counters, done, 0) < count:
             pass
+    _linger(posted, call, patience)
 
 
 @numba.njit(nogil=True, cache=True)
-def apply_vector(program, operands, scratch, counters, pieces):  # type: ignore[no-untyped-def]
+def apply_vector(program, operands, scratch, counters, pieces, posted, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
     steps, values, indices, table = program
     X, _, out, _ = operands
+    call = _arrive(posted, patience)
     for i in range(len(steps)):
         source = X if i == 0 else scratch[i % 2]
         target = out if i == len(steps) - 1 else scratch[(i + 1) % 2]
@@ -166,3 +186,4 @@ def apply_vector(program, operands, scratch, counters, pieces):  # type: ignore[
             fetch_add(counters, claimed + SPACING, 1)
         while fetch_add(counters, claimed + SPACING, 0) < pieces:
             pass
+    _linger(posted, call, patience)

@@ -6,6 +6,7 @@ fork. Here a call is offered to helpers that wait, and nobody waits for one that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -13,8 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 
 _calls: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
+_posted = np.zeros(1, np.int64)  #: calls offered so far, which helpers watch for a while
+_PATIENCE = 20_000  #: looks at it, about 0.1 ms
 _helpers: list[threading.Thread] = []
 _starting = threading.Lock()
 
@@ -25,13 +29,22 @@ def max_threads() -> int:
 
 
 def together(kernel: Callable[..., object], arguments: tuple[Any, ...], threads: int) -> None:
-    """Call a kernel that shares its work through counters, here and on free helpers."""
-    if threads > 1:
-        if len(_helpers) < threads - 1:
-            _start(threads - 1)
-        for _ in range(threads - 1):
-            _calls.put((kernel, arguments))
-    kernel(*arguments)
+    """Call a kernel that shares its work through counters, here and on free helpers.
+
+    Its last two arguments are the count of such calls, and for how long to watch it at the end
+    (0 for the caller, who adds to it).
+    """
+    if threads == 1:
+        kernel(*arguments, np.zeros(1, np.int64), 0)
+        return
+    if len(_helpers) < threads - 1:
+        _start(threads - 1)
+    for _ in range(threads - 1):
+        _calls.put((kernel, arguments))
+    kernel(*arguments, _posted, 0)
+    with contextlib.suppress(queue.Empty):
+        while not _calls.empty():
+            _calls.get_nowait()  # or helpers would be busy with what is done already
 
 
 def _start(count: int) -> None:
@@ -45,7 +58,7 @@ def _start(count: int) -> None:
 def _help() -> None:
     while True:
         kernel, arguments = _calls.get()
-        kernel(*arguments)
+        kernel(*arguments, _posted, _PATIENCE)
         del kernel, arguments  # which hold the caller's arrays
 
 
