@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numba
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.helpers import together
 from matfact.kernels.vectors import fetch_add
 
 #: Share of nonzeros from which the product of dense arrays is faster.
@@ -15,9 +16,7 @@ DENSE = 0.25
 #: Most columns multiplied at a time, so that those of the dense matrix stay in the cache.
 PANEL = 256
 #: Entries of a product for each of several threads, below which more do not pay.
-SMALL = 1 << 17
-#: Counters between the two that threads use: each has its own cache line.
-SPACING = 8
+SMALL = 1 << 18
 
 
 def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Array]:
@@ -71,8 +70,16 @@ def _multiply(
     # As many threads as BLAS is likely to have: both are set together (see matfact._threads).
     threads = min(numba.get_num_threads(), max(1, out.size // SMALL))
     width = min(PANEL, -(-out.shape[1] // threads))
-    counters = np.zeros(2 * SPACING, np.int64)
-    together(_multiply_panels, (indptr, indices, data, dense, width, counters, out), threads)
+    arguments = (indptr, indices, data, dense, width, np.zeros(1, np.int64), out)
+    # Threads of our own: Numba's abort the process when two Python threads use them at once.
+    helpers = [
+        threading.Thread(target=_multiply_panels, args=arguments) for _ in range(threads - 1)
+    ]
+    for helper in helpers:
+        helper.start()
+    _multiply_panels(*arguments)
+    for helper in helpers:
+        helper.join()
 
 
 @numba.njit(cache=True, nogil=True)
@@ -91,12 +98,11 @@ def _compress(values, support, indptr, indices, data, transposed):  # type: igno
 
 
 @numba.njit(cache=True, nogil=True)
-def _multiply_panels(indptr, indices, data, dense, width, counters, out):  # type: ignore[no-untyped-def]
-    """Compute panels of columns that no other thread has taken, and wait for all of them."""
-    count = (out.shape[1] + width - 1) // width
+def _multiply_panels(indptr, indices, data, dense, width, taken, out):  # type: ignore[no-untyped-def]
+    """Compute panels of columns that no other thread has taken."""
     buffer = np.empty(dense.shape[0] * width, dense.dtype)
     while True:
-        start = fetch_add(counters, 0, 1) * width
+        start = fetch_add(taken, 0, 1) * width
         if start >= out.shape[1]:
             break
         stop = min(start + width, out.shape[1])
@@ -104,9 +110,6 @@ def _multiply_panels(indptr, indices, data, dense, width, counters, out):  # typ
         panel = buffer[: dense.shape[0] * (stop - start)]
         panel.reshape(dense.shape[0], stop - start)[:] = dense[:, start:stop]
         _multiply_panel(indptr, indices, data, panel, out, start, stop)
-        fetch_add(counters, SPACING, 1)
-    while fetch_add(counters, SPACING, 0) < count:
-        pass
 
 
 # Unsigned positions spare the test for negative ones, which would keep loops from being
