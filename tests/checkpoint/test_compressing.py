@@ -320,7 +320,7 @@ def test_settings_are_remembered(source, tmp_path):
     compress(source, tmp_path / "out", HALF, layers="fc")
     settings = Checkpoint(tmp_path / "out").settings
     assert settings["method"] == "MagnitudePruner"
-    assert settings["parameters"] == {"density": 0.5}
+    assert settings["parameters"] == {"density": 0.5, "constraint": "global_sparsity"}
     assert settings["layers"] == "fc"
     assert list(settings["source"]) == ["model.safetensors"]
     assert _compress.matfact.__version__ in settings["generator"]
