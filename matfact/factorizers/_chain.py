@@ -14,7 +14,7 @@ from matfact.solvers.chains import Chain
 from matfact.solvers.monarch import monarch_loss
 
 #: Entries from which losses are estimated first, and the number of slices that takes.
-_LARGE, _SAMPLE = 1 << 15, 12
+_LARGE, _SAMPLE = 1 << 20, 64
 
 
 @dataclasses.dataclass(frozen=True)
