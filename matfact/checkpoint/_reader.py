@@ -71,6 +71,9 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         """
         return self.product(name) if self.tensors[name].is_product else self.file(name).read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

@@ -54,6 +54,11 @@ class SparseFactor(Factor):
         return (len(self.indptr) - 1, int(self.n_columns))
 
     @property
+    def locations(self) -> np.ndarray:
+        first = np.arange(self.shape[0]) * self.shape[1]
+        return np.repeat(first, np.diff(self.indptr)) + self.indices
+
+    @property
     def T(self) -> SparseFactor:  # noqa: N802
         order = self._scipy(np.arange(self.nnz)).T.tocsr()
         xp = backend.namespace(self.values)

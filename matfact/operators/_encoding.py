@@ -165,14 +165,15 @@ def _decode_kronecker(shape: tuple[int, int], values: np.ndarray, tensors: Tenso
 def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
     (rows, columns), packed = shape, tensors.pop("mask")
     _need(packed.dtype == np.uint8 and packed.shape == ((rows * columns + 7) // 8,), "mask length")
-    mask = np.unpackbits(packed)
+    mask = np.unpackbits(packed).view(np.bool_)
     _need(not mask[rows * columns :].any(), "bits beyond the last entry")
-    mask = mask[: rows * columns].reshape(shape)
-    counts = np.count_nonzero(mask, axis=1)
-    _need(values.shape == (counts.sum(),), "values and bits differ in number")
+    mask = mask[: rows * columns]
+    places = np.flatnonzero(mask)
+    _need(values.shape == places.shape, "values and bits differ in number")
+    counts = np.count_nonzero(mask.reshape(shape), axis=1)
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    indices = np.nonzero(mask)[1].astype(np.int32)
-    return SparseFactor(values, indices, indptr, columns)
+    indices = places - np.repeat(np.arange(rows) * columns, counts)
+    return SparseFactor(values, indices.astype(np.int32), indptr, columns)
 
 
 def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:

@@ -77,13 +77,17 @@ class SparseFactorModule(FactorModule):
 
     def __init__(self, factor: SparseFactor) -> None:
         super().__init__(factor)
-        order = np.argsort(factor.locations)
-        self.values = nn.Parameter(self.values.detach()[torch.from_numpy(order)])
+        locations = factor.locations
+        if (np.diff(locations) < 0).any():
+            order = np.argsort(locations)
+            locations = locations[order]
+            self.values = nn.Parameter(self.values.detach()[torch.from_numpy(order)])
         kept = np.zeros(self.rows * self.columns, dtype=bool)
-        kept[factor.locations] = True
+        kept[locations] = True
+        device = self.values.device
         bits = torch.from_numpy(np.packbits(kept, bitorder="little"))
-        self.register_buffer("mask", bits.to(self.values.device))
-        self._locate()
+        self.register_buffer("mask", bits.to(device))
+        self.register_buffer("locations", torch.from_numpy(locations).to(device), persistent=False)
 
     def _locate(self) -> None:
         """Expand the bits to the places of the values in the flattened matrix."""
@@ -91,7 +95,7 @@ class SparseFactorModule(FactorModule):
             return
         shifts = torch.arange(8, dtype=torch.uint8, device=self.mask.device)
         bits = (self.mask[:, None] >> shifts) & 1
-        locations = bits.flatten()[: self.rows * self.columns].nonzero().flatten()
+        locations = bits.bool().flatten()[: self.rows * self.columns].nonzero().flatten()
         self.register_buffer("locations", locations, persistent=False)
 
     def _load_from_state_dict(
@@ -101,7 +105,8 @@ class SparseFactorModule(FactorModule):
         if loaded is not None and loaded.shape != self.values.shape and loaded.ndim == 1:
             self.values = nn.Parameter(self.values.detach().new_empty(loaded.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._locate()
+        if f"{prefix}mask" in state_dict:
+            self._locate()
 
     def dense(self) -> Tensor:
         flat = self.values.new_zeros(self.rows * self.columns)
