@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
 from matfact import ButterflyFit, LowRank
+from matfact.operators import FactorProduct, KroneckerSparseFactor
 
 N = 1024
 EXACT = 1e-12
@@ -60,6 +61,32 @@ def test_error_of_a_noisy_butterfly_is_below_the_noise(noise):
     noisy = W + noise * rng.standard_normal(W.shape) / 256.0
     model = ButterflyFit().fit(noisy)
     assert model.reconstruction_err_ <= noise
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-3, 0.1])
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("patterns", [
+    [(1, 2, 2, 32), (2, 2, 2, 16), (4, 2, 2, 8), (8, 2, 2, 4), (16, 2, 2, 2), (32, 2, 2, 1)],
+    [(1, 3, 4, 20), (4, 4, 2, 5), (8, 5, 6, 1)],
+    [(1, 4, 6, 16), (3, 8, 6, 4), (9, 8, 3, 1)],
+])  # fmt: skip
+def test_a_random_planted_butterfly_is_identified_under_noise(noise, is_complex, patterns):
+    rng = np.random.default_rng(0)
+
+    def gaussian(*shape):
+        return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if is_complex else 0)
+
+    planted = FactorProduct(
+        [KroneckerSparseFactor(gaussian(a, d, b, c)) for a, b, c, d in patterns]
+    )
+    W = planted.toarray()
+    W = W / np.linalg.norm(W)
+    disturbance = gaussian(*W.shape)
+    disturbance *= noise / np.linalg.norm(disturbance)
+    model = ButterflyFit(chain=patterns).fit(W + disturbance)
+    # The fit takes up some of the noise, and what it makes of the rest is of the noise's size.
+    assert model.reconstruction_err_ <= noise
+    assert np.linalg.norm(model.operator_.toarray() - W) <= 2 * noise
 
 
 @settings(deadline=None, max_examples=25)
