@@ -59,17 +59,38 @@ def trained(
     path: Path | None, layers: str, per_shape: int, dtype: str = "float32"
 ) -> Iterator[Matrix]:
     """Yield up to `per_shape` whole matrices of every shape, evenly spaced over the model."""
-    weights = _read_gguf(path) if path and path.suffix == ".gguf" else load_weights(path)
-    model = path.stem if path else weights.source.partition(",")[0]
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, W in weights.items():
-        if re.search(layers, name):
-            by_shape.setdefault(W.shape, []).append(name)
+    weights, model, by_shape = _layers(path, layers)
     for shape, names in by_shape.items():
         group = f"{model} {shape[0]}×{shape[1]}"
         positions = np.linspace(0, len(names) - 1, min(per_shape, len(names))).round()
         for i in positions.astype(int):
             yield Matrix(names[i], group, weights[names[i]].astype(dtype))
+
+
+def stacked(path: Path | None, layers: str, size: int, dtype: str = "float32") -> Iterator[Matrix]:
+    """Yield a square of side `size` out of layers of one shape side by side.
+
+    Models of a size that is measured in minutes have no larger square matrices.
+    """
+    weights, model, by_shape = _layers(path, layers)
+    for shape, names in by_shape.items():
+        if shape[0] >= size > shape[1] and shape[1] * len(names) >= size:
+            square = np.concatenate([weights[name] for name in names], axis=1)[:size, :size]
+            name = f"{model}, layers of {shape[0]}×{shape[1]} side by side"
+            yield Matrix(name, f"{model} {size}×{size}", square.astype(dtype))
+            return
+
+
+def _layers(
+    path: Path | None, layers: str
+) -> tuple[Weights, str, dict[tuple[int, ...], list[str]]]:
+    """Return the weights of a model, its name, and the names of its layers by shape."""
+    weights = _read_gguf(path) if path and path.suffix == ".gguf" else load_weights(path)
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, W in weights.items():
+        if re.search(layers, name):
+            by_shape.setdefault(W.shape, []).append(name)
+    return weights, path.stem if path else weights.source.partition(",")[0], by_shape
 
 
 def _read_gguf(path: Path) -> Weights:

@@ -72,6 +72,8 @@ def collect(options: argparse.Namespace) -> Iterator[Matrix]:
         yield from matrices.transforms(size)
     for path in options.weights if options.quick else [None, *options.weights]:
         yield from matrices.trained(path, options.layers, options.per_shape)
+        for size in options.sizes:
+            yield from matrices.stacked(path, options.layers, size)
 
 
 def curve_cases(cases: list[Matrix]) -> list[Matrix]:
