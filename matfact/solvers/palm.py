@@ -9,13 +9,15 @@ from collections.abc import Sequence
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.constraints import Constraint
+from matfact.constraints import Constraint, Support
 from matfact.solvers._callback import Callback
 
 #: Longest step at the start, as a multiple of 1 ÷ curvature: beyond 2 a gradient step diverges.
 RELAXATION = 1.8
 #: Shares of the iterations after which the longest step begins to shrink, and has shrunk to 1.
 HELD, ANNEALED = 0.7, 0.95
+#: Share of the objective that a sweep leaves, at most, where the right supports are found.
+SETTLED = 0.5
 #: Relative error, in units of rounding, below which nothing is left to approximate.
 NEGLIGIBLE = 32
 #: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
@@ -39,9 +41,9 @@ def palm4msa(
     things differ. The step follows the curvature met along the step instead of the product of
     spectral norms, which only bounds it. Where the set allows it, columns left and rows right of
     a factor count with unit norm, a diagonal preconditioner. And the first steps are longer than
-    descent permits, so that supports keep changing; once they stay, and late in any case, steps
-    have the length that makes every further iteration descend. The best iterate is returned,
-    which is never worse than the start.
+    descent permits, so that supports keep changing; once they stay and the objective falls fast,
+    and late in any case, steps have the length that makes every further iteration descend. The
+    best iterate is returned, which is never worse than the start.
 
     Parameters
     ----------
@@ -87,8 +89,8 @@ def palm4msa(
     objective = _energy(W - scale * product)
     best, best_scale, best_objective = list(factors), scale, objective
     negligible = _negligible(W)
-    if len(factors) == 1:
-        relaxation = 1.0  # the first step is the projection of W: nothing to explore
+    if len(factors) == 1 or all(isinstance(constraint, Support) for constraint in constraints):
+        relaxation = 1.0  # nothing to explore
     supports, is_settled = [factor != 0 for factor in factors], False
     for iteration in range(1, max_iter + 1):
         previous = objective
@@ -98,7 +100,7 @@ def palm4msa(
             scale = _best_scale(W, product)
         objective = _energy(W - scale * product)
         last, supports = supports, [factor != 0 for factor in factors]
-        is_settled = all(map(_is_equal, last, supports))
+        is_settled = objective <= SETTLED * previous and all(map(_is_equal, last, supports))
         if callback is not None:
             callback(iteration, objective)
         if objective < best_objective:
