@@ -70,7 +70,7 @@ shape (in_features,), default="identity"
         these four and keeps the best.
     max_iter : int, default=10
         Largest number of sweeps, and of descent steps.
-    tol : float, default=1e-3
+    tol : float, default=5e-3
         Stop when a sweep, or ten descent steps, lower the squared error by less than this
         fraction.
 
@@ -140,7 +140,7 @@ shape (in_features,), default="identity"
         density: float | None = None,
         permutation: Any = "identity",
         max_iter: int = 10,
-        tol: float = 1e-3,
+        tol: float = 5e-3,
     ) -> None:
         self.method = method
         self.chain = chain
