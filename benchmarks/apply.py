@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192], help="sides")
     add("--batches", type=int, nargs="*", default=[1, 16, 64, 256, 1024], help="batch sizes")
     add("--structures", nargs="*", default=list(STRUCTURES), choices=list(STRUCTURES))
+    add("--methods", default="", help="regular expression of the methods to run, besides dense")
     add("--repeats", type=int, default=7, help="timings of each method")
     add("--cache", type=float, default=64, help="MiB of dense weights to rotate over")
     add("--slow", type=float, default=0.5, help="calls longer than this many seconds: timed once")
@@ -67,7 +69,8 @@ def measure(name: str, structure: Structure, n: int, options: argparse.Namespace
     rng = np.random.RandomState(n)
     layers = max(2, round(options.cache * 2**20 / (4 * n * n)))
     products = [structure(n, rng) for _ in range(min(layers, 24))]
-    methods = [m for m in METHODS if m.is_present() and m.suits(name)]
+    chosen = [m for m in METHODS if m is METHODS[0] or re.search(options.methods, m.name)]
+    methods = [m for m in chosen if m.is_present() and m.suits(name)]
     # Which values a dense matrix holds does not change how long it takes.
     matrices = [rng.standard_normal(product.shape).astype(product.dtype) for product in products]
     pairs = list(zip(products, matrices, strict=True))
@@ -95,18 +98,19 @@ def interleaved(
     """Return the times of each method for one layer, the mean over a rotation."""
     operands = {m.name: m.operand(X) for m in methods}
     times: dict[str, list[float]] = {m.name: [] for m in methods}
-    for repeat in range(options.repeats + 1):
+    for method in methods:  # compile, and prepare each layer
+        for call in prepared[method.name]:
+            call(operands[method.name])
+    for _ in range(options.repeats):
         for method in methods:
             if times[method.name] and times[method.name][0] > options.slow:
                 continue
             calls, operand = prepared[method.name], operands[method.name]
-            calls = calls if repeat else calls[:1]  # the first round compiles and warms up
             calls[-1](operand)  # wakes up threads and caches of instructions
             start = time.perf_counter()
             for call in calls:
                 call(operand)
-            if repeat:
-                times[method.name].append((time.perf_counter() - start) / len(calls))
+            times[method.name].append((time.perf_counter() - start) / len(calls))
             if options.threads > 1:
                 time.sleep(_SETTLE)
     return times

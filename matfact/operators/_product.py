@@ -176,7 +176,7 @@ class FactorProduct:
         """Tell whether the factors or the dense matrix are faster for a batch.
 
         ``product @ X`` follows the advice by itself on NumPy, where the times are predicted from
-        rates measured once on each machine (half a second, kept in the user's cache folder) with
+        rates measured once on each machine (about a second, kept in the user's cache folder) with
         weights that come from memory, as in a network. For other array libraries, complex
         numbers and tiny products, both ways are timed, with weights that may be in the cache.
 
