@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def triple_scores(
     >>> bool(abs(fast["0"][0] - exact["0"][0]).max() < 1e-4)  # the network is linear
     True
     """
-    views = _checked_views(model, layers)
+    views = _checked_views(model, layers, grids, statistic)
     triples = {
         name: _Triples(view, (grids or {}).get(name, (1, 1))) for name, view in views.items()
     }
@@ -126,7 +126,7 @@ def exact_triple_scores(
 
     Parameters and result are those of :func:`triple_scores`; `batches` are kept.
     """
-    views = _checked_views(model, layers)
+    views = _checked_views(model, layers, grids, statistic)
     batches = list(checked(batches))
     scores: Scores = {}
     with eval_mode(model), torch.no_grad():
@@ -188,9 +188,15 @@ class _Triples:
         return np.split(every, np.cumsum(self._lengths)[:-1])
 
 
-def _checked_views(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Matricized]:
+def _checked_views(
+    model: nn.Module, layers: Sequence[str] | None, grids: Grids | None, statistic: Statistic
+) -> dict[str, Matricized]:
     """Return the layers as matrices, if triples of them can be scored."""
+    if statistic not in get_args(Statistic):
+        raise ValueError(f"statistic must be one of {get_args(Statistic)}, got {statistic!r}.")
     views = layer_views(model, layers)
+    if unknown := sorted(set(grids or {}) - set(views)):
+        raise ValueError(f"grids must name layers that are scored, got {unknown}.")
     for name, view in views.items():
         layer = view.layer
         plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)

@@ -154,3 +154,16 @@ def test_triples_ranked_by_perturbation_cost_the_outputs_less_than_by_size(netwo
 def test_other_layers_are_refused(layer):
     with pytest.raises(ValueError, match="layers must name"):
         triple_scores(nn.Sequential(layer), [torch.ones(1, 4, 8, 8)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"statistic": "median"}, "statistic must be one of"),
+        ({"grids": {"9": (1, 2)}}, "grids must name layers"),
+    ],
+)
+@pytest.mark.parametrize("scores", [triple_scores, exact_triple_scores])
+def test_bad_parameters_are_named(scores, options, message):
+    with pytest.raises(ValueError, match=message):
+        scores(nn.Sequential(nn.Linear(3, 2)), [torch.ones(4, 3)], **options)
