@@ -15,10 +15,8 @@ from pathlib import Path
 from matfact import MagnitudePruner
 from matfact.checkpoint import compress
 
-source, folder, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
-
-def run(out, *, die_at=None):
+def run(source, out, *, die_at=None):
     """Compress; die at the given write, rename or sync to disk."""
     calls = 0
 
@@ -54,41 +52,46 @@ def shards(out):
     return {name: (out / name).stat().st_ino for name in names}
 
 
-def child(out, die_at=None):
+def child(source, out, die_at=None):
     pid = os.fork()
     if pid == 0:
         try:
-            run(out, die_at=die_at)
+            run(source, out, die_at=die_at)
         finally:
             os._exit(0)
     return pid
 
 
-def resumed(out, expected):
+def resumed(source, out, expected):
     """Complete the work, and say whether anything was lost or done twice."""
     before = shards(out)
-    run(out)
+    run(source, out)
     now = {name: (out / name).stat().st_ino for name in before}
     return {"finished": len(before), "identical": content(out) == expected, "kept": now == before}
 
 
-reference = folder / "reference"
-started = time.perf_counter()
-calls = run(reference)
-seconds = time.perf_counter() - started
-expected = content(reference)
-report = []
-draw = random.Random(0)
-for trial in range(calls + kills):
-    out = folder / "killed"
-    if trial < calls:  # at every moment between two changes on disk
-        os.waitpid(child(out, die_at=trial), 0)
-    else:  # at any moment, several times in a row
-        for _ in range(draw.randint(1, 3)):
-            pid = child(out)
-            time.sleep(draw.uniform(0, 1.2 * seconds))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    report.append(resumed(out, expected))
-    shutil.rmtree(out)
-print(json.dumps({"calls": calls, "seconds": seconds, "trials": report}))
+def main(source, folder, kills):
+    reference = folder / "reference"
+    started = time.perf_counter()
+    calls = run(source, reference)
+    seconds = time.perf_counter() - started
+    expected = content(reference)
+    report = []
+    draw = random.Random(0)
+    for trial in range(calls + kills):
+        out = folder / "killed"
+        if trial < calls:  # at every moment between two changes on disk
+            os.waitpid(child(source, out, die_at=trial), 0)
+        else:  # at any moment, several times in a row
+            for _ in range(draw.randint(1, 3)):
+                pid = child(source, out)
+                time.sleep(draw.uniform(0, 1.2 * seconds))
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        report.append(resumed(source, out, expected))
+        shutil.rmtree(out)
+    print(json.dumps({"calls": calls, "seconds": seconds, "trials": report}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
