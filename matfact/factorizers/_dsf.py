@@ -24,13 +24,14 @@ from matfact.operators import SparseFactor
 from matfact.solvers._callback import History
 from matfact.solvers.dsf import dsf, pruned
 from matfact.solvers.palm import identity_start, palm4msa
+from matfact.solvers.sparse_product import sparse_product
 
 #: Share of the error of pruning from which a fit calls for another attempt.
 POOR = 0.9
 
 
 class DoubleSparseFactorizer(BaseFactorizer):
-    """A product of two sparse matrices, ``W ≈ A B``.
+    """A product of two sparse matrices, ``W ≈ A B``, or of more.
 
     Double sparse factorization [1]_: alternating sparse regressions by ADMM, here on a schedule
     of penalties and of nonzeros that finds better supports in fewer sweeps. Nonzeros may stand
@@ -51,6 +52,10 @@ class DoubleSparseFactorizer(BaseFactorizer):
         ``FixedSupport.random(shape, k, seed)``, or the name of one that needs no parameter. A
         factor with None stores freely what the other leaves of `density`; with two sets
         `density` must be None.
+    n_factors : int, default=2
+        Number of factors. With more than two, one after the other is split off and all are
+        refined together by :class:`Palm4MSA`'s solver; they share the budget as two would, and
+        the two parameters above must keep their defaults. More factors seldom lower the error.
     max_iter : int, default=100
         Number of sweeps over both factors. Penalties and nonzeros are scheduled over them, so
         that more sweeps find better supports: 400 lower the error by some 5 %, 25 raise it by 10.
@@ -58,9 +63,9 @@ class DoubleSparseFactorizer(BaseFactorizer):
     Attributes
     ----------
     operator_ : FactorProduct
-        The product of the two factors. The inner dimension is the shorter side of `W`.
+        The product of the factors. Inner dimensions are the shorter side of `W`.
     factors_ : tuple of Factor
-        `A` and `B`.
+        `A` and `B`, or however many there are.
     reconstruction_err_ : float
         ``‖W − Ŵ‖_F / ‖W‖_F``.
     normalized_err_ : float
@@ -70,7 +75,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        Sweeps over both factors.
+        Sweeps over all factors.
     history_ : dict of list
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
         The objective may rise: the schedule looks for good supports first. A last refit of the
@@ -99,6 +104,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         "density": DENSITY,
         "first_factor_density": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
         "constraints": [list, tuple, None],
+        "n_factors": [Interval(Integral, 2, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
     }
 
@@ -107,15 +113,19 @@ class DoubleSparseFactorizer(BaseFactorizer):
         density: float | None = None,
         first_factor_density: float | Literal["auto"] = "auto",
         constraints: Sequence[Constraint | str | None] | None = None,
+        n_factors: int = 2,
         max_iter: int = 100,
     ) -> None:
         self.density = density
         self.first_factor_density = first_factor_density
         self.constraints = constraints
+        self.n_factors = n_factors
         self.max_iter = max_iter
 
     def _factorize(self, W: Array, history: History) -> Factorization:
         xp = backend.namespace(W)
+        if self.n_factors > 2:
+            return self._factorize_more(W, history)
         if self.constraints is None:
             sets = self._budgets(W.shape)
         else:
@@ -129,6 +139,28 @@ class DoubleSparseFactorizer(BaseFactorizer):
             found = self._best(W, found, sets)
         factors = [xp.matrix_transpose(f) for f in reversed(found)] if tall else found
         return Factorization([SparseFactor.from_dense(f) for f in factors], n_iter)
+
+    def _factorize_more(self, W: Array, history: History) -> Factorization:
+        """Return more than two factors."""
+        for name, default in (("first_factor_density", "auto"), ("constraints", None)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} must be {default!r} with n_factors={self.n_factors}, got "
+                    f"{getattr(self, name)!r}."
+                )
+        short, long = sorted(W.shape)
+        budget = metrics.stored_value_budget(self.density, W.shape, minimum=self.n_factors)
+        n_square = self.n_factors - 1
+        weight = math.sqrt(short) / (n_square * math.sqrt(short) + math.sqrt(long))
+        square = min(max(1, round(budget * weight)), (budget - 1) // n_square, short * short)
+        nonzeros = [square] * n_square + [min(budget - n_square * square, short * long)]
+        transpose = backend.namespace(W).matrix_transpose
+        tall = W.shape[0] > W.shape[1]
+        factors, n_iter = sparse_product(
+            transpose(W) if tall else W, nonzeros, max_iter=self.max_iter, callback=history
+        )
+        factors = [transpose(factor) for factor in reversed(factors)] if tall else factors
+        return Factorization([SparseFactor.from_dense(factor) for factor in factors], n_iter)
 
     def _best(self, W: Array, found: list[Array], sets: Sequence[Constraint]) -> list[Array]:
         """Return the best of the factors found, of plain pruning, and of PALM.

@@ -16,6 +16,7 @@ from matfact import (
 
 FACTORIZERS = {
     "dsf": DoubleSparseFactorizer(max_iter=30),
+    "dsf-three-factors": DoubleSparseFactorizer(n_factors=3, max_iter=10),
     "palm4msa": Palm4MSA(max_iter=30),
     "palm4msa-hierarchical": Palm4MSA(n_factors=3, hierarchical="left", max_iter=10),
     "butterfly": ButterflyFit(),

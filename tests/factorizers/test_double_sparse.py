@@ -173,3 +173,32 @@ def test_a_fit_takes_no_more_than_twelve_times_the_memory_of_its_matrix(rng, sha
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 12 * W.nbytes
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (20, 50), (50, 20)])
+@pytest.mark.parametrize("n_factors", [3, 4])
+def test_more_factors_share_the_budget(rng, shape, n_factors):
+    W = rng.standard_normal(shape)
+    model = DoubleSparseFactorizer(density=0.5, n_factors=n_factors, max_iter=30).fit(W)
+    side = min(shape)
+    assert [f.shape for f in model.factors_].count((side, side)) >= n_factors - 1
+    assert len(model.factors_) == n_factors
+    assert model.density_ <= 0.5
+    assert model.reconstruction_err_ < 0.7
+
+
+def test_product_of_three_sparse_matrices_is_approximated(rng):
+    A, B, C = (
+        np.where(rng.random((64, 64)) < 0.05, rng.standard_normal((64, 64)), 0) for _ in "ABC"
+    )
+    model = DoubleSparseFactorizer(density=0.3, n_factors=3).fit(A @ B @ C)
+    assert model.reconstruction_err_ < 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"first_factor_density": 0.1}, {"constraints": [NMSparsity(2, 4), None]}]
+)
+def test_settings_of_two_factors_are_refused_for_more(rng, options):
+    model = DoubleSparseFactorizer(n_factors=3, **options)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be .* with n_factors=3"):
+        model.fit(rng.standard_normal((20, 20)))
