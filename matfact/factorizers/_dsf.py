@@ -27,7 +27,7 @@ from matfact.solvers.palm import identity_start, palm4msa
 from matfact.solvers.sparse_product import sparse_product
 
 #: Share of the error of pruning from which a fit calls for another attempt.
-POOR = 0.9
+POOR = 0.82
 
 
 class DoubleSparseFactorizer(BaseFactorizer):
