@@ -175,11 +175,13 @@ class DoubleSparseFactorizer(BaseFactorizer):
         shapes = [factor.shape for factor in found]
         budget = sum(c.nnz(shape) for c, shape in zip(sets, shapes, strict=True))
         candidates = [found, list(pruned(W, budget))]
-        if error(found) > POOR * error(candidates[1]):
+        errors = [error(candidate) for candidate in candidates]
+        if errors[0] > POOR * errors[1]:
             start, backward = identity_start(W, sets)
             factors, scale, _ = palm4msa(W, start, sets, max_iter=self.max_iter, backward=backward)
             candidates.append([scale * factors[0], factors[1]])
-        return min(candidates, key=error)
+            errors.append(error(candidates[-1]))
+        return candidates[errors.index(min(errors))]
 
     def _sets(self, shape: tuple[int, int], given: Sequence[Any]) -> list[Constraint]:
         """Return the sets `given`, with what they leave of the budget where there is none."""

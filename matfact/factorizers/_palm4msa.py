@@ -15,7 +15,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.constraints import (
-    CONSTRAINTS,
     ColumnSparsity,
     Constraint,
     FixedSupport,
@@ -24,7 +23,7 @@ from matfact.constraints import (
     RowColumnSparsity,
     RowSparsity,
     Support,
-    get_constraint,
+    resolve_constraint,
 )
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._dsf import DoubleSparseFactorizer
@@ -255,19 +254,7 @@ class Palm4MSA(BaseFactorizer):
 
 def _resolve(name: str, sets: Sequence[Constraint | str]) -> list[Constraint]:
     """Return constraints, some given by name, as objects."""
-    resolved = []
-    for i, constraint in enumerate(sets):
-        if isinstance(constraint, str):
-            try:
-                constraint = get_constraint(constraint)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{name}[{i}]={constraint!r}: {error}") from None
-        if not isinstance(constraint, Constraint):
-            raise ValueError(
-                f"{name}[{i}] must be a Constraint or one of {sorted(CONSTRAINTS)}, got "
-                f"{constraint!r}."
-            )
-        resolved.append(constraint)
+    resolved = [resolve_constraint(each, f"{name}[{i}]") for i, each in enumerate(sets)]
     if name == "constraints" and not resolved:
         raise ValueError("constraints must hold at least one set, got none.")
     return resolved
