@@ -1,0 +1,145 @@
+"""Cells of a study: what is run once, kept in a file, and averaged over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import joblib
+
+import matfact
+from benchmarks import machine
+
+#: What a result depends on, its seed too.
+Cell = dict[str, Any]
+#: A finished cell, as it is kept: ``cell``, ``result``, ``cpu_seconds``, ``finished``, ``matfact``.
+Record = dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; formats as ``0.912 ± 0.003``."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    def __format__(self, spec: str) -> str:
+        if self.count == 1:
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ± {self.deviation:{spec}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A cell with its results over all seeds; ``row[name]`` reads either.
+
+    Attributes
+    ----------
+    cell : dict
+        Parameters, without the seed.
+    results : dict
+        For each result a :class:`Spread` where it is a number, a dict of such where it is a
+        dict, and otherwise what it was for the first seed.
+    """
+
+    cell: Cell
+    results: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.cell[name] if name in self.cell else self.results[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return ``self[name]``, or `default` where there is no such parameter or result."""
+        return self[name] if name in self.cell or name in self.results else default
+
+
+def key(cell: Cell) -> str:
+    """Return the text by which a cell is known."""
+    return json.dumps(cell, sort_keys=True)
+
+
+def with_seeds(cells: Iterable[Cell], seeds: int) -> list[Cell]:
+    """Return the cells for each seed, all of the first seed before those of the next."""
+    cells = list(cells)
+    fixed = [cell for cell in cells if "seed" in cell]
+    free = [cell for cell in cells if "seed" not in cell]
+    return fixed + [{**cell, "seed": seed} for seed in range(seeds) for cell in free]
+
+
+def load(path: Path) -> dict[str, Record]:
+    """Return the finished cells of a file; a line that was cut off is left out."""
+    records = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records[key(record["cell"])] = record
+    return records
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a finished cell in one write, so that lines of processes at work together never mix."""
+    line = json.dumps(record) + "\n"
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        line = "\n" + line  # a run was killed while it wrote
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+def run(
+    function: Callable[[Cell], dict[str, Any]], cells: Sequence[Cell], threads: int, n_jobs: int
+) -> Iterator[tuple[Cell, Record | str]]:
+    """Yield cells as they end, each with its record or with the traceback of its failure."""
+    pool = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    yield from pool(joblib.delayed(_run_one)(function, cell, threads) for cell in cells)
+
+
+def _run_one(
+    function: Callable[[Cell], dict[str, Any]], cell: Cell, threads: int
+) -> tuple[Cell, Record | str]:
+    start = time.process_time()
+    try:
+        with machine.threads(threads):
+            result = function(dict(cell))
+    except Exception:  # one cell that fails must not end the study
+        return cell, traceback.format_exc()
+    return cell, {
+        "cell": cell,
+        "result": result,
+        "cpu_seconds": round(time.process_time() - start, 3),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "matfact": matfact.__version__,
+    }
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """Return one row for each cell, over all of its seeds, in the order they come."""
+    groups: dict[str, tuple[Cell, list[dict[str, Any]]]] = {}
+    for record in records:
+        cell = {name: value for name, value in record["cell"].items() if name != "seed"}
+        groups.setdefault(key(cell), (cell, []))[1].append(record["result"])
+    return [Row(cell, _combine(results)) for cell, results in groups.values()]
+
+
+def _combine(values: list[Any]) -> Any:
+    """Return the spread of numbers, at the leaves of dicts; the first one of other values."""
+    known = [value for value in values if value is not None]
+    if known and all(isinstance(value, dict) for value in known):
+        names = dict.fromkeys(name for value in known for name in value)
+        return {name: _combine([v[name] for v in known if name in v]) for name in names}
+    if known and all(isinstance(value, (bool, int, float)) for value in known):
+        deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+        return Spread(statistics.fmean(known), deviation, len(known))
+    return known[0] if known else None

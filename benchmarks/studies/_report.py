@@ -1,0 +1,52 @@
+"""What a study writes: ``results.json``, ``table.md`` and ``figure.png``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies._cells import Record, Row
+
+
+def markdown_table(header: Sequence[Any], lines: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    rule = "|" + "---|" * len(header)
+    body = [f"| {' | '.join(map(str, line))} |" for line in (header, *lines)]
+    return "\n".join([body[0], rule, *body[1:]]) + "\n"
+
+
+def write(
+    folder: Path, study: Any, conditions: dict[str, Any], records: list[Record], rows: list[Row]
+) -> None:
+    """Write the files of a study from its finished cells."""
+    content = {
+        "conditions": conditions,
+        "cells": len(records),
+        "seeds": sorted({record["cell"]["seed"] for record in records}),
+        "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
+        "finished": max(record["finished"] for record in records),
+        "rows": [{"cell": row.cell, "results": as_json(row.results)} for row in rows],
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=1, default=str))
+    (folder / "table.md").write_text(f"{describe(content)}\n\n{study.table(rows)}")
+    study.figure(rows).savefig(folder / "figure.png")
+
+
+def describe(content: dict[str, Any]) -> str:
+    """Return the paragraph over a table: when, on what and with what it was measured."""
+    conditions = content["conditions"]
+    versions = ", ".join(f"{k} {v}" for k, v in conditions["versions"].items())
+    return (
+        f"{content['finished'][:10]}, {conditions['cpu']}, {conditions['threads']} thread(s), "
+        f"{content['cells']} cells, seeds {', '.join(map(str, content['seeds']))}, "
+        f"{content['cpu_seconds'] / 60:.1f} minutes of CPU. {versions}."
+    )
+
+
+def as_json(value: Any) -> Any:
+    """Return results with their spreads as dicts."""
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    return {k: as_json(v) for k, v in value.items()} if isinstance(value, dict) else value
