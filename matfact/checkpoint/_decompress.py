@@ -10,7 +10,7 @@ import numpy as np
 
 from matfact import backend
 from matfact._files import write_atomically
-from matfact._safetensors import HEADER_LIMIT, in_aligned_order, serialize, stored
+from matfact._safetensors import in_aligned_order, serialize, stored
 from matfact.checkpoint._reader import Checkpoint
 from matfact.operators import FactorProduct
 
@@ -39,11 +39,12 @@ def decompress(folder: str | Path, path: str | Path) -> None:
     """
     checkpoint, path = Checkpoint(folder), Path(path)
     specs = in_aligned_order({name: t.spec for name, t in checkpoint.tensors.items()})
-    needed = HEADER_LIMIT + sum(spec.nbytes for spec in specs.values())
+    header = next(serialize(specs, (), checkpoint.metadata))
+    needed = len(header) + sum(spec.nbytes for spec in specs.values())
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ValueError(
-            f"{folder} must hold tensors that fit where {path} is to be written: they may take "
+            f"{folder} must hold tensors that fit where {path} is to be written: they take "
             f"{needed} bytes, and {free} are free."
         )
     for name, tensor in checkpoint.tensors.items():

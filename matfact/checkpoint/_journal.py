@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from matfact._files import remove_partial_files, write_atomically
-from matfact._safetensors import parse_json
+from matfact._json import parse_json
 from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from matfact._files import write_atomically
-from matfact._safetensors import TensorSpec, checked_spec, parse_json
+from matfact._json import parse_json
+from matfact._safetensors import TensorSpec, checked_spec
 
 MANIFEST = "manifest.json"
 FORMAT = "matfact-checkpoint"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from matfact._safetensors import HEADER_LIMIT, SafetensorsFile, TensorSpec, parse_json
+from matfact._json import parse_json
+from matfact._safetensors import SafetensorsFile, TensorSpec
 from matfact.checkpoint._shards import file_digest
 
 INDEX_SUFFIX = ".index.json"
+#: Longest index read, in bytes: room for more than 100 000 tensors.
+_LIMIT = 1 << 24
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -83,8 +86,8 @@ def _found(path: Path) -> Path:
 
 def _indexed(path: Path) -> dict[str, SafetensorsFile]:
     """Return the file of each tensor in the index."""
-    if path.stat().st_size > HEADER_LIMIT:
-        raise ValueError(f"{path} must be an index of at most {HEADER_LIMIT} bytes.")
+    if path.stat().st_size > _LIMIT:
+        raise ValueError(f"{path} must be an index of at most {_LIMIT} bytes.")
     try:
         places = parse_json(path.read_bytes()).get("weight_map")
     except ValueError as error:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matfact._files import write_atomically
-from matfact._safetensors import SafetensorsFile, in_aligned_order, parse_json, serialize
+from matfact._json import parse_json
+from matfact._safetensors import SafetensorsFile, in_aligned_order, serialize
 from matfact.operators._encoding import decode, encode
 from matfact.operators._factor import Factor
 

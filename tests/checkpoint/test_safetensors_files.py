@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from matfact._files import write_atomically
 from matfact._safetensors import (
-    HEADER_LIMIT,
     SafetensorsFile,
     from_bfloat16,
     in_aligned_order,
@@ -97,8 +96,6 @@ HOSTILE = {
     "metadata of another type": {"__metadata__": {"x": 1}, "a": entry(0, 8, (8,))},
     "no JSON": b"{'a': 1}",
     "no UTF-8": b'{"\xff": 1}',
-    "a key twice": b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},'
-    b'"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}',
     "nested deeply": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a number of many digits": b'{"a":' + b"9" * 100_000 + b"}",
 }
@@ -112,12 +109,12 @@ def test_headers_that_lie_are_refused(case, tmp_path):
         SafetensorsFile(path)
 
 
-@pytest.mark.parametrize("length", [1 << 63, 1 << 40, 100, HEADER_LIMIT + 1])
+@pytest.mark.parametrize("length", [1 << 63, 1 << 40, 100, 100_000_001])
 def test_a_header_longer_than_the_file_or_the_limit_is_not_read(length, tmp_path):
     path = tmp_path / "long"
     with path.open("wb") as file:
         file.write(length.to_bytes(8, "little"))
-        file.truncate(HEADER_LIMIT + 100 if length > HEADER_LIMIT else 50)  # sparse
+        file.truncate(length + 8 if 100 < length < 1 << 30 else 50)  # sparse
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="path must name"):
