@@ -1,4 +1,9 @@
-"""Compress trained PyTorch networks: layers, capture, compression, fine-tuning."""
+"""Compress trained PyTorch networks: layers, capture, compression, fine-tuning, pruning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.budget import layer_options, output_sensitivity
@@ -34,25 +39,87 @@ __all__ = [
     "FactorizedConv",
     "FactorizedLinear",
     "FineTuning",
+    "FlopCount",
+    "GradualMagnitude",
+    "LayerCollapseWarning",
     "LayerReport",
     "LowRankLinear",
     "MonarchLinear",
+    "NeuronBlock",
+    "NeuronPruning",
+    "Prunable",
+    "PrunedBlock",
+    "PruningReport",
     "SparseProductLinear",
+    "TensorTrain",
     "balance_factors",
     "compress",
     "compress_gradually",
+    "count_flops",
     "cubic_densities",
     "exact_triple_scores",
+    "find_blocks",
     "fine_tune",
     "input_statistics",
     "layer_options",
     "load_network",
+    "make_permanent",
     "merge_update",
     "output_sensitivity",
+    "prunable_parameters",
+    "prune_network",
+    "prune_neurons",
+    "pruning_scores",
     "randomize_supports",
     "reestimate_batch_norm",
     "reset_parameters",
     "save_network",
     "soft_cross_entropy",
+    "tensor_train",
+    "to_torch_prune",
     "triple_scores",
+    "tucker_svd",
 ]
+
+if TYPE_CHECKING:
+    from matfact.torch.neurons import (
+        NeuronBlock,
+        NeuronPruning,
+        PrunedBlock,
+        find_blocks,
+        prune_neurons,
+    )
+    from matfact.torch.pruning import (
+        FlopCount,
+        GradualMagnitude,
+        LayerCollapseWarning,
+        Prunable,
+        PruningReport,
+        count_flops,
+        make_permanent,
+        prunable_parameters,
+        prune_network,
+        pruning_scores,
+        to_torch_prune,
+    )
+    from matfact.torch.tensor import (
+        TensorTrain,
+        tensor_train,
+        tucker_svd,
+    )
+else:
+    _HOMES = ("neurons", "pruning", "tensor")
+
+    def __getattr__(name: str) -> Any:
+        """Import what prunes and decomposes when it is first used."""
+        if name in _HOMES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in __all__:
+            for home in _HOMES:
+                module = importlib.import_module(f"{__name__}.{home}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *__all__, *_HOMES])
