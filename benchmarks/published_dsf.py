@@ -22,6 +22,8 @@ def published_dsf(
     first_factor_density: float | None = None,
     outer: int = 40,
     inner: int = 5,
+    anneal: bool = True,
+    start: torch.Tensor | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the factors ``(L, R)``, ``W ≈ L R``, after each outer iteration.
 
@@ -38,9 +40,15 @@ def published_dsf(
         Nonzeros of A ÷ entries of A.
     outer, inner : int
         Iterations.
+    anneal : bool
+        Whether the first step of each solve has a penalty that grows from 0 to 1, and not 1.
+    start : torch.Tensor, optional
+        A to begin with: B is then solved for once before A is, instead of being pruned from `W`.
     """
     if W.shape[0] > W.shape[1]:
-        for left, right in published_dsf(W.T, density, first_factor_density, outer, inner):
+        start = None if start is None else start.T
+        settings = (first_factor_density, outer, inner, anneal, start)
+        for left, right in published_dsf(W.T, density, *settings):
             yield right.T, left.T
         return
     if first_factor_density is None:
@@ -54,8 +62,11 @@ def published_dsf(
     A = torch.eye(n, dtype=W.dtype)
     B = W * largest(W, nnz_b // 2)
     dual_a, dual_b = torch.zeros_like(A), torch.zeros_like(B)
+    if start is not None:
+        A = start
+        B, dual_b = solve(A, W, nnz_b, B, dual_b, 1.0, inner)
     for k in range(outer):
-        rho = min(1.0, k / max(1, outer - 3)) ** 3
+        rho = min(1.0, k / max(1, outer - 3)) ** 3 if anneal else 1.0
         A_t, dual_t = solve(B.T, W.T, nnz_a, A.T, dual_a.T, rho, inner)
         A, dual_a = A_t.T, dual_t.T
         B, dual_b = solve(A, W, nnz_b, B, dual_b, rho, inner)
