@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 
-NAMES = ("projection", "floor", "apply", "scoring", "study")
+NAMES = ("projection", "floor", "apply", "scoring", "study", "butterfly", "networks")
 #: Read by the numerical libraries when they are loaded, so they are set before any import.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",

@@ -1,0 +1,33 @@
+"""Compress whole networks, real ones and ones trained here.
+
+Each is a module ``benchmarks/networks/some_name.py`` with a function ``run(quick, folder)``, which
+writes what it measures to the folder and returns the exit status. The quick form does with what
+is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+NAMES = ("encoder", "language-model", "cnn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    add("--output", type=Path, help="folder of the results (build/networks/NAME)")
+    add("--quick", action="store_true", help="the small form, to see that all runs")
+    add("--data", help="folder of data sets (the environment's MATFACT_DATA)")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.data:
+        os.environ["MATFACT_DATA"] = options.data
+    form = f"{options.name}-quick" if options.quick else options.name
+    folder = options.output or Path("build/networks") / form
+    folder.mkdir(parents=True, exist_ok=True)
+    module = importlib.import_module(f"benchmarks.networks.{options.name.replace('-', '_')}")
+    return module.run(options.quick, folder)

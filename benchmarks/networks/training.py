@@ -1,0 +1,114 @@
+"""Train image classifiers, reproducibly, and keep them as files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.networks.data import load
+from benchmarks.networks.models import build
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """Return a network in eval mode, trained now or read from where it was kept.
+
+    Files are kept in the folder that the environment names as ``MATFACT_CACHE``
+    (build/checkpoints), and are trained anew where their recipe is another.
+
+    Parameters
+    ----------
+    name : {"lenet", "mlp", "vgg", "resnet20"}
+        Architecture.
+    dataset : {"digits", "mnist", "fashion-mnist"}
+        What it is trained on.
+    seed : int, default=0
+        Of the initial values and of the order of batches.
+    **changes
+        What differs from the usual recipe: ``width`` of the network, and parameters of
+        :func:`train`.
+    """
+    images, labels, _, _ = load(dataset)
+    image_size = images.shape[-1]
+    recipe = {"model": name, "data": dataset, "seed": seed, **_recipe(len(images)), **changes}
+    width = recipe.pop("width", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(name, image_size=image_size, width=width)
+    label = name if width is None else f"{name}-{width}"
+    path = Path(os.environ.get("MATFACT_CACHE", "build/checkpoints"))
+    path = path / f"{label}-{dataset}-{seed}.safetensors"
+    key = json.dumps(recipe, sort_keys=True)
+    if _kept_recipe(path) != key:
+        options = {k: v for k, v in recipe.items() if k not in ("model", "data")}
+        train(model, images, labels, **options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        save_file(state, partial, metadata={"recipe": key})
+        partial.replace(path)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def _recipe(n_images: int) -> dict[str, Any]:
+    """Return the parameters of :func:`train` for so many images: small sets are seen more often."""
+    return {"epochs": 6 if n_images > 10_000 else 12 if n_images > 2_000 else 30}
+
+
+def _kept_recipe(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("recipe")
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    epochs: int = 6,
+    batch_size: int = 64,
+    learning_rate: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+) -> nn.Module:
+    """Minimize the cross-entropy by SGD with a learning rate that falls to zero on a line."""
+    model.train().to(memory_format=torch.channels_last)
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    n_steps = epochs * -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images), generator=order).split(batch_size):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def batches(images: Tensor, labels: Tensor, size: int = 256) -> Batches:
+    """Return pairs of images and labels, in order."""
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of images that `model`, put in eval mode, labels rightly."""
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches(images, labels))
+    return right / len(images)
