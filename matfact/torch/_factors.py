@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,28 @@ _MODULES: dict[type[Factor], Any] = {
 def factor_module(factor: Factor) -> FactorModule:
     """Return the module that applies `factor`."""
     return _MODULES[type(factor)](factor)
+
+
+def dense_product(chain: Sequence[FactorModule]) -> Tensor:
+    """Return the product of factors as a matrix, through which gradients reach the values."""
+    *left, last = chain
+    if left and isinstance(last, SelectionFactorModule):
+        return dense_product(left) @ last.dense()
+    if isinstance(last, KroneckerFactorModule):
+        factor = KroneckerSparseFactor(last.values)
+        # Much less work than to apply the factors to the unit vectors.
+        while left and isinstance(left[-1], KroneckerFactorModule):
+            merged = KroneckerSparseFactor(left[-1].values).merged(factor)
+            if merged is None:
+                break
+            factor = merged
+            left.pop()
+        product = factor.toarray()
+    else:
+        product = last.dense()
+    for module in reversed(left):
+        product = module(product.T).T
+    return product
 
 
 def _tensor(values: Any) -> Tensor:

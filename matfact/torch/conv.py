@@ -15,6 +15,11 @@ from matfact.torch._cache import Derived
 from matfact.torch._factors import DenseFactorModule, SparseFactorModule
 from matfact.torch.layers import FactorizedLinear, Inference
 
+#: Factors that are filters of a convolution themselves.
+_FILTERS = (DenseFactorModule, SparseFactorModule)
+#: What it costs to read and write an activation, in multiplications (measured on a CPU).
+_PASS = 100
+
 Convolution = nn.Conv1d | nn.Conv2d
 _CONVOLVE: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d}
 
@@ -23,9 +28,10 @@ class FactorizedConv(nn.Module):
     """A convolution in one or two dimensions, a drop-in replacement of the dense one.
 
     The kernel of each group, of shape (out, in, *kernel), is the product of shape (out, in ·
-    kernel size) of a factorized linear layer. Where the last factor is dense or scattered, the
-    layer is a convolution into its rows followed by convolutions of size one; otherwise the
-    factors are applied to unfolded patches.
+    kernel size) of a factorized linear layer. It is computed from the factors where this is less
+    work than to apply them at each position. Otherwise, where the last factor is dense or
+    scattered, the layer is a convolution into its rows followed by convolutions of size one, and
+    else the factors are applied to unfolded patches.
 
     Parameters
     ----------
@@ -115,7 +121,25 @@ class FactorizedConv(nn.Module):
         """Whether eval mode convolves with the dense kernel rather than with the factors."""
         if self.inference != "auto":
             return self.inference == "dense"
-        return any(kernel.keeps_product() for kernel in self._groups())
+        return self._prefers_product()
+
+    def _prefers_product(self, n_positions: int | None = None) -> bool:
+        """Whether the dense kernel is less work than the factors, for each position.
+
+        With `n_positions` the kernel is computed for these and not kept.
+        """
+        kernel, *_ = self._groups()  # all are alike
+        work = sum(factor.work for factor in kernel.chain)
+        dense: float = kernel.in_features * kernel.out_features
+        if n_positions is not None:
+            building = work - kernel.chain[-1].work
+            dense += kernel.in_features * building / max(1, n_positions)
+        if not isinstance(kernel.chain[-1], _FILTERS):  # patches are unfolded and transposed
+            passes = 4 * kernel.in_features
+            if n_positions is not None:
+                passes = 2 * kernel.in_features + sum(factor.columns for factor in kernel.chain)
+            work += _PASS * passes
+        return dense <= work
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, of shape (batch, channels, *size) or without the batch."""
@@ -129,6 +153,8 @@ class FactorizedConv(nn.Module):
             kernel = self._kernel.get(self, lambda: self.weight.detach())
             if kernel is not None:
                 return self._conv(x, kernel, self.bias, self.groups)
+        elif self._computes_product(x):
+            return self._conv(x, self.weight, self.bias, self.groups)
         channels = self.in_channels // self.groups
         outputs = [
             self._convolve_group(x[:, i * channels : (i + 1) * channels], kernel)
@@ -137,9 +163,16 @@ class FactorizedConv(nn.Module):
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return out if self.bias is None else out + self.bias.reshape(-1, *[1] * (x.ndim - 2))
 
+    def _computes_product(self, x: Tensor) -> bool:
+        """Whether to compute the dense kernel for this call."""
+        if torch.compiler.is_compiling() or not (self.training or self.inference == "auto"):
+            return False
+        size = _output_size(x.shape[2:], self.kernel_size, self.stride, self.dilation)
+        return self._prefers_product(x.shape[0] * math.prod(size))
+
     def _convolve_group(self, x: Tensor, kernel: FactorizedLinear) -> Tensor:
         *rest, last = kernel.chain
-        if isinstance(last, (DenseFactorModule, SparseFactorModule)):
+        if isinstance(last, _FILTERS):
             filters = last.dense().reshape(last.rows, x.shape[1], *self.kernel_size)
             out = self._conv(x, filters, None, 1).movedim(1, -1)
             for factor in reversed(rest):
@@ -147,7 +180,7 @@ class FactorizedConv(nn.Module):
             return out.movedim(-1, 1)
         size = _output_size(x.shape[2:], self.kernel_size, self.stride, self.dilation)
         patches = unfold(x, self.kernel_size, self.stride, self.dilation)
-        return kernel.apply_factors(patches).movedim(-1, 1).reshape(x.shape[0], -1, *size)
+        return kernel(patches).movedim(-1, 1).reshape(x.shape[0], -1, *size)
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         convolve = _CONVOLVE[len(self.kernel_size)]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from matfact.backend import to_numpy
-from matfact.factorizers import BaseFactorizer
 from matfact.operators import FactorProduct
 from matfact.torch._cache import Derived, is_plain
-from matfact.torch._factors import DenseFactorModule, FactorModule, factor_module
+from matfact.torch._factors import (
+    DenseFactorModule,
+    FactorModule,
+    dense_product,
+    factor_module,
+)
+
+if TYPE_CHECKING:
+    from matfact.factorizers import BaseFactorizer
 
 #: How a layer is applied where no gradient is wanted.
 Inference = Literal["auto", "dense", "factors"]
@@ -91,11 +98,7 @@ class FactorizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense product, computed anew: for code that reads the weight of a linear layer."""
-        *left, last = self.chain
-        product = last.dense()
-        for factor in reversed(left):
-            product = factor(product.T).T
-        return product
+        return dense_product(self.chain)
 
     @property
     def chain(self) -> list[FactorModule]:

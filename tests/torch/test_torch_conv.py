@@ -7,6 +7,7 @@ from torch import nn  # noqa: E402
 
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
+    ButterflyLinear,
     FactorizedConv,
     LowRankLinear,
     MonarchLinear,
@@ -24,6 +25,7 @@ STRUCTURES = [
     (SparseProductLinear, {}),
     (LowRankLinear, {"rank": 3}),
     (MonarchLinear, {}),
+    (ButterflyLinear, {}),
     (BlockLowRankLinear, {}),
 ]
 
@@ -47,6 +49,26 @@ def test_gradients_reach_all_values():
     layer = FactorizedConv.from_scratch(CONVOLUTIONS["groups"], SparseProductLinear)
     layer(torch.randn(2, 8, 9, 9)).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(("structure", "parameters"), STRUCTURES)
+def test_few_and_many_positions_have_the_same_gradients(structure, parameters):
+    conv = nn.Conv2d(16, 12, 3, padding=1)
+    layer = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters).double()
+    x = torch.randn(40, 16, 6, 6, dtype=torch.float64)
+    many = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    layer.eval().inference = "factors"  # never through the dense kernel
+    few = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    for a, b in zip(many, few, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_butterfly_of_many_positions_is_one_dense_convolution():
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    layer = FactorizedConv.from_scratch(conv, ButterflyLinear, random_state=0)
+    assert layer.keeps_product()  # patches cost more than a kernel of few channels
+    wide = FactorizedConv.from_scratch(nn.Conv2d(16, 1024, 1), MonarchLinear, random_state=0)
+    assert not wide.keeps_product()
 
 
 def test_kernels_of_another_shape_are_refused():
