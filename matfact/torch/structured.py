@@ -17,6 +17,8 @@ from matfact.operators import (
     DenseFactor,
     Factor,
     FactorProduct,
+    KroneckerSparseFactor,
+    SelectionFactor,
     SparseFactor,
 )
 from matfact.solvers.chains import Chain, Pattern, dyadic_chain, square_root_chain, two_factor_chain
@@ -143,6 +145,70 @@ class ButterflyLinear(_StructuredLinear):
             else Chain.from_patterns(list(patterns))
         )
         super().__init__(_chain_factors(chain, shape), bias, random_state, device, dtype)
+
+
+class KaleidoscopeLinear(_StructuredLinear):
+    """A butterfly times a reversed butterfly, or a power of such: a K-matrix [1]_.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Width of inputs and outputs.
+    bias : bool, default=True
+        Whether a bias is added.
+    width : int, default=1
+        Number of butterflies, and of reversed butterflies.
+    expansion : int, default=1
+        How many times larger than the layer the butterflies are.
+    random_state : int, RandomState or None, default=None
+        Draws the values.
+    device, dtype
+        As for :class:`torch.nn.Linear`.
+
+    References
+    ----------
+    .. [1] T. Dao, N. Sohoni, A. Gu, M. Eichhorn, A. Blonder, M. Leszczynski, A. Rudra, C. Ré,
+       "Kaleidoscope: an efficient, learnable representation for all structured linear maps",
+       ICLR 2020.
+
+    Examples
+    --------
+    >>> from matfact.torch.structured import KaleidoscopeLinear
+    >>> KaleidoscopeLinear(64, 64).to_product().nnz  # 2 · 64 · (2 log2(64) - 1)
+    1408
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        width: int = 1,
+        expansion: int = 1,
+        random_state: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("width", width), ("expansion", expansion)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        side = expansion * max(in_features, out_features)
+        down = dyadic_chain((side, side)).patterns
+        up = [(a, c, b, d) for a, b, c, d in reversed(down)]
+        # Neighbours of equal supports are one factor.
+        patterns = [*down, *(up[1:] + down[1:]) * (width - 1), *up[1:]]
+        factors: list[Factor] = [
+            KroneckerSparseFactor(np.zeros((a, d, b, c), dtype=np.float32))
+            for a, b, c, d in patterns
+        ]
+        like = factors[0].values
+        n = factors[0].shape[0]
+        if out_features < n:
+            factors.insert(0, SelectionFactor.from_index(np.arange(out_features), n, like=like))
+        if in_features < n:
+            factors.append(SelectionFactor.from_index(np.arange(in_features), n, like=like).T)
+        super().__init__(factors, bias, random_state, device, dtype)
 
 
 class MonarchLinear(_StructuredLinear):

@@ -20,10 +20,12 @@ from matfact.torch import (  # noqa: E402
     randomize_supports,
     reset_parameters,
 )
+from matfact.torch.structured import KaleidoscopeLinear  # noqa: E402
 
 LAYERS = {
     "sparse": lambda **kw: SparseProductLinear(12, 18, **kw),
     "butterfly": lambda **kw: ButterflyLinear(12, 18, **kw),
+    "kaleidoscope": lambda **kw: KaleidoscopeLinear(12, 18, **kw),
     "monarch": lambda **kw: MonarchLinear(12, 18, rank=2, **kw),
     "padded": lambda **kw: MonarchLinear(13, 19, n_blocks=3, **kw),
     "blocks": lambda **kw: BlockLowRankLinear(12, 19, grid=(2, 3), rank=2, **kw),
