@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.seeds is not None and options.seeds < 1:
         raise SystemExit(f"--seeds must be at least 1, got {options.seeds}.")
-    study = load(options.name)
+    return execute(load(options.name), options)
+
+
+def execute(study: Any, options: argparse.Namespace) -> int:
+    """Run what is not finished of `study`, a module or an object as good as one, and write it."""
     form = f"{options.name}-quick" if options.quick else options.name
     folder = options.output or Path("build/studies") / form
     folder.mkdir(parents=True, exist_ok=True)

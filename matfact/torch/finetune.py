@@ -46,6 +46,7 @@ def fine_tune(
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     epochs: int = 10,
     teacher: nn.Module | None = None,
     distance: Distance = functional.mse_loss,
@@ -69,6 +70,8 @@ def fine_tune(
         without a teacher.
     optimizer : torch.optim.Optimizer, optional
         By default AdamW with a learning rate of 1e-3.
+    schedule : torch.optim.lr_scheduler.LRScheduler, optional
+        Of `optimizer`; goes on one step with each of its steps.
     epochs : int, default=10
         Most passes over the batches.
     teacher : torch.nn.Module, optional
@@ -93,12 +96,16 @@ def fine_tune(
         raise ValueError("loss must be given where there is no teacher, got None for both.")
     if not 0.0 <= distillation <= 1.0:
         raise ValueError(f"distillation must lie between 0 and 1, got {distillation}.")
+    if patience is not None and validate is None:
+        raise ValueError(f"patience needs validate, got patience={patience} without it.")
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
     objective = _objective(loss, teacher, distance, distillation)
     result, best_state, training = FineTuning(), None, model.training
     for epoch in range(1, epochs + 1):
         model.train()
-        losses = [_step(model, optimizer, objective, batch) for batch in checked(batches)]
+        losses = [
+            _step(model, optimizer, schedule, objective, batch) for batch in checked(batches)
+        ]
         result.losses.append(math.fsum(losses) / len(losses))
         score = None
         if validate is None:
@@ -144,6 +151,7 @@ def _objective(
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None,
     objective: Callable[[Any, Any], Tensor],
     batch: Any,
 ) -> float:
@@ -153,6 +161,8 @@ def _step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    if schedule is not None:
+        schedule.step()
     return float(loss.detach())
 
 
