@@ -65,7 +65,7 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
 
 def _recipe(n_images: int) -> dict[str, Any]:
     """Return the parameters of :func:`train` for so many images: small sets are seen more often."""
-    return {"epochs": 6 if n_images > 10_000 else 12 if n_images > 2_000 else 30}
+    return {"epochs": 3 if n_images > 10_000 else 12 if n_images > 2_000 else 30}
 
 
 def _kept_recipe(path: Path) -> str | None:
