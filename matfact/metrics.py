@@ -112,6 +112,15 @@ def check_density(density: float | None) -> None:
         raise ValueError(f"density must be None or a number in (0, 1], got {density!r}.")
 
 
+def part_of(total: int, share: float) -> int:
+    """Return how many of `total` things are a share of them, rounded down.
+
+    Unlike ``int(share * total)``, it takes 0.29 of 100, in binary 28.999…, to be 29.
+    """
+    count = math.floor(round(share * total, 9))
+    return count - (total > 0 and count / total > share)
+
+
 def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: int = 1) -> int:
     """Return how many values may be stored for a matrix of `shape`.
 
@@ -133,8 +142,7 @@ def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: 
     check_density(density)
     size = shape[0] * shape[1]
     share = DEFAULT_DENSITY if density is None else density
-    budget = math.floor(round(share * size, 9))  # 0.29 * 100 is 28.999…
-    budget -= budget / size > share
+    budget = part_of(size, share)
     if budget >= minimum:
         return budget
     if density is None:

@@ -148,7 +148,7 @@ def _between(low: Option, high: Option, density: float, dense: Option) -> Option
     share = (density - low.density) / (high.density - low.density)
     entries = dense.flops // 2
     itemsize = dense.nbytes // entries
-    nnz = math.floor(round(density * entries, 9))
+    nnz = metrics.part_of(entries, density)
     positions = max(option.nbytes - itemsize * (option.flops // 2) for option in (low, high))
     if min(low.error, high.error) > 0:
         error = low.error ** (1 - share) * high.error**share

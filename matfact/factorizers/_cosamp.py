@@ -12,7 +12,7 @@ from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_feature_names, _check_n_features, check_is_fitted
 
-from matfact import backend
+from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.calibration import OutputStatistics
 from matfact.factorizers._validation import check_matrix
@@ -204,8 +204,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         n_hidden = self.n_features_in_
         wanted = 0.5 if self.n_neurons is None else self.n_neurons
         if not isinstance(wanted, Integral):
-            # Rounding guards against 0.29 * 100 = 28.999…
-            return max(1, int(round(wanted * n_hidden, 9)))
+            return max(1, metrics.part_of(n_hidden, wanted))
         if wanted > n_hidden:
             raise ValueError(
                 f"n_neurons must be at most the {n_hidden} hidden units, got {wanted}."

@@ -215,7 +215,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
             weights = math.sqrt(rows), math.sqrt(columns)
             first = round(budget * weights[0] / sum(weights))
         else:
-            first = math.floor(round(self.first_factor_density * rows * side, 9))
+            first = metrics.part_of(rows * side, self.first_factor_density)
             if not 1 <= first < budget:
                 raise ValueError(
                     f"first_factor_density must give the {rows}×{side} first factor at least 1 "

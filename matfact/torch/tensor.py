@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from matfact.backend import to_numpy
+from matfact.metrics import part_of
 
 
 def tucker_svd(
@@ -262,7 +263,7 @@ def _is_plain(layer: nn.Module) -> bool:
 def _svd_parts(layer: nn.Linear, share: float) -> list[nn.Module]:
     """Return two linear layers."""
     U, S, Vt = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
-    rank = max(1, int(round(share * len(S), 9)))
+    rank = max(1, part_of(len(S), share))
     root = S[:rank].sqrt()
     first = nn.Linear(layer.in_features, rank, bias=False)
     second = nn.Linear(rank, layer.out_features, bias=layer.bias is not None)

@@ -186,6 +186,21 @@ def test_the_reported_error_is_that_of_the_outputs_of_the_block(mlp, digits):
     )
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_an_error_target_is_met_with_few_units(name, request, digits):
+    model = request.getfixturevalue(name)
+    batches = [x for x, _ in digits.batches]
+    kept = []
+    for max_error in (0.4, 0.1):
+        result = prune_neurons(model, batches, max_error=max_error)
+        for pruned in result.blocks:
+            # The error is of the dense network's outputs, which earlier blocks may have moved.
+            everything = len(pruned.kept) == pruned.block.n_units
+            assert pruned.error <= max_error + 1e-6 or everything
+        kept.append([len(pruned.kept) for pruned in result.blocks])
+    assert all(few < many for few, many in zip(*kept, strict=True))
+
+
 def test_pruning_in_place_returns_the_network_itself(mlp, digits):
     result = prune_neurons(mlp, [digits.batches[0][0]], 10, inplace=True)
     assert result.model is mlp
@@ -199,6 +214,9 @@ def test_pruning_in_place_returns_the_network_itself(mlp, digits):
         ({"n_neurons": 0.0}, "n_neurons"),
         ({"n_neurons": {"9": 3}}, "n_neurons must name consumers among"),
         ({"method": "omp"}, "method"),
+        ({"max_error": 1.0}, "max_error must lie"),
+        ({"max_error": 0.1, "n_neurons": 3}, "n_neurons must be None"),
+        ({"max_error": 0.1, "method": "ispasp"}, "method must be 'least_squares'"),
         ({"batches": []}, "batches"),
     ],
 )

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matfact import backend
+from matfact import backend, metrics
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
+from matfact.solvers.quadratic import Selection
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._matrices import as_array, matricized
 from matfact.torch.capture import layer_input
@@ -68,8 +69,9 @@ class NeuronPruning:
 def prune_neurons(
     model: nn.Module,
     batches: Sequence[Any],
-    n_neurons: float | Mapping[str, float] = 0.5,
+    n_neurons: float | Mapping[str, float] | None = None,
     *,
+    max_error: float | None = None,
     blocks: Sequence[NeuronBlock] | None = None,
     method: Method = "least_squares",
     max_iter: int = 50,
@@ -89,9 +91,14 @@ def prune_neurons(
     batches : sequence
         What the network is called with: tensors, tuples (labels behind the inputs are ignored) or
         mappings. Iterated over once for each block.
-    n_neurons : int, float or mapping, default=0.5
-        Units to keep in each block: a number, or a fraction in (0, 1] (rounded down, at least
-        one). A mapping gives it by the name of the consumer; other blocks are left alone.
+    n_neurons : int, float, mapping or None, default=None
+        Units to keep in each block: a number, a fraction in (0, 1] (rounded down, at least one),
+        or None for half of them, or for as few as `max_error` allows. A mapping gives it by the
+        name of the consumer; other blocks are left alone.
+    max_error : float or None, default=None
+        Largest ``error`` wanted of each block, in [0, 1), in place of `n_neurons` and for
+        ``"least_squares"`` alone. Where earlier blocks have lost more than later ones can make
+        up for, all units stay.
     blocks : sequence of NeuronBlock, optional
         What to prune, in the order of calls; by default all that :func:`find_blocks` finds.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
@@ -128,7 +135,11 @@ def prune_neurons(
         raise ValueError("batches must hold at least one batch, got none.")
     if blocks is None:
         blocks = find_blocks(model, batches[0])
-    counts = _counts(n_neurons, blocks)
+    if max_error is None:
+        counts = _counts(0.5 if n_neurons is None else n_neurons, blocks)
+    else:
+        _check_target(max_error, n_neurons, method)
+        counts = {block.consumer: block.n_units for block in blocks}
     dense = copy.deepcopy(model)
     model = model if inplace else copy.deepcopy(model)
     pruned: list[PrunedBlock] = []
@@ -136,8 +147,11 @@ def prune_neurons(
         if block.consumer not in counts:
             continue
         statistics = _statistics(model, dense, block, batches)
-        kept, error = _shrink(model, block, statistics, counts[block.consumer], method, max_iter)
-        pruned.append(PrunedBlock(block, kept, error))
+        with_bias = method == "least_squares" and _bias(model, block) is not None
+        fitted = statistics.centered() if with_bias else statistics
+        selection = _select(fitted, block, counts[block.consumer], max_error, method, max_iter)
+        _shrink(model, block, statistics, selection, with_bias)
+        pruned.append(PrunedBlock(block, selection.support, selection.error**0.5))
         if progress is not None:
             progress(pruned[-1])
     return NeuronPruning(model, pruned)
@@ -161,9 +175,18 @@ def _counts(
                 f"n_neurons must be from 1 to the {units[name]} units that {name!r} reads, or a "
                 f"fraction in (0, 1], got {value}."
             )
-        # Rounding guards against 0.29 * 100 = 28.999…
-        counts[name] = int(value) if whole else max(1, int(round(value * units[name], 9)))
+        counts[name] = int(value) if whole else max(1, metrics.part_of(units[name], value))
     return counts
+
+
+def _check_target(max_error: float, n_neurons: Any, method: Method) -> None:
+    """Raise ``ValueError`` if `max_error` is no error, or goes with no other parameter."""
+    if not 0.0 <= max_error < 1.0:
+        raise ValueError(f"max_error must lie in [0, 1), got {max_error}.")
+    if n_neurons is not None:
+        raise ValueError(f"n_neurons must be None with max_error, got {n_neurons}.")
+    if method != "least_squares":
+        raise ValueError(f"method must be 'least_squares' with max_error, got {method!r}.")
 
 
 def _statistics(
@@ -201,25 +224,41 @@ def _statistics(
     return statistics
 
 
+def _select(
+    statistics: OutputStatistics,
+    block: NeuronBlock,
+    count: int,
+    max_error: float | None,
+    method: Method,
+    max_iter: int,
+) -> Selection:
+    """Return `count` units, or as few as `max_error` allows; all where they miss it themselves."""
+    if max_error is None:
+        return _SOLVERS[method](statistics, count, max_iter, width=block.width)
+    try:
+        return cosamp.smallest_selection(statistics, max_error**2, max_iter, width=block.width)
+    except ValueError:
+        return cosamp.least_squares(statistics, count, max_iter, width=block.width)
+
+
+def _bias(model: nn.Module, block: NeuronBlock) -> Any:
+    """Return the bias of the consumer of a block, None if it has none."""
+    return getattr(model.get_submodule(block.consumer), "bias", None)
+
+
 def _shrink(
     model: nn.Module,
     block: NeuronBlock,
     statistics: OutputStatistics,
-    count: int,
-    method: Method,
-    max_iter: int,
-) -> tuple[np.ndarray, float]:
-    """Cut a block, and return the units that are left and the error they make."""
-    consumer: Any = model.get_submodule(block.consumer)
-    with_bias = consumer.bias is not None and method == "least_squares"
-    fitted = statistics.centered() if with_bias else statistics
-    selection = _SOLVERS[method](fitted, count, max_iter, width=block.width)
-    support = selection.support
-    weight = backend.to_numpy(selection.weights).T
+    selection: Selection,
+    with_bias: bool,
+) -> None:
+    """Cut a block to the units of a selection."""
+    support, weight = selection.support, backend.to_numpy(selection.weights).T
     if with_bias:
         means = backend.to_numpy(statistics.inputs.mean).reshape(block.n_units, block.width)
         shift = backend.to_numpy(statistics.mean) - weight @ means[support].reshape(-1)
+        bias = _bias(model, block)
         with torch.no_grad():
-            consumer.bias += torch.from_numpy(shift).to(consumer.bias)
+            bias += torch.from_numpy(shift).to(bias)
     cut_units(model, block, torch.from_numpy(support), torch.from_numpy(weight))
-    return support, selection.error**0.5

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from matfact import metrics
 from matfact.torch.pruning._masks import (
     Predicate,
     Prunable,
@@ -144,8 +144,7 @@ def _check(method: str, keep: float, scope: str, rounds: int | None) -> None:
 
 def _budget(group: list[Prunable], keep: float) -> int:
     """Return how many weights of `group` may be kept."""
-    # Rounding guards against 0.29 * 100 = 28.999…
-    return math.floor(round(keep * sum(p.values.numel() for p in group), 9))
+    return metrics.part_of(sum(p.values.numel() for p in group), keep)
 
 
 def _kept(group: list[Prunable]) -> int:
