@@ -45,8 +45,8 @@ SCORES = {
 ALDS = "ALDS"
 #: Most column strips that ALDS tries.
 MAX_STRIPS = 64
-#: Images that triples are scored on.
-N_IMAGES = 128
+#: Images that triples are scored on, and that accuracy is measured on.
+N_IMAGES, N_TEST = 128, 2000
 
 Matrices = dict[str, np.ndarray]
 #: Chooses the truncated weights for a number of stored values; None where nothing fits.
@@ -76,6 +76,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     recipe = {"width": cell["width"], "epochs": cell["epochs"]}
     model = trained(cell["network"], cell["data"], cell["seed"], **recipe)
     images, _, *test = load(cell["data"])
+    test = [part[:N_TEST] for part in test]
     if cell["part"] == "agreement":
         return agreement(model, images[:N_IMAGES])
     return accuracies(model, images[:N_IMAGES], test, cell["blocking"], cell["score"])

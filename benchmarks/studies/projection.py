@@ -28,8 +28,10 @@ METHODS = (
     "matfact DSF", "published DSF", "matfact Palm4MSA", "pyfaust palm4msa", "matfact LowRank",
     "matfact MonarchProjector", "matfact BlockSVD",
 )  # fmt: skip
-#: Sizes from this on take minutes, and fewer seeds.
-LARGE = 1024
+#: Sizes of the first part, and of those that the published procedure is run for many times.
+SIZES, SMALLER = (64, 256, 1024), (64, 256, 512)
+#: From this size on a cell takes from half a minute, and fewer seeds.
+LARGE = 512
 #: Iterations of the published procedure, whether the first penalty of each solve is annealed;
 #: and sweeps of ours.
 SETTINGS = {
@@ -49,11 +51,11 @@ ATTENTION_OUTPUT = "attention.output.dense"
 
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:
-    sizes = (32,) if quick else (64, 256, LARGE)
-    for size in sizes:
+    for size in (32,) if quick else SIZES:
         for method in METHODS:
             if size < LARGE or method != "pyfaust palm4msa":
                 yield from _seeded({"part": "methods", "size": size, "method": method}, 2)
+    for size in (32,) if quick else SMALLER:
         for setting in SETTINGS:
             yield from _seeded({"part": "settings", "size": size, "setting": setting}, 1)
         for start in STARTS:
