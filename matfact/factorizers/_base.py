@@ -100,7 +100,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self._validate_params()
         W = self._check_input(W, "W", reset=True)
         statistics = None if calibration is None else check_calibration(calibration, W)
-        work = backend.compute_array(W)
+        work = backend.contiguous(backend.compute_array(W))
         # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
         magnitude = backend.max_abs(work)
         scale = 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 1.0

@@ -29,6 +29,7 @@ from matfact.solvers.descent import descend
 from matfact.solvers.monarch import monarch, monarch_loss
 
 _Orders = tuple[np.ndarray | None, np.ndarray | None]
+_ORDERS = ("identity", "bit_reversal", "dct", "idct")
 
 
 class ButterflyFit(BaseFactorizer):
@@ -124,7 +125,7 @@ shape (in_features,), default="identity"
         "rank": [Interval(Integral, 1, None, closed="left"), None],
         "density": DENSITY,
         "permutation": [
-            StrOptions({"identity", "bit_reversal", "dct", "idct", "auto"}),
+            StrOptions({*_ORDERS, "auto"}),
             "array-like",
         ],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -246,15 +247,19 @@ shape (in_features,), default="identity"
                     f"{shape[1]} columns, got an array of shape {order.shape}."
                 )
             return [(None, order)]
-        rows, columns = chain.shape
-        reversal = digit_reversal(chain.column_radices)
-        orders: dict[str, _Orders] = {
-            "identity": (None, None),
-            "bit_reversal": (None, reversal),
-            "dct": (None, even_odd(columns)[reversal]),
-            "idct": (even_odd(rows), reversal),
-        }
-        return [*orders.values()] if self.permutation == "auto" else [orders[self.permutation]]
+        names = [n for n in _ORDERS if self.permutation in (n, "auto")]
+        return [_named_orders(name, chain) for name in names]
+
+
+def _named_orders(name: str, chain: Chain) -> _Orders:
+    """Return the orders of rows and of columns that `name` stands for."""
+    if name == "identity":
+        return (None, None)
+    rows, columns = chain.shape
+    reversal = digit_reversal(chain.column_radices)
+    if name == "bit_reversal":
+        return (None, reversal)
+    return (None, even_odd(columns)[reversal]) if name == "dct" else (even_odd(rows), reversal)
 
 
 def _loss(W: Array, chain: Chain) -> float:

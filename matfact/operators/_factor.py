@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.program import Program
+
+if TYPE_CHECKING:
+    from matfact.kernels.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +72,7 @@ class Factor(ABC):
     @property
     def nnz(self) -> int:
         """Number of stored values."""
-        return int(np.prod(self.values.shape))
+        return math.prod(self.values.shape)
 
     @property
     def flops(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
+
+if TYPE_CHECKING:
+    from matfact.kernels.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +32,7 @@ class KroneckerSparseFactor(Factor):
     @property
     def pattern(self) -> tuple[int, int, int, int]:
         """The integers (a, b, c, d) of the support."""
-        a, d, b, c = (int(n) for n in self.values.shape)
+        a, d, b, c = self.values.shape
         return (a, b, c, d)
 
     @property
@@ -55,19 +57,16 @@ class KroneckerSparseFactor(Factor):
         It has as many blocks as this factor has in its outer digit, so that multiplying a chain
         from its right end takes O(n²) operations in all.
         """
-        a, b, c, d = self.pattern
-        n_blocks, _, width, other_d = other.pattern
+        a, _, c, _ = self.pattern
+        n_blocks, _, _, other_d = other.pattern
         radix = n_blocks // a
         if other_d != 1 or n_blocks % a or c % radix:
             return None
-        xp = backend.namespace(self.values)
-        left = xp.reshape(backend.compute_array(self.values), (a, d, b, radix, c // radix))
-        right = xp.reshape(backend.compute_array(other.values), (a, radix, c // radix, d, width))
-        product = xp.matmul(
-            xp.permute_dims(left, (0, 3, 1, 2, 4)), xp.permute_dims(right, (0, 1, 3, 2, 4))
-        )
-        product = xp.permute_dims(product, (0, 3, 2, 1, 4))
-        return KroneckerSparseFactor(xp.reshape(product, (a, 1, b * d, radix * width)))
+        from matfact.kernels.chains import merge  # Numba is loaded where it is needed
+
+        right = backend.compute_array(other.values)[:, 0, :, :]
+        product = merge(backend.compute_array(self.values), right)
+        return KroneckerSparseFactor(product[:, None, :, :])
 
     def add_to(self, program: Program) -> None:
         program.add_kronecker(self.values)

@@ -119,7 +119,9 @@ class FactorProduct:
         return FactorProduct([factor.conj() for factor in self.factors])
 
     def astype(self, dtype: Any) -> FactorProduct:
-        """Return the product with its values in another dtype."""
+        """Return the product with its values in another dtype, itself where they have it."""
+        if all(factor.dtype == dtype for factor in self.factors):
+            return self
         return FactorProduct([factor.astype(dtype) for factor in self.factors])
 
     def toarray(self) -> Array:

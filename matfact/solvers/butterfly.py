@@ -7,8 +7,12 @@ remain.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels import dyadic
 from matfact.solvers._callback import Callback
 from matfact.solvers.chains import Chain
 from matfact.solvers.leading import adjoint, conj, leading_range, orthonormal
@@ -57,18 +61,32 @@ def butterfly(
     xp = backend.namespace(W)
     # Differences of energies below this are rounding.
     floor = 64 * xp.finfo(W.dtype).eps * energy
-    bases, last = _identify(W, chain)
+    W = backend.contiguous(W)
+    identify, sweep, unpack = _passes(W, chain)
+    bases, last = identify(W)
     error = max(0.0, energy - backend.norm(last) ** 2)
     callback(1, error)
     n_iter = 0
-    while n_iter < max_iter and bases:
-        bases, last = _sweep(W, chain, bases, last)
+    while n_iter < max_iter and len(bases):
+        bases, last = sweep(W, bases, last)
         n_iter += 1
         previous, error = error, max(0.0, energy - backend.norm(last) ** 2)
         callback(n_iter + 1, error)
         if previous - error <= max(tol * previous, floor):
             break
-    return [*map(_as_values, bases), last[:, None, :, :]], n_iter
+    return [*unpack(bases), last[:, None, :, :]], n_iter
+
+
+def _passes(W: Array, chain: Chain) -> tuple[Any, Any, Any]:
+    """Return how factors are identified, improved, and turned into values."""
+    radices = {*chain.row_radices, *chain.column_radices}
+    if backend.is_numpy(W) and radices == {2} and {*chain.ranks} == {1}:
+        return dyadic.identify, dyadic.sweep, dyadic.unpack
+    return (
+        functools.partial(_identify, chain=chain),
+        functools.partial(_sweep, chain=chain),
+        lambda bases: [*map(_as_values, bases)],
+    )
 
 
 def _identify(W: Array, chain: Chain) -> tuple[list[Array], Array]:
@@ -81,7 +99,7 @@ def _identify(W: Array, chain: Chain) -> tuple[list[Array], Array]:
     return bases, rest
 
 
-def _sweep(W: Array, chain: Chain, bases: list[Array], last: Array) -> tuple[list[Array], Array]:
+def _sweep(W: Array, bases: list[Array], last: Array, chain: Chain) -> tuple[list[Array], Array]:
     """Replace each factor by the best one given the others."""
     xp = backend.namespace(W)
     improved, rest = [], W[None, :, :]

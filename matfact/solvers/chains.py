@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -113,6 +114,7 @@ def dyadic_chain(shape: tuple[int, int]) -> Chain:
     return grouped_chain(shape, max(shape))
 
 
+@functools.lru_cache
 def grouped_chain(shape: tuple[int, int], n_factors: int) -> Chain:
     """Return the rank-one chain of `n_factors` factors, or as many as possible, for `shape`."""
     primes = [prime_factors(scipy.fft.next_fast_len(n, real=True)) for n in shape]

@@ -179,3 +179,27 @@ def test_monarch_loss_is_the_squared_error(left, right, rank, is_complex):
     chain = two_factor_chain(W.shape, (left, right)).with_rank(rank)
     error = np.linalg.norm(W - dense(monarch(W, chain))) ** 2
     assert monarch_loss(W, chain) == pytest.approx(error, abs=1e-12 * np.linalg.norm(W) ** 2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(2, 6),
+    st.sampled_from([np.float32, np.float64, np.complex64, np.complex128]),
+    st.integers(0, 3),
+    st.integers(0, 100),
+)
+def test_compiled_passes_agree_with_those_of_other_libraries(levels, dtype, n_sweeps, seed):
+    rng, n = np.random.default_rng(seed), 2**levels
+    W = rng.standard_normal((2, n, n))
+    W = (W[0] + 1j * W[1] if np.issubdtype(dtype, np.complexfloating) else W[0]).astype(dtype)
+    W[:, : seed % n] = 0
+    chain = Chain((2,) * levels, (2,) * levels, (1,) * (levels - 1))
+    found, objective = solve(W, chain, max_iter=n_sweeps, tol=0.0)
+    expected, reference = solve(torch.asarray(W), chain, max_iter=n_sweeps, tol=0.0)
+    eps = float(np.finfo(dtype).eps)
+    assert [v.shape for v in found] == [tuple(v.shape) for v in expected]
+    assert objective[-1] == pytest.approx(reference[-1], rel=1e4 * eps, abs=1e3 * eps * n)
+    assert all(v.dtype == dtype for v in found)
+    # What the history says is what the factors reach.
+    error = np.linalg.norm(W - dense(found)) ** 2
+    assert error == pytest.approx(objective[-1], rel=1e4 * eps, abs=1e3 * eps * n * n)
