@@ -108,6 +108,20 @@ def curves(moments: OutputStatistics, *, with_bias: bool = False) -> dict[str, A
     }
 
 
+def least_errors(moments: OutputStatistics) -> dict[str, float]:
+    """Return the least error that one unit, and that two units, can have: all are tried."""
+    problem, _ = quadratic(moments.centered()).normalized()
+    products = problem.cross @ problem.cross.T
+    gains, angles = np.diagonal(products), problem.gram - np.diag(np.diagonal(problem.gram))
+    parallel = np.abs(angles) > 1.0 - 1e-9  # two such units are one
+    of_pairs = gains[:, None] + gains[None, :] - 2.0 * angles * products
+    of_pairs = np.where(parallel, 0.0, of_pairs / np.where(parallel, 1.0, 1.0 - angles**2))
+    np.fill_diagonal(of_pairs, 0.0)
+    unexplained = {"1": problem.energy - gains.max(), "2": problem.energy - of_pairs.max()}
+    share = moments.centered().energy / moments.energy
+    return {size: (share * left / problem.energy) ** 0.5 for size, left in unexplained.items()}
+
+
 def network(cell: dict[str, Any]) -> dict[str, Any]:
     """Train a network of one hidden layer, and leave it fewer units with each method."""
     import torch
@@ -125,8 +139,10 @@ def network(cell: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     train(model, images, labels, seed=cell["seed"], epochs=cell["epochs"])
     batches = list(images.split(1024))
-    result = curves(moments_of(model, batches), with_bias=True)
-    result |= {"dense": accuracy(model, *test), "before": {}, "after": {}}
+    moments = moments_of(model, batches)
+    result = curves(moments, with_bias=True)
+    result |= {"least": least_errors(moments), "dense": accuracy(model, *test)}
+    result |= {"before": {}, "after": {}}
     for method in METHODS:
         before, after = {}, {}
         for n_units in sorted({max(1, round(share * cell["hidden"])) for share in SHARES}):
@@ -209,8 +225,8 @@ def table(rows: Sequence[Row]) -> str:
         "\n".join(_orders(parts["synthetic"])),
         "### Trained networks: error of the outputs at a tenth, a quarter, half of the units",
         markdown_table(
-            ["data", "hidden", *METHODS.values(), *compared],
-            [[r["data"], r["hidden"], *_errors(r, (0.1, 0.25, 0.5)), *_ratios(r)]
+            ["data", "hidden", *METHODS.values(), *compared, "least possible at 1, 2 units"],
+            [[r["data"], r["hidden"], *_errors(r, (0.1, 0.25, 0.5)), *_ratios(r), _least(r)]
              for r in parts["network"]],
         ),
         "### Accuracy before → after fine-tuning",
@@ -255,6 +271,13 @@ def _ratios(row: Row) -> tuple[str, ...]:
         f"{row['compared'].mean:.0f} of {row['hidden']}",
         ", ".join(f"{size} ({ratio.mean:.2f})" for size, ratio in row["above"].items()) or "none",
     )  # fmt: skip
+
+
+def _least(row: Row) -> str:
+    """Return the ratio of the best selections, of all there are, to i-SpaSP's."""
+    published = row["error"]["ispasp"]
+    ratios = (left.mean / published[size].mean for size, left in row["least"].items())
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def _accuracies(rows: Sequence[Row]) -> Iterator[list[str]]:
