@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -38,27 +37,20 @@ if TYPE_CHECKING:
         WandaPruner,
     )
 else:
-    _SUBPACKAGES = (
-        "allocation",
-        "calibration",
-        "checkpoint",
-        "compare",
-        "constraints",
-        "factorizers",
-        "metrics",
-        "operators",
-        "torch",
-        "transforms",
+    from matfact._lazy import lazily
+
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "allocation": (),
+            "calibration": (),
+            "checkpoint": (),
+            "compare": ("compare_projections",),
+            "constraints": (),
+            "factorizers": [name for name in __all__ if name != "compare_projections"],
+            "metrics": (),
+            "operators": (),
+            "torch": (),
+            "transforms": (),
+        },
     )
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used, so that the command line starts at once."""
-        if name in _SUBPACKAGES:
-            return importlib.import_module(f"{__name__}.{name}")
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = "compare" if name == "compare_projections" else "factorizers"
-        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-    def __dir__() -> list[str]:
-        return sorted([*globals(), *__all__, *_SUBPACKAGES])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import scipy.sparse
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
+
+if TYPE_CHECKING:
+    from matfact.kernels.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

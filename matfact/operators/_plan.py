@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels import cost
-from matfact.kernels.program import Program
 from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
+
+if TYPE_CHECKING:
+    from matfact.kernels.program import Program
 
 _TINY = 1 << 14  #: entries of a product for which neither compiling nor measuring pays
 #: Dtypes of operands that are taken as they are.
@@ -62,6 +63,8 @@ class Plan:
 
     def advise(self, batch: int, dtype: np.dtype) -> Advice:
         """Predict both ways from the machine's rates."""
+        from matfact.kernels import cost
+
         rates = cost.rates()
         return Advice(
             batch,
@@ -70,6 +73,9 @@ class Plan:
         )
 
     def _program(self, dtype: np.dtype) -> Program:
+        # Imported where needed, so that products can be loaded without waiting for the compiler.
+        from matfact.kernels.program import Program
+
         if dtype not in self._programs:
             half = all(f.dtype == np.float16 for f in self._factors)
             program = Program(dtype, half, self._factors[-1].shape[1])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.program import Program
 from matfact.operators._factor import Factor
+
+if TYPE_CHECKING:
+    from matfact.kernels.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

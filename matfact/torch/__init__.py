@@ -2,34 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from matfact.torch.batchnorm import reestimate_batch_norm
-from matfact.torch.budget import layer_options, output_sensitivity
-from matfact.torch.capture import input_statistics
-from matfact.torch.checkpoint import load_network, save_network
-from matfact.torch.compress import Compressed, compress
-from matfact.torch.conv import FactorizedConv
-from matfact.torch.finetune import (
-    FineTuning,
-    balance_factors,
-    fine_tune,
-    merge_update,
-    soft_cross_entropy,
-)
-from matfact.torch.gradual import compress_gradually, cubic_densities
-from matfact.torch.init import randomize_supports, reset_parameters
-from matfact.torch.layers import FactorizedLinear
-from matfact.torch.perturbation import exact_triple_scores, triple_scores
-from matfact.torch.report import CompressionReport, LayerReport
-from matfact.torch.structured import (
-    BlockLowRankLinear,
-    ButterflyLinear,
-    LowRankLinear,
-    MonarchLinear,
-    SparseProductLinear,
-)
+from typing import TYPE_CHECKING
 
 __all__ = [
     "BlockLowRankLinear",
@@ -82,6 +55,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from matfact.torch._compress import Compressed, compress
+    from matfact.torch.batchnorm import reestimate_batch_norm
+    from matfact.torch.budget import layer_options, output_sensitivity
+    from matfact.torch.capture import input_statistics
+    from matfact.torch.checkpoint import load_network, save_network
+    from matfact.torch.conv import FactorizedConv
+    from matfact.torch.finetune import (
+        FineTuning,
+        balance_factors,
+        fine_tune,
+        merge_update,
+        soft_cross_entropy,
+    )
+    from matfact.torch.gradual import compress_gradually, cubic_densities
+    from matfact.torch.init import randomize_supports, reset_parameters
+    from matfact.torch.layers import FactorizedLinear
     from matfact.torch.neurons import (
         NeuronBlock,
         NeuronPruning,
@@ -89,6 +78,7 @@ if TYPE_CHECKING:
         find_blocks,
         prune_neurons,
     )
+    from matfact.torch.perturbation import exact_triple_scores, triple_scores
     from matfact.torch.pruning import (
         FlopCount,
         GradualMagnitude,
@@ -102,24 +92,70 @@ if TYPE_CHECKING:
         pruning_scores,
         to_torch_prune,
     )
+    from matfact.torch.report import CompressionReport, LayerReport
+    from matfact.torch.structured import (
+        BlockLowRankLinear,
+        ButterflyLinear,
+        LowRankLinear,
+        MonarchLinear,
+        SparseProductLinear,
+    )
     from matfact.torch.tensor import (
         TensorTrain,
         tensor_train,
         tucker_svd,
     )
 else:
-    _HOMES = ("neurons", "pruning", "tensor")
+    from matfact._lazy import lazily
 
-    def __getattr__(name: str) -> Any:
-        """Import what prunes and decomposes when it is first used."""
-        if name in _HOMES:
-            return importlib.import_module(f"{__name__}.{name}")
-        if name in __all__:
-            for home in _HOMES:
-                module = importlib.import_module(f"{__name__}.{home}")
-                if hasattr(module, name):
-                    return getattr(module, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__() -> list[str]:
-        return sorted([*globals(), *__all__, *_HOMES])
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "_compress": ("Compressed", "compress"),
+            "batchnorm": ("reestimate_batch_norm",),
+            "budget": ("layer_options", "output_sensitivity"),
+            "capture": ("input_statistics",),
+            "checkpoint": ("load_network", "save_network"),
+            "conv": ("FactorizedConv",),
+            "finetune": (
+                "FineTuning",
+                "balance_factors",
+                "fine_tune",
+                "merge_update",
+                "soft_cross_entropy",
+            ),
+            "gradual": ("compress_gradually", "cubic_densities"),
+            "init": ("randomize_supports", "reset_parameters"),
+            "layers": ("FactorizedLinear",),
+            "neurons": (
+                "NeuronBlock",
+                "NeuronPruning",
+                "PrunedBlock",
+                "find_blocks",
+                "prune_neurons",
+            ),
+            "perturbation": ("exact_triple_scores", "triple_scores"),
+            "pruning": (
+                "FlopCount",
+                "GradualMagnitude",
+                "LayerCollapseWarning",
+                "Prunable",
+                "PruningReport",
+                "count_flops",
+                "make_permanent",
+                "prunable_parameters",
+                "prune_network",
+                "pruning_scores",
+                "to_torch_prune",
+            ),
+            "report": ("CompressionReport", "LayerReport"),
+            "structured": (
+                "BlockLowRankLinear",
+                "ButterflyLinear",
+                "LowRankLinear",
+                "MonarchLinear",
+                "SparseProductLinear",
+            ),
+            "tensor": ("TensorTrain", "tensor_train", "tucker_svd"),
+        },
+    )

@@ -107,6 +107,20 @@ def matricized(layer: nn.Module) -> Matricized | None:
     return None
 
 
+def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """Return each module that is not inside a layer, with all of its names."""
+    names: dict[nn.Module, list[str]] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.rpartition(".")[0] in inside:
+            inside.add(name)
+        elif name:  # the network itself cannot be replaced in itself
+            names.setdefault(module, []).append(name)
+            if matricized(module) is not None:
+                inside.add(name)
+    return [(found, module) for module, found in names.items()]
+
+
 def replace(
     model: nn.Module, names: Sequence[str], view: Matricized, products: Sequence[FactorProduct]
 ) -> None:

@@ -14,7 +14,7 @@ from matfact import metrics
 from matfact.compare import METHODS as COMPARED
 from matfact.factorizers import ADMMPruner, BaseFactorizer, WandaPruner
 from matfact.torch._fit import Fitted
-from matfact.torch._matrices import Matricized, matricized
+from matfact.torch._matrices import Matricized, distinct_layers, matricized
 from matfact.torch.report import LayerReport
 
 #: Factorizers by name: those compared on weights alone, and those that need inputs to differ.
@@ -117,20 +117,6 @@ def plan(
             task.factorizer, task.message = None, "kept as asked"
     _keep_shared(model, tasks)
     return tasks
-
-
-def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
-    """Return each module that is not inside a layer, with all of its names."""
-    names: dict[nn.Module, list[str]] = {}
-    inside: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name.rpartition(".")[0] in inside:
-            inside.add(name)
-        elif name:  # the network itself cannot be replaced in itself
-            names.setdefault(module, []).append(name)
-            if matricized(module) is not None:
-                inside.add(name)
-    return [(found, module) for module, found in names.items()]
 
 
 def _selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:

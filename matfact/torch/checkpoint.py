@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
-from matfact.torch._matrices import Matricized, MatricizedTransposed, matricized, replace
-from matfact.torch._plan import distinct_layers
+from matfact.torch._matrices import (
+    Matricized,
+    MatricizedTransposed,
+    distinct_layers,
+    matricized,
+    replace,
+)
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.layers import FactorizedLinear
 

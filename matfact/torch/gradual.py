@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from matfact import metrics
+from matfact.torch._compress import Compressed, compress
 from matfact.torch._plan import Method
-from matfact.torch.compress import Compressed, compress
 
 
 def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list[float]:
