@@ -112,6 +112,20 @@ class InputStatistics:
         """Average of ``(x − mean)(x − mean)ᵀ``."""
         return self.second_moment - self.mean[:, None] * self.mean[None, :]
 
+    def centered(self) -> InputStatistics:
+        """Return the statistics of the deviations from the mean, for maps with a bias.
+
+        Inputs that hardly deviate, by rounding perhaps, count as constant.
+        """
+        xp = backend.namespace(self.gram)
+        result = InputStatistics()
+        covariance, square = self.covariance, xp.linalg.diagonal(self.second_moment)
+        varies = xp.linalg.diagonal(covariance) > _CONSTANT * square
+        varies = xp.astype(varies, covariance.dtype)
+        result.count, result._sum = self.count, xp.zeros_like(self._sum)
+        result.gram = self.count * covariance * varies[:, None] * varies[None, :]
+        return result
+
 
 class OutputStatistics:
     """Statistics of a layer's inputs together with its outputs, or with any targets.
@@ -203,12 +217,10 @@ class OutputStatistics:
         Inputs that hardly deviate, by rounding perhaps, count as constant.
         """
         result = OutputStatistics()
+        result.inputs = self.inputs.centered()
         count, inputs, outputs = self.inputs.count, self.inputs.mean, self.mean
         xp = backend.namespace(inputs)
-        gram, square = self.inputs.covariance * count, xp.linalg.diagonal(self.inputs.gram)
-        varies = xp.astype(xp.linalg.diagonal(gram) > _CONSTANT * square, gram.dtype)
-        result.inputs.count, result.inputs._sum = count, xp.zeros_like(inputs)
-        result.inputs.gram = gram * varies[:, None] * varies[None, :]
+        varies = xp.astype(xp.linalg.diagonal(result.inputs.gram) > 0, inputs.dtype)
         result.cross = (self.cross - count * inputs[:, None] * outputs[None, :]) * varies[:, None]
         result.energy = max(0.0, self.energy - count * float(xp.sum(outputs**2)))
         result._sum = xp.zeros_like(outputs)

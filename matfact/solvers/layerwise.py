@@ -1,4 +1,4 @@
-"""Pruning of a layer with regard to its inputs."""
+"""What a layer should be, and pruning it, with regard to its inputs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.calibration import OutputStatistics
 from matfact.constraints import Constraint, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import DAMPING, SparseState, refit_values, sparse_regression
@@ -14,6 +15,9 @@ from matfact.solvers.admm import DAMPING, SparseState, refit_values, sparse_regr
 PENALTIES = (0.1, 1.0)
 #: Conjugate gradient steps on the values once the support is found.
 REFIT_STEPS = 20
+#: What is added to the diagonal of the Gram matrix of inputs of unit norm where a layer makes up
+#: for changes before it: what few inputs say of rare directions is not to be trusted.
+CORRECTION_DAMPING = 0.1
 #: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
 #: first, and in the order of their magnitude.
 LEAST_NORM = 1e-6
@@ -38,6 +42,37 @@ def input_norms(gram: Array) -> Array:
     if float(largest) <= 0.0:
         return xp.ones_like(squares)
     return xp.clip(xp.sqrt(squares / largest), LEAST_NORM, None)
+
+
+def corrected(W: Array, inputs: OutputStatistics, *, damping: float = CORRECTION_DAMPING) -> Array:
+    """Return the matrix that makes of changed inputs what comes nearest to the outputs of `W`.
+
+    With ``Y`` the inputs that `W` was made for and `X` what has become of them, it minimizes
+    ``‖Y Wᵀ − X Ŵᵀ‖_F² + damping · ‖(W − Ŵ) D‖_F²`` over `Ŵ`, `D` the norms of the inputs `X`.
+
+    Parameters
+    ----------
+    W : array of shape (rows, columns)
+        Weights.
+    inputs : OutputStatistics
+        Those of `X`, with `Y` as the outputs.
+    damping : float
+        The more, the nearer to `W`.
+
+    Returns
+    -------
+    array of shape (rows, columns)
+        `Ŵ`, in the dtype of `W`.
+    """
+    xp = backend.namespace(W)
+    gram = inputs.inputs.gram
+    norms = input_norms(gram)
+    scale = norms[:, None] * float(xp.max(xp.linalg.diagonal(gram)) or 1.0)
+    change = (inputs.cross - gram) / scale  # Xᵀ(Y − X), which is zero where nothing has changed
+    wide = xp.astype(xp.matrix_transpose(W), gram.dtype)
+    gram = backend.add_diagonal(_normalized(gram, norms), damping)
+    correction = backend.spd_solve(gram, xp.matmul(change, wide)) / norms[:, None]
+    return W + xp.astype(xp.matrix_transpose(correction), W.dtype)
 
 
 def admm_prune(

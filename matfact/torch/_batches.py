@@ -30,6 +30,25 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def attended(x: Tensor, batch: Any) -> Tensor:
+    """Return a layer input without the tokens that the batch says are padding.
+
+    Parameters
+    ----------
+    x : Tensor
+        The input of a layer; (samples, tokens, features) where it can hold padding.
+    batch : tensor, mapping, tuple or list
+        What the network was called with. Padding is where the ``attention_mask`` of a mapping, of
+        shape (samples, tokens), is zero.
+    """
+    if x.ndim != 3 or not hasattr(batch, "keys") or "attention_mask" not in batch.keys():  # noqa: SIM118
+        return x
+    mask = batch["attention_mask"]
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        return x
+    return x[mask.to(x.device).bool()]
+
+
 def _n_required(model: nn.Module) -> int:
     """Return how many positional arguments ``model.forward`` requires, at least one."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

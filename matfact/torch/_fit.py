@@ -9,10 +9,12 @@ from typing import Literal
 
 from matfact import backend, metrics
 from matfact.backend import Array
-from matfact.calibration import InputStatistics
+from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize, input_scale, scaled_columns
+from matfact.solvers.layerwise import corrected
+from matfact.torch._matrices import LayerStatistics
 
 #: How inputs count for factorizers that cannot use them: not at all; in the scale of columns
 #: before the fit; and also in a refit of values after it, of one factor or of all.
@@ -33,6 +35,8 @@ class Fitted:
         Error on the layer's outputs, where statistics of its inputs were given.
     seconds : float
         Wall time of the fits.
+    shifts : list of array
+        Means of what outputs have lost, one for each matrix, where a bias can make up for them.
     """
 
     products: list[FactorProduct]
@@ -40,6 +44,7 @@ class Fitted:
     normalized_error: float
     layer_error: float | None
     seconds: float
+    shifts: list[Array] = dataclasses.field(default_factory=list)
 
     def nbytes(self, itemsize: int) -> int:
         """Return the bytes of values of `itemsize` bytes each and of their positions."""
@@ -50,8 +55,10 @@ class Fitted:
 def fit_layer(
     factorizer: BaseFactorizer,
     matrices: list[Array],
-    statistics: list[InputStatistics] | None,
+    statistics: LayerStatistics | None,
     adapt: Adaptation = "finalize",
+    *,
+    shift: bool = False,
 ) -> Fitted:
     """Factorize the matrices of a layer and measure the result.
 
@@ -61,46 +68,93 @@ def fit_layer(
         Fitted to each matrix in turn.
     matrices : list of array
         The matrices, of one shape.
-    statistics : list of InputStatistics or None
-        Those of the inputs of each.
+    statistics : list of InputStatistics or OutputStatistics, or None
+        Those of the inputs of each. Where they are those of pairs, the matrices are corrected for
+        what has become of the inputs.
     adapt : {"finalize", "finalize_one", "scale", "none"}
         What makes factorizers that cannot use the inputs themselves take them into account.
+    shift : bool
+        Whether a bias makes up for the mean of what outputs lose.
     """
     start = time.perf_counter()
-    products = [
-        _fit(factorizer, W, None if statistics is None else statistics[i], adapt)
+    problems = [
+        _Problem.of(W, None if statistics is None else statistics[i], shift)
         for i, W in enumerate(matrices)
     ]
+    products = [_fit(factorizer, problem, adapt) for problem in problems]
     seconds = time.perf_counter() - start
     xp = backend.namespace(*matrices)
     W = xp.concat(matrices)
-    W_hat = xp.concat([product.astype(W.dtype).toarray() for product in products])
-    relative = metrics.relative_error(W, W_hat)
+    dense = [product.astype(W.dtype).toarray() for product in products]
+    relative = metrics.relative_error(W, xp.concat(dense))
     nnz = sum(product.nnz for product in products)
-    normalized = metrics.normalized_error(W, relative, nnz)
-    layer_error = None if statistics is None else _layer_error(matrices, products, statistics)
-    return Fitted(products, relative, normalized, layer_error, seconds)
+    return Fitted(
+        products,
+        relative,
+        metrics.normalized_error(W, relative, nnz),
+        None if statistics is None else _layer_error(problems, dense),
+        seconds,
+        [p.shift(W, W_hat) for p, W, W_hat in zip(problems, matrices, dense, strict=True)]
+        if shift and statistics is not None
+        else [],
+    )
 
 
-def _fit(
-    factorizer: BaseFactorizer, W: Array, statistics: InputStatistics | None, adapt: Adaptation
-) -> FactorProduct:
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What one matrix of a layer is fitted to.
+
+    Attributes
+    ----------
+    target : array
+        The matrix, corrected for what has become of its inputs.
+    inputs : InputStatistics or None
+        Those of its inputs, without their mean where a bias makes up for it.
+    means : tuple of array
+        Mean input in the dense network and now.
+    """
+
+    target: Array
+    inputs: InputStatistics | None
+    means: tuple[Array, Array] | None = None
+
+    @classmethod
+    def of(
+        cls, W: Array, statistics: InputStatistics | OutputStatistics | None, shift: bool
+    ) -> _Problem:
+        if statistics is None:
+            return cls(W, None)
+        if isinstance(statistics, InputStatistics):
+            alone = statistics.centered() if shift else statistics
+            return cls(W, alone, (statistics.mean, statistics.mean))
+        paired = statistics.centered() if shift else statistics
+        return cls(corrected(W, paired), paired.inputs, (statistics.mean, statistics.inputs.mean))
+
+    def shift(self, W: Array, W_hat: Array) -> Array:
+        """Return the mean of what outputs have lost."""
+        assert self.means is not None
+        dense, now = self.means
+        return backend.wide(W) @ dense - backend.wide(W_hat) @ now
+
+
+def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> FactorProduct:
     """Return the fitted product.
 
     Factorizers that cannot use the inputs are fitted to columns scaled by what enters them, and
     their values refitted to the inputs (paper 001, Section 4.3).
     """
-    if statistics is not None and uses_inputs(factorizer):
-        return factorizer.fit(W, calibration=statistics).operator_
-    if statistics is None or adapt == "none":
+    W, inputs = problem.target, problem.inputs
+    if inputs is not None and uses_inputs(factorizer):
+        return factorizer.fit(W, calibration=inputs).operator_
+    if inputs is None or adapt == "none":
         return factorizer.fit(W).operator_
     xp = backend.namespace(W)
-    scale = xp.astype(input_scale(statistics.second_moment), W.dtype)
+    scale = xp.astype(input_scale(inputs.second_moment), W.dtype)
     product = scaled_columns(factorizer.fit(W * scale[None, :]).operator_, 1 / scale)
     if adapt == "scale":
         return product.rescaled(1.0)
     n_factors = 1 if adapt == "finalize_one" else None
-    return finalize(product, W, statistics.second_moment, n_factors=n_factors).rescaled(1.0)
+    return finalize(product, W, inputs.second_moment, n_factors=n_factors).rescaled(1.0)
 
 
 def uses_inputs(factorizer: BaseFactorizer) -> bool:
@@ -108,14 +162,14 @@ def uses_inputs(factorizer: BaseFactorizer) -> bool:
     return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
-def _layer_error(
-    matrices: list[Array], products: list[FactorProduct], statistics: list[InputStatistics]
-) -> float:
+def _layer_error(problems: list[_Problem], dense: list[Array]) -> float:
     """Return the relative error of the outputs of all groups together."""
     error = total = 0.0
-    for W, product, running in zip(matrices, products, statistics, strict=True):
-        relative = metrics.layer_error(W, product.astype(W.dtype).toarray(), running.gram)
-        energy = _output_energy(W, running.gram)
+    for problem, W_hat in zip(problems, dense, strict=True):
+        assert problem.inputs is not None
+        gram = problem.inputs.gram
+        relative = metrics.layer_error(problem.target, W_hat, gram)
+        energy = _output_energy(problem.target, gram)
         total += energy
         error += energy * relative**2
     return math.sqrt(error / total) if total else 0.0

@@ -6,14 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.calibration import InputStatistics
+from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.operators import FactorProduct
 from matfact.torch.conv import FactorizedConv, pad, unfold
 from matfact.torch.layers import FactorizedLinear
+
+#: Statistics of the inputs of a layer, one for each of its matrices: of the inputs alone, or
+#: together with what they are in the dense network.
+LayerStatistics = list[InputStatistics] | list[OutputStatistics]
 
 
 class Matricized(ABC):
@@ -56,6 +61,15 @@ class Matricized(ABC):
         for pieces in self._inputs(x.detach()):
             for running, piece in zip(statistics, pieces, strict=True):
                 running.update(as_array(piece))
+
+    def paired_statistics(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[OutputStatistics]:
+        """Return the statistics of layer inputs together with those in the dense network."""
+        statistics = [OutputStatistics() for _ in self.matrices()]
+        for pair in pairs:
+            for found, dense in zip(*(self._inputs(x.detach()) for x in pair), strict=True):
+                for running, *pieces in zip(statistics, found, dense, strict=True):
+                    running.update(*map(as_array, pieces))
+        return statistics
 
 
 class MatricizedLinear(Matricized):
@@ -122,12 +136,22 @@ def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
 
 
 def replace(
-    model: nn.Module, names: Sequence[str], view: Matricized, products: Sequence[FactorProduct]
+    model: nn.Module,
+    names: Sequence[str],
+    view: Matricized,
+    products: Sequence[FactorProduct],
+    shifts: Sequence[Array] = (),
 ) -> None:
-    """Put `products` in place of the layer that `model` has under each of `names`."""
+    """Put `products` in place of the layer that `model` has under each of `names`.
+
+    The `shifts`, one for each product if there are any, are added to its bias.
+    """
     old: Any = view.layer
-    new = view.replacement(products)
+    new: Any = view.replacement(products)
     new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    if shifts:
+        with torch.no_grad():
+            new.bias += torch.cat([torch.as_tensor(shift) for shift in shifts]).to(new.bias)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matfact.torch._batches import checked, eval_mode, forward
-from matfact.torch._matrices import Matricized
-from matfact.torch.capture import LayerStatistics, layer_input, layer_views
+from matfact.torch._batches import attended, checked, eval_mode, forward
+from matfact.torch._matrices import LayerStatistics, Matricized
+from matfact.torch.capture import layer_input, layer_views
 
 
 def walk(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Any]
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Any], *, paired: bool = False
 ) -> Generator[tuple[str, LayerStatistics]]:
     """Stop a pass over all batches at each layer, and go on with the layer that is there then.
 
@@ -36,17 +36,23 @@ def walk(
         of `layers` decides between batches that wait at different ones.
     batches : iterable
         As for :func:`input_statistics`.
+    paired : bool, default=False
+        Whether each batch also runs through the layers as they were, in a second pass beside the
+        first, so that inputs are known together with those in the dense network.
 
     Yields
     ------
     name : str
         Name of a layer that was called; each comes once, from its first call in each batch.
-    statistics : list of InputStatistics
-        One for each of its groups.
+    statistics : list of InputStatistics or list of OutputStatistics
+        One for each of its groups; of pairs, those of the dense network are the outputs.
     """
     views = layer_views(model, layers)
     order = {name: i for i, name in enumerate(views)}
     passes = [_Pass(model, batch) for batch in checked(batches)]
+    if paired:
+        for batch in passes:
+            batch.twin = _Pass(model, batch.batch, dense=True)
     shared = _SharedInputs()
     with eval_mode(model), contextlib.ExitStack() as gates:
         opened = {n: gates.enter_context(_gate(model, n, v.layer)) for n, v in views.items()}
@@ -56,7 +62,7 @@ def walk(
             while waiting := [batch for batch in passes if batch.at is not None]:
                 name = min((batch.at for batch in waiting if batch.at), key=order.__getitem__)
                 arrived = [batch for batch in waiting if batch.at == name]
-                yield name, shared.statistics(views[name], [batch.input for batch in arrived])
+                yield name, shared.statistics(views[name], arrived)
                 opened[name].set()
                 for batch in arrived:
                     batch.advance()
@@ -76,7 +82,9 @@ def _gate(model: nn.Module, name: str, layer: nn.Module) -> Iterator[threading.E
         if batch is not None and not opened.is_set():
             batch.wait_at(name, layer_input(args, kwargs))
         present = model.get_submodule(name)
-        return original(*args, **kwargs) if present is layer else present(*args, **kwargs)
+        if present is layer or (batch is not None and batch.dense):
+            return original(*args, **kwargs)
+        return present(*args, **kwargs)
 
     layer.forward = forward_at_gate
     try:
@@ -97,30 +105,46 @@ class _Pass:
 
     Attributes
     ----------
+    batch : object
+        What the network is called with.
+    dense : bool
+        Whether it goes through the layers that were there at first.
     at : str or None
         Name of the layer where it waits.
+    twin : _Pass or None
+        The pass of the same batch through the dense network, which advances with this one.
     """
 
     _local = threading.local()
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
+    def __init__(self, model: nn.Module, batch: Any, *, dense: bool = False) -> None:
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model, batch), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
         self._cancelled = False
         self._error: BaseException | None = None
+        self.batch, self.dense = batch, dense
         self.at: str | None = None
+        self.twin: _Pass | None = None
         self.input: Tensor = torch.empty(0)
+
+    @property
+    def dense_input(self) -> Tensor:
+        """What the twin brings to the same layer, where it has come there too."""
+        twin = self.twin
+        if twin is None or twin.at != self.at or twin.input.shape != self.input.shape:
+            return self.input
+        return twin.input
 
     @classmethod
     def of_this_thread(cls) -> _Pass | None:
         """Return the pass whose thread asks, if it is one's."""
         return getattr(cls._local, "current", None)
 
-    def _run(self, model: nn.Module, batch: Any) -> None:
+    def _run(self, model: nn.Module) -> None:
         self._local.current = self
         try:
             with torch.no_grad():  # each thread has its own mode
-                forward(model, batch)
+                forward(model, self.batch)
         except _Cancelled:
             pass
         except BaseException as error:
@@ -139,6 +163,8 @@ class _Pass:
 
     def advance(self) -> None:
         """Let the batch run to the next gate or to its end, and raise what went wrong there."""
+        if self.twin is not None and (self.twin.at == self.at):
+            self.twin.advance()
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -148,7 +174,9 @@ class _Pass:
             raise self._error
 
     def cancel(self) -> None:
-        """End the thread where it waits."""
+        """End the thread where it waits, and that of its twin."""
+        if self.twin is not None:
+            self.twin.cancel()
         self._cancelled = True
         self._go.release()
         if self._thread.ident is not None:
@@ -162,8 +190,9 @@ class _SharedInputs:
         self._seen: list[tuple[Tensor, int]] = []
         self._statistics: LayerStatistics = []
 
-    def statistics(self, view: Matricized, inputs: list[Tensor]) -> LayerStatistics:
-        """Return the statistics of `inputs`, those of the last call if these are the same."""
+    def statistics(self, view: Matricized, arrived: list[_Pass]) -> LayerStatistics:
+        """Return the statistics of what has arrived, those of the last call if it is the same."""
+        inputs = [x for batch in arrived for x in (batch.input, batch.dense_input)]
         # The patches of convolutions depend on more than their inputs.
         plain = not hasattr(view.layer, "kernel_size") and not any(x.is_inference() for x in inputs)
         seen = [(x, x._version) for x in inputs] if plain else []
@@ -172,6 +201,14 @@ class _SharedInputs:
             for (x, version), (y, before) in zip(seen, self._seen, strict=True)
         )
         if not same:
-            self._statistics = view.statistics(inputs)
+            self._statistics = _statistics(view, arrived)
         self._seen = seen
         return self._statistics
+
+
+def _statistics(view: Matricized, arrived: list[_Pass]) -> LayerStatistics:
+    inputs = [attended(batch.input, batch.batch) for batch in arrived]
+    if arrived[0].twin is None:
+        return view.statistics(inputs)
+    dense = [attended(batch.dense_input, batch.batch) for batch in arrived]
+    return view.paired_statistics(list(zip(inputs, dense, strict=True)))

@@ -16,8 +16,9 @@ from matfact.allocation._curves import DENSE
 from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._fit import fit_layer
+from matfact.torch._matrices import LayerStatistics
 from matfact.torch._plan import Layers, Task, plan
-from matfact.torch.capture import LayerStatistics, input_statistics, layer_views
+from matfact.torch.capture import input_statistics, layer_views
 
 _METHODS = ("dsf", "lowrank", "monarch", "magnitude")
 _DENSITIES = (0.1, 0.2, 0.35, 0.5)

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import InputStatistics
-from matfact.torch._batches import checked, eval_mode, forward
+from matfact.torch._batches import attended, checked, eval_mode, forward
 from matfact.torch._matrices import Matricized, matricized
-
-#: Statistics of the inputs of a layer, one for each of its groups (only convolutions have many).
-LayerStatistics = list[InputStatistics]
 
 
 def input_statistics(
     model: nn.Module, batches: Iterable[Any], layers: Sequence[str] | None = None
-) -> dict[str, LayerStatistics]:
+) -> dict[str, list[InputStatistics]]:
     """Return statistics of the inputs of many layers, from one pass over the batches.
 
     Batches are forgotten as soon as the model has seen them; a Gram matrix is kept for each layer.
@@ -29,7 +26,7 @@ def input_statistics(
         The network, run in eval mode without gradients.
     batches : iterable
         What the network is called with: tensors, tuples (labels behind the inputs are ignored) or
-        mappings.
+        mappings. Tokens where the ``attention_mask`` of a mapping is zero do not count.
     layers : sequence of str, optional
         Names of linear or convolutional layers; all of them by default.
 
@@ -48,13 +45,14 @@ def input_statistics(
     (9, array([1., 1., 1.]))
     """
     views = layer_views(model, layers)
-    found: dict[str, LayerStatistics] = {}
+    found: dict[str, list[InputStatistics]] = {}
+    present: Any = None  # the batch that is on its way
 
     def hook(name: str) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in found:
                 found[name] = views[name].statistics([])
-            views[name].update(found[name], layer_input(args, kwargs))
+            views[name].update(found[name], attended(layer_input(args, kwargs), present))
 
         return add
 
@@ -64,8 +62,8 @@ def input_statistics(
     ]
     try:
         with eval_mode(model), torch.no_grad():
-            for batch in checked(batches):
-                forward(model, batch)
+            for present in checked(batches):
+                forward(model, present)
     finally:
         for handle in handles:
             handle.remove()
