@@ -12,7 +12,7 @@ import pytest
 # The benchmarks are not installed with the library.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import floor, machine, projection
+from benchmarks import butterfly, floor, machine, projection
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,3 +87,16 @@ def test_peers_that_are_not_installed_are_absent(monkeypatch):
     monkeypatch.setattr(machine, "version", lambda package: None)
     assert not any(method.is_present() for method in projection.PEERS)
     assert set(machine.describe(1)["peers"].values()) == {None}
+
+
+def test_butterfly_fits_err_less_than_those_of_peers(tmp_path):
+    parser = argparse.ArgumentParser()
+    butterfly.add_arguments(parser)
+    parser.add_argument("--threads", type=int, default=1)
+    butterfly.run(parser.parse_args(["--quick", "--output", str(tmp_path)]))
+    rows = json.loads((tmp_path / "butterfly.json").read_text())["rows"]
+    error = {(row["matrix"], row["method"]): row["error"] for row in rows}
+    for (matrix, method), value in error.items():
+        if not method.startswith("matfact"):
+            assert error[matrix, "matfact"] <= value
+    assert "| Hadamard |" in (tmp_path / "butterfly.md").read_text()
