@@ -98,5 +98,5 @@ def test_butterfly_fits_err_less_than_those_of_peers(tmp_path):
     error = {(row["matrix"], row["method"]): row["error"] for row in rows}
     for (matrix, method), value in error.items():
         if not method.startswith("matfact"):
-            assert error[matrix, "matfact"] <= value
+            assert error[matrix, "matfact"] <= max(value, 16 * np.finfo(float).eps)
     assert "| Hadamard |" in (tmp_path / "butterfly.md").read_text()
