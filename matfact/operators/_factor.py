@@ -13,8 +13,6 @@ from matfact import backend
 from matfact.backend import Array
 
 if TYPE_CHECKING:
-    
-if TYPE_CHECKING:
     from matfact.kernels.program import Program
 
 

@@ -12,8 +12,6 @@ from matfact.operators._factor import Factor
 if TYPE_CHECKING:
     from matfact.kernels.program import Program
 
-if TYPE_CHECKING:
-    
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KroneckerSparseFactor(Factor):
