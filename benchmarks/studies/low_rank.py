@@ -10,6 +10,7 @@ for scores and choice at all sparsities.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -55,11 +56,17 @@ Choice = Callable[[int], Matrices | None]
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:
     if quick:
-        networks = [{"network": "mlp", "data": "digits", "width": 32, "epochs": 20}]
+        networks = [{"network": "mlp", "data": "digits", "images": 2000, "width": 32, "epochs": 20}]
     else:
         networks = [
-            {"network": "vgg", "data": "fashion-mnist", "width": 8, "epochs": 4},
-            {"network": "mlp", "data": "fashion-mnist", "width": 256, "epochs": 6},
+            {"network": "vgg", "data": "fashion-mnist", "images": 10_000, "width": 8, "epochs": 5},
+            {
+                "network": "mlp",
+                "data": "fashion-mnist",
+                "images": 10_000,
+                "width": 256,
+                "epochs": 10,
+            },
         ]
     for network in networks:
         for blocking in BLOCKINGS:
@@ -71,15 +78,29 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.networks.data import load
-    from benchmarks.networks.training import trained
 
-    recipe = {"width": cell["width"], "epochs": cell["epochs"]}
-    model = trained(cell["network"], cell["data"], cell["seed"], **recipe)
+    recipe = ("network", "data", "images", "width", "epochs", "seed")
+    model = network(*(cell[name] for name in recipe))
     images, _, *test = load(cell["data"])
     test = [part[:N_TEST] for part in test]
     if cell["part"] == "agreement":
         return agreement(model, images[:N_IMAGES])
     return accuracies(model, images[:N_IMAGES], test, cell["blocking"], cell["score"])
+
+
+@functools.cache
+def network(name: str, data: str, n_images: int, width: int, epochs: int, seed: int) -> Any:
+    """Return a network that is trained on the first images of a data set."""
+    import torch
+
+    from benchmarks.networks.data import load
+    from benchmarks.networks.models import build
+    from benchmarks.networks.training import train
+
+    images, labels, *_ = load(data)
+    torch.manual_seed(seed)
+    model = build(name, image_size=images.shape[-1], width=width)
+    return train(model, images[:n_images], labels[:n_images], seed=seed, epochs=epochs)
 
 
 def accuracies(

@@ -62,7 +62,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
             yield from _seeded({"part": "starts", "size": size, "start": start}, 1)
     for first in FIRST[::3] if quick else FIRST:
         for by in ("matfact", "published"):
-            yield {"part": "first factor", "size": 64 if quick else 384, "first": first, "by": by}
+            yield {"part": "first factor", "size": 64 if quick else 256, "first": first, "by": by}
 
 
 def _seeded(cell: dict[str, Any], seeds_if_large: int) -> Iterator[dict[str, Any]]:
