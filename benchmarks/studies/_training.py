@@ -54,3 +54,14 @@ def train(
             schedule.step()
             after_step()
     return model.eval()
+
+
+def n_weights(model: nn.Module) -> int:
+    """Return how many weights or values of factors are not zero, biases and norms left out."""
+    return sum(
+        int(parameter.count_nonzero())
+        for module in model.modules()
+        if not isinstance(module, nn.BatchNorm2d)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name != "bias"
+    )

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.networks.models import build
 from benchmarks.networks.training import accuracy
 from benchmarks.studies import Row, markdown_table
-from benchmarks.studies._training import loss, subset, train
+from benchmarks.studies._training import loss, n_weights, subset, train
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.pruning import LayerCollapseWarning, count_flops, make_permanent, prune_network
 from matfact.torch.structured import ButterflyLinear, KaleidoscopeLinear
@@ -84,7 +84,7 @@ def _prune(cell: dict[str, Any]) -> dict[str, Any]:
     train_x, train_y, test_x, test_y = subset(cell["data"], cell["side"], cell["n_train"], 2500)
     seed, method = cell["seed"], cell["method"]
     model = network(cell, cell["structure"])
-    n_dense, dense = _stored(network(cell, "dense"), train_x)
+    reference = network(cell, "dense")
     keep, collapsed = 10.0 ** -cell["exponent"], 0
     if method == "magnitude":
         train(model, train_x, train_y, epochs=cell["before"], seed=seed)
@@ -100,10 +100,10 @@ def _prune(cell: dict[str, Any]) -> dict[str, Any]:
     train(model, train_x, train_y, epochs=cell["epochs"], seed=seed)
     if method != "none":
         make_permanent(model)
-    n_stored, flops = _stored(model, train_x)
+    flops, dense = _flops(model, train_x), _flops(reference, train_x)
     return {
         "accuracy": accuracy(model, test_x, test_y),
-        "stored": n_stored / n_dense,
+        "stored": n_weights(model) / n_weights(reference),
         "flop_sparsity": 1 - sum(flops.values()) / sum(dense.values()),
         "collapsed": collapsed,
         "is_collapsed": collapsed > 0,
@@ -142,22 +142,13 @@ def _is_dense(module: nn.Module, name: str) -> bool:
     return name == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
 
 
-def _stored(model: nn.Module, images: torch.Tensor) -> tuple[int, dict[str, int]]:
-    """Return the weights that are not zero, and the FLOPs of each layer for one image."""
+def _flops(model: nn.Module, images: torch.Tensor) -> dict[str, int]:
+    """Return the FLOPs of each layer for one image."""
     flops: dict[str, int] = {}
-    n_stored = 0
     for label, count in count_flops(model, images[:1]).kept.items():
         layer = label.split(".factors")[0].split(".kernels")[0].removesuffix(".weight")
         flops[layer] = flops.get(layer, 0) + count
-    for name, parameter in model.named_parameters():
-        n_stored += 0 if name.endswith("bias") or _is_norm(model, name) else int(
-            parameter.count_nonzero()
-        )  # fmt: skip
-    return n_stored, flops
-
-
-def _is_norm(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
+    return flops
 
 
 def _time(cell: dict[str, Any]) -> dict[str, Any]:
