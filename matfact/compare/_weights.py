@@ -160,14 +160,21 @@ _READERS: dict[str, Callable[[Path], Iterator[_Named]]] = {
 }
 
 
-def _default_weights() -> Weights:
+def demo_folder() -> Path | None:
+    """Return where the files of the extra ``demo`` are, None where it is not installed."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)  # finds the package without running it
     for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / "model" / "model.safetensors"
-        if path.is_file():
-            weights = load_weights(path)
-            weights.source = "all-MiniLM-L6-v2, a trained sentence transformer"
-            return weights
+        if (Path(folder) / "model" / "model.safetensors").is_file():
+            return Path(folder) / "model"
+    return None
+
+
+def _default_weights() -> Weights:
+    folder = demo_folder()
+    if folder is not None:
+        weights = load_weights(folder / "model.safetensors")
+        weights.source = "all-MiniLM-L6-v2, a trained sentence transformer"
+        return weights
     return _digits_weights()
 
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, get_args
 from joblib import Parallel, delayed
 from torch import nn
 
+from matfact.backend import Array
+from matfact.factorizers import BaseFactorizer
 from matfact.torch._fit import Adaptation, Fitted, fit_layer
-from matfact.torch._matrices import replace
+from matfact.torch._matrices import LayerStatistics, replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm
@@ -43,6 +45,8 @@ def compress(
     calibration: Iterable[Any] | None = None,
     sequential: bool = True,
     adapt: Adaptation = "finalize",
+    feedback: bool = True,
+    shift_bias: bool = True,
     reestimate_batchnorm: bool = False,
     n_jobs: int = 1,
     inplace: bool = False,
@@ -82,6 +86,13 @@ def compress(
         account: columns of the weight are scaled by what enters them, and after the fit the
         values of all factors, or of the one on the output side, are refitted to the inputs (paper
         001, Section 4.3). "scale" refits nothing, and "none" only reports the error of outputs.
+    feedback : bool, default=True
+        Whether, with sequential calibration, each layer also makes up for what the layers before
+        it have changed: what is factorized is the matrix whose outputs come nearest to those the
+        layer has in the dense network. A second pass of each batch runs through that.
+    shift_bias : bool, default=True
+        Whether, with calibration, the bias of a layer that has one makes up for the mean of what
+        its outputs lose.
     reestimate_batchnorm : bool, default=False
         Whether the statistics of batch normalizations are averaged anew over the calibration
         batches at the end, which must be a collection that can be iterated twice. A repair that
@@ -131,9 +142,10 @@ def compress(
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     if dry_run:
         return Compressed(model, CompressionReport(rows.values(), metadata))
-    fit = functools.partial(_try, adapt=adapt)
+    fit = functools.partial(_try, adapt=adapt, shift_bias=shift_bias)
     modes = {task.names[0]: task.view.layer.training for task in todo}
-    with contextlib.closing(_fits(model, todo, fit, calibration, sequential, n_jobs)) as fits:
+    form = (sequential, feedback)
+    with contextlib.closing(_fits(model, todo, fit, calibration, form, n_jobs)) as fits:
         for task, fitted in fits:
             row = _install(model, task, fitted)
             rows[row.layer] = row
@@ -142,12 +154,18 @@ def compress(
     for name, training in modes.items():
         model.get_submodule(name).train(training)
     if calibration is not None:
-        kind = "sequential calibration" if sequential else "calibration"
-        metadata["steps"].append(f"{kind} ({adapt})")
+        metadata["steps"].append(_calibration_step(sequential, adapt, feedback, shift_bias))
     if reestimate_batchnorm:
         n_layers = reestimate_batch_norm(model, calibration or ())
         metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
     return Compressed(model, CompressionReport(rows.values(), metadata))
+
+
+def _calibration_step(sequential: bool, adapt: Adaptation, feedback: bool, shift_bias: bool) -> str:
+    said: list[str] = [adapt]
+    said += ["feedback"] if sequential and feedback else []
+    said += ["shifted biases"] if shift_bias else []
+    return f"{'sequential ' if sequential else ''}calibration ({', '.join(said)})"
 
 
 def _fits(
@@ -155,43 +173,41 @@ def _fits(
     tasks: list[Task],
     fit: _Fit,
     calibration: Iterable[Any] | None,
-    sequential: bool,
+    form: tuple[bool, bool],
     n_jobs: int,
 ) -> _Results:
     """Yield each task with its fit; None where the method cannot take the layer."""
+    sequential, feedback = form
     if calibration is not None and sequential:
-        yield from _sequential_fits(model, tasks, fit, calibration)
+        yield from _sequential_fits(model, tasks, fit, calibration, feedback)
         return
     statistics: Mapping[str, Any] = {}
     if calibration is not None:
         statistics = input_statistics(model, calibration, [task.names[0] for task in tasks])
         _note_unreached(tasks, statistics)
     run = Parallel(n_jobs=n_jobs, return_as="generator")
-    jobs = (
-        delayed(fit)(task.factorizer, task.view.arrays(), statistics.get(task.names[0]))
-        for task in tasks
-    )
+    jobs = (delayed(fit)(*task.problem(), statistics.get(task.names[0])) for task in tasks)
     for task, (fitted, problem) in zip(tasks, run(jobs), strict=True):
         task.message = problem or task.message
         yield task, fitted
 
 
 def _sequential_fits(
-    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any]
+    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any], feedback: bool
 ) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
     reached = set()
-    with contextlib.closing(walk(model, list(by_name), calibration)) as stops:
+    with contextlib.closing(walk(model, list(by_name), calibration, paired=feedback)) as stops:
         for name, statistics in stops:
             task = by_name[name]
             reached.add(name)
-            fitted, problem = fit(task.factorizer, task.view.arrays(), statistics)
+            fitted, problem = fit(*task.problem(), statistics)
             task.message = problem or task.message
             yield task, fitted
     _note_unreached(tasks, reached)
     for task in tasks:
         if task.names[0] not in reached:
-            fitted, problem = fit(task.factorizer, task.view.arrays(), None)
+            fitted, problem = fit(*task.problem(), None)
             task.message = problem or task.message
             yield task, fitted
 
@@ -205,11 +221,17 @@ def _note_unreached(tasks: list[Task], reached: Any) -> None:
 
 
 def _try(
-    factorizer: Any, matrices: Any, statistics: Any, adapt: Adaptation
+    factorizer: BaseFactorizer,
+    matrices: list[Array],
+    has_bias: bool,
+    statistics: LayerStatistics | None,
+    *,
+    adapt: Adaptation,
+    shift_bias: bool,
 ) -> tuple[Fitted | None, str]:
     """Return the fit, or why the method cannot take the layer."""
     try:
-        return fit_layer(factorizer, matrices, statistics, adapt), ""
+        return fit_layer(factorizer, matrices, statistics, adapt, shift=shift_bias and has_bias), ""
     except ValueError as error:
         return None, f"kept: {error}"
 
@@ -219,5 +241,5 @@ def _install(model: nn.Module, task: Task, fitted: Fitted | None) -> LayerReport
     if fitted is None:
         warnings.warn(f"{task.names[0]}: {task.message}", stacklevel=4)
         return task.report("kept")
-    replace(model, task.names, task.view, fitted.products)
+    replace(model, task.names, task.view, fitted.products, fitted.shifts)
     return task.report("compressed", fitted)

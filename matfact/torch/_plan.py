@@ -11,6 +11,7 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from matfact import metrics
+from matfact.backend import Array
 from matfact.compare import METHODS as COMPARED
 from matfact.factorizers import ADMMPruner, BaseFactorizer, WandaPruner
 from matfact.torch._fit import Fitted
@@ -51,6 +52,12 @@ class Task:
     view: Matricized
     factorizer: BaseFactorizer | None
     message: str = ""
+
+    def problem(self) -> tuple[BaseFactorizer, list[Array], bool]:
+        """Return the factorizer, the matrices, and whether there is a bias."""
+        assert self.factorizer is not None
+        layer: Any = self.view.layer
+        return self.factorizer, self.view.arrays(), layer.bias is not None
 
     def report(self, status: str, fitted: Fitted | None = None) -> LayerReport:
         """Return the row of the report."""
