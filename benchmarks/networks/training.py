@@ -36,8 +36,8 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
     seed : int, default=0
         Of the initial values and of the order of batches.
     **changes
-        What differs from the usual recipe: ``width`` of the network, and parameters of
-        :func:`train`.
+        What differs from the usual recipe: ``width`` of the network, ``n_images`` to train with,
+        the first ones, and parameters of :func:`train`.
     """
     images, labels, _, _ = load(dataset)
     image_size = images.shape[-1]
@@ -52,8 +52,9 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
     path = path / f"{label}-{dataset}-{seed}.safetensors"
     key = json.dumps(recipe, sort_keys=True)
     if _kept_recipe(path) != key:
-        options = {k: v for k, v in recipe.items() if k not in ("model", "data")}
-        train(model, images, labels, **options)
+        options = {k: v for k, v in recipe.items() if k not in ("model", "data", "n_images")}
+        n_images = recipe.get("n_images")
+        train(model, images[:n_images], labels[:n_images], **options)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         state = {k: v.contiguous() for k, v in model.state_dict().items()}

@@ -10,7 +10,6 @@ for scores and choice at all sparsities.
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -78,29 +77,15 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.networks.data import load
+    from benchmarks.networks.training import trained
 
-    recipe = ("network", "data", "images", "width", "epochs", "seed")
-    model = network(*(cell[name] for name in recipe))
+    recipe = {"width": cell["width"], "epochs": cell["epochs"], "n_images": cell["images"]}
+    model = trained(cell["network"], cell["data"], cell["seed"], **recipe)
     images, _, *test = load(cell["data"])
     test = [part[:N_TEST] for part in test]
     if cell["part"] == "agreement":
         return agreement(model, images[:N_IMAGES])
     return accuracies(model, images[:N_IMAGES], test, cell["blocking"], cell["score"])
-
-
-@functools.cache
-def network(name: str, data: str, n_images: int, width: int, epochs: int, seed: int) -> Any:
-    """Return a network that is trained on the first images of a data set."""
-    import torch
-
-    from benchmarks.networks.data import load
-    from benchmarks.networks.models import build
-    from benchmarks.networks.training import train
-
-    images, labels, *_ = load(data)
-    torch.manual_seed(seed)
-    model = build(name, image_size=images.shape[-1], width=width)
-    return train(model, images[:n_images], labels[:n_images], seed=seed, epochs=epochs)
 
 
 def accuracies(
