@@ -71,7 +71,7 @@ def test_without_matplotlib_the_rest_is_written(weights, invoke, tmp_path, monke
     assert result.exit_code == 0
     assert "No figure" in result.output
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "comparison.csv", "comparison.json",
+        "comparison.csv", "comparison.html", "comparison.json",
     ]  # fmt: skip
 
 

@@ -118,12 +118,13 @@ def _compare(
 
 
 def _write(console: Console, comparison: Comparison, folder: Path) -> None:
-    """Write table and figure, each whole or not at all."""
+    """Write tables, page and figure, each whole or not at all."""
     from matfact.compare import plot_comparison, save_figure
 
     comparison.to_csv(folder / "comparison.csv")
     comparison.to_json(folder / "comparison.json")
-    written = ["comparison.csv", "comparison.json"]
+    comparison.to_html(folder / "comparison.html")
+    written = ["comparison.csv", "comparison.json", "comparison.html"]
     try:
         save_figure(plot_comparison(comparison), folder / "comparison.png")
         written.append("comparison.png")

@@ -148,6 +148,12 @@ class Comparison(Sequence[ComparisonRow]):
         text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(path, text.encode())
 
+    def to_html(self, path: str | Path) -> None:
+        """Write a page with the figure, the means and every fit, one file without scripts."""
+        from matfact.compare._html import write_page
+
+        write_page(self, path)
+
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
         """Read a comparison written by :meth:`to_json`."""

@@ -1,0 +1,77 @@
+"""A comparison as a page of its own."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from matfact import _html
+from matfact._files import write_atomically
+from matfact.compare._methods import label
+from matfact.compare._plot import plot_comparison
+from matfact.compare._table import Comparison, ComparisonRow, SummaryRow
+
+#: Heading and name of the measures in the page's tables; the first two are drawn as bars too.
+_MEASURES = (
+    ("normalized error", "normalized_error"),
+    ("relative error", "relative_error"),
+    ("density", "density"),
+    ("FLOPs ÷ dense", "flops_ratio"),
+    ("seconds", "seconds"),
+)
+_DRAWN = ("normalized_error", "relative_error")
+
+
+def write_page(comparison: Comparison, path: str | Path) -> None:
+    """Write a page with the figure, the means and every fit: one file without scripts.
+
+    Without matplotlib the page has no figure.
+    """
+    try:
+        figure = _html.picture(plot_comparison(comparison), "Normalized error by size and method")
+    except ImportError:
+        figure = ""
+    failed = sum(row.status != "ok" for row in comparison)
+    lead = f"{len(comparison)} fits, {failed} failed."
+    means = _html.table(
+        ["method", "size", "asked", "fits", *(f"mean {h}" for h, _ in _MEASURES)],
+        _rows_of_means(comparison.summary()),
+    )
+    fits = _html.table(
+        ["matrix", "method", "size", "asked", *(h for h, _ in _MEASURES), "notes"],
+        map(_cells, comparison),
+    )
+    content = _html.page(
+        "Comparison of factorizations", lead, comparison.metadata, figure,
+        "<h2>Means</h2>", means, "<h2>Every fit</h2>", fits,
+    )  # fmt: skip
+    write_atomically(path, content.encode())
+
+
+def _rows_of_means(summary: list[SummaryRow]) -> list[list[str]]:
+    largest = {name: max((g.mean.get(name, 0.0) for g in summary), default=0.0) for name in _DRAWN}
+    return [
+        [
+            escape(label(group.method)),
+            escape(group.size),
+            _asked(group.requested_density),
+            str(group.n_ok),
+            *(_html.measured(group.mean.get(n), largest.get(n, 0.0)) for _, n in _MEASURES),
+        ]
+        for group in summary
+    ]
+
+
+def _cells(row: ComparisonRow) -> list[str]:
+    return [
+        escape(row.matrix),
+        escape(row.method),
+        escape(row.size),
+        _asked(row.requested_density),
+        *(_html.measured(getattr(row, name)) for _, name in _MEASURES),
+        escape(row.message),
+    ]
+
+
+def _asked(density: float | None) -> str:
+    return "" if density is None else f"{density:g}"
