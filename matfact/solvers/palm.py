@@ -20,6 +20,8 @@ HELD, ANNEALED = 0.7, 0.95
 SETTLED = 0.5
 #: Relative error, in units of rounding, below which nothing is left to approximate.
 NEGLIGIBLE = 32
+#: Powers of two by which a factor's norm may differ from the mean before all are scaled.
+DRIFT = 10
 #: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
 SHRINK, GROW = 1.25, 1.3
 
@@ -98,6 +100,8 @@ def palm4msa(
         product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
         if is_scaled:
             scale = _best_scale(W, product)
+        else:
+            factors = _near_in_norm(factors)
         objective = _energy(W - scale * product)
         last, supports = supports, [factor != 0 for factor in factors]
         is_settled = objective <= SETTLED * previous and all(map(_is_equal, last, supports))
@@ -129,6 +133,19 @@ def _balanced(factors: list[Array], constraints: Sequence[Constraint]) -> list[A
             inverse = xp.where(is_used, columns, zero) / xp.where(is_used, rows, one)
             factors[i : i + 2] = left * ratio, inverse[:, None] * right
     return factors
+
+
+def _near_in_norm(factors: list[Array]) -> list[Array]:
+    """Return factors scaled by powers of two, which rounds nothing, if long steps parted them."""
+    energies = [_energy(factor) for factor in factors]
+    if min(energies) == 0.0:
+        return factors
+    logs = [0.5 * math.log2(energy) for energy in energies]
+    shifts = [round(sum(logs) / len(logs) - log) for log in logs]
+    if max(map(abs, shifts)) < DRIFT:
+        return factors
+    shifts[0] -= sum(shifts)
+    return [2.0**shift * factor for shift, factor in zip(shifts, factors, strict=True)]
 
 
 def identity_start(

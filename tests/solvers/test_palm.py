@@ -156,6 +156,14 @@ def test_facing_columns_and_rows_have_equal_norms(rng):
     np.testing.assert_allclose(np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1))
 
 
+def test_long_steps_do_not_part_the_norms_of_factors(rng):
+    W = rng.standard_normal((32, 288)).astype(np.float32)
+    sets = [RowColumnSparsity(2)] * 2
+    with np.errstate(all="raise", under="ignore"):
+        factors, _, _ = solve(W, sets)
+    assert all(np.isfinite(factor).all() for factor in factors)
+
+
 def test_one_factor_is_the_projection(rng):
     W = rng.standard_normal((6, 8))
     (factor,), _, n_iter = solve(W, [GlobalSparsity(10)])
