@@ -3,7 +3,8 @@
 Each layer of a trained network is cut into blocks, the singular triples of all blocks of all
 layers are scored, and those of the highest scores are kept while the values that they store fit
 the budget. The accuracy is that of the network with the truncated weights, with no training after
-it. ALDS chooses strips and ranks by singular values alone. Seconds are those of the processor,
+it, and then with the statistics of batch normalization taken anew, where there is any. ALDS
+chooses strips and ranks by singular values alone. Seconds are those of the processor,
 for scores and choice at all sparsities.
 """
 
@@ -93,6 +94,7 @@ def accuracies(
 ) -> dict[str, Any]:
     """Return the accuracy at each sparsity, and how many layers have no triple left."""
     from benchmarks.networks.training import accuracy
+    from matfact.torch import reestimate_batch_norm
 
     W = matrices(model)
     entries = sum(weight.size for weight in W.values())
@@ -104,12 +106,16 @@ def accuracies(
     chosen = {sparsity: choose(int((1 - sparsity) * entries + 1e-6)) for sparsity in SPARSITIES}
     seconds = time.process_time() - start
     result: dict[str, Any] = {"dense": accuracy(model, *test), "seconds": seconds}
-    result |= {"accuracy": {}, "emptied": {}}
+    result |= {"accuracy": {}, "reestimated": {}, "emptied": {}}
     for sparsity, weights in chosen.items():
-        if weights is not None:
-            result["accuracy"][str(sparsity)] = accuracy(replaced(model, weights), *test)
-            emptied = sum(not weight.any() for weight in weights.values())
-            result["emptied"][str(sparsity)] = emptied
+        if weights is None:
+            continue
+        truncated = replaced(model, weights)
+        result["accuracy"][str(sparsity)] = accuracy(truncated, *test)
+        if reestimate_batch_norm(truncated, [images]):
+            result["reestimated"][str(sparsity)] = accuracy(truncated, *test)
+        emptied = sum(not weight.any() for weight in weights.values())
+        result["emptied"][str(sparsity)] = emptied
     return result
 
 
@@ -237,14 +243,12 @@ def replaced(model: Any, weights: Matrices) -> Any:
 def table(rows: Sequence[Row]) -> str:
     sections = []
     for name, chosen in _networks(rows, "accuracy").items():
-        dense = chosen[0]["dense"]
-        lines = [
-            [r["blocking"], r["score"], *_accuracies(r), f"{r['seconds'].mean:.1f}"] for r in chosen
-        ]
-        head = ["blocking", "score", *(f"{s:.0%}" for s in SPARSITIES), "seconds"]
-        title = f"### {name}: accuracy at sparsities, {dense:.3f} when dense"
+        title = f"### {name}: accuracy at sparsities, {chosen[0]['dense']:.3f} when dense"
         note = "In brackets: layers without a triple, on average, where there are any."
-        sections.append(f"{title}\n\n{note}\n\n{markdown_table(head, lines)}")
+        sections.append(f"{title}\n\n{note}\n\n{_accuracy_table(chosen, 'accuracy')}")
+        if chosen[0]["reestimated"]:
+            note = "With statistics of batch normalization taken anew:"
+            sections.append(f"{note}\n\n{_accuracy_table(chosen, 'reestimated')}")
     for name, (row,) in _networks(rows, "agreement").items():
         exact = list(row["spearman"])
         lines = [
@@ -268,14 +272,23 @@ def _networks(rows: Sequence[Row], part: str) -> dict[str, list[Row]]:
     return groups
 
 
-def _accuracies(row: Row) -> Iterator[str]:
+def _accuracy_table(rows: Sequence[Row], result: str) -> str:
+    lines = [
+        [row["blocking"], row["score"], *_accuracies(row, result), f"{row['seconds'].mean:.1f}"]
+        for row in rows
+    ]
+    head = ["blocking", "score", *(f"{s:.0%}" for s in SPARSITIES), "seconds"]
+    return markdown_table(head, lines)
+
+
+def _accuracies(row: Row, result: str) -> Iterator[str]:
     for sparsity in map(str, SPARSITIES):
-        if sparsity not in row["accuracy"]:
+        if sparsity not in row[result]:
             yield "–"
             continue
         emptied = row["emptied"][sparsity].mean
         mark = f" ({emptied:.2g})" if emptied else ""
-        yield f"{row['accuracy'][sparsity].mean:.3f}{mark}"
+        yield f"{row[result][sparsity].mean:.3f}{mark}"
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -286,7 +299,8 @@ def figure(rows: Sequence[Row]) -> Figure:
         for axes, blocking in zip(line, BLOCKINGS, strict=True):
             for row in chosen:
                 if row["blocking"] in (blocking, "searched"):
-                    points = [(100 * float(s), a.mean) for s, a in row["accuracy"].items()]
+                    accuracy = row["reestimated"] or row["accuracy"]
+                    points = [(100 * float(s), a.mean) for s, a in accuracy.items()]
                     style = "k--" if row["score"] == ALDS else "o-"
                     axes.plot(*zip(*points, strict=True), style, label=row["score"], markersize=3)
             axes.axhline(chosen[0]["dense"].mean, color="0.6", linewidth=1)
