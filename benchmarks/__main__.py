@@ -6,7 +6,17 @@ import argparse
 import importlib
 import os
 
-NAMES = ("projection", "floor", "apply", "scoring", "study", "butterfly", "networks")
+NAMES = (
+    "projection",
+    "floor",
+    "apply",
+    "scoring",
+    "study",
+    "butterfly",
+    "layers",
+    "networks",
+    "fuzz",
+)
 #: Read by the numerical libraries when they are loaded, so they are set before any import.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",

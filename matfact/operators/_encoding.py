@@ -22,6 +22,8 @@ from matfact.operators._selection import SelectionFactor
 
 #: Most rows or columns a stored factor may claim to have: no row of a product can fill a memory.
 LARGEST_SIDE = 1 << 24
+#: Entries of a mask expanded at a time.
+_ENTRIES = 1 << 20
 Tensors = dict[str, np.ndarray]
 
 
@@ -165,15 +167,21 @@ def _decode_kronecker(shape: tuple[int, int], values: np.ndarray, tensors: Tenso
 def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
     (rows, columns), packed = shape, tensors.pop("mask")
     _need(packed.dtype == np.uint8 and packed.shape == ((rows * columns + 7) // 8,), "mask length")
-    mask = np.unpackbits(packed).view(np.bool_)
-    _need(not mask[rows * columns :].any(), "bits beyond the last entry")
-    mask = mask[: rows * columns]
-    places = np.flatnonzero(mask)
-    _need(values.shape == places.shape, "values and bits differ in number")
-    counts = np.count_nonzero(mask.reshape(shape), axis=1)
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    indices = places - np.repeat(np.arange(rows) * columns, counts)
-    return SparseFactor(values, indices.astype(np.int32), indptr, columns)
+    indptr, pieces = np.zeros(rows + 1, dtype=np.int64), []
+    step = 8 * max(1, _ENTRIES // (8 * max(1, columns)))  # rows that end with a byte
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        bits = np.unpackbits(packed[start * columns // 8 : (stop * columns + 7) // 8])
+        mask = bits.view(np.bool_)[: (stop - start) * columns]
+        _need(not bits[mask.size :].any(), "bits beyond the last entry")
+        counts = np.count_nonzero(mask.reshape(stop - start, columns), axis=1)
+        begins = np.repeat(np.arange(stop - start) * columns, counts)
+        pieces.append((np.flatnonzero(mask) - begins).astype(np.int32))
+        indptr[start + 1 : stop + 1] = counts
+    np.cumsum(indptr, out=indptr)
+    _need(values.shape == (indptr[-1],), "values and bits differ in number")
+    indices = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+    return SparseFactor(values, indices, indptr, columns)
 
 
 def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:

@@ -1,0 +1,197 @@
+"""Damaged and hostile files for every reader: none may crash, hang, or take much memory.
+
+Valid files are damaged in their bytes and, with lengths and checksums put right again, in what
+they say. Readers run in forked processes, so that a crash is a finding and not the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fuzz._damage import Files
+from benchmarks.fuzz._readers import Reader, readers
+
+SECONDS = 1.0  #: of processor time that one file may take
+#: Bytes that it may take: so many times its size, and what libraries take when first used.
+FACTOR, SLACK = 4, 16 << 20
+BATCH = 250  #: files read by one process
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An input that was not dealt with."""
+
+    reader: str
+    number: int
+    problem: str
+
+
+class HangError(BaseException):
+    """The reader took too long, which no reader may take for a damaged file."""
+
+
+def _too_long(number: int, frame: Any) -> None:
+    raise HangError(f"more than {SECONDS} s")
+
+
+def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
+    """Read `files`; return "read", "refused" or "bad", and what was wrong."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    size = sum(map(len, files.values()))
+    before = _reset_peak()
+    signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        reader.read(folder)
+        outcome = ("read", "")
+    except (ValueError, OSError) as error:
+        outcome = ("refused", str(error))
+    except BaseException as error:  # whatever else comes out is a finding
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        outcome = ("bad", f"{error!r:.200} at {Path(last.filename).name}:{last.lineno}")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    taken = _peak() - before
+    if taken > FACTOR * size + SLACK and not reader.works:
+        return "bad", f"{taken:,} bytes of memory for {size:,} on disk ({outcome[1]:.100})"
+    return outcome
+
+
+def _reset_peak() -> int:
+    """Begin to measure memory, and return what is in use (Linux; elsewhere it is not measured)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 1 << 62
+    return _peak()
+
+
+def _peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def make(reader: Reader, name: str, seed: int, number: int) -> Files:
+    """Return the input with a number, always the same."""
+    rng = random.Random(f"{name} {seed} {number}")
+    return reader.damage(rng, rng.choice(reader.seeds))
+
+
+def run_batch(
+    name: str, reader: Reader, seed: int, numbers: range
+) -> tuple[collections.Counter[str], list[Finding]]:
+    """Read inputs in a forked process; one that kills it is a finding, and the rest is read."""
+    counts: collections.Counter[str] = collections.Counter()
+    findings: list[Finding] = []
+    while numbers:
+        out, into = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(out)
+            _child(name, reader, seed, numbers, into)
+        os.close(into)
+        with os.fdopen(out, "rb") as stream:
+            outcomes = [json.loads(line) for line in stream]
+        status = os.waitpid(pid, 0)[1]
+        for number, (outcome, problem) in zip(numbers, outcomes, strict=False):
+            counts[outcome] += 1
+            if outcome == "bad":
+                findings.append(Finding(name, number, problem))
+        numbers = numbers[len(outcomes) :]
+        if numbers:
+            counts["bad"] += 1
+            findings.append(Finding(name, numbers[0], f"process ended with status {status}"))
+            numbers = numbers[1:]
+    return counts, findings
+
+
+def _child(name: str, reader: Reader, seed: int, numbers: range, into: int) -> None:
+    """Write one line for each input, and end the process."""
+    try:
+        warnings.simplefilter("ignore")
+        _limit_memory()
+        with os.fdopen(into, "w", buffering=1) as stream:
+            for number in numbers:
+                with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+                    outcome = attempt(reader, make(reader, name, seed, number), Path(folder))
+                stream.write(json.dumps(outcome) + "\n")
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    """Let no more than a gigabyte be asked for beyond what is, even if it is never used."""
+    import resource  # which Windows lacks, as it does fork
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc") else 0
+    if pages:
+        limit = pages * resource.getpagesize() + (1 << 30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _memory_folder() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def fuzz(
+    count: int, seed: int, names: Sequence[str] | None = None
+) -> Iterator[tuple[str, collections.Counter[str], list[Finding]]]:
+    """Give about `count` inputs to all readers; yield outcomes of each, and what went wrong."""
+    found = {n: r for n, r in readers().items() if names is None or n in names}
+    shares = {name: 0.1 if reader.works else 1.0 for name, reader in found.items()}
+    for name, reader in found.items():
+        warm(reader)
+        each = math.ceil(count * shares[name] / sum(shares.values()))
+        totals: collections.Counter[str] = collections.Counter()
+        findings: list[Finding] = []
+        for start in range(0, each, BATCH):
+            counts, bad = run_batch(name, reader, seed, range(start, min(start + BATCH, each)))
+            totals += counts
+            findings += bad
+        yield name, totals, findings
+
+
+def warm(reader: Reader) -> None:
+    """Read each valid file, which must succeed; what is imported then is there before any fork."""
+    for files in reader.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome, problem = attempt(reader, files, Path(folder))
+            if problem and "arguments" not in files and "memory" not in problem:
+                raise RuntimeError(f"a valid file was {outcome}: {problem}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", type=int, default=10_000, help="inputs, over all readers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", action="append", help="only this one; may be repeated")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print(f"{'reader':<12} {'read':>7} {'refused':>8} {'bad':>5} {'seconds':>8}")
+    total = n_bad = 0
+    for name, counts, findings in fuzz(arguments.count, arguments.seed, arguments.reader):
+        numbers = f"{counts['read']:>7} {counts['refused']:>8} {counts['bad']:>5}"
+        print(f"{name:<12} {numbers} {sum(os.times()[:4]):>8.0f}", flush=True)
+        for finding in findings:
+            print(f"{finding.reader} {finding.number}: {finding.problem}", file=sys.stderr)
+        total, n_bad = total + counts.total(), n_bad + len(findings)
+    print(f"{total} inputs, {n_bad} findings; seconds are of processor time, from the start")
+    return bool(n_bad)

@@ -1,0 +1,172 @@
+"""Damage to valid files: to their bytes, and to what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Files = dict[str, bytes]  #: by name; readers of one file get one
+
+HOSTILE: list[Any] = [
+    0, 1, -1, 2, 7, 255, 2**16, 2**24, 2**31 - 1, 2**32, 2**53, 2**61 + 1, 2**62, 2**63, 2**64,
+    0.0, -0.5, 1e308, float("nan"), True, False, None, "", "x", "\0", "../x", "/dev/zero",
+    "a" * 999, [], [0], [[]], [1, 2, 3], [2**40, 2**40], {}, {"a": {}}, "F16", "BF16", "F64", "I8",
+    "X", "dense", "bitmask", "csr", "kronecker", "blocks", "selection",
+]  # fmt: skip
+
+
+def flipped(rng: random.Random, content: bytes) -> bytes:
+    """Return `content` with a few bytes changed, cut out, doubled or cut off."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 4, 8, 64))
+        kind = rng.randrange(7)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at : at + length] = rng.randbytes(length)
+        elif kind == 2:
+            del data[at : at + length]
+        elif kind == 3:
+            data[at:at] = data[at : at + length]
+        elif kind == 4:
+            del data[at:]
+        elif kind == 5:
+            number = rng.choice((0, 1, 2**15, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+            data[at : at + 8] = struct.pack("<Q", number)
+        else:
+            data[at : at + length] = rng.choice((b"\0", b"\xff", b"9", b"[", b"{", b'"')) * length
+    return bytes(data)
+
+
+def changed(rng: random.Random, content: Any) -> Any:
+    """Return JSON `content` with a few values replaced, removed, repeated or exchanged."""
+    content = json.loads(json.dumps(content))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = list(_places(content))
+        if not places:
+            return rng.choice(HOSTILE)
+        inside, key = rng.choice(places)
+        kind = rng.randrange(6)
+        if kind == 0:
+            del inside[key]
+        elif kind == 1 and isinstance(inside[key], int):
+            inside[key] += rng.choice((-1, 1, 8, -8, 2**32, 2**63))
+        elif kind == 2 and isinstance(inside, list):
+            inside.insert(key, inside[key])
+        elif kind == 3:
+            other, place = rng.choice(places)
+            inside[key] = json.loads(json.dumps(other[place]))
+        elif kind == 4 and isinstance(inside, dict):
+            inside[str(rng.choice(HOSTILE))[:99]] = inside.pop(key)
+        else:
+            inside[key] = rng.choice(HOSTILE)
+    return content
+
+
+def _places(content: Any) -> Iterator[tuple[Any, Any]]:
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in list(items):
+        yield content, key
+        if isinstance(value, (dict, list)):
+            yield from _places(value)
+
+
+def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
+    """Damage the bytes, the header, or the description of factors within the header."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        return flipped(rng, content)
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    inner = header.get("__metadata__", {}).get("matfact")
+    if kind == 1 and inner:
+        header["__metadata__"]["matfact"] = json.dumps(changed(rng, json.loads(inner)))
+    else:
+        header = changed(rng, header)
+    if rng.random() < 0.2:
+        data = flipped(rng, data)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def damaged_zip(rng: random.Random, content: bytes) -> bytes:
+    """Damage the archive, or one of its members with the checksum put right."""
+    if rng.random() < 0.4:
+        return flipped(rng, content)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    victim = rng.choice(list(members))
+    members[victim] = flipped(rng, members[victim])
+    out = io.BytesIO()
+    with zipfile.ZipFile(
+        out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    ) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def one(damage: Callable[[random.Random, bytes], bytes]) -> Callable[[random.Random, Files], Files]:
+    """Return a damage of the only file."""
+
+    def damaged(rng: random.Random, files: Files) -> Files:
+        return {name: damage(rng, content) for name, content in files.items()}
+
+    return damaged
+
+
+def damaged_checkpoint(rng: random.Random, files: Files) -> Files:
+    """Damage any file; most times make the checksums agree, so that more of the code is reached."""
+    files = dict(files)
+    victim = rng.choice(list(files))
+    if rng.random() < 0.2:
+        return files | {victim: flipped(rng, files[victim])}
+    manifest = json.loads(files["manifest.json"])
+    if victim == "manifest.json":
+        manifest = changed(rng, manifest)
+    else:
+        files[victim] = damaged_safetensors(rng, files[victim])
+        for shard in manifest["shards"]:
+            shard["nbytes"] = len(files[shard["file"]])
+            shard["sha256"] = hashlib.sha256(files[shard["file"]]).hexdigest()
+    if isinstance(manifest, dict):
+        manifest.pop("sha256", None)
+    body, head = json.dumps(manifest).encode()[1:], b'{"sha256":"'
+    digest = hashlib.sha256(head + b"0" * 64 + b'",' + body).hexdigest().encode()
+    return files | {"manifest.json": head + digest + b'",' + body}
+
+
+def damaged_record(rng: random.Random, files: Files) -> Files:
+    """Damage the record of work begun, or one of the lines in it, whose checksum is made right."""
+    lines = files["out/journal.log"].split(b"\n")
+    if rng.random() < 0.3:
+        return files | {"out/journal.log": flipped(rng, files["out/journal.log"])}
+    at = rng.randrange(len(lines) - 1)
+    text = json.dumps(changed(rng, json.loads(lines[at].partition(b" ")[2]))).encode()
+    lines[at] = hashlib.sha256(text).hexdigest().encode() + b" " + text
+    return files | {"out/journal.log": b"\n".join(lines)}
+
+
+def damaged_index(rng: random.Random, files: Files) -> Files:
+    """Damage the index of several files."""
+    name = "model.safetensors.index.json"
+    if rng.random() < 0.3:
+        return files | {name: flipped(rng, files[name])}
+    return files | {name: json.dumps(changed(rng, json.loads(files[name]))).encode()}
+
+
+def damaged_arguments(rng: random.Random, files: Files) -> Files:
+    """Return arguments of a command, some of them senseless."""
+    arguments = json.loads(files["arguments"])
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(1, len(arguments))
+        text = rng.choice((str(rng.choice(HOSTILE)), arguments[at][::-1], "-" + arguments[at], ","))
+        arguments[at] = text.replace("\0", "\x01")
+    return files | {"arguments": json.dumps(arguments).encode()}

@@ -1,0 +1,253 @@
+"""What reads files that may be damaged, and valid files for each."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fuzz._damage import (
+    Files,
+    damaged_arguments,
+    damaged_checkpoint,
+    damaged_index,
+    damaged_record,
+    damaged_safetensors,
+    damaged_zip,
+    flipped,
+    one,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Something that reads files.
+
+    Attributes
+    ----------
+    seeds : list of dict of str to bytes
+        Valid files.
+    damage : callable
+        Damages one of them.
+    read : callable
+        Reads all there is in a folder that holds it.
+    works : bool
+        Whether it also does work, which takes time and memory: a tenth as many files will do.
+    """
+
+    seeds: list[Files]
+    damage: Callable[[random.Random, Files], Files]
+    read: Callable[[Path], object]
+    works: bool = False
+
+
+def readers() -> dict[str, Reader]:
+    """Return all readers, by name; that of torch only where it is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = _readers(Path(folder))
+    return found
+
+
+def _readers(folder: Path) -> dict[str, Reader]:
+    from matfact import MagnitudePruner, checkpoint
+    from matfact.operators import FactorProduct
+
+    weights = _seed_weights()
+    plain = [_written(folder, "m.safetensors", _save_safetensors, weights)]
+    archives = [
+        _written(folder, "m.npz", save, weights)
+        for save in (lambda p, w: np.savez(p, **w), lambda p, w: np.savez_compressed(p, **w))
+    ]
+    arrays = [
+        _written(folder, "m.npy", np.save, W) for W in weights.values() if W.ndim > 1 and W.size
+    ]
+    products = _seed_products()
+    factors = [_written(folder, "m.safetensors", lambda p, f: f.save(p), f) for f in products]
+    checkpoint.save(folder / "network", dict(enumerate_names(products)) | weights)
+    network = [{p.name: p.read_bytes() for p in (folder / "network").iterdir()}]
+    begun = plain[0] | _begun(folder, plain[0]["m.safetensors"])
+    index = {"weight_map": dict.fromkeys(weights, "m.safetensors")}
+    indexed = plain[0] | {"model.safetensors.index.json": json.dumps(index).encode()}
+    arguments = [
+        ["compress", "m.safetensors", "out", "--density", "0.5", "--method", "magnitude"],
+        ["compare", "m.safetensors", "--density", "0.25", "--sizes", "8", "--methods", "magnitude",
+         "--jobs", "1", "--output", "out"],
+        ["inspect", "out", "--json"],
+        ["decompress", "out", "dense.safetensors"],
+    ]  # fmt: skip
+    commands = [plain[0] | {"arguments": json.dumps(words).encode()} for words in arguments]
+    pruner = MagnitudePruner(density=0.5)
+    found = {
+        "safetensors": Reader(plain, one(damaged_safetensors), _read_safetensors),
+        "npz": Reader(archives, one(damaged_zip), _read_weights),
+        "npy": Reader(arrays, one(flipped), _read_weights),
+        "factors": Reader(
+            factors, one(damaged_safetensors), lambda f: FactorProduct.load(f / "m.safetensors")
+        ),
+        "checkpoint": Reader(network, damaged_checkpoint, _read_checkpoint),
+        "record": Reader(
+            [begun],
+            damaged_record,
+            lambda f: checkpoint.compress(f / "m.safetensors", f / "out", pruner),
+            works=True,
+        ),
+        "index": Reader([indexed], damaged_index, _read_index),
+        "arguments": Reader(commands, damaged_arguments, _run_command, works=True),
+    }
+    return found | _torch_readers(folder, weights)
+
+
+def enumerate_names(products: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield names for products."""
+    for i, product in enumerate(products):
+        yield f"product.{i}.weight", product
+
+
+def _seed_weights() -> dict[str, np.ndarray]:
+    rng = np.random.RandomState(0)
+    return {
+        "fc.weight": rng.standard_normal((12, 8)).astype(np.float32),
+        "conv.weight": rng.standard_normal((4, 3, 3, 3)).astype(np.float16),
+        "fc.bias": np.zeros(12),
+        "steps": np.arange(3),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+
+
+def _seed_products() -> list[Any]:
+    """Return a product of each storage."""
+    from matfact import operators as ops
+
+    rng = np.random.RandomState(0)
+    dense = np.where(rng.random_sample((12, 9)) < 0.5, rng.standard_normal((12, 9)), 0)
+    thin = np.where(rng.random_sample((4, 500)) < 0.01, 1.0, 0)
+    blocks = [np.ones((3, 4)), np.ones((2, 5))]
+    factors: list[list[ops.Factor]] = [
+        [ops.SparseFactor.from_dense(dense.astype(np.float32))],
+        [ops.SparseFactor.from_dense(thin)],
+        [ops.DenseFactor(np.ones((6, 2))), ops.DenseFactor(np.ones((2, 5)) * 1j)],
+        [ops.KroneckerSparseFactor(np.ones((2, 3, 2, 4), np.float16))],
+        [ops.BlockSparseFactor.from_blocks(blocks, [(0, 0), (3, 5)], (8, 12), like=blocks[0])],
+        [ops.SelectionFactor.from_index([5, -1, 0, 2], 7, like=np.zeros(0))],
+    ]
+    return [ops.FactorProduct(list(chain)) for chain in factors]
+
+
+def _written(folder: Path, name: str, save: Callable[[Path, Any], object], content: Any) -> Files:
+    save(folder / name, content)
+    return {name: (folder / name).read_bytes()}
+
+
+def _save_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
+    from matfact._files import write_atomically
+    from matfact._safetensors import serialize, stored
+
+    half = {"half.weight": stored(np.ones((6, 6), np.float32), "BF16")}
+    held = {name: stored(array) for name, array in weights.items()} | half
+    specs = {name: spec for name, (spec, _) in held.items()}
+    write_atomically(path, serialize(specs, (data for _, data in held.values()), {"format": "pt"}))
+
+
+def _begun(folder: Path, source: bytes) -> Files:
+    """Return work on `source` that was stopped."""
+    from matfact import MagnitudePruner, checkpoint
+
+    def stop(shard: Any, total: int) -> None:
+        seen.append(shard)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    seen: list[Any] = []
+    place = folder / "begun"
+    place.mkdir()
+    (place / "m.safetensors").write_bytes(source)
+    with contextlib.suppress(KeyboardInterrupt):
+        checkpoint.compress(
+            place / "m.safetensors", place / "out", MagnitudePruner(density=0.5), progress=stop
+        )
+    return {f"out/{path.name}": path.read_bytes() for path in (place / "out").iterdir()}
+
+
+def _torch_readers(folder: Path, weights: dict[str, np.ndarray]) -> dict[str, Reader]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    state = {name: torch.asarray(array) for name, array in weights.items()}
+    state["half.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
+    seeds = [
+        _written(folder, "m.pt", lambda p, s: torch.save({"model": s}, p), state),
+        _written(
+            folder,
+            "m.bin",
+            lambda p, s: torch.save(s, p, _use_new_zipfile_serialization=False),
+            state,
+        ),
+    ]
+
+    def damage(rng: random.Random, files: Files) -> Files:
+        return one(damaged_zip if "m.pt" in files else flipped)(rng, files)
+
+    return {"torch": Reader(seeds, damage, _read_weights)}
+
+
+def _read_safetensors(folder: Path) -> None:
+    from matfact._safetensors import SafetensorsFile
+
+    file = SafetensorsFile(folder / "m.safetensors")
+    for name in file.specs:
+        collections.deque(file.chunks(name), maxlen=0)
+        file.read(name)
+
+
+def _read_weights(folder: Path) -> None:
+    from matfact.compare import load_weights
+
+    (path,) = folder.iterdir()
+    load_weights(path)
+
+
+def _read_checkpoint(folder: Path) -> None:
+    from matfact.checkpoint import Checkpoint
+
+    network = Checkpoint(folder)
+    for name in network:
+        network[name]
+
+
+def _read_index(folder: Path) -> None:
+    from matfact.checkpoint._source import Source
+
+    source = Source(folder)
+    for name in source.matrices():
+        source.file(name).read(name)
+
+
+def _run_command(folder: Path) -> None:
+    """Run a command; what ends with a message and one of its exit statuses is as it should be."""
+    from typer.testing import CliRunner
+
+    from matfact.cli import app
+
+    words = json.loads((folder / "arguments").read_bytes())
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        result = CliRunner().invoke(app, words)
+    finally:
+        os.chdir(before)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    if result.exit_code not in (0, 1, 2):
+        raise RuntimeError(f"exit status {result.exit_code}: {result.output}")
+    if result.exit_code == 2:
+        raise ValueError(result.output)
