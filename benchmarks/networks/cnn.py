@@ -34,11 +34,11 @@ NETWORKS = (
     ("resnet20", "fashion-mnist"), ("vgg", "fashion-mnist"), ("lenet", "mnist"), ("mlp", "mnist"),
 )  # fmt: skip
 #: As many steps for every method.
-FINE_TUNING = {"images": 20_000, "epochs": 1, "learning_rate": 0.05}
+FINE_TUNING = {"images": 10_000, "epochs": 1, "learning_rate": 0.05}
 STAGES = 4  #: of gradual compression, which share the epochs of fine-tuning
 
 
-CALIBRATION_IMAGES = 512
+CALIBRATION_IMAGES = 128
 
 
 class Small(NamedTuple):
@@ -59,12 +59,13 @@ def run(quick: bool, folder: Path) -> int:
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:
     """Yield each network with each method and density."""
+    fine_tuning = {**FINE_TUNING, **({"images": 512} if quick else {})}
     for model, dataset in [("vgg", "digits")] if quick else NETWORKS:
         network = {"model": model, "data": dataset}
         yield {**network, "method": "dense"}
         for density in (0.2,) if quick else (0.2, 0.1):
             for method in (*METHODS, *GRADUAL):
-                yield {**network, "method": method, "density": density, **FINE_TUNING}
+                yield {**network, "method": method, "density": density, **fine_tuning}
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
