@@ -156,6 +156,34 @@ def test_synflow_collapses_no_layer_before_the_theoretical_limit(widths, seed):
             assert positive(torch.ones(1, widths[0])).sum().item() > 0  # the path is connected
 
 
+class Residual(nn.Module):
+    """Two convolutions that the flow has a way around."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.norm(self.conv1(x)))))
+
+
+@pytest.mark.parametrize("extra", [0, 15])
+def test_synflow_collapses_no_layer_of_residual_networks(extra):
+    torch.manual_seed(0)
+    blocks = Residual(6), nn.MaxPool2d(2), Residual(6), Residual(6), nn.Flatten()
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), *blocks, nn.Linear(54, 4))
+    sizes = [p.values.numel() for p in prunable_parameters(model)]
+    kept = len(sizes) + extra
+    batch = torch.ones(1, 1, 8, 8)
+    report = prune_network(model, "synflow", (kept + 0.5) / sum(sizes), [batch], rounds=20)
+    assert sum(report.kept.values()) == kept
+    assert not report.collapsed
+    scores = pruning_scores(model, "synflow", [batch])
+    assert max(scores["0.weight"][model[0].weight_mask]) > 0  # something still flows
+
+
 def test_magnitude_collapses_a_layer_of_small_weights_with_a_warning():
     model = relu_network([10, 10, 10])
     model[0].weight.data *= 1e-3

@@ -158,20 +158,50 @@ def _remove_lowest(
 
     Gently means that their scores add up to less than those of any layer: SynFlow conserves the
     flow, so that no layer is cut from the others as long as any choice could avoid it (Tanaka et
-    al. 2020, Theorem 3).
+    al. 2020, Theorem 3). Where the flow has ways around a layer, its best weight is spared.
     """
     flat = torch.cat([score.flatten().double() for score in scores])
     masks = torch.cat([p.mask.flatten() for p in group])
     alive = torch.nonzero(masks).flatten()
-    lowest = _lowest(flat[alive], len(alive) - wanted)
+    lowest = alive[_lowest(flat[alive], len(alive) - wanted)]
     if gently:
-        least = min(float((s * p.mask).sum()) for s, p in zip(scores, group, strict=True))
+        flows = [float((s * p.mask).sum()) for s, p in zip(scores, group, strict=True)]
+        least = min((flow for flow in flows if flow > 0), default=0.0)
         # The margin covers the rounding of the sums.
-        spared = int((flat[alive[lowest]].cumsum(0) < least * (1.0 - 1e-9)).sum())
+        spared = int((flat[lowest].cumsum(0) < least * (1.0 - 1e-9)).sum())
         lowest = lowest[:spared] if spared else lowest
-    masks[alive[lowest]] = False
-    for p, mask in zip(group, masks.split([p.mask.numel() for p in group]), strict=True):
+        lowest = _leaving_one(group, flat, alive, lowest) if wanted >= len(group) else lowest
+    masks[lowest] = False
+    for p, mask in zip(group, _by_layer(group, masks), strict=True):
         p.restrict(mask.reshape(p.mask.shape))
+
+
+def _leaving_one(group: list[Prunable], flat: Tensor, alive: Tensor, lowest: Tensor) -> Tensor:
+    """Return as many of the lowest scores as `lowest`, but never all that is alive of a layer."""
+    flat, count = flat.clone(), len(lowest)
+    while True:
+        left = torch.zeros_like(flat, dtype=torch.bool)
+        left[alive] = True
+        before = [bool(part.any()) for part in _by_layer(group, left)]
+        left[lowest] = False
+        emptied = [
+            had and not bool(part.any())
+            for had, part in zip(before, _by_layer(group, left), strict=True)
+        ]
+        if not any(emptied):
+            return lowest
+        left[lowest] = True
+        for is_emptied, part, score in zip(
+            emptied, _by_layer(group, left), _by_layer(group, flat), strict=True
+        ):
+            if is_emptied:
+                score[torch.where(part, score, -torch.inf).argmax()] = torch.inf
+        lowest = alive[_lowest(flat[alive], count)]
+
+
+def _by_layer(group: list[Prunable], values: Tensor) -> tuple[Tensor, ...]:
+    """Return the part of each parameter of values for all of them."""
+    return values.split([p.mask.numel() for p in group])
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
