@@ -2,7 +2,7 @@
 
 from matfact.compare._matrices import DEFAULT_SIZES, cut_matrices
 from matfact.compare._methods import METHODS
-from matfact.compare._plot import plot_comparison, save_figure
+from matfact.compare._plot import plot_comparison, plot_history, save_figure
 from matfact.compare._report import summary_table
 from matfact.compare._study import compare_projections
 from matfact.compare._table import Comparison, ComparisonRow, SummaryRow
@@ -19,6 +19,7 @@ __all__ = [
     "cut_matrices",
     "load_weights",
     "plot_comparison",
+    "plot_history",
     "save_figure",
     "summary_table",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from matfact.compare._table import Comparison, ComparisonRow
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from matfact.factorizers import BaseFactorizer
 
 # Okabe and Ito's colours, told apart by colour-blind readers, each with a marker of its own.
 _STYLES = (
@@ -54,16 +56,12 @@ def plot_comparison(comparison: Comparison) -> Figure:
     ImportError
         If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
     densities = sorted({row.requested_density for row in comparison}, key=lambda d: d or 0.0)
     by_size = sorted(comparison, key=lambda row: (row.rows * row.columns, row.size))
     sizes = list(dict.fromkeys(row.size for row in by_size))
     methods = [m for m in dict.fromkeys(row.method for row in comparison) if m != _BASELINE]
     width = max(4.5, 1.3 * len(sizes) + 1.0)
-    figure = Figure(figsize=(width * len(densities) + 2.2, 4.4), layout="constrained", dpi=200)
+    figure = _figure(width * len(densities) + 2.2, 4.4)
     panels = figure.subplots(1, max(1, len(densities)), sharey=True, squeeze=False)[0]
     for density, axes in zip(densities, panels, strict=False):
         rows = [row for row in comparison if row.requested_density == density]
@@ -75,11 +73,56 @@ def plot_comparison(comparison: Comparison) -> Figure:
     return figure
 
 
+def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:
+    """Draw the objective of fitted estimators against the seconds it took to reach it.
+
+    Parameters
+    ----------
+    fits : mapping of str to BaseFactorizer
+        Fitted estimators by the names they are to have in the figure. Each draws its own
+        solver's objective: compare fits of one class to one matrix.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Save it with its ``savefig``.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    figure = _figure(6.4, 4.0)
+    axes = figure.subplots()
+    for i, (name, estimator) in enumerate(fits.items()):
+        color, marker = _STYLES[i % len(_STYLES)]
+        history = estimator.history_
+        axes.plot(
+            history["seconds"], history["objective"], color=color, marker=marker, markersize=4,
+            label=name,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("objective")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write `figure` to a PNG file, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=200)
 
 
 def _draw_panel(

@@ -7,19 +7,22 @@ import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import scipy.sparse.linalg
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.operators import _storage
+from matfact.operators import _display, _storage
 from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._plan import COMPUTED, Plan, measure
 from matfact.operators._selection import SelectionFactor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Format = Literal["csr", "bitmask", "smallest", "dense"]
 
@@ -257,6 +260,25 @@ class FactorProduct:
 
     def __getitem__(self, index: int) -> Factor:
         return self.factors[index]
+
+    def plot(self) -> Figure:
+        """Draw where the values of each factor stand, and how large they are.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            One panel a factor, left to right as they are multiplied; places without a value are
+            blank. Save it with its ``savefig``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        """
+        return _display.plot_factors(self)
+
+    def _repr_html_(self) -> str:
+        return _display.to_html(self)
 
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)

@@ -1,0 +1,73 @@
+"""Products of factors as pictures and as HTML."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from matfact import backend
+from matfact.operators._factor import Factor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from matfact.operators._product import FactorProduct
+
+#: Rows and columns a panel shows at most; larger factors are shown by the maximum of each tile.
+_PIXELS = 512
+
+
+def plot_factors(product: FactorProduct) -> Figure:
+    """Draw supports and magnitudes of the factors, one panel a factor on one scale of colours."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+    magnitudes = [_magnitudes(factor) for factor in product.factors]
+    largest = max(float(np.max(image, initial=0.0)) for image in magnitudes) or 1.0
+    widths = [factor.shape[1] / factor.shape[0] for factor in product.factors]
+    ratios = [min(max(width, 0.3), 3.0) for width in widths]
+    figure = Figure(figsize=(2.6 * sum(ratios) + 1.0, 3.2), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+    for axes, factor, image in zip(panels, product.factors, magnitudes, strict=True):
+        rows, columns = factor.shape
+        # Places without a value stay blank, also where stored values are small.
+        shown = axes.imshow(
+            np.ma.masked_equal(image, 0.0), cmap="viridis", vmin=0.0, vmax=largest,
+            interpolation="nearest", extent=(0, columns, rows, 0), aspect="auto",
+        )  # fmt: skip
+        axes.set_title(f"{rows}×{columns}, {factor.nnz} values", fontsize=9)
+        axes.set_xticks([0, columns])
+        axes.set_yticks([0, rows])
+    figure.colorbar(shown, ax=list(panels), label="magnitude")
+    return figure
+
+
+def to_html(product: FactorProduct) -> str:
+    """Return the product as a table of its factors, for notebooks."""
+    rows, columns = product.shape
+    cells = "".join(
+        f"<tr><td>{escape(type(factor).__name__)}</td>"
+        f"<td>{factor.shape[0]}×{factor.shape[1]}</td><td>{factor.nnz:,}</td>"
+        f"<td>{factor.nnz / max(1, factor.shape[0] * factor.shape[1]):.1%}</td></tr>"
+        for factor in product.factors
+    )
+    return (
+        f"<table><caption>FactorProduct {rows}×{columns}: {product.nnz:,} values "
+        f"({product.density:.1%}), {product.flops:,} FLOPs, {product.nbytes():,} bytes</caption>"
+        "<thead><tr><th>factor</th><th>shape</th><th>values</th><th>density</th></tr></thead>"
+        f"<tbody>{cells}</tbody></table>"
+    )
+
+
+def _magnitudes(factor: Factor) -> np.ndarray:
+    """Return the magnitudes of a factor's entries, the largest of each tile where it is large."""
+    image = np.abs(backend.to_numpy(factor.toarray()))
+    for axis in (0, 1):
+        size = image.shape[axis]
+        if size > _PIXELS:
+            starts = np.arange(_PIXELS) * size // _PIXELS
+            image = np.maximum.reduceat(image, starts, axis=axis)
+    return image
