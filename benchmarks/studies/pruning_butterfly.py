@@ -28,7 +28,6 @@ from matfact.torch.structured import ButterflyLinear, KaleidoscopeLinear
 
 SEEDS = 2
 METHODS = ("random", "magnitude", "snip", "grasp", "synflow")
-EXPONENTS = (0.05, 0.1, 0.2, 0.5, 1, 2)
 STRUCTURES = ("dense", "butterfly head", "butterfly", "kaleidoscope")
 _COLOURS = ("#999999", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
 #: Where the sparsity of layers is shown.
@@ -61,18 +60,20 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _pruned(quick: bool) -> Iterator[tuple[str, str, str, float]]:
-    """Yield what is pruned: the structure, its part, the score and −log₁₀ of the share kept."""
+    """Yield what is pruned: the structure, its part, the score and −log₁₀ of the share kept.
+
+    What tells most comes first.
+    """
     for structure in STRUCTURES:
         yield structure, "nothing", "none", 0
-    exponents = (_LAYERS_AT,) if quick else EXPONENTS
-    for structure in ("dense", "butterfly head"):
-        for exponent in exponents:
+    for exponent in (_LAYERS_AT,) if quick else (1, 0.5, 2, 0.2, 0.1, 0.05):
+        for structure in ("dense", "butterfly head"):
             for method in METHODS:
                 yield structure, "dense layers", method, exponent
-    for structure in ("butterfly head", "butterfly"):
-        for exponent in (0.5,) if quick else (0.5, 1):
-            for method in ("synflow",) if quick else METHODS:
-                yield structure, "factors too", method, exponent
+        if exponent in (0.5, 1):
+            for structure in ("butterfly head", "butterfly"):
+                for method in ("synflow",) if quick else METHODS:
+                    yield structure, "factors too", method, exponent
 
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +196,8 @@ def _methods_table(rows: list[Row], result: str) -> str:
             group = row["structure"], row["pruned"], row["exponent"]
             groups.setdefault(group, {})[row["method"]] = _percent(row, result)
     lines = [
-        (structure, pruned, f"10^-{exponent}", *(cells.get(m, "–") for m in METHODS))
-        for (structure, pruned, exponent), cells in groups.items()
+        (*group[:2], f"10^-{group[2]}", *(groups[group].get(m, "–") for m in METHODS))
+        for group in sorted(groups, key=lambda group: (group[1], group[0] != "dense", *group[::2]))
     ]
     return markdown_table(("layers", "pruned", "keep", *METHODS), lines)
 
