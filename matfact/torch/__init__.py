@@ -14,6 +14,7 @@ __all__ = [
     "FineTuning",
     "FlopCount",
     "GradualMagnitude",
+    "KaleidoscopeLinear",
     "LayerCollapseWarning",
     "LayerReport",
     "LowRankLinear",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from matfact.torch.structured import (
         BlockLowRankLinear,
         ButterflyLinear,
+        KaleidoscopeLinear,
         LowRankLinear,
         MonarchLinear,
         SparseProductLinear,
@@ -152,6 +154,7 @@ else:
             "structured": (
                 "BlockLowRankLinear",
                 "ButterflyLinear",
+                "KaleidoscopeLinear",
                 "LowRankLinear",
                 "MonarchLinear",
                 "SparseProductLinear",

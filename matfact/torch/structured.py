@@ -173,7 +173,7 @@ class KaleidoscopeLinear(_StructuredLinear):
 
     Examples
     --------
-    >>> from matfact.torch.structured import KaleidoscopeLinear
+    >>> from matfact.torch import KaleidoscopeLinear
     >>> KaleidoscopeLinear(64, 64).to_product().nnz  # 2 · 64 · (2 log2(64) - 1)
     1408
     """
