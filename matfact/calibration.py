@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 from matfact import backend
 from matfact.backend import Array
 
-#: Rows converted to double precision at a time, which bounds the extra memory.
-_SLAB = 4096
+#: Rows converted to double precision at a time at least, which bounds the extra memory.
+_SLAB = 256
 
 #: An input whose variance is a smaller share of its second moment is constant.
 _CONSTANT = 1e-12
 
 #: Entries must be smaller, so that no sum of their squares overflows.
 _LARGEST = 1e150
+
+
+def _slabs(batch: Array) -> Iterator[slice]:
+    """Yield rows by so many that a slab is not much larger than a Gram matrix."""
+    n_samples, n_features = map(int, batch.shape)
+    n_rows = max(_SLAB, n_features)
+    for start in range(0, n_samples, n_rows):
+        yield slice(start, min(start + n_rows, n_samples))
 
 
 def _check_size(batch: Array, name: str) -> None:
@@ -81,15 +90,15 @@ class InputStatistics:
             return self
         _check_size(batch, "batch")
         xp = backend.namespace(batch)
-        gram = total = 0.0
-        n_samples = int(batch.shape[0])
-        for start in range(0, n_samples, _SLAB):
-            slab = xp.astype(batch[start : min(start + _SLAB, n_samples), :], xp.float64)
-            gram = gram + xp.matmul(xp.matrix_transpose(slab), slab)
-            total = total + xp.sum(slab, axis=0)
-        self.gram = gram if self.gram is None else self.gram + gram
-        self._sum = total if self._sum is None else self._sum + total
-        self.count += n_samples
+        for rows in _slabs(batch):
+            slab = xp.astype(batch[rows, :], xp.float64)
+            gram, total = xp.matmul(xp.matrix_transpose(slab), slab), xp.sum(slab, axis=0)
+            if self.gram is None:
+                self.gram, self._sum = gram, total
+            else:
+                self.gram += gram
+                self._sum += total
+        self.count += int(batch.shape[0])
         return self
 
     @property
@@ -193,8 +202,7 @@ class OutputStatistics:
         xp = backend.namespace(inputs, outputs)
         cross = total = energy = 0.0
         n_samples = int(inputs.shape[0])
-        for start in range(0, n_samples, _SLAB):
-            rows = slice(start, min(start + _SLAB, n_samples))
+        for rows in _slabs(inputs):
             slab = xp.astype(outputs[rows, :], xp.float64)
             batch = xp.matrix_transpose(xp.astype(inputs[rows, :], xp.float64))
             cross = cross + xp.matmul(batch, slab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -87,10 +88,13 @@ def checked(batches: Iterable[Any]) -> Iterator[Any]:
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode, and each module back into its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
+    # Modules that are replaced meanwhile need not stay in memory.
+    modes = [(weakref.ref(module), module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for reference, training in modes:
+            module = reference()
+            if module is not None:
+                module.training = training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def walk(
             while waiting := [batch for batch in passes if batch.at is not None]:
                 name = min((batch.at for batch in waiting if batch.at), key=order.__getitem__)
                 arrived = [batch for batch in waiting if batch.at == name]
-                yield name, shared.statistics(views[name], arrived)
+                yield name, shared.statistics(views.pop(name), arrived)
                 opened[name].set()
                 for batch in arrived:
                     batch.advance()
@@ -75,25 +76,28 @@ def walk(
 def _gate(model: nn.Module, name: str, layer: nn.Module) -> Iterator[threading.Event]:
     """Make batches wait at `layer` until the event yielded is set."""
     opened = threading.Event()
-    original, patched = layer.forward, "forward" in vars(layer)
+    own, patched = type(layer).forward, vars(layer).get("forward")  # by another library before
+    reference = weakref.ref(layer)  # what has been replaced need not stay in memory
 
     def forward_at_gate(*args: Any, **kwargs: Any) -> Any:
         batch = _Pass.of_this_thread()
         if batch is not None and not opened.is_set():
             batch.wait_at(name, layer_input(args, kwargs))
-        present = model.get_submodule(name)
-        if present is layer or (batch is not None and batch.dense):
-            return original(*args, **kwargs)
-        return present(*args, **kwargs)
+        present, before = model.get_submodule(name), reference()
+        if present is not before and not (batch is not None and batch.dense):
+            return present(*args, **kwargs)
+        return patched(*args, **kwargs) if patched else own(before, *args, **kwargs)
 
     layer.forward = forward_at_gate
+    del layer
     try:
         yield opened
     finally:
-        if patched:  # by another library before
-            layer.forward = original
-        else:
-            del layer.forward
+        remaining = reference()
+        if remaining is not None and patched:
+            remaining.forward = patched
+        elif remaining is not None:
+            del remaining.forward
 
 
 class _Cancelled(BaseException):
