@@ -100,3 +100,17 @@ def test_butterfly_fits_err_less_than_those_of_peers(tmp_path):
         if not method.startswith("matfact"):
             assert error[matrix, "matfact"] <= max(value, 16 * np.finfo(float).eps)
     assert "| Hadamard |" in (tmp_path / "butterfly.md").read_text()
+
+
+def test_layers_are_measured_against_the_dense_one(tmp_path):
+    pytest.importorskip("torch")
+    from benchmarks import layers
+
+    parser = argparse.ArgumentParser()
+    layers.add_arguments(parser)
+    parser.add_argument("--threads", type=int, default=1)
+    for mode in ([], ["--training"]):
+        layers.run(parser.parse_args(["--quick", "--output", str(tmp_path), *mode]))
+        rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
+        assert {row["layer"] for row in rows} == set(layers.LAYERS)
+        assert all(row["seconds"] > 0 for row in rows)

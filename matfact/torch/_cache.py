@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -29,28 +29,31 @@ class Derived(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
+        self._key: list[tuple[int, int]] = []
+        self._storage: list[Tensor] = []
         self._value: T | None = None
 
-    def get(self, module: nn.Module, compute: Callable[[], T]) -> T | None:
-        """Return what `compute` computes, or None where it cannot be kept.
+    def get(self, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T | None:
+        """Return what `compute` makes of `parameters`, or None where it cannot be kept.
 
         That is where gradients are wanted, in traced and transformed code, and in code that has
         replaced the parameters by tensors of its own.
         """
-        parameters = tuple(module.parameters())
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
+        if {*map(type, parameters)} != {nn.Parameter}:
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return None
-        # The version counts changes in place; moves and loads replace the storage.
-        key = tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
+        try:  # the version counts changes in place; moves and loads replace the storage
+            key = [(p.data_ptr(), p._version) for p in parameters]
+        except RuntimeError:  # made in inference mode, they do not count
+            return None
         if key != self._key or self._value is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._value = compute()
-            self._key = key
+            # Held, so that no other storage comes to stand at the same place.
+            self._key, self._storage = key, [p.detach() for p in parameters]
         return self._value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived[T]:

@@ -132,10 +132,14 @@ class KroneckerFactorModule(FactorModule):
     """A butterfly, Monarch or block-diagonal factor."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return apply_factors([self], x)
+
+    def on_columns(self, X: Tensor) -> Tensor:
+        """Apply the factor to the columns of `X`."""
         a, d, b, c = self.values.shape
-        blocks = x.reshape(-1, a, c, d)
-        product = torch.einsum("adbc,nacd->nabd", self.values, blocks)
-        return product.reshape(*x.shape[:-1], a * b * d)
+        blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
+        product = torch.matmul(self.values, blocks).transpose(1, 2)
+        return product.reshape(a * b * d, X.shape[1])
 
     def to_factor(self) -> KroneckerSparseFactor:
         return KroneckerSparseFactor(self.values.detach())
@@ -206,6 +210,23 @@ _MODULES: dict[type[Factor], Any] = {
 def factor_module(factor: Factor) -> FactorModule:
     """Return the module that applies `factor`."""
     return _MODULES[type(factor)](factor)
+
+
+def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
+    """Apply a product of factors to the last axis of `x`.
+
+    Samples are columns where factors are Kronecker-sparse: small blocks then multiply long rows.
+    """
+    samples, are_columns = x.reshape(-1, x.shape[-1]), False
+    for factor in reversed(chain):
+        if isinstance(factor, KroneckerFactorModule):
+            samples = factor.on_columns(samples if are_columns else samples.T)
+            are_columns = True
+        else:
+            samples = factor(samples.T if are_columns else samples)
+            are_columns = False
+    samples = samples.T if are_columns else samples
+    return samples.reshape(*x.shape[:-1], samples.shape[1])
 
 
 def dense_product(chain: Sequence[FactorModule]) -> Tensor:

@@ -150,7 +150,8 @@ class FactorizedConv(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """Return the output for padded, batched inputs."""
         if not self.training and self.keeps_product():
-            kernel = self._kernel.get(self, lambda: self.weight.detach())
+            values = [value for kernel in self._groups() for value in kernel.values()]
+            kernel = self._kernel.get(values, lambda: self.weight.detach())
             if kernel is not None:
                 return self._conv(x, kernel, self.bias, self.groups)
         elif self._computes_product(x):

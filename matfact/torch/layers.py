@@ -14,6 +14,7 @@ from matfact.torch._cache import Derived, is_plain
 from matfact.torch._factors import (
     DenseFactorModule,
     FactorModule,
+    apply_factors,
     dense_product,
     factor_module,
 )
@@ -122,27 +123,34 @@ class FactorizedLinear(nn.Module):
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output by what is kept for inference, None where that cannot be used."""
-        if self.inference == "auto" and self._has_kernels(x):
-            operator = self._operator.get(self, self._to_host)
+        values = self.values()
+        if self.inference == "auto" and self._has_kernels(x, values):
+            operator = self._operator.get(values, self._to_host)
             if operator is not None:
                 rows = torch.from_numpy((operator @ x.reshape(-1, self.in_features).numpy().T).T)
                 out = rows.contiguous().reshape(*x.shape[:-1], self.out_features)
                 return out if self.bias is None else out.add_(self.bias)
         if self.keeps_product():
-            product = self._product.get(self, lambda: self.weight.detach())
+            product = self._product.get(values, lambda: self.weight.detach())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
 
-    def _has_kernels(self, x: Tensor) -> bool:
+    def values(self) -> list[nn.Parameter]:
+        """Return the parameters of the factors."""
+        # Not by name, which takes longer than small products: inference asks at each call.
+        modules = [module._parameters for module in self.factors._modules.values() if module]
+        return [cast(nn.Parameter, held["values"]) for held in modules if "values" in held]
+
+    def _has_kernels(self, x: Tensor, values: list[nn.Parameter]) -> bool:
         """Whether products on the host are faster than anything torch has."""
         return (
             x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)
-            and x.dtype == self.chain[-1].values.dtype
+            and any(v.dtype == x.dtype and v.device == x.device for v in values[:1])
+            and any(type(module) is not DenseFactorModule for module in self.factors)
             and x.numel() > 0
             and is_plain(x)
-            and not all(isinstance(factor, DenseFactorModule) for factor in self.chain)
         )
 
     def _to_host(self) -> FactorProduct:
@@ -152,9 +160,7 @@ class FactorizedLinear(nn.Module):
 
     def apply_factors(self, x: Tensor) -> Tensor:
         """Return the output without bias, one factor after the other."""
-        for factor in reversed(self.chain):
-            x = factor(x)
-        return x
+        return apply_factors(self.chain, x)
 
     def to_product(self) -> FactorProduct:
         """Return the product of the factors, which shares their memory."""
