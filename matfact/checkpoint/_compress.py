@@ -15,6 +15,7 @@ from sklearn.base import clone
 
 import matfact
 from matfact import metrics
+from matfact._parallel import pool
 from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
 from matfact._threads import single_threaded
 from matfact.checkpoint._journal import Journal
@@ -60,7 +61,9 @@ def compress(
         Regular expression to be found in the names of the weights to factorize. By default all
         floating-point matrices and convolutions whose names do not tell of embeddings.
     n_jobs : int, optional
-        Layers factorized at a time, -1 for one on each core.
+        Layers factorized at a time, -1 for one on each core. None means 1, or what an enclosing
+        ``joblib.parallel_config`` says, which may also hand the work to Dask or Ray: workers read
+        the layers from `source` and write into `folder`, which all of them must reach.
     progress : callable, optional
         Called as ``progress(shard, total)`` whenever a file is complete.
 
@@ -185,8 +188,7 @@ def _written(
     left = [task for task in tasks if task.path.name not in journal.finished]
     # The largest first, so that no worker is left with one while the others are idle.
     left.sort(key=lambda task: -math.prod(task.spec.shape))
-    pool = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
-    yield from pool(joblib.delayed(_factorize)(task) for task in left)
+    yield from pool(n_jobs)(joblib.delayed(_factorize)(task) for task in left)
 
 
 def _factorize(task: _Task) -> Shard:

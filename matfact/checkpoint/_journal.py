@@ -96,6 +96,7 @@ class Journal:
     def complete(self, manifest: Manifest) -> None:
         """Write the manifest; the record is of no use any more."""
         manifest.write(self.folder)
+        remove_partial_files(self.folder)  # left by workers that were killed
         self.is_complete = True
 
     def close(self) -> None:

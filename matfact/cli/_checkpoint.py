@@ -38,7 +38,20 @@ def compress(
             "convolutions but embeddings."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Layers at a time; -1: one on each core.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers at a time; -1: one on each core. By default 1, or all that a cluster can.",
+            show_default=False,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Dask scheduler, as tcp://10.0.0.1:8786, whose workers do the work. "
+            "They must reach both paths under the same names."
+        ),
+    ] = None,
 ) -> None:
     """Factorize the layers in a safetensors file, one at a time, and copy all other tensors.
 
@@ -51,7 +64,10 @@ def compress(
     130 stopped by Ctrl-C; the same command goes on
     """
     with told_to_users():
-        checkpoint = _compressed(source, output, _factorizer(method, density), layers, jobs)
+        from matfact._parallel import on_cluster
+
+        with on_cluster(scheduler):
+            checkpoint = _compressed(source, output, _factorizer(method, density), layers, jobs)
         _print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
         raise typer.Exit(FAILURE)
@@ -112,7 +128,7 @@ def _factorizer(method: str, density: float) -> BaseFactorizer:
 
 
 def _compressed(
-    source: Path, output: Path, factorizer: BaseFactorizer, layers: str | None, jobs: int
+    source: Path, output: Path, factorizer: BaseFactorizer, layers: str | None, jobs: int | None
 ) -> Checkpoint:
     """Compress behind a progress display, and list what was kept as it is."""
     from rich.console import Console

@@ -4,6 +4,7 @@ from matfact.compare._matrices import DEFAULT_SIZES, cut_matrices
 from matfact.compare._methods import METHODS
 from matfact.compare._plot import plot_comparison, plot_history, save_figure
 from matfact.compare._report import summary_table
+from matfact.compare._stored import StoredMatrix
 from matfact.compare._study import compare_projections
 from matfact.compare._table import Comparison, ComparisonRow, SummaryRow
 from matfact.compare._weights import Weights, load_weights
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "ComparisonRow",
+    "StoredMatrix",
     "SummaryRow",
     "Weights",
     "compare_projections",

@@ -8,20 +8,24 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import joblib
 import numpy as np
 from sklearn.base import clone
 
 from matfact import backend, metrics
+from matfact._parallel import pool
 from matfact._threads import single_threaded
 from matfact.backend import Array
 from matfact.compare._environment import environment
 from matfact.compare._methods import MethodLike, make_estimators
+from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
 from matfact.factorizers import BaseFactorizer
 
+#: A matrix, or where to read it.
+Matrix = Array | StoredMatrix
 #: Called after each fit with its row and the number of fits in the study; may raise to stop.
 Progress = Callable[[ComparisonRow, int], None]
 
@@ -30,7 +34,7 @@ _compiled: set[tuple[type, str]] = set()
 
 
 def compare_projections(
-    matrices: Mapping[str, Array] | Sequence[Array],
+    matrices: Mapping[str, Matrix] | Sequence[Matrix],
     methods: Sequence[MethodLike] | None = None,
     *,
     densities: Sequence[float] = (metrics.DEFAULT_DENSITY,),
@@ -45,7 +49,7 @@ def compare_projections(
 
     Parameters
     ----------
-    matrices : mapping of str to array, or sequence of array
+    matrices : mapping of str to array or StoredMatrix, or sequence of such
         Matrices of shape (out_features, in_features), by name; in a sequence they are named by
         their position.
     methods : sequence of str or (str, estimator), optional
@@ -95,23 +99,15 @@ def compare_projections(
     order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
     rows: dict[int, ComparisonRow] = {}
     with single_threaded():  # also here: workers that are threads of this process share it
-        for i, row in _parallel(n_jobs)(joblib.delayed(_run)(i, tasks[i]) for i in order):
+        for i, row in pool(n_jobs)(joblib.delayed(_run)(i, tasks[i]) for i in order):
             rows[i] = row
             if progress is not None:
                 progress(row, len(tasks))
     return Comparison([rows[i] for i in range(len(tasks))], metadata)
 
 
-def _parallel(n_jobs: int | None) -> joblib.Parallel:
-    """Return a pool that yields results as they arrive, or at the end where it cannot (Ray)."""
-    try:
-        return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
-    except ValueError:
-        return joblib.Parallel(n_jobs=n_jobs, batch_size=1)
-
-
 def _describe(
-    matrices: Mapping[str, Array],
+    matrices: Mapping[str, Matrix],
     estimators: Mapping[str, BaseFactorizer],
     densities: Sequence[float],
     random_state: int,
@@ -132,15 +128,18 @@ class _Task:
     """One fit to be run, maybe in another process."""
 
     name: str
-    W: Array
+    W: Matrix
     method: str
     estimator: BaseFactorizer
     density: float | None
 
 
-def _name_matrices(matrices: Mapping[str, Array] | Sequence[Array]) -> dict[str, Array]:
+def _name_matrices(matrices: Mapping[str, Matrix] | Sequence[Matrix]) -> dict[str, Matrix]:
     items = matrices.items() if isinstance(matrices, Mapping) else enumerate(matrices)
-    named = {str(name): W if backend.is_array(W) else np.asarray(W) for name, W in items}
+    named = {
+        str(name): W if isinstance(W, StoredMatrix) or backend.is_array(W) else np.asarray(W)
+        for name, W in items
+    }
     if not named:
         raise ValueError("matrices must hold at least one matrix, got none.")
     for name, W in named.items():
@@ -152,7 +151,7 @@ def _name_matrices(matrices: Mapping[str, Array] | Sequence[Array]) -> dict[str,
 
 
 def _tasks(
-    matrices: Mapping[str, Array],
+    matrices: Mapping[str, Matrix],
     estimators: Mapping[str, BaseFactorizer],
     densities: Sequence[float],
     random_state: int,
@@ -197,6 +196,8 @@ def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
 
 
 def _measure(task: _Task) -> dict[str, Any]:
+    if isinstance(task.W, StoredMatrix):
+        task = dataclasses.replace(task, W=task.W.read())
     _compile(task)
     start = time.perf_counter()
     fitted = task.estimator.fit(task.W)
@@ -223,4 +224,4 @@ def _compile(task: _Task) -> None:
     if task.density is not None:
         estimator.set_params(density=None)  # the corner may be too small for the density
     with contextlib.suppress(Exception):  # where it fails, the fit that counts will tell
-        estimator.fit(task.W[:32, :32])
+        estimator.fit(cast(Array, task.W)[:32, :32])
