@@ -32,6 +32,8 @@ STRUCTURES = ("dense", "butterfly head", "butterfly", "kaleidoscope")
 _COLOURS = ("#999999", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
 #: Where the sparsity of layers is shown.
 _LAYERS_AT = 0.5
+#: How many times the epochs are that unpruned networks are trained for, too.
+_LONGER = 4
 #: Batches that SNIP and GraSP see.
 _SCORED = 2
 
@@ -56,6 +58,12 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
             yield {
                 "kind": "prune", "network": name, **setting, "structure": structure,
                 "pruned": pruned, "method": method, "exponent": exponent,
+            }  # fmt: skip
+        for structure in () if quick else STRUCTURES:  # some train more slowly than others
+            longer = {**setting, "epochs": _LONGER * setting["epochs"]}
+            yield {
+                "kind": "prune", "network": name, **longer, "structure": structure,
+                "pruned": "nothing", "method": "none", "exponent": 0,
             }  # fmt: skip
 
 
@@ -213,11 +221,11 @@ def _percent(row: Row, result: str) -> str:
 def _structures_table(rows: list[Row]) -> str:
     results = ("accuracy", "stored", "flop_sparsity")
     lines = [
-        (row["structure"], *(_percent(row, name) for name in results))
+        (row["structure"], row["epochs"], *(_percent(row, name) for name in results))
         for row in rows
         if row["method"] == "none"
     ]
-    header = ("layers", "accuracy, %", "weights ÷ those of dense, %", "FLOP sparsity, %")
+    header = ("layers", "epochs", "accuracy, %", "weights ÷ those of dense, %", "FLOP sparsity, %")
     return markdown_table(header, lines)
 
 
