@@ -83,9 +83,7 @@ def run(options: argparse.Namespace) -> int:
 def measure(n: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the floor of each method at one size and how its fit compares with it."""
     W = np.random.RandomState(0).standard_normal((n, n)).astype(np.float32)
-    rate = 2 * n**3 / seconds(lambda: W @ W, 7)
-    large = np.ones((3, 2**24), np.float32)
-    bandwidth = large.nbytes / seconds(lambda: np.add(large[0], large[1], out=large[2]), 7)
+    rate, bandwidth = rates(n)
     rows = []
     for name in options.methods:
         method, schedule = METHODS[name], SCHEDULES[name]
@@ -101,6 +99,29 @@ def measure(n: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             row["seconds"] = seconds(fit, options.repeats)
         rows.append(row)
     return rows
+
+
+def rates(n: int) -> tuple[float, float]:
+    """Return operations a second of n×n matrix products, and bytes a second of a sum."""
+    W = np.random.RandomState(0).standard_normal((n, n)).astype(np.float32)
+    large = np.ones((3, 2**24), np.float32)
+    bandwidth = large.nbytes / seconds(lambda: np.add(large[0], large[1], out=large[2]), 7)
+    return 2 * n**3 / seconds(lambda: W @ W, 7), bandwidth
+
+
+def layer_work(shape: tuple[int, int], density: float, outer: int) -> tuple[float, float]:
+    """Return the operations and bytes of matfact DSF on a matrix of any shape.
+
+    As above: half of the values in each factor, three quarters of them on average, and for each
+    factor two steps and what is touched besides.
+    """
+    side, length = sorted(shape)
+    stored = density * side * length * 3 / 4  # of both factors, on average
+    products = stored * (3 * side + length)
+    solves = 2 * 2 * side**3 / 3 + 2 * 2 * side**2 * (side + length)
+    entries = side * (side + length)
+    passes = SCHEDULES["matfact DSF"].passes
+    return outer * (products + solves), outer * passes * entries * 4.0
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:

