@@ -26,6 +26,7 @@ __all__ = [
     "PruningReport",
     "SparseProductLinear",
     "TensorTrain",
+    "add_adapters",
     "balance_factors",
     "compress",
     "compress_gradually",
@@ -38,6 +39,7 @@ __all__ = [
     "layer_options",
     "load_network",
     "make_permanent",
+    "merge_adapters",
     "merge_update",
     "output_sensitivity",
     "prunable_parameters",
@@ -57,6 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from matfact.torch._compress import Compressed, compress
+    from matfact.torch.adapters import add_adapters, merge_adapters
     from matfact.torch.batchnorm import reestimate_batch_norm
     from matfact.torch.budget import layer_options, output_sensitivity
     from matfact.torch.capture import input_statistics
@@ -114,6 +117,7 @@ else:
         __name__,
         {
             "_compress": ("Compressed", "compress"),
+            "adapters": ("add_adapters", "merge_adapters"),
             "batchnorm": ("reestimate_batch_norm",),
             "budget": ("layer_options", "output_sensitivity"),
             "capture": ("input_statistics",),

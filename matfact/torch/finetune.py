@@ -215,6 +215,9 @@ def balance_factors(model: nn.Module) -> nn.Module:
 def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
     """Add a dense update, such as that of a low-rank adapter, on the supports `layer` has.
 
+    What of the update lies outside of the supports is lost, which is most of it where these are
+    sparse. Adapters to be trained from now on lose nothing by :func:`add_adapters`.
+
     Parameters
     ----------
     layer : FactorizedLinear

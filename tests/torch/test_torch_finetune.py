@@ -10,14 +10,17 @@ from torch import nn  # noqa: E402
 
 from matfact.torch import (  # noqa: E402
     SparseProductLinear,
+    add_adapters,
     balance_factors,
     compress,
     compress_gradually,
     cubic_densities,
     fine_tune,
+    merge_adapters,
     merge_update,
     soft_cross_entropy,
 )
+from matfact.torch._factors import FactorModule  # noqa: E402
 
 
 def loss(output, batch):
@@ -39,6 +42,40 @@ def test_fine_tuning_restores_accuracy_on_the_same_support(mlp, digits, method):
     assert digits.accuracy(small) == max(result.scores) > before
     assert digits.accuracy(small) > 0.9
     assert all(map(torch.equal, supports(small), masks))
+
+
+def positions(model):
+    """Return where the factors of a network may be nonzero."""
+    with torch.no_grad():
+        return [m.dense() != 0 for m in model.modules() if isinstance(m, FactorModule)]
+
+
+def contains(old, new):
+    return not bool((new & ~old).any())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "dsf", "monarch", "blocksvd"])
+@pytest.mark.parametrize("optimizer", ["momentum", "AdamW"])
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_no_optimizer_moves_a_support(request, digits, network, optimizer, method):
+    dense = request.getfixturevalue(network)
+    small, _ = compress(dense, method, density=0.45, keep_first=True, keep_last=True)
+    before, values = positions(small), [p.detach().clone() for p in small.parameters()]
+    if optimizer == "momentum":
+        rule = torch.optim.SGD(small.parameters(), 0.02, momentum=0.9, weight_decay=0.01)
+    else:
+        rule = torch.optim.AdamW(small.parameters(), 1e-3, weight_decay=0.1)
+    fine_tune(small, digits.batches[:4], loss, optimizer=rule, epochs=1)
+    assert before
+    assert all(map(contains, before, positions(small)))
+    assert not any(map(torch.equal, values, small.parameters()))
+
+
+def test_schedules_follow_the_steps(mlp, digits):
+    rule = torch.optim.SGD(mlp.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(rule, 1.0, 0.0, 2 * len(digits.batches))
+    fine_tune(mlp, digits.batches, loss, optimizer=rule, schedule=schedule, epochs=1)
+    assert rule.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 def test_training_stops_when_scores_no_longer_rise_and_keeps_the_best(mlp, digits):
@@ -67,6 +104,8 @@ def test_a_teacher_alone_is_enough(mlp, digits):
         fine_tune(small, digits.batches)
     with pytest.raises(ValueError, match="distillation"):
         fine_tune(small, digits.batches, loss, distillation=2.0)
+    with pytest.raises(ValueError, match="patience needs validate"):
+        fine_tune(small, digits.batches, loss, patience=1)
 
 
 def test_balanced_factors_have_nearly_equal_norms_and_the_same_outputs():
@@ -92,6 +131,41 @@ def test_a_merged_update_moves_the_product_and_not_the_support():
     assert all(map(torch.equal, supports(layer), masks))
 
 
+@pytest.mark.parametrize("method", ["magnitude", "dsf", "monarch", "lowrank"])
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_adapters_restore_accuracy_and_merge_without_loss(request, digits, network, method):
+    dense = request.getfixturevalue(network)
+    small, _ = compress(dense, method, density=0.2, keep_first=True, keep_last=True)
+    before, accuracy = positions(small), digits.accuracy(small)
+    kept = {name: p.detach().clone() for name, p in small.named_parameters()}
+    adapters = add_adapters(small, 4, random_state=0)
+    assert digits.accuracy(small) == accuracy
+    result = fine_tune(
+        small, digits.batches, loss, optimizer=torch.optim.AdamW(adapters, 1e-2), epochs=3
+    )
+    assert result.losses[-1] < result.losses[0]
+    with torch.no_grad():
+        expected = small.eval()(digits.test_x)
+        assert merge_adapters(small) is small
+        torch.testing.assert_close(small(digits.test_x), expected)
+    assert {name for name, _ in small.named_parameters()} == set(kept)
+    moved = {name for name, p in small.named_parameters() if not torch.equal(p, kept[name])}
+    assert moved
+    assert all(name.endswith("values") for name in moved)
+    assert all(map(contains, before, positions(small)))
+
+
+def test_adapters_are_refused_where_nothing_can_be_adapted(mlp):
+    with pytest.raises(ValueError, match="compressed layers"):
+        add_adapters(mlp, 2)
+    small, _ = compress(mlp, "magnitude", density=0.2)
+    with pytest.raises(ValueError, match="rank"):
+        add_adapters(small, 0)
+    add_adapters(small, 2)
+    with pytest.raises(ValueError, match="merge"):
+        add_adapters(small, 2)
+
+
 def test_densities_fall_to_the_last_one():
     densities = cubic_densities(0.1, 6, initial=0.8)
     assert densities == sorted(densities, reverse=True)
@@ -101,7 +175,7 @@ def test_densities_fall_to_the_last_one():
         cubic_densities(0.1, 0)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "dsf"])
+@pytest.mark.parametrize("method", ["magnitude", "dsf", "palm4msa"])
 def test_gradual_compression_trains_at_every_density(mlp, digits, method):
     seen = []
 
