@@ -10,12 +10,15 @@ from matfact.kernels.vectors import (
     gather,
     load,
     load_values,
+    prefetch,
     spread,
     store,
     total,
     value,
     width,
 )  # fmt: skip
+
+_AHEAD = 512  #: entries between what is used and what is fetched: processors stop at memory pages
 
 
 @numba.njit(nogil=True, cache=True)
@@ -51,6 +54,8 @@ def csr_vector(zero, values, columns, starts, first, last, source, target):  # t
         a = zero
         e, end = starts[row], starts[row + 1]
         while e + step <= end:
+            prefetch(values, e + _AHEAD)
+            prefetch(columns, e + _AHEAD)
             a = fma(load_values(values, e, zero), gather(source, columns, e, zero), a)
             e += step
         result = total(a)

@@ -1,7 +1,9 @@
 """All factors of a product in one call, by as many threads as come to help.
 
-Each factor is a step of a program (see ``program.py``). Work is claimed in chunks from shared
-counters, so that a thread that comes late does less, and one that never comes is not waited for.
+Each factor is a step of a program (see ``program.py``), and each call a job: numbers that say
+where program and operands lie, so that helpers who wait in compiled code can read it there, free
+of Python's global lock. Work is claimed in chunks from counters behind these numbers: a thread
+that comes late does less, and one that never comes is not waited for.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import numba
 
 from matfact.kernels import blocks, csr, panels
-from matfact.kernels.vectors import fetch_add, zeros
+from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processor, publish
+from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "04e31e9941edc1f4"
+SOURCES = "4742c796a4557e70"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
@@ -20,25 +23,85 @@ CSR, KRONECKER, BANDS, SELECTION = range(4)
 KIND, ROWS, PANEL_UNITS, VECTOR_UNITS, VALUES, COLUMNS, TABLE, A, B, C, D = range(11)
 STEP_FIELDS = 11
 
+#: Places in a job: addresses and sizes of the program's arrays, of operands and of scratch space.
+STEPS, N_STEPS, VALUE_DATA, INDEX_DATA, TABLE_DATA = range(5)
+X_DATA, X_ROW, X_COLUMN, OUT_DATA, OUT_ROW, OUT_COLUMN = range(5, 11)
+SCRATCH, SCRATCH_ROWS, SCRATCH_SIZE = range(11, 14)
+#: Rows of X, columns of X, panels, how many of them are wide, and parts of a phase.
+ROWS_IN, BATCH, PANELS, WIDE_PANELS, PIECES = range(14, 19)
+COUNTERS = 24
+
+#: Places in what callers and helpers share: the number of the job that is open (0 if none), how
+#: many helpers are in it, its address, which kernel can do it, and the processor of its caller.
+OPEN, INSIDE, JOB, KERNEL, PROCESSOR = 0, 8, 16, 17, 18
+STATE_SIZE = 24
+IN_THE_WAY = -1
+
 WIDE, NARROW, DOT = 256, 64, 64  #: bytes of a panel's rows, and of the vectors of a dot product
 SPACING = 8  #: counters between two that threads use: each has its own cache line
+_SPIN = 200  #: looks at a counter before other threads may run: perhaps the one waited for
+_FAR = 1 << 60  #: entries of arrays whose ends are known otherwise
 
 
 @numba.njit(inline="always")
-def _arrive(posted, patience):  # type: ignore[no-untyped-def]
-    """Count the call, unless as a helper, and return its number."""
-    return fetch_add(posted, 0, 1) + 1 if patience == 0 else fetch_add(posted, 0, 0)
+def _array(job, place, like):  # type: ignore[no-untyped-def]
+    return numba.carray(pointer(job[place], like), (_FAR,))
 
 
 @numba.njit(inline="always")
-def _linger(posted, call, patience):  # type: ignore[no-untyped-def]
-    """Wait as a helper for the next call, as long as `patience` lasts.
+def _await(job, place, count):  # type: ignore[no-untyped-def]
+    """Wait until a counter has reached `count`."""
+    spins = 0
+    while look(job, place) < count:
+        spins += 1
+        if spins > _SPIN:
+            give_way()
 
-    A thread that sleeps takes longer to wake than a small product takes, and one that returned
-    would hold up the caller at Python's global lock.
+
+@numba.njit(inline="always")
+def _begin(job, arrays, state, call, kernel):  # type: ignore[no-untyped-def]
+    """Write down where a caller's arrays lie, and open the job to helpers if it has a number."""
+    _, _, X, out, scratch = arrays
+    job[X_DATA], job[OUT_DATA] = X.ctypes.data, out.ctypes.data
+    job[SCRATCH] = scratch.ctypes.data
+    if call > 0:
+        state[JOB], state[KERNEL], state[PROCESSOR] = job.ctypes.data, kernel, processor()
+        publish(state, OPEN, call)
+
+
+@numba.njit(inline="always")
+def _end(state, call):  # type: ignore[no-untyped-def]
+    """Close the job, and wait until helpers, who have nothing left to do, are out of it."""
+    if call > 0:
+        publish(state, OPEN, 0)
+        spins = 0
+        while look(state, INSIDE) > 0:
+            spins += 1
+            if spins > _SPIN:
+                give_way()
+
+
+@numba.njit(inline="always")
+def _next(state, seen, kernel, patience):  # type: ignore[no-untyped-def]
+    """Wait as a helper for another job and enter it; return its number.
+
+    Return 0 to go to sleep, which is late: a thread that sleeps takes longer to wake than a small
+    product takes. Return ``IN_THE_WAY`` on the processor of the caller.
     """
-    while patience > 0 and fetch_add(posted, 0, 0) == call:
-        patience -= 1
+    for _ in range(patience):
+        number = look(state, OPEN)
+        if number > 0 and number != seen:
+            here = processor()
+            if here >= 0 and here == look(state, PROCESSOR):
+                return IN_THE_WAY
+            fetch_add(state, INSIDE, 1)
+            if look(state, OPEN) == number and state[KERNEL] == kernel:
+                return number
+            fetch_add(state, INSIDE, -1)
+            if look(state, KERNEL) != kernel:
+                return 0
+        give_way()
+    return 0
 
 
 @numba.njit(inline="always")
@@ -83,27 +146,26 @@ def _vector_step(step, values, indices, table, first, last, source, target):  # 
 
 
 @numba.njit(inline="always")
-def _phase(zero, phase, program, columns, operands, part, scratch):  # type: ignore[no-untyped-def]
+def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: ignore[no-untyped-def]
     """Do a part of a phase of one panel: pack, a step, or unpack.
 
     `columns` are the first column and the number of them.
     """
     steps, values, indices, table = program
-    X, X_strides, out, out_strides = operands
     start, count = columns
     first, last = part
     half = len(scratch) // 2
     even, odd = scratch[:half], scratch[half:]
     source, target = (odd, even) if phase % 2 == 0 else (even, odd)
     if phase == 0:
-        X = X[start * X_strides[1] :]
-        panels.pack(zero, X, X_strides[0], X_strides[1], count, first, last, target)
+        X = X[start * job[X_COLUMN] :]
+        panels.pack(zero, X, job[X_ROW], job[X_COLUMN], count, first, last, target)
     elif phase <= len(steps):
         step = steps[phase - 1]
         _panel_step(zero, step, values, indices, table, first, last, source, target)
     else:
-        out = out[start * out_strides[1] :]
-        panels.unpack(zero, source, first, last, count, out, out_strides[0], out_strides[1])
+        out = out[start * job[OUT_COLUMN] :]
+        panels.unpack(zero, source, first, last, count, out, job[OUT_ROW], job[OUT_COLUMN])
 
 
 @numba.njit(inline="always")
@@ -117,73 +179,111 @@ def _panel_units(steps, phase, rows_in):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _chunk(chunk, begin, end, pieces, program, sizes, operands, memory):  # type: ignore[no-untyped-def]
+def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ignore[no-untyped-def]
     """Do the phases from `begin` to `end` of a chunk: a panel, or one of the `pieces` of one."""
-    rows_in, batch, _, n_wide = sizes
     p, k = chunk // pieces, chunk % pieces
-    X = operands[0]
+    n_wide = job[WIDE_PANELS]
     lanes, start = WIDE // X.itemsize, p * (WIDE // X.itemsize)
     if p >= n_wide:
         lanes = NARROW // X.itemsize
         start = n_wide * (WIDE // X.itemsize) + (p - n_wide) * lanes
-    columns = (start, min(lanes, batch - start))
+    columns = (start, min(lanes, job[BATCH] - start))
     for phase in range(begin, end):
-        units = _panel_units(program[0], phase, rows_in)
+        units = _panel_units(program[0], phase, job[ROWS_IN])
         part = (units * k // pieces, units * (k + 1) // pieces)
         if p < n_wide:
-            _phase(zeros(X, WIDE), phase, program, columns, operands, part, memory)
+            _phase(zeros(X, WIDE), phase, job, program, X, out, columns, part, memory)
         else:
-            _phase(zeros(X, NARROW), phase, program, columns, operands, part, memory)
+            _phase(zeros(X, NARROW), phase, job, program, X, out, columns, part, memory)
+
+
+@numba.njit(inline="always")
+def _read(job, arrays):  # type: ignore[no-untyped-def]
+    """Return program, operands and scratch space of a job, of the dtypes of `arrays`."""
+    values, indices, X, _, _ = arrays
+    steps = numba.carray(pointer(job[STEPS], job), (job[N_STEPS], STEP_FIELDS))
+    program = (
+        steps, _array(job, VALUE_DATA, values), _array(job, INDEX_DATA, indices),
+        _array(job, TABLE_DATA, job),
+    )  # fmt: skip
+    scratch = numba.carray(pointer(job[SCRATCH], X), (job[SCRATCH_ROWS], job[SCRATCH_SIZE]))
+    return program, _array(job, X_DATA, X), _array(job, OUT_DATA, X), scratch
 
 
 @numba.njit(nogil=True, cache=True)
-def apply_panels(program, sizes, operands, scratch, counters, pieces, posted, patience):  # type: ignore[no-untyped-def]
-    """Apply all steps to panels.
+def apply_panels(job, arrays, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
-    With 0 `pieces`, each thread takes whole panels through all phases, so that their activations
-    stay in its core's own cache: rows of `scratch` belong to threads, which are counted too.
-    Otherwise the rows of each phase are split into so many pieces, and rows of `scratch` belong
-    to panels. Chunks of work claimed and done are counted, for each phase if they are split.
+    Return why a helper stopped (see ``_next``).
 
-    `sizes` are rows of X, columns of X, panels, and how many of them are wide.
+    With 0 pieces, each thread takes whole panels through all phases, so that their activations
+    stay in its core's own cache: rows of the scratch space belong to threads, which are counted
+    too. Otherwise the rows of each phase are split into so many pieces, and rows of the scratch
+    space belong to panels. Chunks of work claimed and done are counted, for each phase if they
+    are split.
     """
-    call = _arrive(posted, patience)
-    n_phases = len(program[0]) + 2
-    split = pieces > 0
-    count = sizes[2] * max(1, pieces)
-    thread = 0 if split else fetch_add(counters, 2 * SPACING, 1)
-    for phase in range(n_phases if split else 1):
-        begin, end = (phase, phase + 1) if split else (0, n_phases)
-        claimed, done = 2 * SPACING * phase, 2 * SPACING * phase + SPACING
-        while thread < len(scratch):
-            chunk = fetch_add(counters, claimed, 1)
-            if chunk >= count:
+    if patience == 0:
+        _begin(job, arrays, state, call, kernel)
+    seen = 0
+    while True:
+        if patience > 0:
+            seen = _next(state, seen, kernel, patience)
+            if seen <= 0:
                 break
-            memory = scratch[chunk // pieces if split else thread]
-            _chunk(chunk, begin, end, max(1, pieces), program, sizes, operands, memory)
-            fetch_add(counters, done, 1)
-        while fetch_add(counters, done, 0) < count:
-            pass
-    _linger(posted, call, patience)
+            job = _array(state, JOB, job)
+        program, X, out, scratch = _read(job, arrays)
+        n_phases = len(program[0]) + 2
+        split = job[PIECES] > 0
+        pieces = max(1, job[PIECES])
+        count = job[PANELS] * pieces
+        thread = 0 if split else fetch_add(job, COUNTERS + 2 * SPACING, 1)
+        for phase in range(n_phases if split else 1):
+            begin, end = (phase, phase + 1) if split else (0, n_phases)
+            claimed = COUNTERS + 2 * SPACING * phase
+            while thread < len(scratch):
+                chunk = fetch_add(job, claimed, 1)
+                if chunk >= count:
+                    break
+                memory = scratch[chunk // pieces if split else thread]
+                _chunk(chunk, begin, end, pieces, job, program, X, out, memory)
+                fetch_add(job, claimed + SPACING, 1)
+            if split or patience == 0:
+                _await(job, claimed + SPACING, count)
+        if patience == 0:
+            break
+        fetch_add(state, INSIDE, -1)
+    _end(state, call)
+    return seen
 
 
 @numba.njit(nogil=True, cache=True)
-def apply_vector(program, operands, scratch, counters, pieces, posted, patience):  # type: ignore[no-untyped-def]
+def apply_vector(job, arrays, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
-    steps, values, indices, table = program
-    X, _, out, _ = operands
-    call = _arrive(posted, patience)
-    for i in range(len(steps)):
-        source = X if i == 0 else scratch[i % 2]
-        target = out if i == len(steps) - 1 else scratch[(i + 1) % 2]
-        units, claimed = steps[i, VECTOR_UNITS], 2 * SPACING * i
-        while True:
-            k = fetch_add(counters, claimed, 1)
-            if k >= pieces:
+    if patience == 0:
+        _begin(job, arrays, state, call, kernel)
+    seen = 0
+    while True:
+        if patience > 0:
+            seen = _next(state, seen, kernel, patience)
+            if seen <= 0:
                 break
-            first, last = units * k // pieces, units * (k + 1) // pieces
-            _vector_step(steps[i], values, indices, table, first, last, source, target)
-            fetch_add(counters, claimed + SPACING, 1)
-        while fetch_add(counters, claimed + SPACING, 0) < pieces:
-            pass
-    _linger(posted, call, patience)
+            job = _array(state, JOB, job)
+        (steps, values, indices, table), X, out, scratch = _read(job, arrays)
+        pieces = job[PIECES]
+        for i in range(len(steps)):
+            source = X if i == 0 else scratch[i % 2]
+            target = out if i == len(steps) - 1 else scratch[(i + 1) % 2]
+            units, claimed = steps[i, VECTOR_UNITS], COUNTERS + 2 * SPACING * i
+            while True:
+                k = fetch_add(job, claimed, 1)
+                if k >= pieces:
+                    break
+                first, last = units * k // pieces, units * (k + 1) // pieces
+                _vector_step(steps[i], values, indices, table, first, last, source, target)
+                fetch_add(job, claimed + SPACING, 1)
+            _await(job, claimed + SPACING, pieces)
+        if patience == 0:
+            break
+        fetch_add(state, INSIDE, -1)
+    _end(state, call)
+    return seen

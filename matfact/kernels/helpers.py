@@ -1,26 +1,32 @@
 """Threads that help with a kernel, if they are free.
 
 Numba's own thread pools abort the process when two Python threads use them at once, or after a
-fork. Here a call is offered to helpers that wait, and nobody waits for one that does not come.
+fork. Here a job is opened to helpers that watch for one, and nobody waits for one that does not
+come.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 import numpy as np
 
-_calls: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
-_posted = np.zeros(1, np.int64)  #: calls offered so far, which helpers watch for a while
-_PATIENCE = 20_000  #: looks at it, about 0.1 ms
-_helpers: list[threading.Thread] = []
-_starting = threading.Lock()
+from matfact.kernels import fused
+
+Kernel = Callable[..., object]
+
+_PATIENCE = 2_000  #: looks for another job before a helper sleeps, about half a millisecond
+_NO_JOB = np.zeros(1, np.int64)
+_state = np.zeros(fused.STATE_SIZE, np.int64)  #: what callers and helpers share
+_kernels: dict[tuple[Any, ...], int] = {}  #: the number of each kernel compiled so far
+_sleeping: list[threading.Lock] = []  #: what wakes each helper that sleeps
+_turn = threading.Lock()  #: held by the one caller who has help
+_calls = _helpers = 0
 
 
 def max_threads() -> int:
@@ -28,45 +34,80 @@ def max_threads() -> int:
     return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
-def together(kernel: Callable[..., object], arguments: tuple[Any, ...], threads: int) -> None:
+def together(kernel: Kernel, job: np.ndarray, arrays: tuple[np.ndarray, ...], threads: int) -> None:
     """Call a kernel that shares its work through counters, here and on free helpers.
 
-    Its last two arguments are the count of such calls, and for how long to watch it at the end
-    (0 for the caller, who adds to it).
+    Parameters
+    ----------
+    kernel : callable
+        ``kernel(job, arrays, state, call, number, patience)`` of :mod:`matfact.kernels.fused`.
+    job : ndarray of int64
+        Where everything lies.
+    arrays : tuple of ndarray
+        What the kernel writes into the job, flat.
+    threads : int
+        Threads that should work, this one included.
     """
-    if threads == 1:
-        kernel(*arguments, np.zeros(1, np.int64), 0)
+    if threads == 1 or not _turn.acquire(blocking=False):
+        kernel(job, arrays, _state, 0, 0, 0)
         return
-    if len(_helpers) < threads - 1:
-        _start(threads - 1)
-    for _ in range(threads - 1):
-        _calls.put((kernel, arguments))
-    kernel(*arguments, _posted, 0)
-    with contextlib.suppress(queue.Empty):
-        while not _calls.empty():
-            _calls.get_nowait()  # or helpers would be busy with what is done already
+    try:
+        _share(kernel, job, arrays, threads)
+    finally:
+        _turn.release()
 
 
-def _start(count: int) -> None:
-    with _starting:
-        while len(_helpers) < count:
-            helper = threading.Thread(target=_help, name="matfact-helper", daemon=True)
-            helper.start()
-            _helpers.append(helper)
+def _share(kernel: Kernel, job: np.ndarray, arrays: tuple[np.ndarray, ...], threads: int) -> None:
+    global _calls, _helpers
+    key = (kernel, *(array.dtype for array in arrays))
+    number = _kernels.setdefault(key, len(_kernels))
+    _calls += 1
+    while _helpers < threads - 1:
+        _helpers += 1
+        threading.Thread(target=_help, name="matfact-helper", daemon=True).start()
+    for _ in range(min(threads - 1, len(_sleeping))):
+        _sleeping.pop().release()
+    kernel(job, arrays, _state, _calls, number, 0)
 
 
 def _help() -> None:
+    asleep = threading.Lock()
+    asleep.acquire()
     while True:
-        kernel, arguments = _calls.get()
-        kernel(*arguments, _posted, _PATIENCE)
-        del kernel, arguments  # which hold the caller's arrays
+        number = int(_state[fused.KERNEL])
+        kernel, *dtypes = list(_kernels)[number]
+        arrays = tuple(np.zeros(1, dtype) for dtype in dtypes)
+        reason = kernel(_NO_JOB, arrays, _state, 0, number, _PATIENCE)
+        if number != _state[fused.KERNEL]:
+            continue
+        with _elsewhere(int(_state[fused.PROCESSOR])) as is_away:
+            if reason != fused.IN_THE_WAY or not is_away:
+                _sleeping.append(asleep)
+                asleep.acquire()
+
+
+@contextlib.contextmanager
+def _elsewhere(processor: int) -> Iterator[bool]:
+    """Keep this thread off a processor, and say whether that is possible.
+
+    Threads that wake, or sit idle, are often put where their caller runs: together they would
+    take longer there than the caller alone.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    others = allowed - {processor}
+    if others:
+        os.sched_setaffinity(0, others)
+    yield bool(others)
+    if others:
+        os.sched_setaffinity(0, allowed)
 
 
 def _forget() -> None:
     """Start anew in a forked process, which has no other thread."""
-    global _calls, _starting
-    _helpers.clear()
-    _calls, _starting = queue.SimpleQueue(), threading.Lock()
+    global _turn, _helpers
+    _state[:] = 0
+    _sleeping.clear()
+    _turn, _helpers = threading.Lock(), 0
 
 
 if hasattr(os, "register_at_fork"):

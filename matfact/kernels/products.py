@@ -9,7 +9,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.vectors import fetch_add
+from matfact.kernels.atomics import fetch_add
 
 #: Share of nonzeros from which the product of dense arrays is faster.
 DENSE = 0.25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from typing import Any
 
@@ -15,6 +16,7 @@ _HELP = 1 << 15  #: multiplications of vectors from which a second thread pays
 _DOT_SPEED = 3  #: values of a single column that take as long as one multiplication of vectors
 _PAIR = 16  #: entries of the largest block whose rows cost more than its values
 _PIECES = 4  #: parts of a factor for each thread, so that a late one still finds work
+_VECTOR_PIECES = 2  #: the same for a single column, which comes from memory in longer stretches
 _CACHE_LINE = 64  #: bytes; vectors that straddle two take twice as long
 _memory = threading.local()  #: scratch space, kept from call to call
 
@@ -104,6 +106,13 @@ class Program:
             indices.astype(np.uint16 if narrow else np.uint32),
             table.astype(np.int64),
         )
+        steps, values, indices, table = self._arrays
+        self._job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(steps) + 2), np.int64)
+        self._job[: fused.TABLE_DATA + 1] = (
+            steps.ctypes.data, len(steps), values.ctypes.data, indices.ctypes.data,
+            table.ctypes.data,
+        )  # fmt: skip
+        self._kinds = (values[:0], indices[:0])
         self.rows = self._steps[-1][fused.ROWS]
         self.counts["row"] += self.rows  # to pack and unpack
         self._n_values = sum(self.counts.values())
@@ -116,7 +125,7 @@ class Program:
         vectors = values * batch * self.dtype.itemsize // fused.NARROW
         if batch == 1:
             vectors = values // _DOT_SPEED
-        return helpers.max_threads() if vectors >= _HELP else 1
+        return min(helpers.max_threads(), 1 + vectors // _HELP)
 
     def apply(self, X: np.ndarray, threads: int | None = None) -> np.ndarray:
         """Return the product with `X`, of shape (columns, batch).
@@ -129,46 +138,47 @@ class Program:
         X = np.ascontiguousarray(X.T if by_columns else X, self.dtype)
         flat = (X if X.flags.writeable else X.copy()).reshape(-1)  # Numba has a type for read-only
         out = np.empty((batch, self.rows) if by_columns else (self.rows, batch), self.dtype)
-        operands = (
-            flat, _strides(by_columns, self.columns, batch), out.reshape(-1),
-            _strides(by_columns, self.rows, batch),
-        )  # fmt: skip
+        job = self._job.copy()
+        job[fused.ROWS_IN], job[fused.BATCH] = self.columns, batch
+        job[fused.X_ROW], job[fused.X_COLUMN] = _strides(by_columns, self.columns, batch)
+        job[fused.OUT_ROW], job[fused.OUT_COLUMN] = _strides(by_columns, self.rows, batch)
         if batch == 1:
-            self._apply_vector(operands, threads)
+            self._apply_vector(job, flat, out, threads)
         elif batch:
-            self._apply_panels(operands, batch, threads)
+            self._apply_panels(job, flat, out, threads)
         return out.T if by_columns else out
 
-    def _apply_vector(self, operands: tuple[Any, ...], threads: int) -> None:
-        scratch = self._scratch(2, self._largest)
-        counters = np.zeros(2 * fused.SPACING * len(self._arrays[0]), np.int64)
-        pieces = 1 if threads == 1 else _PIECES * threads
-        arguments = (self._arrays, operands, scratch, counters, pieces)
-        helpers.together(fused.apply_vector, arguments, threads)
+    def _apply_vector(self, job: np.ndarray, X: np.ndarray, out: np.ndarray, threads: int) -> None:
+        job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
+        self._share(fused.apply_vector, job, X, out, (2, self._largest), threads)
 
-    def _apply_panels(self, operands: tuple[Any, ...], batch: int, threads: int) -> None:
+    def _apply_panels(self, job: np.ndarray, X: np.ndarray, out: np.ndarray, threads: int) -> None:
+        batch = int(job[fused.BATCH])
         wide, narrow = (n // self.dtype.itemsize for n in (fused.WIDE, fused.NARROW))
         n_wide = (batch + wide // 2 - 1) // wide  # what is left over goes into narrow panels
         n_panels = n_wide + max(0, -(-(batch - n_wide * wide) // narrow))
         lanes = wide if n_wide else narrow
-        sizes = (self.columns, batch, n_panels, n_wide)
         whole = threads == 1 or n_panels >= 2 * threads
-        phases = 2 if whole else len(self._arrays[0]) + 2
+        job[fused.PANELS : fused.PIECES + 1] = n_panels, n_wide, 0 if whole else _PIECES * threads
         rows = min(threads, n_panels) if whole else n_panels
-        scratch = self._scratch(rows, 2 * self._largest * lanes)
-        counters = np.zeros(2 * fused.SPACING * phases, np.int64)
-        pieces = 0 if whole else _PIECES * threads
-        arguments = (self._arrays, sizes, operands, scratch, counters, pieces)
-        helpers.together(fused.apply_panels, arguments, threads)
+        self._share(fused.apply_panels, job, X, out, (rows, 2 * self._largest * lanes), threads)
 
-    def _scratch(self, count: int, size: int) -> np.ndarray:
+    def _share(
+        self, kernel: helpers.Kernel, job: np.ndarray, X: np.ndarray, out: np.ndarray,
+        scratch_shape: tuple[int, int], threads: int,
+    ) -> None:  # fmt: skip
+        job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = scratch_shape
+        scratch = self._scratch(math.prod(scratch_shape))
+        helpers.together(kernel, job, (*self._kinds, X, out.reshape(-1), scratch), threads)
+
+    def _scratch(self, size: int) -> np.ndarray:
         """Return uninitialized memory that belongs to this thread until its next product."""
-        nbytes = count * size * self.dtype.itemsize
+        nbytes = size * self.dtype.itemsize
         memory = getattr(_memory, "array", None)
         if memory is None or memory.nbytes < nbytes:
             memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
             _memory.array = memory = memory[-memory.ctypes.data % _CACHE_LINE :]
-        return memory[:nbytes].view(self.dtype).reshape(count, size)
+        return memory[:nbytes].view(self.dtype)
 
 
 def _strides(by_columns: bool, rows: int, batch: int) -> tuple[int, int]:

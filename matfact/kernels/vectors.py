@@ -16,7 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 _INT32 = ir.IntType(32)
-_HALF = types.uint16  #: Numba's stand-in for float16, which it cannot compute with
+#: Stand-ins for what Numba cannot compute with: the bits of float16 and of bfloat16.
+_FLOAT16, _BFLOAT16 = types.uint16, types.int16
 
 
 class Vector(types.Type):
@@ -123,12 +124,24 @@ def load_values(typingctx, values, first, like):  # type: ignore[no-untyped-def]
         raw = ir.VectorType(pointer.type.pointee, like.count)
         pointer = builder.bitcast(pointer, raw.as_pointer())
         loaded = builder.load(pointer, align=values.dtype.bitwidth // 8)
-        if values.dtype == _HALF:
-            loaded = builder.bitcast(loaded, ir.VectorType(ir.HalfType(), like.count))
-            loaded = builder.fpext(loaded, arguments[2].type)
-        return loaded
+        return _widened(builder, values.dtype, loaded, arguments[2].type)
 
     return like(values, types.intp, like), generate
+
+
+@intrinsic
+def prefetch(typingctx, array, position):  # type: ignore[no-untyped-def]
+    """Have ``array[position]``, which need not exist, brought from memory."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data(context, builder, array, arguments[0]), [arguments[1]])
+        pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, *[_INT32] * 3])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(call, [pointer, *(ir.Constant(_INT32, n) for n in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), generate
 
 
 @intrinsic
@@ -138,10 +151,7 @@ def value(typingctx, values, position, like):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.gep(_data(context, builder, values, arguments[0]), [arguments[1]])
         loaded = builder.load(pointer)
-        if values.dtype == _HALF:
-            loaded = builder.bitcast(loaded, ir.HalfType())
-            loaded = builder.fpext(loaded, context.get_value_type(like.dtype))
-        return loaded
+        return _widened(builder, values.dtype, loaded, context.get_value_type(like.dtype))
 
     return like.dtype(values, types.intp, like), generate
 
@@ -196,18 +206,6 @@ def total(typingctx, vector):  # type: ignore[no-untyped-def]
     return vector.dtype(vector), generate
 
 
-@intrinsic
-def fetch_add(typingctx, counters, position, increment):  # type: ignore[no-untyped-def]
-    """Add to ``counters[position]`` in one step for all threads; return what stood there."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        data = _data(context, builder, counters, arguments[0])
-        pointer = builder.gep(data, [arguments[1]])
-        return builder.atomic_rmw("add", pointer, arguments[2], "seq_cst")
-
-    return types.int64(counters, types.intp, types.int64), generate
-
-
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return context.make_array(kind)(context, builder, array).data
 
@@ -218,3 +216,21 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any, vector: V
     count = ir.Constant(arguments[1].type, vector.count)
     pointer = builder.gep(data, [builder.mul(arguments[1], count)])
     return builder.bitcast(pointer, context.get_value_type(vector).as_pointer())
+
+
+def _widened(builder: Any, dtype: Any, loaded: Any, target: Any) -> Any:
+    """Return what was loaded as `dtype` in the type `target` (vectors or scalars)."""
+    if dtype == _FLOAT16:
+        return builder.fpext(builder.bitcast(loaded, _shaped(target, ir.HalfType())), target)
+    if dtype == _BFLOAT16:  # the upper half of a float32
+        wide, single = _shaped(target, _INT32), _shaped(target, ir.FloatType())
+        sixteen = [16] * target.count if isinstance(target, ir.VectorType) else 16
+        bits = builder.shl(builder.zext(loaded, wide), ir.Constant(wide, sixteen))
+        loaded = builder.bitcast(bits, single)
+        return loaded if single == target else builder.fpext(loaded, target)
+    return loaded
+
+
+def _shaped(like: Any, element: Any) -> Any:
+    """Return `element`, or a vector of as many as `like` has."""
+    return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element
