@@ -17,6 +17,10 @@ from rich.table import Table
 from matfact._files import write_atomically
 
 
+class CompressionWarning(UserWarning):
+    """A layer was not compressed as it was asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """One layer of a compressed network.
@@ -122,7 +126,10 @@ class CompressionReport(Sequence[LayerReport]):
 
     def table(self) -> Table:
         """Return a table for the terminal: print it with ``rich.print``."""
-        table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table = Table(
+            box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
+            caption="; ".join(self.metadata.get("steps", ())) or None, caption_justify="left",
+        )  # fmt: skip
         table.add_column("layer", overflow="fold")
         table.add_column("method")
         for heading in ("shape", "density", "relative", "normalized", "layer", "bytes", "s"):
