@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "BlockLowRankLinear",
+    "Budget",
     "ButterflyLinear",
     "Compressed",
     "CompressionReport",
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from matfact.torch._compress import Compressed, compress
     from matfact.torch.adapters import add_adapters, merge_adapters
     from matfact.torch.batchnorm import reestimate_batch_norm
-    from matfact.torch.budget import layer_options, output_sensitivity
+    from matfact.torch.budget import Budget, layer_options, output_sensitivity
     from matfact.torch.capture import input_statistics
     from matfact.torch.checkpoint import load_network, save_network
     from matfact.torch.conv import FactorizedConv
@@ -119,7 +120,7 @@ else:
             "_compress": ("Compressed", "compress"),
             "adapters": ("add_adapters", "merge_adapters"),
             "batchnorm": ("reestimate_batch_norm",),
-            "budget": ("layer_options", "output_sensitivity"),
+            "budget": ("Budget", "layer_options", "output_sensitivity"),
             "capture": ("input_statistics",),
             "checkpoint": ("load_network", "save_network"),
             "conv": ("FactorizedConv",),

@@ -6,8 +6,8 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast, get_args
 
 from joblib import Parallel, delayed
 from torch import nn
@@ -19,8 +19,9 @@ from matfact.torch._matrices import LayerStatistics, replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm
+from matfact.torch.budget import Budget, named_methods, within_budget
 from matfact.torch.capture import input_statistics
-from matfact.torch.report import CompressionReport, LayerReport
+from matfact.torch.report import CompressionReport, CompressionWarning, LayerReport
 
 _Fit = Callable[..., tuple[Fitted | None, str]]
 _Results = Generator[tuple[Task, Fitted | None]]
@@ -35,9 +36,10 @@ class Compressed(NamedTuple):
 
 def compress(
     model: nn.Module,
-    method: Method = "dsf",
+    method: Method | Sequence[Method] = "dsf",
     *,
     density: float | None = None,
+    budget: float | Budget | None = None,
     layers: Layers | None = None,
     overrides: Mapping[str, Override] | None = None,
     keep_first: bool = False,
@@ -64,8 +66,14 @@ def compress(
         The network.
     method : str or BaseFactorizer, default="dsf"
         A factorizer, or the name of one: those of ``matfact.compare.METHODS``, "wanda" or "admm".
+        With a budget, a sequence of these lets each layer have the one that suits it.
     density : float, optional
         Stored values ÷ entries of each layer, in (0, 1]. By default what the factorizer says.
+    budget : float or Budget, optional
+        What the selected layers may cost in all, kept ones included: bytes of values and
+        positions, or their share of the dense bytes where it is at most 1. FLOPs and measured
+        time are bounded by a :class:`Budget`. Each method is tried in each layer at a few
+        densities first, so that layers which lose much can be given more.
     layers : str, collection of str or callable, optional
         A regular expression searched in layer names, the names themselves, or a function of name
         and module. By default all linear layers and 1-D and 2-D convolutions.
@@ -103,7 +111,8 @@ def compress(
     inplace : bool, default=False
         Whether `model` itself is changed; otherwise it stays as it is and a copy is returned.
     dry_run : bool, default=False
-        Whether to report only which layers would be compressed, and how.
+        Whether to report only which layers would be compressed, and how. With a budget the
+        trials are made.
     progress : callable, optional
         Called with each finished row of the report and the number of layers.
 
@@ -135,22 +144,30 @@ def compress(
         raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
     if not (inplace or dry_run):
         model = copy.deepcopy(model)
-    tasks = plan(model, method, density, layers, overrides or {}, (keep_first, keep_last))
+    keep = keep_first, keep_last
+    metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
+    if budget is not None:
+        if density is not None:
+            raise ValueError(f"density must be None with a budget, got {density}.")
+        calibration = None if calibration is None else list(calibration)  # used twice
+        overrides, metadata["budget"] = _shared_out(
+            model, method, budget, layers=layers, overrides=overrides or {}, keep=keep,
+            calibration=calibration, n_jobs=n_jobs,
+        )  # fmt: skip
+        method = next(iter(named_methods(method).values()))
+    tasks = plan(model, cast(Method, method), density, layers, overrides or {}, keep)
     todo = [task for task in tasks if task.factorizer is not None]
     rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
             for task in tasks}  # fmt: skip
-    metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     if dry_run:
         return Compressed(model, CompressionReport(rows.values(), metadata))
     fit = functools.partial(_try, adapt=adapt, shift_bias=shift_bias)
-    modes = {task.names[0]: task.view.layer.training for task in todo}
     form = (sequential, feedback)
-    with contextlib.closing(_fits(model, todo, fit, calibration, form, n_jobs)) as fits:
-        for task, fitted in fits:
-            row = _install(model, task, fitted)
-            rows[row.layer] = row
-            if progress is not None:
-                progress(row, len(todo))
+    modes = {task.names[0]: task.view.layer.training for task in todo}
+    for row in _installed(model, _fits(model, todo, fit, calibration, form, n_jobs)):
+        rows[row.layer] = row
+        if progress is not None:
+            progress(row, len(todo))
     for name, training in modes.items():
         model.get_submodule(name).train(training)
     if calibration is not None:
@@ -217,7 +234,7 @@ def _note_unreached(tasks: list[Task], reached: Any) -> None:
     for task in tasks:
         if task.names[0] not in reached:
             task.message = "no calibration batch called it: fitted without"
-            warnings.warn(f"{task.names[0]}: {task.message}.", stacklevel=4)
+            warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
 
 
 def _try(
@@ -236,10 +253,26 @@ def _try(
         return None, f"kept: {error}"
 
 
-def _install(model: nn.Module, task: Task, fitted: Fitted | None) -> LayerReport:
-    """Put the factorized layer in place of the dense one, and report."""
-    if fitted is None:
-        warnings.warn(f"{task.names[0]}: {task.message}", stacklevel=4)
-        return task.report("kept")
-    replace(model, task.names, task.view, fitted.products, fitted.shifts)
-    return task.report("compressed", fitted)
+def _installed(model: nn.Module, fits: _Results) -> Iterator[LayerReport]:
+    """Put factorized layers in place of dense ones as they come, and report."""
+    with contextlib.closing(fits):
+        for task, fitted in fits:
+            if fitted is None:
+                message = f"{task.names[0]}: {task.message}"
+                warnings.warn(message, CompressionWarning, stacklevel=3)
+                row = task.report("kept")
+            else:
+                replace(model, task.names, task.view, fitted.products, fitted.shifts)
+                row = task.report("compressed", fitted)
+            del task.view  # with the layer as it was, which need not stay in memory
+            yield row
+
+
+def _shared_out(
+    model: nn.Module, method: Method | Sequence[Method], budget: float | Budget, **options: Any
+) -> tuple[dict[str, Override], dict[str, Any]]:
+    """Return overrides that keep the budget, and what is to be reported of it."""
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    allocation, chosen = within_budget(model, budget, named_methods(method), **options)
+    facts = {"cost": budget.cost, "ceiling": allocation.budget, "planned": allocation.cost}
+    return {**options["overrides"], **chosen}, facts

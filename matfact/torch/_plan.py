@@ -46,12 +46,15 @@ class Task:
         Unfitted; None where the layer is kept.
     message : str
         Why it is kept, or what is to be known about it.
+    is_given : bool
+        Whether an override says what it gets.
     """
 
     names: list[str]
     view: Matricized
     factorizer: BaseFactorizer | None
     message: str = ""
+    is_given: bool = False
 
     def problem(self) -> tuple[BaseFactorizer, list[Array], bool]:
         """Return the factorizer, the matrices, and whether there is a bias."""
@@ -116,7 +119,9 @@ def plan(
         if view is None or not any(_selected(name, layer, layers) for name in names):
             continue
         factorizer = _factorizer(names, method, density, overrides)
-        tasks.append(Task(names, view, factorizer, "" if factorizer else "kept as asked"))
+        message = "" if factorizer else "kept as asked"
+        is_given = bool(_matching(names, overrides))
+        tasks.append(Task(names, view, factorizer, message, is_given))
     if not tasks:
         raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
     for task, is_kept in zip((tasks[0], tasks[-1]), keep, strict=True):

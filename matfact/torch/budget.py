@@ -2,31 +2,160 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import joblib
 import torch
 from torch import Tensor, nn
 
 from matfact import metrics
-from matfact.allocation import Option
+from matfact.allocation import Allocation, Option, allocate, apply_seconds, interpolate
+from matfact.allocation._budget import Cost
 from matfact.allocation._curves import DENSE
+from matfact.factorizers import BaseFactorizer
 from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._fit import fit_layer
 from matfact.torch._matrices import LayerStatistics
-from matfact.torch._plan import Layers, Task, plan
+from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch.capture import input_statistics, layer_views
 
 _METHODS = ("dsf", "lowrank", "monarch", "magnitude")
 _DENSITIES = (0.1, 0.2, 0.35, 0.5)
+#: Further densities whose costs and errors are interpolated.
+_BETWEEN = tuple(i / 40 for i in range(1, 40))
+#: A method by name, a layer, and the densities to try; None for that of the factorizer.
+_Work = tuple[str, Task, Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the selected layers of a network may cost in all: for :func:`compress`.
+
+    Attributes
+    ----------
+    amount : float
+        The ceiling. A number up to 1 is a share of what the dense layers cost.
+    cost : {"nbytes", "flops", "seconds"}, default="nbytes"
+        What is bounded: bytes of values and positions; floating point operations; or the time of
+        operators for one sample as measured here, of which `amount` must be a share. With
+        calibration inputs, FLOPs and seconds of a layer count as often as it is called for each
+        call of the layer that is called least; without, once.
+    weights : mapping of str to float, optional
+        How much the network suffers from each layer's squared relative error, 1 where none is
+        given: :func:`output_sensitivity`.
+    densities : sequence of float
+        Stored values ÷ entries at which every method is tried in every layer; what happens in
+        between is interpolated.
+    """
+
+    amount: float
+    cost: Cost = "nbytes"
+    weights: Mapping[str, float] | None = None
+    densities: Sequence[float] = (*_DENSITIES, 0.75)
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
+        if not number or not 0 < self.amount < math.inf:
+            raise ValueError(f"budget must be a positive number, got {self.amount!r}.")
+        if self.cost not in get_args(Cost):
+            raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}, got {self.cost!r}.")
+        if self.cost == "seconds" and self.amount > 1:
+            raise ValueError(f"budget must be a share, at most 1, of seconds, got {self.amount}.")
+        for density in self.densities:
+            metrics.check_density(density)
+
+
+def named_methods(methods: Method | Sequence[Method]) -> dict[str, Method]:
+    """Return one or more methods by name; that of a factorizer is its class."""
+    several = [methods] if isinstance(methods, (str, BaseFactorizer)) else list(methods)
+    named = {m if isinstance(m, str) else type(m).__name__: m for m in several}
+    if not named:
+        raise ValueError("methods must hold at least one method, got none.")
+    if len(named) < len(several):
+        raise ValueError("methods must differ in name, that of a factorizer being its class.")
+    return named
+
+
+def within_budget(
+    model: nn.Module,
+    budget: Budget,
+    methods: Mapping[str, Method],
+    *,
+    layers: Layers | None = None,
+    overrides: Mapping[str, Override] | None = None,
+    keep: tuple[bool, bool] = (False, False),
+    calibration: Iterable[Any] | None = None,
+    n_jobs: int = 1,
+) -> tuple[Allocation, dict[str, Override]]:
+    """Return which method and density each layer gets, and the same as overrides.
+
+    Layers that are kept, or that have an override already, count with what they cost.
+
+    Raises
+    ------
+    ValueError
+        If the budget is less than the cheapest choice costs.
+    """
+    planned = {m: plan(model, methods[m], None, layers, overrides or {}, keep) for m in methods}
+    every = next(iter(planned.values()))
+    latency = apply_seconds if budget.cost == "seconds" else None
+    found = {task.names[0]: [_dense(task, latency)] for task in every}
+    seen = {} if calibration is None else input_statistics(model, calibration, list(found))
+    calls = {name: statistics[0].count for name, statistics in seen.items()}
+    least = min(calls.values(), default=1)
+    share = {name: calls.get(name, least) / least for name in found}
+    dense = math.fsum(getattr(_called(found[n][0], share[n]), budget.cost) for n in found)
+    free = [task.names[0] for task in every if task.factorizer is not None and not task.is_given]
+    for name, options in _measured(_work(planned, budget.densities), seen, latency, n_jobs):
+        found[name] = found[name] + options if name in free else options
+    choices = {
+        name: [_called(option, share[name]) for option in _more(options, name in free)]
+        for name, options in found.items()
+    }
+    ceiling = budget.amount * dense if budget.amount <= 1 else budget.amount
+    weights = {n: w for n, w in (budget.weights or {}).items() if n in choices}
+    allocation = allocate(choices, ceiling, cost=budget.cost, weights=weights)
+    chosen: dict[str, Override] = {}
+    for name in free:
+        option = allocation.options[name]
+        is_dense = option.method == DENSE
+        chosen[name] = None if is_dense else (methods[option.method], option.density)
+    return allocation, chosen
+
+
+def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list[_Work]:
+    """Return what has to be fitted: everything where there is a choice, overrides as they are."""
+    first, *_ = planned
+    work: list[_Work] = []
+    for label, tasks in planned.items():
+        for task in tasks:
+            if task.factorizer is None:
+                continue
+            if not task.is_given:
+                work.append((label, task, densities))
+            elif label == first:
+                work.append((label, task, [getattr(task.factorizer, "density", None)]))
+    return work
+
+
+def _more(options: list[Option], is_free: bool) -> list[Option]:
+    """Return further options by interpolation, where there is a choice."""
+    return interpolate(options, _BETWEEN) if is_free else options
+
+
+def _called(option: Option, times: float) -> Option:
+    """Return an option that costs as much as so many calls."""
+    flops, seconds = round(option.flops * times), option.seconds * times
+    return dataclasses.replace(option, flops=flops, seconds=seconds)
 
 
 def layer_options(
     model: nn.Module,
-    methods: Sequence[str] = _METHODS,
+    methods: Sequence[Method] = _METHODS,
     densities: Sequence[float] = _DENSITIES,
     *,
     layers: Layers | None = None,
@@ -40,8 +169,9 @@ def layer_options(
     ----------
     model : torch.nn.Module
         The network, which is left as it is.
-    methods : sequence of str
-        What every layer may get, besides being left as it is: names in ``matfact.compare.METHODS``.
+    methods : sequence of str or BaseFactorizer
+        What every layer may get, besides being left as it is: names as for :func:`compress`, or
+        factorizers, which go by the name of their class.
     densities : sequence of float
         Stored values ÷ entries, each in (0, 1]. More can be had by
         :func:`matfact.allocation.interpolate`.
@@ -74,20 +204,34 @@ def layer_options(
     """
     for density in densities:
         metrics.check_density(density)
-    tasks = {m: plan(model, m, None, layers, {}, (False, False)) for m in methods}
-    if not tasks:
-        raise ValueError("methods must hold at least one method, got none.")
-    every = next(iter(tasks.values()))
+    named = named_methods(methods)
+    planned = {m: plan(model, named[m], None, layers, {}, (False, False)) for m in named}
+    every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
     seen = {} if calibration is None else input_statistics(model, calibration, list(found))
-    work = [
-        joblib.delayed(_options)(task, method, densities, seen.get(task.names[0]), latency)
-        for method in tasks
-        for task in tasks[method]
+    work: list[_Work] = [
+        (label, task, densities)
+        for label, tasks in planned.items()
+        for task in tasks
         if task.factorizer is not None
     ]
-    for name, options in joblib.Parallel(n_jobs=n_jobs)(work):
+    for name, options in _measured(work, seen, latency, n_jobs):
         found[name] += options
+    return found
+
+
+def _measured(
+    work: Iterable[_Work],
+    seen: Mapping[str, LayerStatistics],
+    latency: Callable[[FactorProduct], float] | None,
+    n_jobs: int,
+) -> Iterable[tuple[str, list[Option]]]:
+    """Return the options of each task by the method of that name, at several densities."""
+    jobs = (
+        joblib.delayed(_options)(task, label, densities, seen.get(task.names[0]), latency)
+        for label, task, densities in work
+    )
+    found: list[tuple[str, list[Option]]] = joblib.Parallel(n_jobs=n_jobs)(jobs)
     return found
 
 
@@ -102,18 +246,20 @@ def _dense(task: Task, latency: Callable[[FactorProduct], float] | None) -> Opti
 def _options(
     task: Task,
     method: str,
-    densities: Sequence[float],
+    densities: Sequence[float | None],
     statistics: LayerStatistics | None,
     latency: Callable[[FactorProduct], float] | None,
 ) -> tuple[str, list[Option]]:
     """Return the options of one layer by one method."""
     options = []
-    factorizer: Any = task.factorizer
+    factorizer: Any
+    factorizer, matrices, has_bias = task.problem()
     itemsize = task.view.matrices()[0].element_size()
     for density in densities:
-        factorizer.set_params(density=density)
+        if density is not None:
+            factorizer.set_params(density=density)
         try:
-            fitted = fit_layer(factorizer, task.view.arrays(), statistics)
+            fitted = fit_layer(factorizer, matrices, statistics, shift=has_bias)
         except ValueError as error:
             if "density" not in str(error):  # too small for the structure
                 raise
@@ -121,7 +267,8 @@ def _options(
         loss = fitted.relative_error if fitted.layer_error is None else fitted.layer_error
         flops = sum(product.flops for product in fitted.products)
         seconds = _seconds(fitted.products, latency)
-        options.append(Option(method, density, loss, fitted.nbytes(itemsize), flops, seconds))
+        asked = math.nan if density is None else density
+        options.append(Option(method, asked, loss, fitted.nbytes(itemsize), flops, seconds))
     return task.names[0], options
 
 

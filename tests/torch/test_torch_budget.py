@@ -4,12 +4,14 @@ import copy
 import math
 
 import pytest
+from joblib import parallel_config
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from matfact import LowRank  # noqa: E402
 from matfact.allocation import allocate, allocate_uniformly, apply_seconds  # noqa: E402
-from matfact.torch import compress, layer_options, output_sensitivity  # noqa: E402
+from matfact.torch import Budget, compress, layer_options, output_sensitivity  # noqa: E402
 
 METHODS, DENSITIES = ("lowrank", "magnitude"), (0.15, 0.3, 0.6)
 
@@ -46,6 +48,110 @@ def test_the_compressed_network_keeps_the_budget(share, dtype, network, batches)
     for method in METHODS:
         uniform = allocate_uniformly(options, budget, method=method)
         assert allocation.error <= uniform.error * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("cost", ["nbytes", "flops"])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_budget_is_kept_and_used_and_beats_uniform_densities(cost, share, network):
+    small, report = compress(network, METHODS, budget=Budget(share, cost=cost))
+    spent = sum(getattr(row, cost) or getattr(row, f"dense_{cost}") for row in report)
+    dense = sum(getattr(row, f"dense_{cost}") for row in report)
+    assert 0.9 * share * dense < spent <= share * dense
+    facts = report.metadata["budget"]
+    assert spent <= facts["planned"] <= facts["ceiling"] == pytest.approx(share * dense)
+    options = layer_options(network, METHODS, (0.1, 0.2, 0.35, 0.5, 0.75))
+    errors = [row.relative_error or 0.0 for row in report]
+    for method in METHODS:
+        uniform = allocate_uniformly(options, share * dense, method=method, cost=cost)
+        assert sum(error**2 for error in errors) <= uniform.error
+    assert len(list(small)) == len(list(network))
+
+
+def test_a_budget_of_bytes_is_their_number_or_a_share(network):
+    dense = compress(network, "magnitude", dry_run=True).report.dense_nbytes
+    absolute, relative = (
+        compress(network, "magnitude", budget=budget).report.rows for budget in (dense // 2, 0.5)
+    )
+    assert [row.density for row in absolute] == [row.density for row in relative]
+
+
+def test_a_budget_leaves_overrides_and_kept_layers_as_they_are(network):
+    given = {"2": None, "^4$": ("lowrank", 0.5)}
+    _, report = compress(network, "magnitude", budget=0.8, overrides=given, keep_first=True)
+    assert [row.method for row in report][:3] == ["", "", "LowRank"]
+    assert [row.status for row in report][:3] == ["kept", "kept", "compressed"]
+    assert report[2].requested_density == 0.5
+    assert report.nbytes <= 0.8 * report.dense_nbytes
+
+
+def test_a_trial_of_a_budget_changes_nothing_and_names_what_would_be_done(network):
+    same, planned = compress(network, LowRank(), budget=0.5, dry_run=True)
+    assert same is network
+    done = compress(network, LowRank(), budget=0.5).report
+    assert {row.status for row in planned} <= {"planned", "kept"}
+    assert [r.requested_density for r in planned] == [r.requested_density for r in done]
+
+
+def test_calls_of_layers_count_where_batches_tell_them(network, batches):
+    _, report = compress(
+        network,
+        "lowrank",
+        budget=Budget(0.5, cost="flops"),
+        calibration=iter(batches),
+        dry_run=True,
+    )
+    rows = {row.layer: row for row in report}
+    positions = {"0": 16, "2": 4, "4": 1, "6": 1}
+    dense = sum(rows[name].dense_flops * count for name, count in positions.items())
+    assert report.metadata["budget"]["ceiling"] == pytest.approx(dense / 2)
+
+
+def test_time_can_be_bounded(network):
+    _, report = compress(network, "lowrank", budget=Budget(1.0, cost="seconds"), dry_run=True)
+    assert report.metadata["budget"]["planned"] <= report.metadata["budget"]["ceiling"]
+
+
+def test_layers_that_matter_more_get_more(network):
+    stored = []
+    for name in ("4", "6"):
+        budget = Budget(0.4, weights={name: 100.0})
+        _, report = compress(network, "magnitude", budget=budget, layers=["4", "6"])
+        stored.append({row.layer: row.density or 1.0 for row in report})
+    assert stored[0]["6"] < stored[1]["6"]
+
+
+def test_jobs_do_not_change_what_a_budget_gives(network):
+    with parallel_config(backend="threading"):  # processes would take seconds to start
+        one, two = (
+            compress(network, "lowrank", budget=0.5, n_jobs=n, dry_run=True).report for n in (1, 2)
+        )
+    assert one.rows == two.rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.5, "density": 0.5}, "density must be None with a budget"),
+        ({"budget": 0}, "budget must be"),
+        ({"budget": math.nan}, "budget must be"),
+        ({"budget": 10}, "budget=10"),
+        ({"budget": 0.5, "method": ()}, "method"),
+        ({"budget": 0.5, "method": ("lowrank", LowRank(), LowRank())}, "differ in name"),
+        ({"method": ("lowrank", "magnitude")}, "method must be"),
+    ],
+)
+def test_budgets_that_cannot_be_kept_are_refused(arguments, message, network):
+    with pytest.raises(ValueError, match=message):
+        compress(network, **{"method": "magnitude", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0.5, "watts"), "cost must be"), ((2.0, "seconds"), "share")],
+)
+def test_costs_that_cannot_be_bounded_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(*arguments)
 
 
 def test_errors_on_inputs_are_those_that_compressing_reports(network, batches):
