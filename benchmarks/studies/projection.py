@@ -26,7 +26,7 @@ SEEDS = 3
 #: By the names in tables. The published procedure is a transcription from the paper.
 METHODS = (
     "matfact DSF", "published DSF", "matfact Palm4MSA", "pyfaust palm4msa", "matfact LowRank",
-    "matfact MonarchProjector", "matfact BlockSVD",
+    "matfact MonarchProjector", "lazylinop ksd (Monarch)", "matfact BlockSVD",
 )  # fmt: skip
 #: Sizes of the first part, and of those that the published procedure is run for many times.
 SIZES, SMALLER = (64, 256, 1024), (64, 256, 512)
