@@ -43,7 +43,9 @@ SCORES = {
     "magnitude": False, "relative error": False, "perturbation": False, "variance": False,
     "perturbation ÷ cost": True,
 }  # fmt: skip
-ALDS = "ALDS"
+#: ALDS as published, whose error of a layer is the largest of its strips; and with that of k
+#: strips multiplied by √k, by which the error of the layer can be larger.
+ALDS = {"ALDS": False, "ALDS, √k": True}
 #: Most column strips that ALDS tries.
 MAX_STRIPS = 64
 #: Images that triples are scored on, and that accuracy is measured on.
@@ -72,7 +74,8 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
         for blocking in BLOCKINGS:
             for score in SCORES:
                 yield {"part": "accuracy", **network, "blocking": blocking, "score": score}
-        yield {"part": "accuracy", **network, "blocking": "searched", "score": ALDS}
+        for score in ALDS:
+            yield {"part": "accuracy", **network, "blocking": "searched", "score": score}
         yield {"part": "agreement", **network, "blocking": "none"}
 
 
@@ -99,8 +102,8 @@ def accuracies(
     W = matrices(model)
     entries = sum(weight.size for weight in W.values())
     start = time.process_time()
-    if score == ALDS:
-        choose = alds(W, channels(model))
+    if score in ALDS:
+        choose = alds(W, channels(model), ALDS[score])
     else:
         choose = by_score(W, model, images, blocking, score)
     chosen = {sparsity: choose(int((1 - sparsity) * entries + 1e-6)) for sparsity in SPARSITIES}
@@ -156,12 +159,14 @@ def scored(
     }
 
 
-def alds(W: Matrices, n_channels: Mapping[str, int]) -> Choice:
+def alds(W: Matrices, n_channels: Mapping[str, int], with_root: bool) -> Choice:
     """Choose strips and ranks of all layers as ALDS does."""
     errors = {
         name: strip_spectra(weight.astype(np.float64), divisors(n_channels[name], MAX_STRIPS))
         for name, weight in W.items()
     }
+    if with_root:
+        errors = {name: {k: k**0.5 * e for k, e in by.items()} for name, by in errors.items()}
     shapes = {name: weight.shape for name, weight in W.items()}
 
     def choose(budget: int) -> Matrices | None:
@@ -301,7 +306,7 @@ def figure(rows: Sequence[Row]) -> Figure:
                 if row["blocking"] in (blocking, "searched"):
                     accuracy = row["reestimated"] or row["accuracy"]
                     points = [(100 * float(s), a.mean) for s, a in accuracy.items()]
-                    style = "k--" if row["score"] == ALDS else "o-"
+                    style = {"ALDS": "k--", "ALDS, √k": "k:"}.get(row["score"], "o-")
                     axes.plot(*zip(*points, strict=True), style, label=row["score"], markersize=3)
             axes.axhline(chosen[0]["dense"].mean, color="0.6", linewidth=1)
             axes.set(xlabel="sparsity, %", title=f"{name}\nblocking: {blocking}")
