@@ -121,6 +121,14 @@ class InputStatistics:
         """Average of ``(x − mean)(x − mean)ᵀ``."""
         return self.second_moment - self.mean[:, None] * self.mean[None, :]
 
+    def reordered(self, order: Array) -> InputStatistics:
+        """Return the statistics of the inputs with their features in another order."""
+        xp, index = backend.namespace(self.gram), backend.like(order, self.gram)
+        result = InputStatistics()
+        result.count, result._sum = self.count, xp.take(self._sum, index)
+        result.gram = xp.take(xp.take(self.gram, index, axis=0), index, axis=1)
+        return result
+
     def centered(self) -> InputStatistics:
         """Return the statistics of the deviations from the mean, for maps with a bias.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -48,6 +49,12 @@ class Layout:
             )
         )
 
+    @classmethod
+    def permuted(cls, W: Array, row_order: np.ndarray, column_order: np.ndarray) -> Layout:
+        """Lay out `W` with its rows and columns in other orders."""
+        orders = zip((row_order, column_order), W.shape, strict=True)
+        return cls(*(SelectionFactor.from_index(order, n, like=W) for order, n in orders))
+
     def arrange(self, W: Array) -> Array:
         """Return the matrix the product of the chain has to match."""
         return self.arrange_columns(W if _is_identity(self.rows) else self.rows.apply(W))
@@ -58,7 +65,11 @@ class Layout:
 
     def factors(self, values: list[Array]) -> list[Factor]:
         """Return the factors of the matrix itself."""
-        factors: list[Factor] = [KroneckerSparseFactor(array) for array in values]
+        return self.around([KroneckerSparseFactor(array) for array in values])
+
+    def around(self, factors: Sequence[Factor]) -> list[Factor]:
+        """Return factors of what :meth:`arrange` arranges, turned into those of the matrix."""
+        factors = list(factors)
         if not _is_identity(self.rows):
             factors.insert(0, self.rows.T)
         if not _is_identity(self.columns):

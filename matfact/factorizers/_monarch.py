@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from sklearn.utils._param_validation import Interval
 
-from matfact import metrics
+from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
@@ -16,7 +16,8 @@ from matfact.factorizers._chain import Layout, best_two_factor_chain
 from matfact.operators import Factor, FactorProduct
 from matfact.solvers._callback import History
 from matfact.solvers.chains import Chain, two_factor_chain, two_factor_chains
-from matfact.solvers.monarch import monarch
+from matfact.solvers.grouping import low_rank_groups
+from matfact.solvers.monarch import monarch, monarch_loss
 
 
 class MonarchProjector(BaseFactorizer):
@@ -41,6 +42,11 @@ class MonarchProjector(BaseFactorizer):
         decomposition of `W`, is among them.
     rank : int or None, default=None
         Rank of each block. None takes the largest that fits the density.
+    permute : bool, default=False
+        Whether to look for orders of the rows and of the columns in which the blocks are nearer
+        to low rank. It takes seconds for matrices of a thousand rows, pays where related rows and
+        columns are scattered, and lowers the error of trained weights by a few per cent at most.
+        Permutations store no values.
 
     Attributes
     ----------
@@ -92,6 +98,7 @@ class MonarchProjector(BaseFactorizer):
         "density": DENSITY,
         "n_blocks": [Interval(Integral, 1, None, closed="left"), tuple, None],
         "rank": [Interval(Integral, 1, None, closed="left"), None],
+        "permute": ["boolean"],
     }
     _allow_complex: ClassVar[bool] = True
 
@@ -100,14 +107,26 @@ class MonarchProjector(BaseFactorizer):
         density: float | None = None,
         n_blocks: int | tuple[int, int] | None = None,
         rank: int | None = None,
+        permute: bool = False,
     ) -> None:
         self.density = density
         self.n_blocks = n_blocks
         self.rank = rank
+        self.permute = permute
 
     def _factorize(self, W: Array, history: History) -> Factorization:
-        chain = best_two_factor_chain(W, self._chains(W.shape))
-        layout = Layout.of(W, chain)
+        chains = self._chains(W.shape)
+        if self.permute:
+            layouts = [_grouped(W, chain) for chain in chains]
+            losses = [
+                monarch_loss(layout.arrange(W), chain)
+                for layout, chain in zip(layouts, chains, strict=True)
+            ]
+            best = int(np.argmin(losses))
+            chain, layout = chains[best], layouts[best]
+        else:
+            chain = best_two_factor_chain(W, chains)
+            layout = Layout.of(W, chain)
         return self._finish(
             chain, layout.factors(monarch(layout.arrange(W), chain, callback=history))
         )
@@ -117,7 +136,7 @@ class MonarchProjector(BaseFactorizer):
     ) -> Factorization:
         fits = []
         for chain in self._chains(W.shape):
-            layout = Layout.of(W, chain)
+            layout = _grouped(W, chain) if self.permute else Layout.of(W, chain)
             moment = layout.arrange_columns(layout.arrange_columns(calibration.second_moment).T).T
             factors = layout.factors(monarch(layout.arrange(W), chain, moment=moment))
             error = metrics.layer_error(W, FactorProduct(factors).toarray(), calibration.gram)
@@ -166,3 +185,13 @@ class MonarchProjector(BaseFactorizer):
                 f"{shape[0]}×{shape[1]} matrix, got {given}."
             )
         return (int(pair[0]), int(pair[1]))
+
+
+def _grouped(W: Array, chain: Chain) -> Layout:
+    """Lay out `W` with its rows and columns in an order of blocks nearer to low rank."""
+    target = backend.to_numpy(Layout.of(W, chain).arrange(W))
+    (height, left), (right, width) = chain.row_radices, chain.column_radices
+    rows = [np.arange(k, height * left, left) for k in range(left)]
+    columns = np.split(np.arange(right * width), right)
+    rows, columns = low_rank_groups(target, rows, columns, chain.ranks[0])
+    return Layout.of(W, chain, np.stack(rows, axis=1).ravel(), np.concatenate(columns))

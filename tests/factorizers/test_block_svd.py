@@ -112,3 +112,34 @@ def test_every_library_finds_the_same(asarray, calibrated):
 def test_bad_parameters_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         BlockSVD(**params).fit(np.ones((6, 8)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bound"),
+    [((64, 64), 1e-13), ((40, 80), 1e-13), ((50, 83), 0.1)],  # groups of unequal sizes: nearly
+)
+def test_a_planted_grid_is_found_behind_permutations(shape, bound):
+    rng = np.random.RandomState(0)
+    rows, columns = (np.array_split(np.arange(n), 4) for n in shape)
+    W = np.zeros(shape)
+    for r in rows:
+        for c in columns:
+            W[np.ix_(r, c)] = rng.randn(len(r), 1) @ rng.randn(1, len(c))
+    W = W[rng.permutation(shape[0])][:, rng.permutation(shape[1])]
+    density = 4 * sum(shape) / W.size
+    plain, permuted = (
+        BlockSVD(density, (4, 4), permute=permute).fit(W) for permute in (False, True)
+    )
+    assert permuted.density_ <= density
+    assert permuted.reconstruction_err_ < bound < plain.reconstruction_err_ / 4
+
+
+@pytest.mark.parametrize("blocking", ["auto", (2, 3)])
+def test_permuting_takes_the_inputs_along(blocking):
+    rng = np.random.RandomState(0)
+    W, X = rng.randn(24, 45), rng.randn(90, 45) * np.linspace(0.1, 2, 45)
+    model = BlockSVD(0.4, blocking, permute=True).fit(W, calibration=X)
+    plain = BlockSVD(0.4, blocking).fit(W, calibration=X)
+    error = np.linalg.norm(X @ (W - model.operator_.toarray()).T) / np.linalg.norm(X @ W.T)
+    assert model.layer_err_ == pytest.approx(error)
+    assert model.layer_err_ <= plain.layer_err_ * 1.02

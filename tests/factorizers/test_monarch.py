@@ -92,6 +92,39 @@ def test_a_planted_monarch_matrix_is_found():
     assert model.reconstruction_err_ < 1e-13
 
 
+@pytest.mark.parametrize(
+    ("shape", "n_blocks", "rank"), [((64, 64), (8, 8), 1), ((48, 96), (4, 6), 2)]
+)
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_planted_matrix_is_found_behind_permutations(shape, n_blocks, rank, is_complex, noise):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if is_complex else 0)
+    W = brute_force(W, n_blocks, rank)
+    W = W[rng.permutation(shape[0])][:, rng.permutation(shape[1])]
+    E = rng.standard_normal(shape)
+    noisy = W + noise * np.linalg.norm(W) / np.linalg.norm(E) * E
+    plain = MonarchProjector(n_blocks=n_blocks, rank=rank).fit(noisy)
+    found = MonarchProjector(n_blocks=n_blocks, rank=rank, permute=True).fit(noisy)
+    assert found.nnz_ == plain.nnz_
+    assert found.reconstruction_err_ <= noise + 1e-13 < plain.reconstruction_err_
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (31, 29)])
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_looking_for_permutations_never_hurts(shape, calibrated, scale):
+    W = scale * np.random.default_rng(0).standard_normal(shape)
+    X = layer_inputs(shape[1]) if calibrated else None
+    plain, found = (
+        MonarchProjector(permute=permute).fit(W, calibration=X) for permute in (False, True)
+    )
+    assert found.density_ <= max(0.25, plain.density_)
+    if not calibrated:
+        assert found.reconstruction_err_ <= plain.reconstruction_err_ + 1e-12
+    assert found.operator_.shape == shape
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "low rank", "planted"])
 def test_estimated_losses_choose_as_well_as_exact_ones(kind, monkeypatch):
     rng = np.random.default_rng(0)
