@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -67,6 +68,30 @@ def test_pruners_that_use_inputs_beat_magnitude_on_outputs(mlp, digits, method):
         for m in (method, "magnitude")
     ]
     assert errors[0] < errors[1]
+
+
+def test_later_layers_make_up_for_earlier_ones_and_biases_for_what_is_lost(mlp, digits):
+    errors = []
+    for feedback, shift_bias in ((False, False), (True, False), (True, True)):
+        small, report = compress(
+            mlp, "magnitude", density=0.2, calibration=digits.batches, adapt="finalize",
+            feedback=feedback, shift_bias=shift_bias,
+        )  # fmt: skip
+        with torch.no_grad():
+            errors.append(float((small(digits.test_x) - mlp(digits.test_x)).norm()))
+        assert ("feedback" in report.metadata["steps"][0]) == feedback
+        assert ("shifted biases" in report.metadata["steps"][0]) == shift_bias
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_shifted_biases_keep_the_mean_of_outputs(cnn, digits):
+    small, _ = compress(cnn, "magnitude", density=0.2, layers=["0"], calibration=digits.batches)
+    with torch.no_grad():
+        means = [
+            torch.cat([model[0](x) for x, _ in digits.batches]).mean((0, 2, 3))
+            for model in (cnn, small)
+        ]
+    torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
 
 
 def test_the_network_given_is_changed_only_in_place(mlp):
@@ -181,6 +206,20 @@ def test_reports_agree_in_every_format(mlp, tmp_path):
     entries = np.array([64 * 64, 64 * 64, 640])
     np.testing.assert_allclose(report.density, entries @ [0.25, 0.25, 1] / entries.sum())
     assert json.loads((tmp_path / "report.json").read_text())["metadata"]["density"] == 0.25
+
+
+@pytest.mark.parametrize("batches", [None, [torch.ones(4, 8)]])
+def test_layers_that_are_replaced_are_let_go(batches):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    layers = [weakref.ref(layer) for layer in model]
+    alive = []
+    compress(
+        model, "magnitude", calibration=batches, inplace=True,
+        progress=lambda row, _: alive.append([layer() is not None for layer in layers]),
+    )  # fmt: skip
+    for i, present in enumerate(alive):
+        assert present[:i] == [False] * i
+    assert not any(layer() for layer in layers)
 
 
 def test_names_in_a_page_are_no_markup(tmp_path):
