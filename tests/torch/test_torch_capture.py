@@ -106,3 +106,42 @@ def test_what_is_no_layer_and_what_is_no_batch_is_refused():
         input_statistics(nn.Sequential(nn.ReLU()), [torch.ones(1)], ["0"])
     with pytest.raises(ValueError, match="batches"):
         input_statistics(nn.Sequential(nn.Linear(1, 1)), [])
+
+
+def test_padding_does_not_count():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.out(self.embed(input_ids)).sum(1)
+
+    model = Tokens()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": mask}
+    X = model.embed.weight.detach()[[0, 1, 3]].double().numpy()
+    (_, walked), *_ = walk(model, ["out"], [batch])
+    for found in (input_statistics(model, [batch])["out"][0], walked[0]):
+        assert found.count == 3
+        np.testing.assert_allclose(found.gram, X.T @ X, rtol=1e-6)
+
+
+def test_pairs_hold_the_inputs_of_the_dense_network_beside_those_now(batches):
+    torch.manual_seed(0)
+    model = Residual()
+    dense = input_statistics(model, batches)["first"][0]
+    with torch.no_grad():
+        before = torch.cat([_hidden(model, b) for b in batches]).double().numpy()
+        for name, statistics in walk(model, ["first", "second"], batches, paired=True):
+            if name == "first":
+                np.testing.assert_allclose(statistics[0].cross, dense.gram, rtol=1e-6)
+                model.first = nn.Linear(6, 6)
+        now = torch.cat([_hidden(model, b) for b in batches]).double().numpy()
+    np.testing.assert_allclose(statistics[0].cross, now.T @ before, rtol=1e-5)
+    np.testing.assert_allclose(statistics[0].inputs.gram, now.T @ now, rtol=1e-5)
+
+
+def _hidden(model, batch):
+    x = batch["x"].reshape(-1, 6)
+    return x + torch.relu(model.first(batch["scale"] * x))

