@@ -1,7 +1,8 @@
 """How long products take on this machine: rates measured once, kept in the user's cache.
 
-Rates are seconds for one stored value (or one row) and a whole batch, for a few batch sizes. The
-weights measured rotate, so that they come from memory as those of a network's layers do.
+Rates are seconds for one stored value (or one row) and a whole batch, for a few batch sizes, on
+one thread and on all. The weights measured rotate, so that they come from memory as those of a
+network's layers do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -29,21 +31,35 @@ from matfact.kernels.program import Program
 
 Rates = dict[str, list[float]]
 
-KINDS = ("dense", "call", "row", "csr", "pair", "block")  #: what has a rate
+PARTS = ("call", "row", "csr", "pair", "block")  #: what a program consists of
+SHARED = {kind: f"shared {kind}" for kind in PARTS}  #: the same on all threads
+KINDS = ("dense", "small dense", *PARTS, *SHARED.values())  #: what has a rate
 BATCHES = (1, 2, 4, 16, 64, 256)  #: batch sizes at which rates are measured
-_SIDE = 1024  #: of the matrices measured
+_SIDE, _SMALL = 1024, 256  #: of the matrices measured
 _LAYERS = 12  #: whose dense weights exceed most caches
+_TINY = 200  #: programs that do nothing, so many that what each needs is not at hand
 _REPEATS = 3
-_PATIENCE = 0.03  #: seconds for one rate, and a call more
+_PATIENCE = 0.03  #: seconds for one rate, and a rotation more
 
 
-def seconds(rates: Rates, counts: dict[str, int], batch: int) -> float:
-    """Return the time for `counts` of each kind of thing at one batch size."""
+def program_seconds(rates: Rates, counts: dict[str, int], batch: int, threads: int) -> float:
+    """Return the time for `counts` of each part of a program at one batch size."""
+    kinds = SHARED if threads > 1 else {kind: kind for kind in PARTS}
+    return sum(count * _rate(rates, kinds[kind], batch) for kind, count in counts.items())
+
+
+def dense_seconds(rates: Rates, entries: int, batch: int) -> float:
+    """Return the time for a dense matrix of so many entries."""
+    position = math.log(entries / _SMALL**2) / math.log(_SIDE**2 / _SMALL**2)
+    share = min(max(position, 0.0), 1.0)
+    small, large = (_rate(rates, kind, batch) for kind in ("small dense", "dense"))
+    return entries * (small + share * (large - small))
+
+
+def _rate(rates: Rates, kind: str, batch: int) -> float:
     batch = max(1, batch)
     scale = max(1.0, batch / BATCHES[-1])  # beyond what was measured, time is proportional
-    return scale * sum(
-        count * float(np.interp(batch, BATCHES, rates[kind])) for kind, count in counts.items()
-    )
+    return scale * float(np.interp(batch, BATCHES, rates[kind]))
 
 
 @functools.cache
@@ -67,17 +83,28 @@ def rates() -> Rates:
 
 
 def measure() -> Rates:
-    """Measure the rates, which takes about a second."""
+    """Measure the rates, which takes a few seconds."""
     rng = np.random.RandomState(0)
-    kinds = {"call": _tiny, "row": _selection, "csr": _csr, "pair": _pairs, "block": _blocks}
-    programs = {kind: [build(rng) for _ in range(_LAYERS)] for kind, build in kinds.items()}
-    weights = list(np.ones((_LAYERS, _SIDE, _SIDE), np.float32))
-    times = {
-        kind: [_fastest(layers[0].columns, batch, [p.apply for p in layers]) for batch in BATCHES]
-        for kind, layers in programs.items()
+    builders = {"row": _selection, "csr": _csr, "pair": _pairs, "block": _blocks}
+    programs = {kind: [build(rng) for _ in range(_LAYERS)] for kind, build in builders.items()}
+    programs["call"] = [_tiny() for _ in range(_TINY)]
+    alone = _program_rates(programs, 1)
+    shared = _program_rates(programs, max_threads()) if max_threads() > 1 else alone
+    # At last, since threads of BLAS stay busy for a while after their work is done.
+    return {
+        **alone,
+        **{SHARED[kind]: rate for kind, rate in shared.items()},
+        "dense": _dense_rates(_SIDE, _LAYERS),
+        "small dense": _dense_rates(_SMALL, _LAYERS * _SIDE**2 // _SMALL**2),
     }
-    dense = [_fastest(_SIDE, batch, [w.__matmul__ for w in weights]) for batch in BATCHES]
-    result = {"dense": [t / _SIDE**2 for t in dense], "call": times["call"]}
+
+
+def _program_rates(programs: dict[str, list[Program]], threads: int) -> Rates:
+    times = {}
+    for kind, layers in programs.items():
+        calls = [functools.partial(program.apply, threads=threads) for program in layers]
+        times[kind] = [_seconds(layers[0].columns, batch, calls) for batch in BATCHES]
+    result = {"call": times["call"]}
     for kind in ("row", "csr", "pair", "block"):
         known = programs[kind][0].counts
         rest = {k: n for k, n in known.items() if n and k != kind}
@@ -88,22 +115,26 @@ def measure() -> Rates:
     return result
 
 
-def _fastest(rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], object]]) -> float:
-    """Return the time of the fastest of `calls`, each made a few times in turn."""
+def _dense_rates(side: int, layers: int) -> list[float]:
+    calls = [w.__matmul__ for w in np.ones((layers, side, side), np.float32)]
+    return [_seconds(side, batch, calls) / side**2 for batch in BATCHES]
+
+
+def _seconds(rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], object]]) -> float:
+    """Return the time of one of `calls`, made in turn: the fastest rotation's mean."""
     X = np.ones((rows, batch), np.float32)
-    between = np.ones(_SIDE**2)  # what a program does elsewhere displaces code and data
-    calls[0](X)  # compiles
     times: list[float] = []
-    while sum(times) < _PATIENCE and len(times) < _REPEATS * len(calls):
-        call = calls[len(times) % len(calls)]
-        between.sum()
+    for _ in range(_REPEATS + 1):
         start = time.perf_counter()
-        call(X)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for call in calls:
+            call(X)
+        times.append((time.perf_counter() - start) / len(calls))
+        if sum(times[1:]) * len(calls) > _PATIENCE:
+            break
+    return min(times[1:])  # the first compiles, and wakes threads
 
 
-def _tiny(rng: np.random.RandomState) -> Program:
+def _tiny() -> Program:
     program = Program(np.float32, half=False, columns=1)
     program.add_selection(np.zeros(1, np.int64))
     return program.finish()

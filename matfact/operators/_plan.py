@@ -65,11 +65,11 @@ class Plan:
         """Predict both ways from the machine's rates."""
         from matfact.kernels import cost
 
-        rates = cost.rates()
+        rates, program = cost.rates(), self._program(dtype)
         return Advice(
             batch,
-            cost.seconds(rates, self._program(dtype).counts, batch),
-            cost.seconds(rates, {"dense": self._entries}, batch),
+            cost.program_seconds(rates, program.counts, batch, program.threads(batch)),
+            cost.dense_seconds(rates, self._entries, batch),
         )
 
     def _program(self, dtype: np.dtype) -> Program:

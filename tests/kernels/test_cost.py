@@ -62,14 +62,24 @@ def test_rates_of_a_busy_machine_are_not_kept(cache, monkeypatch):
 
 def test_times_are_interpolated_and_proportional_beyond_what_was_measured():
     largest = cost.BATCHES[-1]
-    assert cost.seconds(RATES, {"dense": 2}, 40) == pytest.approx(80)
-    assert cost.seconds(RATES, {"csr": 1, "row": 2}, 2 * largest) == pytest.approx(6 * largest)
+    assert cost.dense_seconds(RATES, 2, 40) == pytest.approx(80)
+    counts = {"csr": 1, "row": 2}
+    assert cost.program_seconds(RATES, counts, 2 * largest, 1) == pytest.approx(6 * largest)
+
+
+def test_times_depend_on_threads_and_on_the_size_of_a_dense_matrix():
+    rates = RATES | {"shared csr": [0.5] * 6, "dense": [1.0] * 6, "small dense": [3.0] * 6}
+    assert cost.program_seconds(rates, {"csr": 4}, 1, threads=1) == pytest.approx(4)
+    assert cost.program_seconds(rates, {"csr": 4}, 1, threads=2) == pytest.approx(2)
+    per_entry = [cost.dense_seconds(rates, n * n, 1) / n**2 for n in (128, 512, 2048)]
+    assert per_entry == pytest.approx([3, 2, 1])
 
 
 def test_measured_rates_are_finite_and_take_no_negative_time(monkeypatch):
     monkeypatch.setattr(cost, "_SIDE", 64)
+    monkeypatch.setattr(cost, "_SMALL", 32)
     monkeypatch.setattr(cost, "_LAYERS", 2)
     rates = cost.measure()
     assert set(rates) == set(cost.KINDS)
     assert all(np.isfinite(rates[kind]).all() and min(rates[kind]) >= 0 for kind in rates)
-    assert min(rates["dense"] + rates["call"]) > 0
+    assert min(rates["dense"] + rates["small dense"] + rates["call"]) > 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matfact.kernels import cost
+from matfact.kernels import cost, helpers
 from matfact.operators import (
     BlockSparseFactor,
     DenseFactor,
@@ -22,10 +22,8 @@ from matfact.operators import (
 
 KINDS = ("dense", "csr", "kronecker", "butterfly", "blocks", "selection")
 #: Rates that make the one or the other way look free.
-FACTORS = {kind: [0.0] * 6 for kind in ("call", "row", "csr", "pair", "block")} | {
-    "dense": [1.0] * 6
-}
-DENSE = {kind: [1.0] * 6 for kind in FACTORS} | {"dense": [0.0] * 6}
+FACTORS = {kind: [1.0 if "dense" in kind else 0.0] * 6 for kind in cost.KINDS}
+DENSE = {kind: [1.0 - rate for rate in rates] for kind, rates in FACTORS.items()}
 
 
 def random_factor(kind, rows, columns, rng, dtype):
@@ -178,7 +176,8 @@ def test_advice_names_the_faster_way(sparse_pair, monkeypatch):
     advice = sparse_pair.advise(8)
     assert advice.method == "dense"
     assert "use dense: at batch size 8" in repr(advice)
-    monkeypatch.setattr(cost, "rates", lambda: FACTORS | {"csr": [1e-3] * 6})
+    monkeypatch.setattr(cost, "rates", lambda: FACTORS | {"shared csr": [1e-3] * 6})
+    monkeypatch.setattr(helpers, "max_threads", lambda: 2)
     advice = sparse_pair.advise(512)
     assert advice.method == "factors"
     assert advice.factors_seconds == pytest.approx(2e-3 * sparse_pair.nnz)
