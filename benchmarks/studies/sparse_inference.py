@@ -23,6 +23,8 @@ from matfact.operators import FactorProduct
 SEEDS = 1
 STORED = (0.5, 0.25, 0.125, 0.05)
 BATCHES = (1, 16, 64)
+#: Timings of each way, by batch.
+REPEATS = {1: 25, 16: 9, 64: 5}
 DENSE = "dense (BLAS)"
 LIBRARIES = ("matfact", "scipy CSR")
 #: How many matrices share the stored values of a layer.
@@ -33,8 +35,8 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
     for batch in BATCHES[:2] if quick else BATCHES:
         for stored in STORED[1::2] if quick else STORED:
             yield {
-                "side": 256 if quick else 1024, "layers": 4 if quick else 16, "batch": batch,
-                "stored": stored, "repeats": 3 if quick else 5,
+                "side": 256 if quick else 1024, "layers": 4 if quick else 24, "batch": batch,
+                "stored": stored, "repeats": 3 if quick else REPEATS[batch],
             }  # fmt: skip
 
 
