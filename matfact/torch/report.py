@@ -48,7 +48,9 @@ class LayerReport:
     normalized_error : float or None
         Relative error ÷ that of magnitude pruning with as many stored values.
     layer_error : float or None
-        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` on the calibration inputs `X`, where there are any.
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` on the calibration inputs `X`, where there are any: less
+        their mean where a bias makes up for it, and with feedback for the matrix `W` that makes
+        up for the layers before.
     nbytes : int or None
         Bytes of values and positions, in the smaller of CSR and bit masks.
     flops : int or None
