@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -47,11 +48,11 @@ def flipped(rng: random.Random, content: bytes) -> bytes:
 
 def changed(rng: random.Random, content: Any) -> Any:
     """Return JSON `content` with a few values replaced, removed, repeated or exchanged."""
-    content = json.loads(json.dumps(content))
+    content = copy.deepcopy(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = list(_places(content))
         if not places:
-            return rng.choice(HOSTILE)
+            return copy.deepcopy(rng.choice(HOSTILE))
         inside, key = rng.choice(places)
         kind = rng.randrange(6)
         if kind == 0:
@@ -59,14 +60,14 @@ def changed(rng: random.Random, content: Any) -> Any:
         elif kind == 1 and isinstance(inside[key], int):
             inside[key] += rng.choice((-1, 1, 8, -8, 2**32, 2**63))
         elif kind == 2 and isinstance(inside, list):
-            inside.insert(key, inside[key])
+            inside.insert(key, copy.deepcopy(inside[key]))
         elif kind == 3:
             other, place = rng.choice(places)
-            inside[key] = json.loads(json.dumps(other[place]))
+            inside[key] = copy.deepcopy(other[place])
         elif kind == 4 and isinstance(inside, dict):
             inside[str(rng.choice(HOSTILE))[:99]] = inside.pop(key)
         else:
-            inside[key] = rng.choice(HOSTILE)
+            inside[key] = copy.deepcopy(rng.choice(HOSTILE))
     return content
 
 
@@ -167,6 +168,8 @@ def damaged_arguments(rng: random.Random, files: Files) -> Files:
     arguments = json.loads(files["arguments"])
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(1, len(arguments))
+        if arguments[at - 1] == "--jobs":
+            continue  # processes without number are what it asks for
         text = rng.choice((str(rng.choice(HOSTILE)), arguments[at][::-1], "-" + arguments[at], ","))
         arguments[at] = text.replace("\0", "\x01")
     return files | {"arguments": json.dumps(arguments).encode()}

@@ -24,7 +24,7 @@ def readers():
 
 @needs_fork
 def test_no_reader_crashes_hangs_or_takes_much_memory():
-    for name, counts, findings in fuzz.fuzz(2000, seed=1):
+    for name, counts, findings in fuzz.fuzz(1500, seed=1):
         assert findings == []
         assert counts["refused"] > 0.1 * counts.total(), name
         # The damage is not so heavy that all of it is found at once.
@@ -65,6 +65,6 @@ def test_what_is_looked_for_is_found(read, problem):
         return files
 
     reader = fuzz.Reader([{"file": b"content"}], damage, read)
-    counts, findings = fuzz.run_batch("made up", reader, 0, range(2))
-    assert counts["bad"] == len(findings) == 2
+    counts, findings = fuzz.run_batch("made up", reader, 0, range(1))
+    assert counts["bad"] == len(findings) == 1
     assert all(problem in finding.problem for finding in findings)

@@ -1,0 +1,100 @@
+"""Nothing is kept of a fit that is over, and nothing is said but through warnings."""
+
+import ast
+import gc
+import sys
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+
+import matfact
+
+sys.path.append(str(Path(__file__).parents[1] / "conformance"))
+
+from estimators import FACTORIZERS
+
+PACKAGE = Path(matfact.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+W = np.random.RandomState(0).standard_normal((20, 20))
+
+
+def fit_many(name, count):
+    for _ in range(count):
+        model = clone(FACTORIZERS[name]).fit(W)
+        model.operator_ @ W
+        del model
+
+
+@pytest.mark.parametrize("name", [name for name in FACTORIZERS if "-" not in name])
+def test_fifty_fits_keep_less_than_five_matrices(name):
+    fit_many(name, 3)  # what is compiled and cached
+    gc.collect()
+    tracemalloc.start()
+    try:
+        fit_many(name, 5)
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        fit_many(name, 50)
+        gc.collect()
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept < 5 * W.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACTORIZERS)
+def test_a_thousand_fits_do_not_grow_the_process(name):
+    psutil = pytest.importorskip("psutil")
+    fit_many(name, 100)
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    fit_many(name, 1000)
+    gc.collect()
+    # Of each fit no more than a third of a matrix.
+    assert psutil.Process().memory_info().rss - before < 1 << 20
+
+
+@pytest.mark.parametrize("name", FACTORIZERS)
+def test_fits_print_nothing_and_warn_only_of_convergence(name, capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for matrix in (W, np.zeros((8, 8)), np.ones((1, 9)), np.sign(W)):
+            clone(FACTORIZERS[name]).fit(matrix)
+    assert {warning.category for warning in caught} <= {ConvergenceWarning}
+    assert capfd.readouterr() == ("", "")
+
+
+def calls(path):
+    """Yield the name of each function called in a file, and the call."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_nothing_but_the_command_line_prints():
+    named = {"print", "sys.stdout.write", "sys.stderr.write", "pprint"}
+    printing = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in SOURCES
+        if "cli" not in path.parts
+        for name, node in calls(path)
+        if name in named
+    ]
+    assert printing == []
+
+
+def test_every_warning_has_a_class_of_its_own():
+    plain = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in SOURCES
+        for name, node in calls(path)
+        if name == "warnings.warn"
+        and (len(node.args) < 2 or not ast.unparse(node.args[1]).endswith("Warning"))
+    ]
+    assert plain == []

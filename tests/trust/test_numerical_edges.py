@@ -1,0 +1,87 @@
+"""Every factorizer on matrices at the edges of what numbers can be."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+
+sys.path.append(str(Path(__file__).parents[1] / "conformance"))
+
+from estimators import FACTORIZERS
+
+SIDE = 20
+N_VALUES = SIDE * SIDE // 2
+
+rng = np.random.RandomState(0)
+GAUSSIAN = rng.standard_normal((SIDE, SIDE))
+EDGES = {
+    "subnormal": (GAUSSIAN * 1e-41).astype(np.float32),
+    "tiny": (GAUSSIAN * 1e-30).astype(np.float32),
+    "huge": (GAUSSIAN * 1e30).astype(np.float32),
+    "of all scales": GAUSSIAN * 10.0 ** rng.randint(-30, 31, (SIDE, SIDE)),
+    "duplicated columns": GAUSSIAN[:, [0, 1, 2, 3] * (SIDE // 4)],
+    "nearly duplicated columns": GAUSSIAN[:, [0] * SIDE] + 1e-15 * GAUSSIAN,
+    "zero columns": GAUSSIAN * (np.arange(SIDE) % 3 == 0),
+    "zero rows": GAUSSIAN * (np.arange(SIDE) % 3 == 0)[:, None],
+    "of low rank": GAUSSIAN[:, :3] @ GAUSSIAN[:3],
+    "tied": np.sign(GAUSSIAN),
+    "negative zeros": -np.abs(np.sign(GAUSSIAN) * (np.abs(GAUSSIAN) > 1)),
+    "the identity": np.eye(SIDE),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("name", FACTORIZERS)
+def test_fits_are_finite_within_budget_and_no_worse_than_nothing(name, edge):
+    W = EDGES[edge]
+    model = clone(FACTORIZERS[name]).set_params(density=0.5).fit(W)
+    assert model.nnz_ <= N_VALUES
+    assert model.operator_.dtype == W.dtype
+    W_hat = model.operator_.toarray().astype(np.float64)
+    assert np.isfinite(W_hat).all()
+    # Subnormal results are rounded to a few digits.
+    slack = 1e-2 if edge == "subnormal" else 1e2 * float(np.finfo(W.dtype).eps)
+    assert model.reconstruction_err_ <= 1 + slack
+    scale = np.abs(W).max()
+    error = np.linalg.norm((W - W_hat) / scale) / np.linalg.norm(W / np.float64(scale))
+    assert error == pytest.approx(model.reconstruction_err_, rel=1e-4, abs=slack)
+
+
+@pytest.mark.parametrize("edge", ["subnormal", "tiny", "huge"])
+@pytest.mark.parametrize("name", FACTORIZERS)
+def test_results_scale_with_the_matrix(name, edge):
+    usual = clone(FACTORIZERS[name]).set_params(density=0.5).fit(GAUSSIAN.astype(np.float32))
+    model = clone(FACTORIZERS[name]).set_params(density=0.5).fit(EDGES[edge])
+    assert model.reconstruction_err_ == pytest.approx(usual.reconstruction_err_, rel=0.05)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(2, 24),
+    columns=st.integers(2, 24),
+    rank=st.integers(1, 3),
+    exponent=st.integers(-30, 30),
+)
+def test_a_matrix_of_low_rank_is_found_exactly(rows, columns, rank, exponent):
+    draw = np.random.RandomState(rank)
+    W = draw.standard_normal((rows, rank)) @ draw.standard_normal((rank, columns))
+    model = clone(FACTORIZERS["lowrank"]).set_params(rank=min(rank, rows, columns))
+    error = model.fit(W * 10.0**exponent).reconstruction_err_
+    assert error <= 1e3 * np.finfo(float).eps
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_ties_do_not_exceed_the_budget(data):
+    name = data.draw(st.sampled_from(sorted(FACTORIZERS)))
+    levels = data.draw(st.integers(1, 3))
+    W = np.round(GAUSSIAN * levels) / levels
+    density = data.draw(st.floats(0.3, 1))
+    model = clone(FACTORIZERS[name]).set_params(density=density).fit(W)
+    assert model.density_ <= density
+    again = clone(FACTORIZERS[name]).set_params(density=density).fit(W)
+    np.testing.assert_array_equal(model.operator_.toarray(), again.operator_.toarray())
