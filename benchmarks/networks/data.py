@@ -44,11 +44,11 @@ def load(name: str) -> Data:
     if name not in readers:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
     train_x, train_y, test_x, test_y = readers[name]()
-    mean, deviation = train_x.mean(dtype=np.float64), train_x.std(dtype=np.float64)
-    images = (torch.from_numpy(x.astype(np.float32)[:, None]) for x in (train_x, test_x))
-    train, test = ((x - float(mean)) / float(deviation) for x in images)
-    labels = (torch.from_numpy(y.astype(np.int64)) for y in (train_y, test_y))
-    train_labels, test_labels = labels
+    train, test = (torch.from_numpy(x.astype(np.float32)[:, None]) for x in (train_x, test_x))
+    deviation, mean = (float(value) for value in torch.std_mean(train))
+    for images in (train, test):
+        images.sub_(mean).div_(deviation)  # in place: the sets are large
+    train_labels, test_labels = (torch.from_numpy(y.astype(np.int64)) for y in (train_y, test_y))
     return train, train_labels, test, test_labels
 
 
