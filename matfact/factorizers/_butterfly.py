@@ -27,6 +27,7 @@ from matfact.solvers.chains import (
 )
 from matfact.solvers.descent import descend
 from matfact.solvers.monarch import monarch, monarch_loss
+from matfact.solvers.ordering import learned_order
 
 _Orders = tuple[np.ndarray | None, np.ndarray | None]
 _ORDERS = ("identity", "bit_reversal", "dct", "idct")
@@ -62,13 +63,15 @@ class ButterflyFit(BaseFactorizer):
     density : float or None, default=None
         Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None stores what `chain` and
         `rank` ask for.
-    permutation : {"identity", "bit_reversal", "dct", "idct", "auto"} or array-like of int of \
-shape (in_features,), default="identity"
+    permutation : {"identity", "bit_reversal", "dct", "idct", "auto", "learned"} or array-like of \
+int of shape (in_features,), default="identity"
         Order of the columns of `W` in which it is to be a butterfly: ``W[:, permutation]``.
         "bit_reversal" is that of the Fourier transform (reversal of the digits in the radices of
         the chain), "dct" that of the cosine and sine transforms (types II, exact with
         ``rank=2``), "idct" that of their inverses (types III), where rows move too. "auto" tries
-        these four and keeps the best.
+        these four and keeps the best. "learned" looks for an order, by clustering columns cut
+        after cut, and keeps it where it is better than none: any order of a butterfly of rank one
+        is found.
     max_iter : int, default=10
         Largest number of sweeps, and of descent steps.
     tol : float, default=5e-3
@@ -125,7 +128,7 @@ shape (in_features,), default="identity"
         "rank": [Interval(Integral, 1, None, closed="left"), None],
         "density": DENSITY,
         "permutation": [
-            StrOptions({*_ORDERS, "auto"}),
+            StrOptions({*_ORDERS, "auto", "learned"}),
             "array-like",
         ],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -155,7 +158,7 @@ shape (in_features,), default="identity"
         candidates = [
             (chain, Layout.of(W, chain, *orders))
             for chain in self._chains(W.shape)
-            for orders in self._orders(chain, W.shape)
+            for orders in self._orders(chain, W)
         ]
         chain, layout = self._best(W, candidates)
         target, n_iter = layout.arrange(W), 1
@@ -237,8 +240,9 @@ shape (in_features,), default="identity"
             )
         return chain
 
-    def _orders(self, chain: Chain, shape: tuple[int, int]) -> list[_Orders]:
+    def _orders(self, chain: Chain, W: Array) -> list[_Orders]:
         """Return the orders of rows and of columns to try."""
+        shape = W.shape
         if not isinstance(self.permutation, str):
             order = np.asarray(self.permutation)
             if order.shape != shape[1:] or not np.array_equal(np.sort(order), np.arange(shape[1])):
@@ -247,6 +251,9 @@ shape (in_features,), default="identity"
                     f"{shape[1]} columns, got an array of shape {order.shape}."
                 )
             return [(None, order)]
+        if self.permutation == "learned":
+            target = backend.to_numpy(Layout.of(W, chain).arrange(W))
+            return [(None, None), (None, learned_order(target, chain))]
         names = [n for n in _ORDERS if self.permutation in (n, "auto")]
         return [_named_orders(name, chain) for name in names]
 

@@ -53,9 +53,9 @@ def _improved(
     bases, energy = _bases(W, rows, columns, rank)
     best = (energy, rows, columns)
     for _ in range(_MAX_ITER):
-        rows = _assign(_captured(W, columns, bases), rows)
+        rows = assign(_captured(W, columns, bases), rows)
         bases, _ = _bases(W.T, columns, rows, rank)
-        columns = _assign(_captured(W.T, rows, bases), columns)
+        columns = assign(_captured(W.T, rows, bases), columns)
         bases, energy = _bases(W, rows, columns, rank)
         if energy <= best[0] + _TOLERANCE * total:
             break
@@ -89,7 +89,7 @@ def _captured(W: np.ndarray, columns: Groups, bases: list[list[np.ndarray]]) -> 
     )
 
 
-def _assign(scores: np.ndarray, groups: Groups) -> Groups:
+def assign(scores: np.ndarray, groups: Groups) -> Groups:
     """Return groups of the sizes of `groups` with the largest sum of scores."""
     owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     _, places = scipy.optimize.linear_sum_assignment(scores[:, owners], maximize=True)
@@ -105,15 +105,22 @@ def _clusters(W: np.ndarray, groups: Groups) -> Groups:
     profiles -= profiles.mean(0) + profiles.mean(1, keepdims=True) - profiles.mean()
     U, s, _ = np.linalg.svd(profiles, full_matrices=False)
     features = U[:, : len(groups)] * s[: len(groups)]
-    if np.unique(features, axis=0).shape[0] < len(groups):
+    centers = centers_of(features, len(groups))
+    if centers is None:
         return groups
-    centers = KMeans(len(groups), n_init=8, random_state=0).fit(features).cluster_centers_
     for _ in range(_BALANCING):
-        groups = _assign(-_distances(features, centers), groups)
+        groups = assign(-distances(features, centers), groups)
         centers = np.stack([features[group].mean(0) for group in groups])
     return groups
 
 
-def _distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+def centers_of(points: np.ndarray, count: int) -> np.ndarray | None:
+    """Return the centers of clusters, None where fewer points differ."""
+    if np.unique(points, axis=0).shape[0] < count:
+        return None
+    return KMeans(count, n_init=8, random_state=0).fit(points).cluster_centers_
+
+
+def distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """Return squared distances of points from centers."""
     return (points**2).sum(1)[:, None] - 2 * points @ centers.T + (centers**2).sum(1)

@@ -34,6 +34,36 @@ def test_a_given_permutation_is_used():
     assert model.reconstruction_err_ < EXACT
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("kind", ["hadamard", "fourier", "random"])
+def test_an_order_of_the_columns_is_learned(kind, noise):
+    rng = np.random.default_rng(0)
+    W = {
+        "hadamard": lambda: hadamard(64).astype(float),
+        "fourier": lambda: np.fft.fft(np.eye(64)),
+        "random": lambda: ButterflyFit().fit(rng.standard_normal((64, 64))).operator_.toarray(),
+    }[kind]()[:, rng.permutation(64)]
+    E = rng.standard_normal(W.shape)
+    noisy = W + noise * np.linalg.norm(W) / np.linalg.norm(E) * E
+    model = ButterflyFit(permutation="learned").fit(noisy)
+    assert model.nnz_ == 2 * 64 * 6
+    assert model.reconstruction_err_ <= noise + EXACT
+    assert ButterflyFit(permutation="auto").fit(noisy).reconstruction_err_ > 0.5
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 24), st.integers(1, 24), st.sampled_from([0.0, 1.0]), st.booleans())
+def test_learning_an_order_never_hurts(rows, columns, spread, is_complex):
+    rng = np.random.default_rng(0)
+    W = 1 + spread * rng.standard_normal((rows, columns)) + (1j if is_complex else 0)
+    learned, plain = (
+        ButterflyFit(chain="square_dyadic", permutation=name).fit(W)
+        for name in ("learned", "identity")
+    )
+    assert learned.nnz_ == plain.nnz_
+    assert learned.reconstruction_err_ <= plain.reconstruction_err_ * 1.01 + EXACT
+
+
 def cosine(transform, kind):
     return transform(np.eye(N), type=kind, axis=0, norm="ortho")
 
