@@ -56,6 +56,31 @@ def to_numpy(array: Array) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
+def host_view(array: Array) -> np.ndarray | None:
+    """Return `array` as a NumPy array that shares its memory, None where that is impossible.
+
+    bfloat16 numbers, which NumPy has not, come as their bits: integers of 16.
+    """
+    if is_numpy(array):
+        return array
+    if not array_api_compat.is_torch_array(array) or array.device.type != "cpu":
+        return None
+    if array.requires_grad or array.is_conj():
+        return None
+    return (array.view(namespace(array).int16) if is_bfloat16(array) else array).numpy()
+
+
+def version(array: Array) -> int:
+    """Return a number that changes when `array` is written to (torch only; 0 elsewhere)."""
+    tracked = array_api_compat.is_torch_array(array) and not array.is_inference()
+    return array._version if tracked else 0
+
+
+def is_bfloat16(array: Array) -> bool:
+    """Whether `array` has the 16-bit floating dtype that NumPy lacks."""
+    return str(array.dtype).rpartition(".")[2] == "bfloat16"
+
+
 def like(values: Any, reference: Array, dtype: Any = None) -> Array:
     """Return host `values` as an array of `reference`'s library, on its device."""
     xp = namespace(reference)

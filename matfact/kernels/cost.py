@@ -135,20 +135,20 @@ def _seconds(rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], objec
 
 
 def _tiny() -> Program:
-    program = Program(np.float32, half=False, columns=1)
+    program = Program(np.float32, half="", columns=1)
     program.add_selection(np.zeros(1, np.int64))
     return program.finish()
 
 
 def _selection(rng: np.random.RandomState) -> Program:
-    program = Program(np.float32, half=False, columns=_SIDE)
+    program = Program(np.float32, half="", columns=_SIDE)
     for _ in range(4):
         program.add_selection(rng.permutation(_SIDE))
     return program.finish()
 
 
 def _csr(rng: np.random.RandomState) -> Program:
-    program = Program(np.float32, half=False, columns=_SIDE)
+    program = Program(np.float32, half="", columns=_SIDE)
     per_row = _SIDE // 10
     indices = np.sort(rng.randint(_SIDE, size=(_SIDE, per_row)), axis=1)
     indptr = np.arange(_SIDE + 1) * per_row
@@ -157,14 +157,14 @@ def _csr(rng: np.random.RandomState) -> Program:
 
 
 def _pairs(rng: np.random.RandomState) -> Program:
-    program = Program(np.float32, half=False, columns=_SIDE)
+    program = Program(np.float32, half="", columns=_SIDE)
     for d in (1, 8, _SIDE // 16, _SIDE // 2):
         program.add_kronecker(np.ones((_SIDE // 2 // d, d, 2, 2), np.float32))
     return program.finish()
 
 
 def _blocks(rng: np.random.RandomState) -> Program:
-    program = Program(np.float32, half=False, columns=_SIDE)
+    program = Program(np.float32, half="", columns=_SIDE)
     for d in (1, _SIDE // 32):
         program.add_kronecker(np.ones((_SIDE // 32 // d, d, 32, 32), np.float32))
     return program.finish()

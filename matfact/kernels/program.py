@@ -28,13 +28,13 @@ class Program:
     ----------
     dtype : dtype
         float32 or float64, in which results are computed.
-    half : bool
-        Whether values are float16 numbers.
+    half : {"", "float16", "bfloat16"}
+        Which 16-bit numbers all values are, if they are; bfloat16 numbers are given as their bits.
     columns : int
         Rows of the operand.
     """
 
-    def __init__(self, dtype: Any, half: bool, columns: int) -> None:
+    def __init__(self, dtype: Any, half: str, columns: int) -> None:
         self.dtype = np.dtype(dtype)
         self._half = half
         self.columns = columns
@@ -95,14 +95,14 @@ class Program:
 
     def finish(self) -> Program:
         """Lay everything out flat; nothing can be added afterwards."""
-        stored = np.float16 if self._half else self.dtype
+        stored = {"": self.dtype, "float16": np.float16, "bfloat16": np.int16}[self._half]
         values = np.concatenate([np.ravel(v).astype(stored, copy=False) for v in self._values])
         narrow = self._largest <= 1 << 16
         indices = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._indices)])
         table = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._table)])
         self._arrays = (
             np.asarray(self._steps, np.int64),
-            values.view(np.uint16) if self._half else values,
+            values.view(np.uint16) if self._half == "float16" else values,
             indices.astype(np.uint16 if narrow else np.uint32),
             table.astype(np.int64),
         )

@@ -19,20 +19,23 @@ if TYPE_CHECKING:
 _TINY = 1 << 14  #: entries of a product for which neither compiling nor measuring pays
 #: Dtypes of operands that are taken as they are.
 COMPUTED = frozenset(map(np.dtype, (np.float32, np.float64)))
+_STORED = COMPUTED | {np.dtype(np.float16)}  #: dtypes of NumPy values
 _ROUNDS = 5  #: timings of which the fastest counts
 
 
 class Plan:
-    """The prepared forms of a product of real NumPy factors, each made when first needed.
+    """The prepared forms of a product of real factors on the host, each made when first needed.
 
     The choice between them rests on times measured on this machine. It changes results by no
     more than rounding.
     """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
-        self._factors = factors
+        self._half = _half(factors)
+        self._factors = [f.with_values(backend.host_view(f.values)) for f in factors]
         #: Dtype that the values are computed with.
-        self.dtype = np.result_type(np.float32, *(f.dtype for f in factors))
+        self.dtype = np.result_type(np.float32, *(f.dtype for f in self._factors if not self._half))
+        self.versions = versions(factors)
         self._entries = factors[0].shape[0] * factors[-1].shape[1]
         self._choices: dict[tuple[int, np.dtype], str] = {}
         self._programs: dict[np.dtype, Program] = {}
@@ -41,11 +44,12 @@ class Plan:
     @staticmethod
     def suits(factors: Sequence[Factor]) -> bool:
         """Whether the kernels can apply `factors`, and are worth preparing."""
-        return (
-            all(backend.is_numpy(f.values) for f in factors)
-            and all(f.dtype in (np.float16, np.float32, np.float64) for f in factors)
-            and factors[0].shape[0] * factors[-1].shape[1] > _TINY
-        )
+        if factors[0].shape[0] * factors[-1].shape[1] <= _TINY:
+            return False
+        views = [backend.host_view(f.values) for f in factors]
+        if _half(factors) == "bfloat16":
+            return all(view is not None for view in views)
+        return all(view is not None and view.dtype in _STORED for view in views)
 
     def apply(self, X: np.ndarray) -> np.ndarray:
         """Return the product with `X`, of shape (in,) or (in, batch), in float32 or float64."""
@@ -77,8 +81,7 @@ class Plan:
         from matfact.kernels.program import Program
 
         if dtype not in self._programs:
-            half = all(f.dtype == np.float16 for f in self._factors)
-            program = Program(dtype, half, self._factors[-1].shape[1])
+            program = Program(dtype, self._half, self._factors[-1].shape[1])
             for factor in reversed(self._factors):
                 factor.add_to(program)
             self._programs[dtype] = program.finish()
@@ -89,6 +92,19 @@ class Plan:
             identity = np.eye(self._factors[-1].shape[1], dtype=dtype)
             self._dense[dtype] = np.ascontiguousarray(self._program(dtype).apply(identity))
         return self._dense[dtype]
+
+
+def versions(factors: Sequence[Factor]) -> list[int]:
+    """Return numbers that change when values are written to, where the library keeps count."""
+    if backend.is_numpy(factors[0].values):
+        return []
+    return [backend.version(factor.values) for factor in factors]
+
+
+def _half(factors: Sequence[Factor]) -> str:
+    """Return the 16-bit dtype that all values have, by name, "" if there is none."""
+    names = {str(factor.dtype).rpartition(".")[2] for factor in factors}
+    return names.pop() if names in ({"float16"}, {"bfloat16"}) else ""
 
 
 def measure(by_factors: Callable[[Array], Array], dense: Array, batch: int) -> Advice:

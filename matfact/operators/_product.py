@@ -18,7 +18,7 @@ from matfact.operators import _display, _storage
 from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
-from matfact.operators._plan import COMPUTED, Plan, measure
+from matfact.operators._plan import COMPUTED, Plan, measure, versions
 from matfact.operators._selection import SelectionFactor
 
 if TYPE_CHECKING:
@@ -149,14 +149,16 @@ class FactorProduct:
                 f"X must have shape ({self.shape[1]},) or ({self.shape[1]}, batch) to be "
                 f"multiplied by a product of shape {self.shape}, got {tuple(X.shape)}."
             )
-        if self._plan and backend.is_numpy(X) and X.dtype in COMPUTED:
-            return self._plan.apply(X)
+        plan = self._plan
+        if plan and backend.is_numpy(X) and X.dtype in COMPUTED:
+            return plan.apply(X)
         xp = backend.namespace(X, self.factors[0].values)
         both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
-        if self._plan and backend.is_numpy(result) and result.dtype in COMPUTED:
-            result = self._plan.apply(result)
+        host = backend.host_view(result) if plan else None
+        if plan and host is not None and host.dtype in COMPUTED:
+            result = xp.asarray(plan.apply(host))
         else:
             result = self._apply_factors(result)
         if both_half:
@@ -169,8 +171,16 @@ class FactorProduct:
             X = factor.apply(X)
         return X
 
-    @functools.cached_property
+    @property
     def _plan(self) -> Plan | None:
+        """What is prepared for the kernels, anew after values of torch were written to."""
+        plan = self._prepared
+        if plan and plan.versions and plan.versions != versions(self.factors):
+            del self._prepared
+        return self._prepared
+
+    @functools.cached_property
+    def _prepared(self) -> Plan | None:
         return Plan(self.factors) if Plan.suits(self.factors) else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,9 +190,10 @@ class FactorProduct:
     def advise(self, batch_size: int) -> Advice:
         """Tell whether the factors or the dense matrix are faster for a batch.
 
-        ``product @ X`` follows the advice by itself on NumPy, where the times are predicted from
-        rates measured once on each machine (about a second, kept in the user's cache folder) with
-        weights that come from memory, as in a network. For other array libraries, complex
+        ``product @ X`` follows the advice by itself for NumPy arrays and for torch tensors on the
+        CPU that take no gradient, where the times are predicted from rates measured once on each
+        machine (a few seconds, kept in the user's cache folder) with weights that come from
+        memory, as in a network. For other array libraries, complex
         numbers and tiny products, both ways are timed, with weights that may be in the cache.
 
         Parameters

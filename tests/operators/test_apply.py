@@ -221,6 +221,45 @@ def test_threads_may_share_a_product(sparse_pair, by_factors):
     assert wrong == [False] * 80
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("batch", [1, 20])
+def test_tensors_on_the_host_use_the_kernels_and_are_not_copied(dtype, batch, by_factors):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(3)
+    numpy_product = random_product(["csr", "kronecker", "selection"], rng, np.float32)
+    dtype = getattr(torch, dtype)
+    product = FactorProduct(
+        [f.with_values(torch.from_numpy(f.values).to(dtype)) for f in numpy_product]
+    )
+    rounded = FactorProduct([f.with_values(f.values.double().numpy()) for f in product])
+    X = rng.standard_normal((product.shape[1], batch)).astype(np.float32)
+    for operator, exact in ((product, rounded), (product.T, rounded.T)):
+        operand = rng.standard_normal((operator.shape[1], batch)).astype(np.float32)
+        found = operator @ torch.from_numpy(operand)
+        assert operator._plan is not None
+        assert isinstance(found, torch.Tensor)
+        assert error(found.numpy().astype(np.float32), exact, operand) < 1
+    assert (product @ torch.from_numpy(X).to(dtype)).dtype == dtype
+
+
+def test_tensors_that_were_written_to_are_prepared_anew(sparse_pair, by_factors):
+    torch = pytest.importorskip("torch")
+    tensors = FactorProduct([f.with_values(torch.from_numpy(f.values.copy())) for f in sparse_pair])
+    X = torch.ones(200, 3)
+    before = tensors @ X
+    tensors[0].values.mul_(2)
+    torch.testing.assert_close(tensors @ X, 2 * before)
+
+
+def test_gradients_flow_through_the_operations_of_torch(sparse_pair):
+    torch = pytest.importorskip("torch")
+    tensors = FactorProduct([f.with_values(torch.from_numpy(f.values)) for f in sparse_pair])
+    X = torch.ones(200, 3, requires_grad=True)
+    (tensors @ X).sum().backward()
+    expected = sparse_pair.T @ np.ones((200, 3), np.float32)
+    torch.testing.assert_close(X.grad, torch.from_numpy(expected), rtol=1e-4, atol=1e-3)
+
+
 def _apply_in_child(program, X, queue):
     queue.put(program.apply(X, 2))
 
