@@ -243,7 +243,7 @@ def dense_product(chain: Sequence[FactorModule]) -> Tensor:
                 break
             factor = merged
             left.pop()
-        product = factor.toarray()
+        product = factor.toarray().to(last.values.dtype)  # halves are merged in single precision
     else:
         product = last.dense()
     for module in reversed(left):

@@ -114,7 +114,7 @@ def matricized(layer: nn.Module) -> Matricized | None:
     """Return `layer` as matrices, or None if it is of a class that has none."""
     if isinstance(layer, (nn.Linear, FactorizedLinear)):
         return MatricizedLinear(layer)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, FactorizedConv)):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, FactorizedConv)):
         return MatricizedConv(layer)
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         return MatricizedTransposed(layer)

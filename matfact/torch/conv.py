@@ -13,19 +13,19 @@ from torch.nn import functional
 from matfact.operators import FactorProduct
 from matfact.torch._cache import Derived
 from matfact.torch._factors import DenseFactorModule, SparseFactorModule
-from matfact.torch.layers import FactorizedLinear, Inference
+from matfact.torch.layers import FactorizedLinear, Inference, filled
 
 #: Factors that are filters of a convolution themselves.
 _FILTERS = (DenseFactorModule, SparseFactorModule)
 #: What it costs to read and write an activation, in multiplications (measured on a CPU).
 _PASS = 100
 
-Convolution = nn.Conv1d | nn.Conv2d
-_CONVOLVE: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d}
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVOLVE: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class FactorizedConv(nn.Module):
-    """A convolution in one or two dimensions, a drop-in replacement of the dense one.
+    """A convolution in one to three dimensions, a drop-in replacement of the dense one.
 
     The kernel of each group, of shape (out, in, *kernel), is the product of shape (out, in ·
     kernel size) of a factorized linear layer. It is computed from the factors where this is less
@@ -35,7 +35,7 @@ class FactorizedConv(nn.Module):
 
     Parameters
     ----------
-    conv : torch.nn.Conv1d or torch.nn.Conv2d
+    conv : torch.nn.Conv1d, torch.nn.Conv2d or torch.nn.Conv3d
         Gives all but the kernel: the geometry, and the bias, which is copied.
     kernels : sequence of FactorizedLinear
         One a group, without bias, from the patches of the group to its output channels.
@@ -58,6 +58,11 @@ class FactorizedConv(nn.Module):
         inference: Inference = "auto",
     ) -> None:
         super().__init__()
+        if not isinstance(conv, (Convolution, FactorizedConv)):
+            raise TypeError(
+                "conv must be a Conv1d, Conv2d or Conv3d; transposed convolutions have no "
+                f"factorized form, got {type(conv).__name__}."
+            )
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride = tuple(conv.kernel_size), tuple(conv.stride)
         self.padding, self.dilation = conv.padding, tuple(conv.dilation)
@@ -93,7 +98,7 @@ class FactorizedConv(nn.Module):
 
         Parameters
         ----------
-        conv : torch.nn.Conv1d or torch.nn.Conv2d
+        conv : torch.nn.Conv1d, torch.nn.Conv2d or torch.nn.Conv3d
             Gives the geometry and the bias.
         layer : type
             One of the layers to train from scratch, :class:`LowRankLinear` for example.
@@ -191,20 +196,16 @@ class FactorizedConv(nn.Module):
         """Return the products of the groups, which share their memory."""
         return [kernel.to_product() for kernel in self._groups()]
 
-    @torch.no_grad()
     def to_dense(self) -> Convolution:
         """Return the dense convolution that computes the same."""
-        weight = self.weight
-        make: Any = {1: nn.Conv1d, 2: nn.Conv2d}[len(self.kernel_size)]
+        value = self._groups()[0].values()[0]
+        make: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(self.kernel_size)]
         dense = make(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
             self.dilation, self.groups, self.bias is not None, self.padding_mode,
-            device=weight.device, dtype=weight.dtype,
+            device=value.device, dtype=value.dtype,
         )  # fmt: skip
-        dense.weight.copy_(weight)
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense.train(self.training)
+        return filled(dense, self)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
@@ -231,11 +232,23 @@ def unfold(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """Return the patches of padded, batched inputs, of shape (batch, positions, patch)."""
+    if len(kernel_size) == 3:
+        return _unfold_volume(x, kernel_size, stride, dilation)
     if len(kernel_size) == 1:  # torch unfolds images only
         x, kernel_size = x[:, :, None], (1, *kernel_size)
         stride, dilation = (1, *stride), (1, *dilation)
     patches = functional.unfold(x, tuple(kernel_size), tuple(dilation), 0, tuple(stride))
     return patches.transpose(1, 2)
+
+
+def _unfold_volume(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Return the patches of volumes."""
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    # (batch, channels, *positions, *kernel)
+    return x.movedim(1, 4).flatten(4).flatten(1, 3)
 
 
 def _output_size(

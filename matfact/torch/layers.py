@@ -166,21 +166,26 @@ class FactorizedLinear(nn.Module):
         """Return the product of the factors, which shares their memory."""
         return FactorProduct([factor.to_factor() for factor in self.chain])
 
-    @torch.no_grad()
     def to_dense(self) -> nn.Linear:
         """Return the dense layer that computes the same."""
-        weight = self.weight
+        value = self.values()[0]
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None,
-            device=weight.device, dtype=weight.dtype,
+            device=value.device, dtype=value.dtype,
         )  # fmt: skip
-        dense.weight.copy_(weight)
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense.train(self.training)
+        return filled(dense, self)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, inference={self.inference!r}"
         )
+
+
+@torch.no_grad()
+def filled(dense: Any, layer: Any) -> Any:
+    """Return `dense` with the weight, the bias and the mode of a factorized `layer`."""
+    dense.weight.copy_(layer.weight)
+    if layer.bias is not None:
+        dense.bias.copy_(layer.bias)
+    return dense.train(layer.training)

@@ -1,17 +1,22 @@
 """Factorized convolutions against the dense convolution with the same kernel."""
 
+import copy
+import pickle
+
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
 
+from matfact import LowRank  # noqa: E402
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
-    ButterflyLinear,
     FactorizedConv,
     LowRankLinear,
     MonarchLinear,
     SparseProductLinear,
+    compress,
 )
 
 CONVOLUTIONS = {
@@ -20,14 +25,21 @@ CONVOLUTIONS = {
     "dilated": nn.Conv2d(8, 12, (3, 2), padding="same", dilation=2, bias=False),
     "valid 1-D": nn.Conv1d(8, 12, 5, padding="valid", stride=2),
     "circular 1-D": nn.Conv1d(8, 12, 4, padding="same", padding_mode="circular"),
+    "3-D": nn.Conv3d(8, 12, (3, 2, 3), stride=(1, 2, 1), padding=1, dilation=(1, 1, 2)),
+    "replicate 3-D": nn.Conv3d(8, 12, 2, groups=2, padding=1, padding_mode="replicate"),
 }
 STRUCTURES = [
     (SparseProductLinear, {}),
     (LowRankLinear, {"rank": 3}),
     (MonarchLinear, {}),
-    (ButterflyLinear, {}),
     (BlockLowRankLinear, {}),
 ]
+
+
+def images(conv, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    size = (7, 9, 6)[: len(conv.kernel_size)]
+    return torch.randn(2, 8, *size, generator=generator, dtype=dtype)
 
 
 @pytest.mark.parametrize(("structure", "parameters"), STRUCTURES)
@@ -35,14 +47,15 @@ STRUCTURES = [
 def test_output_is_that_of_the_dense_kernel(name, structure, parameters):
     conv = CONVOLUTIONS[name]
     layer = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters)
-    x = torch.randn(2, 8, *(11, 13)[: len(conv.kernel_size)])
+    x = images(conv)
     dense = layer.to_dense()
     assert type(dense) is type(conv)
     for batch in (x, x[0]):
         torch.testing.assert_close(layer(batch), dense(batch), rtol=1e-4, atol=1e-5)
     layer.eval()
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
+        for layer.inference in ("auto", "dense", "factors"):
+            torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_all_values():
@@ -52,26 +65,54 @@ def test_gradients_reach_all_values():
 
 
 @pytest.mark.parametrize(("structure", "parameters"), STRUCTURES)
-def test_few_and_many_positions_have_the_same_gradients(structure, parameters):
-    conv = nn.Conv2d(16, 12, 3, padding=1)
-    layer = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters).double()
-    x = torch.randn(40, 16, 6, 6, dtype=torch.float64)
-    many = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    layer.eval().inference = "factors"  # never through the dense kernel
-    few = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    for a, b in zip(many, few, strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("name", ["groups", "valid 1-D"])
+def test_gradients_are_those_of_finite_differences(name, structure, parameters):
+    conv = copy.deepcopy(CONVOLUTIONS[name]).double()
+    layer = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def output(x, *values):
+        return functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    arguments = (images(conv, torch.float64)[:1].requires_grad_(), *layer.parameters())
+    assert torch.autograd.gradcheck(output, arguments, fast_mode=True)
 
 
-def test_a_butterfly_of_many_positions_is_one_dense_convolution():
-    conv = nn.Conv2d(16, 16, 3, padding=1)
-    layer = FactorizedConv.from_scratch(conv, ButterflyLinear, random_state=0)
-    assert layer.keeps_product()  # patches cost more than a kernel of few channels
-    wide = FactorizedConv.from_scratch(nn.Conv2d(16, 1024, 1), MonarchLinear, random_state=0)
-    assert not wide.keeps_product()
+@pytest.mark.parametrize(("structure", "parameters"), STRUCTURES)
+def test_copies_halves_and_exports_compute_the_same(structure, parameters):
+    conv = CONVOLUTIONS["groups"]
+    layer = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters).eval()
+    x = images(conv)
+    with torch.no_grad():
+        expected = layer(x)
+        twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        other = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters)
+        other.load_state_dict(layer.state_dict())
+        for twin in (*twins, other.eval()):
+            torch.testing.assert_close(twin(x), expected)
+        half = copy.deepcopy(layer).to(torch.bfloat16)(x.to(torch.bfloat16))
+        error = torch.linalg.norm(half.float() - expected) / torch.linalg.norm(expected)
+        assert error < 16 * torch.finfo(torch.bfloat16).eps
+        exported = torch.export.export(layer, (x,)).module()
+        torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_volumes_is_compressed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(2, 6, 3), nn.ReLU(), nn.Conv3d(6, 8, 2))
+    small, report = compress(model, LowRank(rank=4), calibration=[torch.randn(2, 2, 6, 6, 6)])
+    assert [row.method for row in report] == ["LowRank"] * 2
+    assert small(torch.randn(1, 2, 6, 6, 6)).shape == (1, 8, 3, 3, 3)
 
 
 def test_kernels_of_another_shape_are_refused():
     conv = CONVOLUTIONS["padded"]
     with pytest.raises(ValueError, match="kernels"):
         FactorizedConv(conv, [LowRankLinear(8, 12, rank=1, bias=False)])
+
+
+def test_transposed_convolutions_are_refused():
+    with pytest.raises(TypeError, match="ConvTranspose2d"):
+        FactorizedConv.from_scratch(nn.ConvTranspose2d(8, 12, 3), LowRankLinear, rank=1)
