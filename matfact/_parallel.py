@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import joblib
 
 
-def pool(n_jobs: int | None) -> joblib.Parallel:
+def pool(n_jobs: int | None, n_tasks: int) -> joblib.Parallel:
     """Return a pool that yields results as they arrive, or at the end where it cannot (Ray)."""
+    if n_jobs is not None and n_jobs > n_tasks:
+        n_jobs = max(1, n_tasks)  # joblib would start all of them
     try:
         return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
     except ValueError:

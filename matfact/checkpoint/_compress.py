@@ -188,7 +188,7 @@ def _written(
     left = [task for task in tasks if task.path.name not in journal.finished]
     # The largest first, so that no worker is left with one while the others are idle.
     left.sort(key=lambda task: -math.prod(task.spec.shape))
-    yield from pool(n_jobs)(joblib.delayed(_factorize)(task) for task in left)
+    yield from pool(n_jobs, len(left))(joblib.delayed(_factorize)(task) for task in left)
 
 
 def _factorize(task: _Task) -> Shard:

@@ -99,7 +99,7 @@ def compare_projections(
     order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
     rows: dict[int, ComparisonRow] = {}
     with single_threaded():  # also here: workers that are threads of this process share it
-        for i, row in pool(n_jobs)(joblib.delayed(_run)(i, tasks[i]) for i in order):
+        for i, row in pool(n_jobs, len(tasks))(joblib.delayed(_run)(i, tasks[i]) for i in order):
             rows[i] = row
             if progress is not None:
                 progress(row, len(tasks))
