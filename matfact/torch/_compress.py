@@ -93,7 +93,8 @@ def compress(
         What makes factorizers that cannot use calibration inputs themselves take them into
         account: columns of the weight are scaled by what enters them, and after the fit the
         values of all factors, or of the one on the output side, are refitted to the inputs (paper
-        001, Section 4.3). "scale" refits nothing, and "none" only reports the error of outputs.
+        001, Section 4.3). With "finalize", double sparse factors also choose anew which values of
+        that one are stored. "scale" refits nothing, and "none" only reports the error of outputs.
     feedback : bool, default=True
         Whether, with sequential calibration, each layer also makes up for what the layers before
         it have changed: what is factorized is the matrix whose outputs come nearest to those the
@@ -146,6 +147,7 @@ def compress(
         model = copy.deepcopy(model)
     keep = keep_first, keep_last
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
+    metadata["untouched"] = other_matrices(model)
     if budget is not None:
         if density is not None:
             raise ValueError(f"density must be None with a budget, got {density}.")

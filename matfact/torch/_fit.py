@@ -10,9 +10,9 @@ from typing import Literal
 from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.calibration import InputStatistics, OutputStatistics
-from matfact.factorizers import BaseFactorizer
+from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
 from matfact.operators import FactorProduct
-from matfact.solvers.finalize import finalize, input_scale, scaled_columns
+from matfact.solvers.finalize import finalize, input_scale, reselect, scaled_columns
 from matfact.solvers.layerwise import corrected
 from matfact.torch._matrices import LayerStatistics
 
@@ -141,7 +141,8 @@ def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> Fa
     """Return the fitted product.
 
     Factorizers that cannot use the inputs are fitted to columns scaled by what enters them, and
-    their values refitted to the inputs (paper 001, Section 4.3).
+    their values refitted to the inputs (paper 001, Section 4.3); where entries may be stored
+    anywhere, some are chosen anew.
     """
     W, inputs = problem.target, problem.inputs
     if inputs is not None and uses_inputs(factorizer):
@@ -153,8 +154,13 @@ def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> Fa
     product = scaled_columns(factorizer.fit(W * scale[None, :]).operator_, 1 / scale)
     if adapt == "scale":
         return product.rescaled(1.0)
-    n_factors = 1 if adapt == "finalize_one" else None
-    return finalize(product, W, inputs.second_moment, n_factors=n_factors).rescaled(1.0)
+    moment = inputs.second_moment
+    if adapt == "finalize_one":
+        return finalize(product, W, moment, n_factors=1).rescaled(1.0)
+    product = finalize(product, W, moment)
+    if isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None:
+        product = reselect(product, W, moment)
+    return product.rescaled(1.0)
 
 
 def uses_inputs(factorizer: BaseFactorizer) -> bool:

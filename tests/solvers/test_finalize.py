@@ -13,7 +13,7 @@ from matfact import (
 )
 from matfact.metrics import layer_error
 from matfact.operators import FactorProduct
-from matfact.solvers.finalize import DAMPING, finalize, input_scale, scaled_columns
+from matfact.solvers.finalize import DAMPING, finalize, input_scale, reselect, scaled_columns
 
 FACTORIZERS = {
     "magnitude": MagnitudePruner(density=0.4),
@@ -89,3 +89,25 @@ def test_other_libraries_agree_with_numpy(library, W, X):
     found = finalize(product, xp.asarray(W), xp.asarray(moment)).toarray()
     plain = FactorProduct([f.with_values(np.asarray(f.values)) for f in product])
     np.testing.assert_allclose(np.asarray(found), finalize(plain, W, moment).toarray(), atol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_other_entries_of_the_first_factor_lower_the_error(transposed, rng):
+    X = rng.standard_normal((400, 40)) @ rng.standard_normal((40, 40))
+    W = rng.standard_normal((40, 24)) @ rng.standard_normal((24, 40)) + rng.standard_normal(
+        (40, 40)
+    )
+    W = W[:30] if transposed else np.vstack([W, W[:, ::-1]])
+    gram = X.T @ X
+    values = finalize(DoubleSparseFactorizer(density=0.4).fit(W).operator_, W, gram / len(X))
+    found = reselect(values, W, gram / len(X))
+    before, after = (layer_error(W, p.toarray(), gram) for p in (values, found))
+    assert after < 0.98 * before
+    assert found.nnz <= values.nnz
+    np.testing.assert_array_equal(found[1].locations, values[1].locations)
+
+
+def test_a_product_that_stores_nothing_is_left_alone():
+    W = np.zeros((5, 6))
+    product = DoubleSparseFactorizer().fit(W).operator_
+    assert not reselect(product, W, np.eye(6)).toarray().any()
