@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -21,10 +22,12 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.applied import METHODS, STRUCTURES, Method, Structure
+from matfact._files import write_atomically
 from matfact.operators import FactorProduct
 
 Row = dict[str, Any]
-_SETTLE = 0.01  #: seconds, after which the threads of other methods have gone to sleep
+_SETTLE = 0.13  #: seconds, after which the threads of other methods have gone to sleep
+_WARM = 0.03  #: seconds of calls before any are timed, in which threads wake and spread over cores
 DENSITIES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75)
 
 
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=7, help="timings of each method")
     add("--cache", type=float, default=64, help="MiB of dense weights to rotate over")
     add("--slow", type=float, default=0.5, help="calls longer than this many seconds: timed once")
+    add("--resume", action="store_true", help="keep the rows that the output has, measure the rest")
     add("--quick", action="store_true", help="tiny matrices and one repeat, to see that all runs")
 
 
@@ -45,26 +49,31 @@ def run(options: argparse.Namespace) -> int:
     if options.quick:
         options.sizes, options.batches = [256], [1, 20]
         options.repeats, options.cache = 1, 0.5
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "apply.json"
+    rows = json.loads(path.read_text())["rows"] if options.resume and path.exists() else []
     with machine.threads(options.threads):
         conditions = machine.describe(options.threads)
-        rows = [
-            row
-            for name in options.structures
-            for n in options.sizes
-            for row in measure(name, STRUCTURES[name], n, options)
-        ]
         predicted = break_even(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    absent = [m.name for m in METHODS if not m.is_present()]
-    content = {"conditions": conditions, "absent": absent, "rows": rows, "break_even": predicted}
-    (options.output / "apply.json").write_text(json.dumps(content, indent=1, default=str))
+        absent = [m.name for m in METHODS if not m.is_present()]
+        for name, n in itertools.product(options.structures, options.sizes):
+            known = {row["batch"] for row in rows if (row["structure"], row["n"]) == (name, n)}
+            missing = [batch for batch in options.batches if batch not in known]
+            for row in measure(name, STRUCTURES[name], n, missing, options) if missing else ():
+                rows.append(row)
+            content = {
+                "conditions": conditions, "absent": absent, "rows": rows, "break_even": predicted
+            }  # fmt: skip
+            write_atomically(path, json.dumps(content, indent=1, default=str).encode())
     text = markdown(conditions, absent, rows, predicted)
     (options.output / "apply.md").write_text(text)
     print(text, end="")
     return 0
 
 
-def measure(name: str, structure: Structure, n: int, options: argparse.Namespace) -> Iterator[Row]:
+def measure(
+    name: str, structure: Structure, n: int, batches: list[int], options: argparse.Namespace
+) -> Iterator[Row]:
     """Yield a row for each batch size and method."""
     rng = np.random.RandomState(n)
     layers = max(2, round(options.cache * 2**20 / (4 * n * n)))
@@ -75,7 +84,7 @@ def measure(name: str, structure: Structure, n: int, options: argparse.Namespace
     matrices = [rng.standard_normal(product.shape).astype(product.dtype) for product in products]
     pairs = list(zip(products, matrices, strict=True))
     prepared = {m.name: [m.prepare(*pair) for pair in pairs] for m in methods}
-    for batch in options.batches:
+    for batch in batches:
         X = rng.standard_normal((n, batch)).astype(np.float32)
         seconds = interleaved(methods, prepared, X, options)
         check(prepared, methods, products[0], X)
@@ -106,14 +115,23 @@ def interleaved(
             if times[method.name] and times[method.name][0] > options.slow:
                 continue
             calls, operand = prepared[method.name], operands[method.name]
-            calls[-1](operand)  # wakes up threads and caches of instructions
+            warm(calls, operand, 0.0 if options.quick else _WARM)
             start = time.perf_counter()
             for call in calls:
                 call(operand)
             times[method.name].append((time.perf_counter() - start) / len(calls))
-            if options.threads > 1:
+            if options.threads > 1 and not options.quick:
                 time.sleep(_SETTLE)
     return times
+
+
+def warm(calls: list[Callable[[Any], Any]], operand: Any, seconds: float) -> None:
+    """Make some of `calls` for a while."""
+    stop = time.perf_counter() + seconds
+    for call in itertools.cycle(calls):
+        call(operand)
+        if time.perf_counter() >= stop:
+            break
 
 
 def check(
