@@ -22,6 +22,8 @@ SETTLED = 0.5
 NEGLIGIBLE = 32
 #: Powers of two by which a factor's norm may differ from the mean before all are scaled.
 DRIFT = 10
+#: Share of a product by which rounding may change it.
+ROUNDING = 1e-4
 #: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
 SHRINK, GROW = 1.25, 1.3
 
@@ -98,6 +100,8 @@ def palm4msa(
         previous = objective
         stretch = 1.0 if is_settled else _stretch((iteration - 1) / max_iter, relaxation)
         product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
+        if _cancels(factors, product):
+            product = functools.reduce(backend.namespace(W).matmul, factors)
         if is_scaled:
             scale = _best_scale(W, product)
         else:
@@ -146,6 +150,13 @@ def _near_in_norm(factors: list[Array]) -> list[Array]:
         return factors
     shifts[0] -= sum(shifts)
     return [2.0**shift * factor for shift, factor in zip(shifts, factors, strict=True)]
+
+
+def _cancels(factors: list[Array], product: Array) -> bool:
+    """Whether entries are so large that a product that steps have kept up is not to be trusted."""
+    size = math.prod(_energy(factor) for factor in factors) ** 0.5
+    eps = float(backend.namespace(product).finfo(product.dtype).eps)
+    return eps * size > ROUNDING * _energy(product) ** 0.5
 
 
 def identity_start(

@@ -164,6 +164,18 @@ def test_long_steps_do_not_part_the_norms_of_factors(rng):
     assert all(np.isfinite(factor).all() for factor in factors)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_objective_is_true_where_large_entries_cancel(seed):
+    W = np.random.RandomState(seed).standard_normal((10, 256)).astype(np.float32)
+    history = []
+    factors, scale, _ = solve(
+        W, [RowColumnSparsity(2)] * 3, callback=lambda _, objective: history.append(objective)
+    )
+    wide = [factor.astype(np.float64) for factor in factors]
+    assert residual_error(W, wide, scale) < np.linalg.norm(W)
+    np.testing.assert_allclose(residual_error(W, wide, scale) ** 2, min(history), rtol=0.05)
+
+
 def test_one_factor_is_the_projection(rng):
     W = rng.standard_normal((6, 8))
     (factor,), _, n_iter = solve(W, [GlobalSparsity(10)])
