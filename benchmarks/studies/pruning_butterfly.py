@@ -23,7 +23,13 @@ from benchmarks.networks.training import accuracy
 from benchmarks.studies import Row, markdown_table
 from benchmarks.studies._training import loss, n_weights, subset, train
 from matfact.torch.conv import FactorizedConv
-from matfact.torch.pruning import LayerCollapseWarning, count_flops, make_permanent, prune_network
+from matfact.torch.pruning import (
+    LayerCollapseWarning,
+    PruningReport,
+    count_flops,
+    make_permanent,
+    prune_network,
+)
 from matfact.torch.structured import ButterflyLinear, KaleidoscopeLinear
 
 SEEDS = 2
@@ -99,12 +105,10 @@ def _prune(cell: dict[str, Any]) -> dict[str, Any]:
         train(model, train_x, train_y, epochs=cell["before"], seed=seed)
     if method != "none":
         scored = [(train_x[i::50], train_y[i::50]) for i in range(_SCORED)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LayerCollapseWarning)
-            report = prune_network(
-                model, method, keep, scored, loss=loss, random_state=seed,
-                prunable=None if cell["pruned"] == "factors too" else _is_dense,
-            )  # fmt: skip
+        report = _mask(
+            model, method, keep, scored, loss=loss, random_state=seed,
+            prunable=None if cell["pruned"] == "factors too" else _is_dense,
+        )  # fmt: skip
         collapsed = len(report.collapsed)
     train(model, train_x, train_y, epochs=cell["epochs"], seed=seed)
     if method != "none":
@@ -118,6 +122,13 @@ def _prune(cell: dict[str, Any]) -> dict[str, Any]:
         "is_collapsed": collapsed > 0,
         "layer_sparsity": {name: 1 - flops[name] / n for name, n in dense.items()},
     }
+
+
+def _mask(model: nn.Module, *arguments: Any, **options: Any) -> PruningReport:
+    """Prune without the warning of collapsed layers, which the results mark."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCollapseWarning)
+        return prune_network(model, *arguments, **options)
 
 
 def network(cell: dict[str, Any], structure: str) -> nn.Module:
@@ -166,7 +177,7 @@ def _time(cell: dict[str, Any]) -> dict[str, Any]:
     models = {structure: network(cell, structure).eval() for structure in STRUCTURES}
     for exponent in (1, 2):
         pruned = network(cell, "dense")
-        prune_network(pruned, "magnitude", 10.0**-exponent, scope="layer")
+        _mask(pruned, "magnitude", 10.0**-exponent, scope="layer")
         models[f"dense, magnitude, 10^-{exponent}"] = make_permanent(pruned).eval()
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
@@ -260,7 +271,7 @@ def _times_table(rows: list[Row], name: str) -> str:
 def figure(rows: list[Row]) -> Figure:
     """Return accuracy and FLOP sparsity against the share kept, and the latter by layer."""
     names = list(dict.fromkeys(row["network"] for row in rows))
-    drawing = Figure(figsize=(11, 3.4 * len(names)), layout="constrained", dpi=90)
+    drawing = Figure(figsize=(11, 3.4 * len(names)), layout="constrained", dpi=80)
     panels = drawing.subplots(len(names), 3, squeeze=False)
     colours = dict(
         zip(METHODS, ("#999999", "#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True)

@@ -226,7 +226,7 @@ _COLOURS = {
 def figure(rows: list[Row]) -> Figure:
     """Return accuracy against stored weights, and the errors of layers."""
     names = list(dict.fromkeys(row["network"] for row in rows))
-    drawing = Figure(figsize=(9.5, 3.6 * len(names)), layout="constrained", dpi=90)
+    drawing = Figure(figsize=(9.5, 3.6 * len(names)), layout="constrained", dpi=80)
     panels = drawing.subplots(len(names), 2, squeeze=False)
     for name, (left, right) in zip(names, panels, strict=True):
         chosen = [row for row in rows if row["network"] == name]
