@@ -16,6 +16,7 @@ NAMES = (
     "layers",
     "networks",
     "fuzz",
+    "synthetic",
 )
 #: Read by the numerical libraries when they are loaded, so they are set before any import.
 THREAD_VARIABLES = (
