@@ -204,7 +204,7 @@ def table(rows: list[Row]) -> str:
         parts += [f"\n### {name}: nothing pruned\n", _structures_table(chosen)]
         parts += [f"\n### {name}: FLOP sparsity of layers at 10^-0.5, %\n", _layers_table(chosen)]
         parts += [f"\n### {name}: seconds of inference\n", _times_table(rows, name)]
-    note = "† marks seeds' share of networks of which some layer has collapsed, if not all.\n"
+    note = "† marks networks of which a layer has collapsed, with the share of seeds if not all.\n"
     return note + "\n".join(parts)
 
 
