@@ -55,7 +55,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             prepared[way.name] = [methods[library].prepare(*pair) for pair in pairs]
             check(prepared, [way], products[0], X)
             ways.append(way)
-    options = SimpleNamespace(repeats=cell["repeats"], slow=0.2, threads=1)
+    options = SimpleNamespace(repeats=cell["repeats"], slow=0.2, threads=1, quick=False)
     times = interleaved(ways, prepared, X, options)
     return {"milliseconds": {name: 1e3 * statistics.median(t) for name, t in times.items()}}
 
