@@ -15,7 +15,7 @@ from torch import nn
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.torch._fit import Adaptation, Fitted, fit_layer
-from matfact.torch._matrices import LayerStatistics, replace
+from matfact.torch._matrices import LayerStatistics, other_matrices, replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm

@@ -135,6 +135,17 @@ def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return [(found, module) for module, found in names.items()]
 
 
+def other_matrices(model: nn.Module) -> list[str]:
+    """Return the parameters of two or more axes that are in no layer seen as matrices.
+
+    Embeddings are among them, and the joint projection of queries, keys and values in
+    :class:`torch.nn.MultiheadAttention`.
+    """
+    layers = [module for _, module in distinct_layers(model) if matricized(module) is not None]
+    seen = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in seen]
+
+
 def replace(
     model: nn.Module,
     names: Sequence[str],

@@ -130,7 +130,7 @@ class CompressionReport(Sequence[LayerReport]):
         """Return a table for the terminal: print it with ``rich.print``."""
         table = Table(
             box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
-            caption="; ".join(self.metadata.get("steps", ())) or None, caption_justify="left",
+            caption="; ".join(self._remarks()) or None, caption_justify="left",
         )  # fmt: skip
         table.add_column("layer", overflow="fold")
         table.add_column("method")
@@ -145,6 +145,13 @@ class CompressionReport(Sequence[LayerReport]):
             f"{ratio:.1%}", f"{self.seconds:.1f}",
         )  # fmt: skip
         return table
+
+    def _remarks(self) -> list[str]:
+        """Return what was done besides, and which matrices are in no layer of the report."""
+        untouched = list(self.metadata.get("untouched", ()))
+        names = ", ".join([*untouched[:3], "…"] if len(untouched) > 3 else untouched)
+        left = [f"in no layer that can be factorized: {names}"] if untouched else []
+        return [*self.metadata.get("steps", ()), *left]
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file, blank where there is no value."""

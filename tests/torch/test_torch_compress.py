@@ -2,11 +2,13 @@
 
 import copy
 import csv
+import io
 import json
 import weakref
 
 import numpy as np
 import pytest
+import rich.console
 from joblib import parallel_config
 
 torch = pytest.importorskip("torch")
@@ -255,3 +257,20 @@ def test_batch_norm_is_averaged_over_the_batches(cnn, digits):
 def test_bad_parameters_are_refused_by_name(mlp, parameters, name):
     with pytest.raises(ValueError, match=name):
         compress(mlp, **parameters)
+
+
+def test_matrices_that_no_layer_holds_are_named():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = nn.ModuleDict({"words": nn.Embedding(9, 16), "encoder": encoder})
+    small, report = compress(model, "lowrank", density=0.9)
+    untouched = ["words.weight", "encoder.self_attn.in_proj_weight"]
+    assert report.metadata["untouched"] == untouched
+    assert {row.layer for row in report} >= {"encoder.self_attn.out_proj", "encoder.linear1"}
+    console = rich.console.Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    assert "in no layer that can be factorized" in console.export_text()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():  # the attention reads the weight of its output projection
+        error = (small["encoder"](x) - encoder(x)).norm() / encoder(x).norm()
+    assert error < 0.5
