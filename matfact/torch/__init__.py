@@ -10,6 +10,7 @@ __all__ = [
     "ButterflyLinear",
     "Compressed",
     "CompressionReport",
+    "CompressionWarning",
     "FactorizedConv",
     "FactorizedLinear",
     "FineTuning",
@@ -97,7 +98,7 @@ if TYPE_CHECKING:
         pruning_scores,
         to_torch_prune,
     )
-    from matfact.torch.report import CompressionReport, LayerReport
+    from matfact.torch.report import CompressionReport, CompressionWarning, LayerReport
     from matfact.torch.structured import (
         BlockLowRankLinear,
         ButterflyLinear,
@@ -155,7 +156,7 @@ else:
                 "pruning_scores",
                 "to_torch_prune",
             ),
-            "report": ("CompressionReport", "LayerReport"),
+            "report": ("CompressionReport", "CompressionWarning", "LayerReport"),
             "structured": (
                 "BlockLowRankLinear",
                 "ButterflyLinear",
