@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,25 +11,20 @@ from matfact import backend
 from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from matfact.operators._product import FactorProduct
 
 #: Rows and columns a panel shows at most; larger factors are shown by the maximum of each tile.
 _PIXELS = 512
 
 
-def plot_factors(product: FactorProduct) -> Figure:
+def plot_factors(product: FactorProduct, figure: Any = None) -> Any:
     """Draw supports and magnitudes of the factors, one panel a factor on one scale of colours."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
     magnitudes = [_magnitudes(factor) for factor in product.factors]
     largest = max(float(np.max(image, initial=0.0)) for image in magnitudes) or 1.0
     widths = [factor.shape[1] / factor.shape[0] for factor in product.factors]
     ratios = [min(max(width, 0.3), 3.0) for width in widths]
-    figure = Figure(figsize=(2.6 * sum(ratios) + 1.0, 3.2), layout="constrained", dpi=150)
+    if figure is None:
+        figure = _new_figure(2.6 * sum(ratios) + 1.0)
     panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     for axes, factor, image in zip(panels, product.factors, magnitudes, strict=True):
         rows, columns = factor.shape
@@ -38,11 +33,19 @@ def plot_factors(product: FactorProduct) -> Figure:
             np.ma.masked_equal(image, 0.0), cmap="viridis", vmin=0.0, vmax=largest,
             interpolation="nearest", extent=(0, columns, rows, 0), aspect="auto",
         )  # fmt: skip
-        axes.set_title(f"{rows}×{columns}, {factor.nnz} values", fontsize=9)
+        axes.set_title(f"{rows}×{columns}\n{factor.nnz} values", fontsize=8)
         axes.set_xticks([0, columns])
         axes.set_yticks([0, rows])
     figure.colorbar(shown, ax=list(panels), label="magnitude")
     return figure
+
+
+def _new_figure(width: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+    return Figure(figsize=(width, 3.2), layout="constrained", dpi=150)
 
 
 def to_html(product: FactorProduct) -> str:

@@ -22,7 +22,7 @@ from matfact.operators._plan import COMPUTED, Plan, measure, versions
 from matfact.operators._selection import SelectionFactor
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 Format = Literal["csr", "bitmask", "smallest", "dense"]
 
@@ -272,12 +272,17 @@ class FactorProduct:
     def __getitem__(self, index: int) -> Factor:
         return self.factors[index]
 
-    def plot(self) -> Figure:
+    def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
         """Draw where the values of each factor stand, and how large they are.
+
+        Parameters
+        ----------
+        figure : matplotlib.figure.Figure or SubFigure, optional
+            What to draw into; a new figure without it.
 
         Returns
         -------
-        matplotlib.figure.Figure
+        matplotlib.figure.Figure or SubFigure
             One panel a factor, left to right as they are multiplied; places without a value are
             blank. Save it with its ``savefig``.
 
@@ -286,7 +291,7 @@ class FactorProduct:
         ImportError
             If matplotlib is not installed.
         """
-        return _display.plot_factors(self)
+        return _display.plot_factors(self, figure)
 
     def _repr_html_(self) -> str:
         return _display.to_html(self)

@@ -18,7 +18,7 @@ def test_each_factor_has_a_panel_blank_where_no_value_stands():
     np.testing.assert_array_equal(first.images[0].get_array().filled(0.0), np.abs(A))
     np.testing.assert_array_equal(first.images[0].get_array().mask, A == 0)
     assert first.images[0].get_clim() == second.images[0].get_clim() == (0.0, 2.0)
-    assert "2×3, 2 values" in first.get_title()
+    assert "2×3\n2 values" in first.get_title()
 
 
 def test_single_values_stay_visible_in_large_factors():

@@ -1,0 +1,26 @@
+"""
+Error against density
+=====================
+
+What each method makes of one attention matrix of a trained sentence transformer as it may store
+more values. Below 1, a product is better than magnitude pruning.
+"""
+
+from matplotlib import pyplot as plt
+
+from matfact.compare import METHODS, compare_projections, cut_matrices, load_weights
+
+matrices = cut_matrices(load_weights(), sizes=[128], per_size=1)
+methods = ["dsf", "palm4msa", "lowrank"]
+densities = [0.1, 0.15, 0.25, 0.4, 0.6]
+table = compare_projections(matrices, methods, densities=densities)
+
+for method in methods:
+    errors = [row.normalized_error for row in table if row.method == method]
+    plt.plot(densities, errors, "o-", label=METHODS[method].label)
+plt.axhline(1, color="gray", linestyle="--", label="Magnitude pruning")
+plt.xlabel("density")
+plt.ylabel("error ÷ error of magnitude pruning")
+plt.ylim(bottom=0)
+plt.legend()
+plt.show()
