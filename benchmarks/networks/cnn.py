@@ -37,9 +37,7 @@ NETWORKS = (
 FINE_TUNING = {"images": 10_000, "epochs": 1, "learning_rate": 0.05}
 #: Networks without batch normalization forget more than they learn where steps are as long.
 SMALLER_STEPS = {"lenet": 0.02, "mlp": 0.02}
-STAGES = 4  #: of gradual compression, which share the epochs of fine-tuning
-
-
+STAGES = 4  #: of gradual compression, which share the steps of fine-tuning
 CALIBRATION_IMAGES = 128
 
 
