@@ -103,9 +103,7 @@ def fine_tune(
     result, best_state, training = FineTuning(), None, model.training
     for epoch in range(1, epochs + 1):
         model.train()
-        losses = [
-            _step(model, optimizer, schedule, objective, batch) for batch in checked(batches)
-        ]
+        losses = [_step(model, optimizer, schedule, objective, batch) for batch in checked(batches)]
         result.losses.append(math.fsum(losses) / len(losses))
         score = None
         if validate is None:
