@@ -13,9 +13,12 @@ import matfact
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+DOCS = ROOT / "docs"
+# Blocks marked ``py`` need what tests have not: a cluster, a GPU, weights of another's.
 PAGES = {
-    page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    for page in sorted((ROOT / "docs").glob("*.md"))
+    str(page.relative_to(DOCS)): re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    for page in sorted(DOCS.rglob("*.md"))
+    if "generated" not in page.parts
 }
 
 
