@@ -68,7 +68,8 @@ def compress(
         from matfact._parallel import on_cluster
 
         with on_cluster(scheduler):
-            checkpoint = _compressed(_weights(source), output, _factorizer(method, density), layers, jobs)
+            weights, factorizer = _weights(source), _factorizer(method, density)
+            checkpoint = _compressed(weights, output, factorizer, layers, jobs)
         _print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
         raise typer.Exit(FAILURE)
