@@ -2,7 +2,7 @@
 
 Rates are seconds for one stored value (or one row) and a whole batch, for a few batch sizes, on
 one thread and on all. The weights measured rotate, so that they come from memory as those of a
-network's layers do.
+network's layers do. Where the times predicted from them are close, products are timed themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -38,6 +39,12 @@ BATCHES = (1, 2, 4, 16, 64, 256)  #: batch sizes at which rates are measured
 _SIDE, _SMALL = 1024, 256  #: of the matrices measured
 _LAYERS = 12  #: whose dense weights exceed most caches
 _TINY = 200  #: programs that do nothing, so many that what each needs is not at hand
+_MEMORY = 64 << 20  #: bytes of dense weights to rotate over where a product is timed itself
+_COPIES = 64  #: of small products, at most
+_ROUNDS = 3  #: measurements of all rates, of which the fastest count
+_AGREEMENT = 1.25  #: ratio of the two fastest rounds up to which a rate was measured undisturbed
+_CLOSE = 2.0  #: ratio of predicted times up to which the prediction decides nothing
+_SETTLE = 0.15  #: seconds, after which the threads of BLAS have gone to sleep
 _REPEATS = 3
 _PATIENCE = 0.03  #: seconds for one rate, and a rotation more
 
@@ -66,15 +73,16 @@ def _rate(rates: Rates, kind: str, batch: int) -> float:
 def rates() -> Rates:
     """Return this machine's rates, measured at the first call if no earlier process did.
 
-    What is measured on a busy machine is not kept for other processes.
+    What is measured on a busy machine, or differs each time, is not kept for other processes.
     """
     path = _cache_folder() / f"apply-{_machine()}.json"
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads(path.read_text())
         if _is_complete(stored):
             return stored
-    measured = measure()
-    if _is_busy():
+    rounds = [measure() for _ in range(_ROUNDS)]
+    measured = {kind: np.min([r[kind] for r in rounds], axis=0).tolist() for kind in KINDS}
+    if _is_busy() or not _agree(rounds):
         return measured  # which say little about other times
     with contextlib.suppress(OSError):  # a folder that cannot be written costs time, not results
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +90,47 @@ def rates() -> Rates:
     return measured
 
 
+def _agree(rounds: list[Rates]) -> bool:
+    """Whether most rates were the same in two rounds."""
+    totals = np.sort([[sum(r[kind]) for kind in KINDS] for r in rounds], axis=0)
+    return float(np.mean(totals[1] <= _AGREEMENT * totals[0])) > 0.75
+
+
+def choice_seconds(program: Program, batch: int) -> tuple[float, float]:
+    """Return the times by a program and by the dense matrix.
+
+    They are predicted where that is clear enough, and measured otherwise, once for all programs
+    that consist of the same numbers of parts.
+    """
+    known, entries = rates(), program.rows * program.columns
+    times = (
+        program_seconds(known, program.counts, batch, program.threads(batch)),
+        dense_seconds(known, entries, batch),
+    )
+    if max(times) > _CLOSE * min(times):
+        return times
+    key = (program.rows, program.columns, program.dtype, batch, *program.counts.values())
+    if key not in _timed:
+        _timed[key] = _time_both(program, batch)
+    return _timed[key]
+
+
+_timed: dict[tuple[Any, ...], tuple[float, float]] = {}
+
+
+def _time_both(program: Program, batch: int) -> tuple[float, float]:
+    shape, dtype = (program.rows, program.columns), program.dtype
+    layers = min(_COPIES, max(1, _MEMORY // (math.prod(shape) * dtype.itemsize)))
+    if program.threads(batch) > 1:
+        time.sleep(_SETTLE)
+    programs = [program.copy() for _ in range(layers)]
+    ours = _seconds(program.columns, batch, [p.apply for p in programs], dtype)
+    calls = [w.__matmul__ for w in np.ones((layers, *shape), dtype)]
+    return ours, _seconds(program.columns, batch, calls, dtype)
+
+
 def measure() -> Rates:
-    """Measure the rates, which takes a few seconds."""
+    """Measure the rates, which takes about a second."""
     rng = np.random.RandomState(0)
     builders = {"row": _selection, "csr": _csr, "pair": _pairs, "block": _blocks}
     programs = {kind: [build(rng) for _ in range(_LAYERS)] for kind, build in builders.items()}
@@ -120,9 +167,11 @@ def _dense_rates(side: int, layers: int) -> list[float]:
     return [_seconds(side, batch, calls) / side**2 for batch in BATCHES]
 
 
-def _seconds(rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], object]]) -> float:
+def _seconds(
+    rows: int, batch: int, calls: Sequence[Callable[[np.ndarray], object]], dtype: Any = np.float32
+) -> float:
     """Return the time of one of `calls`, made in turn: the fastest rotation's mean."""
-    X = np.ones((rows, batch), np.float32)
+    X = np.ones((rows, batch), dtype)
     times: list[float] = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import threading
@@ -100,12 +101,26 @@ class Program:
         narrow = self._largest <= 1 << 16
         indices = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._indices)])
         table = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._table)])
-        self._arrays = (
+        self._arrays: tuple[np.ndarray, ...] = (
             np.asarray(self._steps, np.int64),
             values.view(np.uint16) if self._half == "float16" else values,
             indices.astype(np.uint16 if narrow else np.uint32),
             table.astype(np.int64),
         )
+        self.rows = self._steps[-1][fused.ROWS]
+        self.counts["row"] += self.rows  # to pack and unpack
+        self._n_values = sum(self.counts.values())
+        self._values, self._indices, self._table = [], [], []
+        return self._located()
+
+    def copy(self) -> Program:
+        """Return the same program, elsewhere in memory."""
+        other = copy.copy(self)
+        other._arrays = tuple(map(np.copy, self._arrays))
+        return other._located()
+
+    def _located(self) -> Program:
+        """Note where the arrays are."""
         steps, values, indices, table = self._arrays
         self._job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(steps) + 2), np.int64)
         self._job[: fused.TABLE_DATA + 1] = (
@@ -113,10 +128,6 @@ class Program:
             table.ctypes.data,
         )  # fmt: skip
         self._kinds = (values[:0], indices[:0])
-        self.rows = self._steps[-1][fused.ROWS]
-        self.counts["row"] += self.rows  # to pack and unpack
-        self._n_values = sum(self.counts.values())
-        self._values, self._indices, self._table = [], [], []
         return self
 
     def threads(self, batch: int) -> int:

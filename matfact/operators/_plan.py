@@ -36,7 +36,6 @@ class Plan:
         #: Dtype that the values are computed with.
         self.dtype = np.result_type(np.float32, *(f.dtype for f in self._factors if not self._half))
         self.versions = versions(factors)
-        self._entries = factors[0].shape[0] * factors[-1].shape[1]
         self._choices: dict[tuple[int, np.dtype], str] = {}
         self._programs: dict[np.dtype, Program] = {}
         self._dense: dict[np.dtype, np.ndarray] = {}
@@ -66,15 +65,10 @@ class Plan:
         return self._choices[batch, dtype]
 
     def advise(self, batch: int, dtype: np.dtype) -> Advice:
-        """Predict both ways from the machine's rates."""
+        """Predict both ways from the machine's rates, or time them where it is close."""
         from matfact.kernels import cost
 
-        rates, program = cost.rates(), self._program(dtype)
-        return Advice(
-            batch,
-            cost.program_seconds(rates, program.counts, batch, program.threads(batch)),
-            cost.dense_seconds(rates, self._entries, batch),
-        )
+        return Advice(batch, *cost.choice_seconds(self._program(dtype), batch))
 
     def _program(self, dtype: np.dtype) -> Program:
         # Imported where needed, so that products can be loaded without waiting for the compiler.

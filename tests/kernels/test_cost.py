@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from matfact.kernels import cost
+from matfact.kernels.program import Program
 
 RATES = {kind: [float(b) for b in cost.BATCHES] for kind in cost.KINDS}
 
@@ -32,7 +33,7 @@ def test_rates_are_measured_once_for_all_processes(cache):
     assert cost.rates() == RATES
     cost.rates.cache_clear()  # as in another process
     assert cost.rates() == RATES
-    assert len(measured) == 1
+    assert len(measured) == cost._ROUNDS
     assert len(list(folder.iterdir())) == 1
 
 
@@ -44,7 +45,7 @@ def test_damaged_files_are_measured_anew(cache, content):
     path.write_text(content)
     cost.rates.cache_clear()
     assert cost.rates() == RATES
-    assert len(measured) == 2
+    assert len(measured) == 2 * cost._ROUNDS
     assert json.loads(path.read_text()) == RATES
 
 
@@ -58,6 +59,40 @@ def test_rates_of_a_busy_machine_are_not_kept(cache, monkeypatch):
     monkeypatch.setattr(cost, "_is_busy", lambda: True)
     assert cost.rates() == RATES
     assert not cache[0].exists()
+
+
+def test_the_fastest_round_counts_and_rates_that_differ_each_time_are_not_kept(cache, monkeypatch):
+    slower = iter([4, 1, 2])
+
+    def measure():
+        factor = next(slower)
+        return {kind: [factor * t for t in times] for kind, times in RATES.items()}
+
+    monkeypatch.setattr(cost, "measure", measure)
+    assert cost.rates() == RATES
+    assert not cache[0].exists()
+
+
+@pytest.mark.parametrize(("share", "is_timed"), [(0.1, False), (1.0, True), (10.0, False)])
+def test_products_are_timed_once_where_the_prediction_is_close(share, is_timed, monkeypatch):
+    rates = {kind: [0.0] * 6 for kind in cost.KINDS}
+    dense = {kind: [1.0] * 6 for kind in ("dense", "small dense")}
+    parts = {kind: [share * 90] * 6 for kind in ("csr", cost.SHARED["csr"])}
+    monkeypatch.setattr(cost, "rates", lambda: rates | dense | parts)
+    monkeypatch.setattr(cost, "_timed", {})
+    programs = []
+    for seed in range(2):
+        programs.append(Program(np.float64, half="", columns=90))
+        rng = np.random.default_rng(seed)
+        indices, indptr = rng.integers(90, size=90), np.arange(91)
+        programs[-1].add_csr(rng.standard_normal(90), indices, indptr)
+        programs[-1].finish()
+    times = [cost.choice_seconds(program, 3) for program in programs]
+    assert times[0] == times[1]
+    assert min(times[0]) > 0
+    assert (times[0] != pytest.approx((share * 90 * 90, 90 * 90))) == is_timed
+    X = rng.standard_normal((90, 3))
+    np.testing.assert_array_equal(programs[1].copy().apply(X), programs[1].apply(X))
 
 
 def test_times_are_interpolated_and_proportional_beyond_what_was_measured():
