@@ -45,8 +45,7 @@ _ROUNDS = 3  #: measurements of all rates, of which the fastest count
 _AGREEMENT = 1.25  #: ratio of the two fastest rounds up to which a rate was measured undisturbed
 _CLOSE = 2.0  #: ratio of predicted times up to which the prediction decides nothing
 _SETTLE = 0.15  #: seconds, after which the threads of BLAS have gone to sleep
-_REPEATS = 3
-_PATIENCE = 0.03  #: seconds for one rate, and a rotation more
+_PATIENCE = 0.01  #: seconds for one rate, and a rotation more
 
 
 def program_seconds(rates: Rates, counts: dict[str, int], batch: int, threads: int) -> float:
@@ -109,7 +108,8 @@ def choice_seconds(program: Program, batch: int) -> tuple[float, float]:
     )
     if max(times) > _CLOSE * min(times):
         return times
-    key = (program.rows, program.columns, program.dtype, batch, *program.counts.values())
+    threads = program.threads(batch)
+    key = (program.rows, program.columns, program.dtype, batch, threads, *program.counts.values())
     if key not in _timed:
         _timed[key] = _time_both(program, batch)
     return _timed[key]
@@ -123,10 +123,14 @@ def _time_both(program: Program, batch: int) -> tuple[float, float]:
     layers = min(_COPIES, max(1, _MEMORY // (math.prod(shape) * dtype.itemsize)))
     if program.threads(batch) > 1:
         time.sleep(_SETTLE)
-    programs = [program.copy() for _ in range(layers)]
-    ours = _seconds(program.columns, batch, [p.apply for p in programs], dtype)
-    calls = [w.__matmul__ for w in np.ones((layers, *shape), dtype)]
-    return ours, _seconds(program.columns, batch, calls, dtype)
+    programs = [program.copy().apply for _ in range(layers)]
+    matrices = [w.__matmul__ for w in np.ones((layers, *shape), dtype)]
+    rounds = [
+        [_seconds(program.columns, batch, calls, dtype) for calls in (programs, matrices)]
+        for _ in range(_ROUNDS)
+    ]
+    ours, dense = map(min, zip(*rounds, strict=True))
+    return ours, dense
 
 
 def measure() -> Rates:
@@ -173,13 +177,11 @@ def _seconds(
     """Return the time of one of `calls`, made in turn: the fastest rotation's mean."""
     X = np.ones((rows, batch), dtype)
     times: list[float] = []
-    for _ in range(_REPEATS + 1):
+    while sum(times[1:]) * len(calls) <= _PATIENCE:
         start = time.perf_counter()
         for call in calls:
             call(X)
         times.append((time.perf_counter() - start) / len(calls))
-        if sum(times[1:]) * len(calls) > _PATIENCE:
-            break
     return min(times[1:])  # the first compiles, and wakes threads
 
 
