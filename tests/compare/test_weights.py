@@ -2,6 +2,8 @@ import json
 import pickle
 import struct
 import sys
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -139,3 +141,33 @@ def test_without_the_demo_package_a_small_network_is_trained(monkeypatch):
     assert max(min(matrix.shape) for matrix in first.values()) >= 384
     for name, matrix in first.items():
         np.testing.assert_array_equal(matrix, again[name])
+
+
+def test_archives_that_would_expand_hugely_are_refused_before(tmp_path):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 12, 1 << 13)}
+    archive = zipfile.ZipFile(tmp_path / "m.npz", "w", zipfile.ZIP_DEFLATED)
+    with archive, archive.open("a.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(1 << 7):
+            member.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="would expand"):
+            load_weights(tmp_path / "m.npz")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+
+
+def test_members_that_declare_another_size_are_refused_before(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive, archive.open("a.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(
+            member, {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 1 << 20)}
+        )
+    with pytest.raises(ValueError, match="declares"):
+        load_weights(tmp_path / "m.npz")
+
+
+def test_small_arrays_of_zeros_may_be_compressed(tmp_path):
+    np.savez_compressed(tmp_path / "m.npz", a=np.zeros((512, 512)))
+    assert not load_weights(tmp_path / "m.npz")["a"].any()
