@@ -100,7 +100,8 @@ def palm4msa(
         previous = objective
         stretch = 1.0 if is_settled else _stretch((iteration - 1) / max_iter, relaxation)
         product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
-        if _cancels(factors, product):
+        is_trusted = not _cancels(factors, product)
+        if not is_trusted:
             product = functools.reduce(backend.namespace(W).matmul, factors)
         if is_scaled:
             scale = _best_scale(W, product)
@@ -111,7 +112,8 @@ def palm4msa(
         is_settled = objective <= SETTLED * previous and all(map(_is_equal, last, supports))
         if callback is not None:
             callback(iteration, objective)
-        if objective < best_objective:
+        # Large entries that cancel do so no more once factors are scaled, stored or rounded.
+        if objective < best_objective and (is_trusted or not _paths_cancel(factors, product)):
             best, best_scale, best_objective = list(factors), scale, objective
         is_stalled = stretch == 1.0 and previous - objective <= tol * objective
         if is_stalled or objective <= negligible:
@@ -157,6 +159,15 @@ def _cancels(factors: list[Array], product: Array) -> bool:
     size = math.prod(_energy(factor) for factor in factors) ** 0.5
     eps = float(backend.namespace(product).finfo(product.dtype).eps)
     return eps * size > ROUNDING * _energy(product) ** 0.5
+
+
+def _paths_cancel(factors: list[Array], product: Array) -> bool:
+    """Whether rounding the factors' entries may change their product, however they are scaled."""
+    xp = backend.namespace(product)
+    # Of entries times what they meet, not of norms: a large column may face a row of zeros.
+    paths = functools.reduce(xp.matmul, [xp.abs(factor) for factor in factors])
+    eps = float(xp.finfo(product.dtype).eps)
+    return eps * _energy(paths) ** 0.5 > ROUNDING * _energy(product) ** 0.5
 
 
 def identity_start(

@@ -23,7 +23,7 @@ from matfact.constraints import (
 )
 from matfact.solvers import palm
 from matfact.solvers.hierarchical import hierarchical_palm4msa
-from matfact.solvers.palm import identity_start, palm4msa
+from matfact.solvers.palm import _paths_cancel, identity_start, palm4msa
 
 PARAMETERS = {
     "block_diagonal": BlockDiagonal(3),
@@ -268,3 +268,12 @@ def test_array_libraries_agree(library, dtype, rng):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def test_large_entries_that_cancel_are_told_from_large_ones_that_meet_zeros():
+    right = np.array([[1.0, 2.0], [3.0, 1.0]], np.float32)
+    shear = np.array([[1e4, -1e4], [1e4, -9.999e3]], np.float32)
+    unshear = np.linalg.inv(shear.astype(float)).astype(np.float32)
+    assert _paths_cancel([shear, unshear, right], right)
+    meets_zeros = np.array([[1.0, 0.0, 1e8], [0.0, 1.0, 1e8]], np.float32)
+    assert not _paths_cancel([meets_zeros, np.vstack([right, [[0, 0]]])], right)
