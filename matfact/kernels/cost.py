@@ -129,8 +129,7 @@ def _time_both(program: Program, batch: int) -> tuple[float, float]:
         [_seconds(program.columns, batch, calls, dtype) for calls in (programs, matrices)]
         for _ in range(_ROUNDS)
     ]
-    ours, dense = map(min, zip(*rounds, strict=True))
-    return ours, dense
+    return min(ours for ours, _ in rounds), min(dense for _, dense in rounds)
 
 
 def measure() -> Rates:
