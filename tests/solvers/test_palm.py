@@ -173,7 +173,7 @@ def test_the_objective_is_true_where_large_entries_cancel(seed):
     )
     wide = [factor.astype(np.float64) for factor in factors]
     assert residual_error(W, wide, scale) < np.linalg.norm(W)
-    np.testing.assert_allclose(residual_error(W, wide, scale) ** 2, min(history), rtol=0.05)
+    assert np.isclose(history, residual_error(W, wide, scale) ** 2, rtol=1e-3).any()
 
 
 def test_one_factor_is_the_projection(rng):
