@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import numba
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from matfact._threads import limited_kernels
 from matfact.compare._environment import environment
 
 PEERS = ("torch", "pyfaust", "lazylinop")
@@ -18,10 +18,9 @@ PEERS = ("torch", "pyfaust", "lazylinop")
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run BLAS, OpenMP, Numba and torch on `count` threads."""
+    """Run BLAS, OpenMP, the kernels and torch on `count` threads."""
     with ExitStack() as undo:
-        undo.callback(numba.set_num_threads, numba.get_num_threads())
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+        undo.enter_context(limited_kernels(count))
         if is_installed("torch"):
             import torch
 

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
 from threadpoolctl import threadpool_limits
 
+_limits = threading.local()
+
+
+def allowed_threads() -> int:
+    """Return how many threads a kernel called from this thread may use.
+
+    Numba is not asked, since that starts its own pool of threads.
+    """
+    if hasattr(_limits, "threads"):
+        return int(_limits.threads)
+    return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+
+@contextmanager
+def limited_kernels(count: int) -> Iterator[None]:
+    """Let kernels called from this Python thread use at most `count` threads."""
+    outside = allowed_threads()
+    _limits.threads = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _limits.threads = outside
+
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Run BLAS, OpenMP and Numba on one thread.
+    """Run BLAS, OpenMP and the kernels on one thread.
 
     Fits running side by side then share the cores without contention, and none depends on how
     many there are: sums split over threads round differently.
     """
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        with threadpool_limits(limits=1):
-            yield
-    finally:
-        numba.set_num_threads(threads)
+    with limited_kernels(1), threadpool_limits(limits=1):
+        yield

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 
 from matfact import backend
+from matfact._threads import allowed_threads
 from matfact.backend import Array
 from matfact.kernels.atomics import fetch_add
 
@@ -68,7 +69,7 @@ def _multiply(
 ) -> None:
     """Write the product of a compressed and a dense matrix to `out`."""
     # As many threads as BLAS is likely to have: both are set together (see matfact._threads).
-    threads = min(numba.get_num_threads(), max(1, out.size // SMALL))
+    threads = min(allowed_threads(), max(1, out.size // SMALL))
     width = min(PANEL, -(-out.shape[1] // threads))
     arguments = (indptr, indices, data, dense, width, np.zeros(1, np.int64), out)
     # Threads of our own: Numba's abort the process when two Python threads use them at once.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from matfact._threads import allowed_threads
 from matfact.kernels import fused, helpers
 from matfact.kernels.blocks import TILE
 
@@ -136,7 +137,7 @@ class Program:
         vectors = values * batch * self.dtype.itemsize // fused.NARROW
         if batch == 1:
             vectors = values // _DOT_SPEED
-        return min(helpers.max_threads(), 1 + vectors // _HELP)
+        return min(allowed_threads(), 1 + vectors // _HELP)
 
     def apply(self, X: np.ndarray, threads: int | None = None) -> np.ndarray:
         """Return the product with `X`, of shape (columns, batch).

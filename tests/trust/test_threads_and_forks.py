@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -15,6 +14,7 @@ from sklearn.base import clone
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from matfact import MagnitudePruner, compare_projections
+from matfact._threads import allowed_threads, single_threaded
 from matfact.checkpoint import compress
 from matfact.operators import FactorProduct, SparseFactor
 
@@ -27,7 +27,7 @@ W = np.random.RandomState(0).standard_normal((32, 32))
 
 def thread_settings():
     pools = sorted((pool["filepath"], pool["num_threads"]) for pool in threadpool_info())
-    return pools, numba.get_num_threads()
+    return pools, allowed_threads()
 
 
 @pytest.fixture
@@ -122,3 +122,13 @@ def test_fits_and_products_work_in_a_forked_child(product):
 
     assert in_child(work) == 0
     work()  # and the parent is as it was
+
+
+def test_the_limit_of_one_thread_is_that_of_its_python_thread():
+    outside = allowed_threads()
+    with ThreadPoolExecutor(1) as pool, single_threaded():
+        with single_threaded():
+            assert allowed_threads() == 1
+        assert allowed_threads() == 1
+        assert pool.submit(allowed_threads).result() == outside
+    assert allowed_threads() == outside
