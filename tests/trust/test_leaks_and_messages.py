@@ -31,7 +31,7 @@ def fit_many(name, count):
 
 
 @pytest.mark.parametrize("name", [name for name in FACTORIZERS if "-" not in name])
-def test_fifty_fits_keep_less_than_five_matrices(name):
+def test_fifty_fits_keep_less_than_half_a_matrix_each(name):
     fit_many(name, 3)  # what is compiled and cached
     gc.collect()
     tracemalloc.start()
@@ -44,7 +44,8 @@ def test_fifty_fits_keep_less_than_five_matrices(name):
         kept = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert kept < 5 * W.nbytes
+    # NumPy keeps some kilobytes of small blocks for arrays to come; a leak keeps the matrix.
+    assert kept < 50 * W.nbytes / 2
 
 
 @pytest.mark.slow
