@@ -12,6 +12,11 @@ from threadpoolctl import threadpool_limits
 _limits = threading.local()
 
 
+def max_threads() -> int:
+    """Return how many threads may work on one product: ``NUMBA_NUM_THREADS``, or all cores."""
+    return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+
 def allowed_threads() -> int:
     """Return how many threads a kernel called from this thread may use.
 
@@ -19,14 +24,14 @@ def allowed_threads() -> int:
     """
     if hasattr(_limits, "threads"):
         return int(_limits.threads)
-    return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return max_threads()
 
 
 @contextmanager
 def limited_kernels(count: int) -> Iterator[None]:
     """Let kernels called from this Python thread use at most `count` threads."""
     outside = allowed_threads()
-    _limits.threads = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    _limits.threads = min(count, max_threads())
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from matfact._figures import new_figure
 from matfact._files import write_atomically
 from matfact.compare._methods import label
 from matfact.compare._table import Comparison, ComparisonRow
@@ -61,7 +62,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     sizes = list(dict.fromkeys(row.size for row in by_size))
     methods = [m for m in dict.fromkeys(row.method for row in comparison) if m != _BASELINE]
     width = max(4.5, 1.3 * len(sizes) + 1.0)
-    figure = _figure(width * len(densities) + 2.2, 4.4)
+    figure = new_figure(width * len(densities) + 2.2, 4.4, dpi=200)
     panels = figure.subplots(1, max(1, len(densities)), sharey=True, squeeze=False)[0]
     for density, axes in zip(densities, panels, strict=False):
         rows = [row for row in comparison if row.requested_density == density]
@@ -92,7 +93,7 @@ def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:
     ImportError
         If matplotlib is not installed.
     """
-    figure = _figure(6.4, 4.0)
+    figure = new_figure(6.4, 4.0, dpi=200)
     axes = figure.subplots()
     for i, (name, estimator) in enumerate(fits.items()):
         color, marker = _STYLES[i % len(_STYLES)]
@@ -114,15 +115,6 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=200)
 
 
 def _draw_panel(

@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_info
 
 from matfact import __version__
 from matfact._files import write_atomically
-from matfact.kernels.helpers import max_threads
+from matfact._threads import max_threads
 from matfact.kernels.program import Program
 
 Rates = dict[str, list[float]]

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numba
 import numpy as np
 
 from matfact.kernels import fused
@@ -27,11 +26,6 @@ _kernels: dict[tuple[Any, ...], int] = {}  #: the number of each kernel compiled
 _sleeping: list[threading.Lock] = []  #: what wakes each helper that sleeps
 _turn = threading.Lock()  #: held by the one caller who has help
 _calls = _helpers = 0
-
-
-def max_threads() -> int:
-    """Return how many threads may work on one product: ``NUMBA_NUM_THREADS``, or all cores."""
-    return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def together(kernel: Kernel, job: np.ndarray, arrays: tuple[np.ndarray, ...], threads: int) -> None:

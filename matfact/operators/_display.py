@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matfact import backend
+from matfact._figures import new_figure
 from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def plot_factors(product: FactorProduct, figure: Any = None) -> Any:
     widths = [factor.shape[1] / factor.shape[0] for factor in product.factors]
     ratios = [min(max(width, 0.3), 3.0) for width in widths]
     if figure is None:
-        figure = _new_figure(2.6 * sum(ratios) + 1.0)
+        figure = new_figure(2.6 * sum(ratios) + 1.0, 3.2, dpi=150)
     panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     for axes, factor, image in zip(panels, product.factors, magnitudes, strict=True):
         rows, columns = factor.shape
@@ -38,14 +39,6 @@ def plot_factors(product: FactorProduct, figure: Any = None) -> Any:
         axes.set_yticks([0, rows])
     figure.colorbar(shown, ax=list(panels), label="magnitude")
     return figure
-
-
-def _new_figure(width: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
-    return Figure(figsize=(width, 3.2), layout="constrained", dpi=150)
 
 
 def to_html(product: FactorProduct) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matfact.kernels import cost, helpers
+from matfact.kernels import cost, program
 from matfact.operators import (
     BlockSparseFactor,
     DenseFactor,
@@ -177,7 +177,7 @@ def test_advice_names_the_faster_way(sparse_pair, monkeypatch):
     assert advice.method == "dense"
     assert "use dense: at batch size 8" in repr(advice)
     monkeypatch.setattr(cost, "rates", lambda: FACTORS | {"shared csr": [1e-3] * 6})
-    monkeypatch.setattr(helpers, "max_threads", lambda: 2)
+    monkeypatch.setattr(program, "allowed_threads", lambda: 2)
     advice = sparse_pair.advise(512)
     assert advice.method == "factors"
     assert advice.factors_seconds == pytest.approx(2e-3 * sparse_pair.nnz)

@@ -1,0 +1,17 @@
+"""Figures of matplotlib, an optional dependency."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float, dpi: int) -> Figure:
+    """Return an empty figure of so many inches, or say what to install."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
