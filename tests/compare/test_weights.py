@@ -159,6 +159,23 @@ def test_archives_that_would_expand_hugely_are_refused_before(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".pt"])
+def test_archives_of_many_modest_members_are_refused_before(tmp_path, suffix):
+    """Each takes a few megabytes, together they take about sixteen times the file."""
+    rng = np.random.RandomState(0)
+    arrays = {f"{i}": np.tile(rng.standard_normal((640, 64)), 16) for i in range(8)}
+    path = tmp_path / f"m{suffix}"
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="would expand to .* save the arrays uncompressed"):
+            load_weights(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_members_that_declare_another_size_are_refused_before(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive, archive.open("a.npy", "w") as member:
         np.lib.format.write_array_header_1_0(
