@@ -169,7 +169,7 @@ def test_archives_of_many_modest_members_are_refused_before(tmp_path, suffix):
         np.savez_compressed(file, **arrays)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="would expand to .* save the arrays uncompressed"):
+        with pytest.raises(ValueError, match="save the arrays uncompressed"):
             load_weights(path)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
