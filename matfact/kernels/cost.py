@@ -7,27 +7,16 @@ network's layers do. Where the times predicted from them are close, products are
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import json
 import math
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
-import numba
 import numpy as np
-from threadpoolctl import threadpool_info
 
-from matfact import __version__
-from matfact._files import write_atomically
 from matfact._threads import max_threads
+from matfact.kernels.measured import recall
 from matfact.kernels.program import Program
 
 Rates = dict[str, list[float]]
@@ -70,23 +59,15 @@ def _rate(rates: Rates, kind: str, batch: int) -> float:
 
 @functools.cache
 def rates() -> Rates:
-    """Return this machine's rates, measured at the first call if no earlier process did.
+    """Return this machine's rates, measured at the first call if no earlier process did."""
+    return recall("rates", _fastest_rates, _is_complete)
 
-    What is measured on a busy machine, or differs each time, is not kept for other processes.
-    """
-    path = _cache_folder() / f"apply-{_machine()}.json"
-    with contextlib.suppress(OSError, ValueError):
-        stored = json.loads(path.read_text())
-        if _is_complete(stored):
-            return stored
+
+def _fastest_rates() -> tuple[Rates, bool]:
+    """Return the fastest of some rounds, and whether these were alike."""
     rounds = [measure() for _ in range(_ROUNDS)]
-    measured = {kind: np.min([r[kind] for r in rounds], axis=0).tolist() for kind in KINDS}
-    if _is_busy() or not _agree(rounds):
-        return measured  # which say little about other times
-    with contextlib.suppress(OSError):  # a folder that cannot be written costs time, not results
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(measured).encode())
-    return measured
+    fastest = {kind: np.min([r[kind] for r in rounds], axis=0).tolist() for kind in KINDS}
+    return fastest, _agree(rounds)
 
 
 def _agree(rounds: list[Rates]) -> bool:
@@ -98,38 +79,46 @@ def _agree(rounds: list[Rates]) -> bool:
 def choice_seconds(program: Program, batch: int) -> tuple[float, float]:
     """Return the times by a program and by the dense matrix.
 
-    They are predicted where that is clear enough, and measured otherwise, once for all programs
-    that consist of the same numbers of parts.
+    They are predicted where that is clear enough, and measured otherwise: once on a machine for
+    all programs that consist of about the same numbers of parts, and for about the same batch.
     """
     known, entries = rates(), program.rows * program.columns
+    threads = program.threads(batch)
     times = (
-        program_seconds(known, program.counts, batch, program.threads(batch)),
-        dense_seconds(known, entries, batch),
-    )
+        program_seconds(known, program.counts, batch, threads), dense_seconds(known, entries, batch)
+    )  # fmt: skip
     if max(times) > _CLOSE * min(times):
         return times
-    threads = program.threads(batch)
-    key = (program.rows, program.columns, program.dtype, batch, threads, *program.counts.values())
-    if key not in _timed:
-        _timed[key] = _time_both(program, batch)
-    return _timed[key]
+    batch = _rounded(batch)
+    counts = ", ".join(f"{_rounded(count)} {kind}" for kind, count in program.counts.items())
+    name = f"{program.rows}×{program.columns}×{batch} {program.dtype}, {threads} threads, {counts}"
+    ours, dense = recall(name, lambda: _time_both(program, batch, threads), _is_pair)
+    return ours, dense
 
 
-_timed: dict[tuple[Any, ...], tuple[float, float]] = {}
+def _rounded(number: int) -> int:
+    """Return the next number, upwards, that has three significant bits."""
+    unit = 1 << max(0, number.bit_length() - 3)
+    return -(-number // unit) * unit
 
 
-def _time_both(program: Program, batch: int) -> tuple[float, float]:
+def _time_both(program: Program, batch: int, threads: int) -> tuple[tuple[float, float], bool]:
+    """Return the fastest times by a program and by the dense matrix, and whether rounds agree."""
     shape, dtype = (program.rows, program.columns), program.dtype
     layers = min(_COPIES, max(1, _MEMORY // (math.prod(shape) * dtype.itemsize)))
-    if program.threads(batch) > 1:
+    if threads > 1:
         time.sleep(_SETTLE)
-    programs = [program.copy().apply for _ in range(layers)]
+    programs = [functools.partial(program.copy().apply, threads=threads) for _ in range(layers)]
     matrices = [w.__matmul__ for w in np.ones((layers, *shape), dtype)]
-    rounds = [
-        [_seconds(program.columns, batch, calls, dtype) for calls in (programs, matrices)]
-        for _ in range(_ROUNDS)
-    ]
-    return min(ours for ours, _ in rounds), min(dense for _, dense in rounds)
+    rounds = np.sort(
+        [
+            [_seconds(program.columns, batch, calls, dtype) for calls in (programs, matrices)]
+            for _ in range(_ROUNDS)
+        ],
+        axis=0,
+    )
+    ours, dense = rounds[0].tolist()
+    return (ours, dense), bool(np.all(rounds[1] <= _AGREEMENT * rounds[0]))
 
 
 def measure() -> Rates:
@@ -220,32 +209,11 @@ def _blocks(rng: np.random.RandomState) -> Program:
     return program.finish()
 
 
-def _is_busy() -> bool:
-    """Whether more programs than processors want to run, where the system can tell."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
+def _is_pair(stored: object) -> bool:
+    return isinstance(stored, (list, tuple)) and [*map(type, stored)] == [float, float]
 
 
 def _is_complete(stored: object) -> bool:
     return isinstance(stored, dict) and all(
         isinstance(stored.get(kind), list) and len(stored[kind]) == len(BATCHES) for kind in KINDS
     )
-
-
-def _cache_folder() -> Path:
-    """Return the user's folder for what can be computed again."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "matfact"
-
-
-def _machine() -> str:
-    """Return a name for what the rates depend on: processor, threads and versions."""
-    pools = [(lib["prefix"], lib["version"], lib["num_threads"]) for lib in threadpool_info()]
-    processor = (platform.node(), llvmlite.binding.get_host_cpu_name(), os.cpu_count())
-    versions = (np.__version__, numba.__version__, __version__)
-    parts = (processor, max_threads(), sorted(map(str, pools)), versions)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

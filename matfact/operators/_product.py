@@ -194,7 +194,7 @@ class FactorProduct:
         CPU that take no gradient, where the times are predicted from rates measured once on each
         machine (a few seconds, kept in the user's cache folder) with weights that come from
         memory, as in a network. Where the prediction is close, products of this kind are timed
-        once in each process. For other array libraries, complex numbers and tiny products, both
+        too, once on each machine. For other array libraries, complex numbers and tiny products, both
         ways are timed at each call, with weights that may be in the cache.
 
         Parameters

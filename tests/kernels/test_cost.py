@@ -1,6 +1,4 @@
-"""Rates of a machine: measured once, kept where that is possible."""
-
-import json
+"""Rates of a machine, and what is predicted from them."""
 
 import numpy as np
 import pytest
@@ -11,75 +9,24 @@ from matfact.kernels.program import Program
 RATES = {kind: [float(b) for b in cost.BATCHES] for kind in cost.KINDS}
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache folder of its own, and a count of measurements."""
-    measured = []
+def test_the_fastest_of_rounds_counts_and_rates_that_differ_each_time_are_not_final(monkeypatch):
+    for factors, is_final in (([4, 1, 2], False), ([4, 1, 1.1], True)):
+        slower = iter(factors)
 
-    def measure():
-        measured.append(1)
-        return RATES
+        def measure(slower=slower):
+            factor = next(slower)
+            return {kind: [factor * t for t in times] for kind, times in RATES.items()}
 
-    monkeypatch.setattr(cost, "measure", measure)
-    monkeypatch.setattr(cost, "_is_busy", lambda: False)
-    monkeypatch.setattr(cost, "_cache_folder", lambda: tmp_path / "new")
-    cost.rates.cache_clear()
-    yield tmp_path / "new", measured
-    cost.rates.cache_clear()
-
-
-def test_rates_are_measured_once_for_all_processes(cache):
-    folder, measured = cache
-    assert cost.rates() == RATES
-    cost.rates.cache_clear()  # as in another process
-    assert cost.rates() == RATES
-    assert len(measured) == cost._ROUNDS
-    assert len(list(folder.iterdir())) == 1
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"dense": [1]}', "\x00"])
-def test_damaged_files_are_measured_anew(cache, content):
-    folder, measured = cache
-    cost.rates()
-    (path,) = folder.iterdir()
-    path.write_text(content)
-    cost.rates.cache_clear()
-    assert cost.rates() == RATES
-    assert len(measured) == 2 * cost._ROUNDS
-    assert json.loads(path.read_text()) == RATES
-
-
-def test_a_folder_that_cannot_be_written_is_no_failure(cache, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cost, "_cache_folder", lambda: tmp_path / "file" / "matfact")
-    assert cost.rates() == RATES
-
-
-def test_rates_of_a_busy_machine_are_not_kept(cache, monkeypatch):
-    monkeypatch.setattr(cost, "_is_busy", lambda: True)
-    assert cost.rates() == RATES
-    assert not cache[0].exists()
-
-
-def test_the_fastest_round_counts_and_rates_that_differ_each_time_are_not_kept(cache, monkeypatch):
-    slower = iter([4, 1, 2])
-
-    def measure():
-        factor = next(slower)
-        return {kind: [factor * t for t in times] for kind, times in RATES.items()}
-
-    monkeypatch.setattr(cost, "measure", measure)
-    assert cost.rates() == RATES
-    assert not cache[0].exists()
+        monkeypatch.setattr(cost, "measure", measure)
+        assert cost._fastest_rates() == (RATES, is_final)
 
 
 @pytest.mark.parametrize(("share", "is_timed"), [(0.1, False), (1.0, True), (10.0, False)])
-def test_products_are_timed_once_where_the_prediction_is_close(share, is_timed, monkeypatch):
+def test_products_are_timed_once_where_the_prediction_is_close(share, is_timed, times, monkeypatch):
     rates = {kind: [0.0] * 6 for kind in cost.KINDS}
     dense = {kind: [1.0] * 6 for kind in ("dense", "small dense")}
     parts = {kind: [share * 90] * 6 for kind in ("csr", cost.SHARED["csr"])}
     monkeypatch.setattr(cost, "rates", lambda: rates | dense | parts)
-    monkeypatch.setattr(cost, "_timed", {})
     programs = []
     for seed in range(2):
         programs.append(Program(np.float64, half="", columns=90))
@@ -87,12 +34,19 @@ def test_products_are_timed_once_where_the_prediction_is_close(share, is_timed, 
         indices, indptr = rng.integers(90, size=90), np.arange(91)
         programs[-1].add_csr(rng.standard_normal(90), indices, indptr)
         programs[-1].finish()
-    times = [cost.choice_seconds(program, 3) for program in programs]
-    assert times[0] == times[1]
-    assert min(times[0]) > 0
-    assert (times[0] != pytest.approx((share * 90 * 90, 90 * 90))) == is_timed
+    first, second = [cost.choice_seconds(program, 3) for program in programs]
+    assert first == second
+    assert min(first) > 0
+    assert (first != pytest.approx((share * 90 * 90, 90 * 90))) == is_timed
+    assert times.exists() == is_timed
     X = rng.standard_normal((90, 3))
     np.testing.assert_array_equal(programs[1].copy().apply(X), programs[1].apply(X))
+
+
+def test_numbers_of_parts_are_compared_by_three_bits():
+    assert [cost._rounded(n) for n in (0, 1, 7, 8, 9, 17, 1000, 1025)] == [
+        0, 1, 7, 8, 10, 20, 1024, 1280
+    ]  # fmt: skip
 
 
 def test_times_are_interpolated_and_proportional_beyond_what_was_measured():
