@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from matfact.checkpoint._source import Source, matrix_shape
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import FactorProduct
 from matfact.operators._storage import pack
+
+_log = logging.getLogger(__name__)
 
 #: Tables of embeddings look up rows instead of multiplying; by default they stay as they are.
 _EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e\.|(^|\.)shared\.", re.IGNORECASE)
@@ -84,8 +87,9 @@ def compress(
     names = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
     settings = _settings(weights, factorizer, layers)
+    output = Path(folder).absolute()  # workers may be elsewhere
     tasks = [
-        _Task(name, weights.file(name), weights.specs[name], factorizer, Path(folder), i)
+        _Task(name, weights.file(name).path.absolute(), weights.specs[name], factorizer, output, i)
         for i, name in enumerate(names, start=1)
     ]
     with Journal(Path(folder), settings) as journal:
@@ -100,7 +104,7 @@ class _Task:
     """One layer to be factorized, maybe in another process."""
 
     name: str
-    source: SafetensorsFile
+    source: Path
     spec: TensorSpec
     factorizer: BaseFactorizer
     folder: Path
@@ -164,13 +168,17 @@ def _run(
     """Write all files that are not yet there, and return all of them in order."""
     others = [name for name in weights.specs if name not in {task.name for task in tasks}]
     names = [shard_name(0)] * bool(others) + [task.path.name for task in tasks]
-    for shard in journal.finished.values():
+
+    def tell(shard: Shard) -> None:
+        _log.info("%s: %s is complete, %d files in all", journal.folder, shard.file, len(names))
         if progress is not None:
             progress(shard, len(names))
+
+    for shard in journal.finished.values():
+        tell(shard)
     for shard in _written(weights, others, tasks, journal, n_jobs):
         journal.add(shard)
-        if progress is not None:
-            progress(shard, len(names))
+        tell(shard)
     return [journal.finished[name] for name in names]
 
 
@@ -193,7 +201,7 @@ def _written(
 
 def _factorize(task: _Task) -> Shard:
     """Write the factors of one layer, or the layer itself where they are no gain."""
-    W = task.source.read(task.name).reshape(matrix_shape(task.spec.shape))
+    W = SafetensorsFile(task.source).read(task.name).reshape(matrix_shape(task.spec.shape))
     factorizer = clone(task.factorizer)
     with single_threaded():
         try:
@@ -214,7 +222,7 @@ def _factorize(task: _Task) -> Shard:
 
 
 def _kept(task: _Task, reason: str) -> Shard:
-    pieces = {task.name: (task.spec, task.source.chunks(task.name))}
+    pieces = {task.name: (task.spec, SafetensorsFile(task.source).chunks(task.name))}
     return write_plain(task.path, pieces, {task.name: reason})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matfact.cli._common import FAILURE, told_to_users
+from matfact.cli._common import FAILURE, Scheduler, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,13 +46,7 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of a Dask scheduler, as tcp://scheduler:8786, whose workers do the work. "
-            "They must reach both paths under the same names."
-        ),
-    ] = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Factorize the layers in a safetensors file, one at a time, and copy all other tensors.
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import typer
+
+#: An option of the commands whose work a cluster can do.
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of a Dask scheduler, as tcp://scheduler:8786, whose workers do the work. "
+        "They must reach the files under the same names."
+    ),
+]
 
 T = TypeVar("T")
 
@@ -19,6 +28,8 @@ def told_to_users() -> Iterator[None]:
     """Turn what a user can put right, or did, into one line and an exit status."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever reads the output, as `head`, has seen enough: typer ends in silence
     except (ValueError, ImportError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(USAGE) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matfact.cli._common import FAILURE, parse, told_to_users
+from matfact.cli._common import FAILURE, Scheduler, parse, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,9 +45,13 @@ def compare(
         typer.Option(help="Names separated by commas; an unknown one lists them. Default: all."),
     ] = None,
     output: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for comparison.csv, .json and .png.")
+        Path, typer.Option(file_okay=False, help="Folder for comparison.csv, .json, .html, .png.")
     ] = Path("matfact-comparison"),
-    jobs: Annotated[int, typer.Option(help="Fits run at a time; -1: one on each core.")] = -1,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Fits run at a time; -1: one on each core, or on all workers' threads."),
+    ] = -1,
+    scheduler: Scheduler = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows and seeds the methods.")
     ] = 0,
@@ -68,25 +72,32 @@ def compare(
             run={"methods": parse("methods", methods, str), "n_jobs": jobs,
                  "densities": parse("density", density, float), "random_state": seed},
             output=output,
+            scheduler=scheduler,
         )  # fmt: skip
     if all(row.status != "ok" for row in comparison):
         raise typer.Exit(FAILURE)
 
 
 def _study(
-    weights: Path | None, cut: dict[str, Any], run: dict[str, Any], output: Path
+    weights: Path | None,
+    cut: dict[str, Any],
+    run: dict[str, Any],
+    output: Path,
+    scheduler: str | None,
 ) -> Comparison:
     """Load, cut, compare, show and write."""
     from rich.console import Console
 
+    from matfact._parallel import on_cluster
     from matfact.compare import cut_matrices, load_weights, summary_table
 
     console = Console()
     output.mkdir(parents=True, exist_ok=True)  # before the work, lest that be lost
-    loaded = load_weights(weights)
+    loaded = load_weights(weights, stored=scheduler is not None)
     matrices = cut_matrices(loaded, **cut)
     console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
-    comparison = _compare(console, matrices, run)
+    with on_cluster(scheduler):
+        comparison = _compare(console, matrices, run)
     comparison.metadata |= {"weights": loaded.source, "cut": cut}
     console.print(summary_table(comparison))
     failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")

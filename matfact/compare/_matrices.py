@@ -5,20 +5,24 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from matfact.compare._stored import StoredMatrix
 
 #: Sizes studied when none are named.
 DEFAULT_SIZES = (64, 128, 256, 384)
 
+#: A matrix in memory, or in a file.
+M = TypeVar("M", np.ndarray, StoredMatrix)
 _ATTENTION = re.compile("attention|attn")
 _EMBEDDING = re.compile("embed")
 _Shapes = Mapping[str, tuple[int, int]]
 
 
 def cut_matrices(
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, M],
     *,
     sizes: Sequence[int] | None = None,
     per_size: int = 4,
@@ -26,7 +30,7 @@ def cut_matrices(
     full: bool = False,
     random_state: int = 0,
     dtype: Any = np.float32,
-) -> dict[str, np.ndarray]:
+) -> dict[str, M]:
     """Cut square windows, and optionally whole matrices, out of trained weights.
 
     For each size the layers are visited in an order drawn from `random_state` and the size, and
@@ -36,7 +40,7 @@ def cut_matrices(
 
     Parameters
     ----------
-    weights : mapping of str to ndarray
+    weights : mapping of str to ndarray or StoredMatrix
         Matrices by layer name, as :func:`load_weights` returns them.
     sizes : sequence of int, optional
         Sides of the windows. None means 64, 128, 256 and 384, as far as the layers are large
@@ -55,8 +59,9 @@ def cut_matrices(
 
     Returns
     -------
-    dict of str to ndarray
+    dict of str to ndarray or StoredMatrix
         Matrices by name, such as ``"layer.0[64:128, 0:64]"``; whole ones carry the layer's name.
+        What is stored in `weights` stays so.
 
     Raises
     ------
@@ -87,19 +92,25 @@ def cut_matrices(
             f"chosen (the default is {DEFAULT_SIZES}); or ask for whole matrices with full."
         )
     return {
-        _name(layer, rows, columns, weights[layer].shape): np.ascontiguousarray(
-            weights[layer][rows, columns], dtype=dtype
+        _name(layer, rows, columns, weights[layer].shape): _cut(
+            weights[layer], rows, columns, dtype
         )
         for layer, rows, columns in windows
     }
+
+
+def _cut(W: Any, rows: slice, columns: slice, dtype: Any) -> Any:
+    if isinstance(W, StoredMatrix):
+        return W.window(rows, columns, dtype)
+    return np.ascontiguousarray(W[rows, columns], dtype=dtype)
 
 
 _Window = tuple[str, slice, slice]
 
 
 def _select(
-    weights: Mapping[str, np.ndarray], layers: str | None, *, all_kinds: bool = False
-) -> dict[str, np.ndarray]:
+    weights: Mapping[str, M], layers: str | None, *, all_kinds: bool = False
+) -> dict[str, M]:
     """Return the layers that match, or those worth studying when nothing is asked for."""
     if layers is not None:
         try:

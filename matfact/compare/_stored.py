@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +27,15 @@ class StoredMatrix:
         The tensor: a matrix, or a convolution, whose trailing dimensions are taken together.
     rows, columns : slice, optional
         The window, by default all of it.
+    dtype : dtype, optional
+        Of the numbers. By default float32, or float64 where the file has that.
 
     Attributes
     ----------
     shape : tuple of int
         Rows and columns.
     dtype : dtype
-        float32, or float64 where the file has that.
+        Of the numbers that are read.
 
     Raises
     ------
@@ -46,25 +51,44 @@ class StoredMatrix:
         name: str,
         rows: slice = slice(None),
         columns: slice = slice(None),
+        dtype: Any = None,
     ) -> None:
-        self.path, self.name, self._window = Path(path), name, (rows, columns)
+        self.path, self.name, self._window = Path(path).absolute(), name, (rows, columns)
         spec = SafetensorsFile(path).specs.get(name)
         if spec is None or len(spec.shape) not in (2, 4) or spec.dtype not in _FLOATS:
             raise ValueError(
                 f"name must be that of a floating-point weight in {path}, got {name!r}."
             )
-        sides = (spec.shape[0], int(np.prod(spec.shape[1:])))
-        self.shape = tuple(
-            len(range(*part.indices(n))) for part, n in zip(self._window, sides, strict=True)
-        )
-        self.dtype = np.dtype(_FLOATS[spec.dtype])
+        self._sides = (spec.shape[0], math.prod(spec.shape[1:]))
+        chosen = [range(n)[part] for n, part in zip(self._sides, self._window, strict=True)]
+        self.shape = (len(chosen[0]), len(chosen[1]))
+        self.dtype = np.dtype(_FLOATS[spec.dtype] if dtype is None else dtype)
 
     @property
     def ndim(self) -> int:
         """2, as for an array."""
         return 2
 
+    def window(self, rows: slice, columns: slice, dtype: Any = None) -> StoredMatrix:
+        """Return a part of the matrix, which is not read either."""
+        rows = _composed(self._sides[0], self._window[0], rows)
+        columns = _composed(self._sides[1], self._window[1], columns)
+        return StoredMatrix(self.path, self.name, rows, columns, dtype or self.dtype)
+
     def read(self) -> np.ndarray:
         """Return the numbers."""
         W = SafetensorsFile(self.path).read(self.name)
         return np.ascontiguousarray(W.reshape(len(W), -1)[self._window], dtype=self.dtype)
+
+
+def _composed(length: int, outer: slice, inner: slice) -> slice:
+    """Return the slice that is `inner` of `outer`."""
+    chosen = range(length)[outer][inner]
+    return slice(chosen.start, chosen.stop if chosen.stop >= 0 else None, chosen.step)
+
+
+def stored_matrices(path: Path) -> Iterator[tuple[str, StoredMatrix]]:
+    """Yield the weights in a file by name; none of them is read."""
+    for name, spec in sorted(SafetensorsFile(path).specs.items()):
+        if len(spec.shape) in (2, 4) and spec.dtype in _FLOATS and spec.nbytes:
+            yield name, StoredMatrix(path, name)

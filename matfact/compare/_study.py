@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 import warnings
@@ -23,6 +24,8 @@ from matfact.compare._methods import MethodLike, make_estimators
 from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
 from matfact.factorizers import BaseFactorizer
+
+_log = logging.getLogger(__name__)
 
 #: A matrix, or where to read it.
 Matrix = Array | StoredMatrix
@@ -101,6 +104,9 @@ def compare_projections(
     with single_threaded():  # also here: workers that are threads of this process share it
         for i, row in pool(n_jobs, len(tasks))(joblib.delayed(_run)(i, tasks[i]) for i in order):
             rows[i] = row
+            _log.info(
+                "%s of %s: %s, %d fits in all", row.method, row.matrix, row.status, len(tasks)
+            )
             if progress is not None:
                 progress(row, len(tasks))
     return Comparison([rows[i] for i in range(len(tasks))], metadata)

