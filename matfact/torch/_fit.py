@@ -157,10 +157,9 @@ def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> Fa
     moment = inputs.second_moment
     if adapt == "finalize_one":
         return finalize(product, W, moment, n_factors=1).rescaled(1.0)
-    product = finalize(product, W, moment)
-    if isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None:
-        product = reselect(product, W, moment)
-    return product.rescaled(1.0)
+    anywhere = isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None
+    refit = reselect if anywhere else finalize
+    return refit(product, W, moment).rescaled(1.0)
 
 
 def uses_inputs(factorizer: BaseFactorizer) -> bool:
