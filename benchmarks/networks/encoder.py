@@ -35,8 +35,11 @@ EXCERPTS = Path(__file__).parent / "text"
 METHODS = ("DSF", "ADMM", "Wanda", "magnitude")
 DENSITIES = (0.5, 0.25, 0.4, 0.3, 0.1)
 LAYERS = r"encoder\.layer\.\d"
-#: Sentences that calibrate, and that are embedded; tokens of a sentence at most.
-SENTENCES = {"calibration": 512, "test": 512}
+#: Sentences that calibrate, and sweeps of DSF; what half of the weights is compared with.
+EFFORT = {"calibration": 512, "sweeps": 100}
+MORE_EFFORT = {"calibration": 2048, "sweeps": 200}
+#: Sentences that are embedded; tokens of a sentence at most.
+TEST_SENTENCES = 512
 MAX_TOKENS = 128
 
 
@@ -67,17 +70,18 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
     supports found, to give the hidden states of the dense encoder.
     """
     if quick:
-        common = {"layers": r"encoder\.layer\.[01]", "sweeps": 10, "text": "excerpts"}
-        sentences = {"calibration": 48, "test": 32}
+        common = {"layers": r"encoder\.layer\.[01]", "text": "excerpts", "test": 32}
+        forms = [(method, 0.5, "full") for method in METHODS]
     else:
-        common = {"layers": LAYERS, "sweeps": 100, "text": "novels"}
-        sentences = SENTENCES
-    forms = [(m, d, "full") for d in ((0.5,) if quick else DENSITIES) for m in METHODS]
-    if not quick:
+        common = {"layers": LAYERS, "text": "novels", "test": TEST_SENTENCES}
+        forms = [(method, density, "full") for density in DENSITIES for method in METHODS]
         forms.insert(len(METHODS), ("DSF", 0.5, "distilled"))
         forms += [(method, 0.5, "published") for method in METHODS]
     for method, density, form in forms:
-        cell = {"method": method, "density": density, "form": form, **common, **sentences}
+        effort = MORE_EFFORT if density == 0.5 and form != "distilled" else EFFORT
+        if quick:
+            effort = {"calibration": 48, "sweeps": 10}
+        cell = {"method": method, "density": density, "form": form, **common, **effort}
         yield cell | ({"epochs": 3, "learning_rate": 2e-4} if form == "distilled" else {})
 
 
@@ -197,15 +201,16 @@ def retrieval(dense: np.ndarray, near: np.ndarray) -> dict[str, float]:
 def table(rows: list[Row]) -> str:
     """Return one line for each method and density."""
     header = (
-        "density", "method", "form", "cosine", "worst", "rank correlation", "10 nearest",
+        "density", "method", "form", "sentences", "cosine", "worst", "rank correlation", "10 nearest",
         "nearest", "error of layers' outputs", "bytes",
     )  # fmt: skip
     names = ("cosine", "worst", "rank_correlation", "top10", "top1", "layer_error", "bytes")
     ordered = sorted(rows, key=lambda row: (row["form"], -row["density"]))
     lines = [
-        (f"{row['density']:.0%}", row["method"], row["form"], *(f"{row[n]:.4f}" for n in names))
+        (f"{row['density']:.0%}", row["method"], row["form"], f"{row['calibration']:,}",
+         *(f"{row[n]:.4f}" for n in names))
         for row in ordered
-    ]
+    ]  # fmt: skip
     return markdown_table(header, lines)
 
 
