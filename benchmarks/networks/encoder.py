@@ -201,8 +201,8 @@ def retrieval(dense: np.ndarray, near: np.ndarray) -> dict[str, float]:
 def table(rows: list[Row]) -> str:
     """Return one line for each method and density."""
     header = (
-        "density", "method", "form", "sentences", "cosine", "worst", "rank correlation", "10 nearest",
-        "nearest", "error of layers' outputs", "bytes",
+        "density", "method", "form", "sentences", "cosine", "worst", "rank correlation",
+        "10 nearest", "nearest", "error of layers' outputs", "bytes",
     )  # fmt: skip
     names = ("cosine", "worst", "rank_correlation", "top10", "top1", "layer_error", "bytes")
     ordered = sorted(rows, key=lambda row: (row["form"], -row["density"]))
