@@ -1,16 +1,25 @@
-"""Rows of scattered nonzeros times a panel of columns, or a single one."""
+"""Rows of scattered nonzeros times a panel of columns, or a single one.
+
+Rows of about the same length are taken together, as many as a vector has lanes: a slice. What all
+of its rows have is stored entry by entry, each of all rows in turn; what longer rows have beyond
+that follows, row after row. (Kreutzer et al., "A unified sparse matrix data format for efficient
+general sparse matrix-vector multiplication on modern processors with wide SIMD units", SIAM J.
+Sci. Comput. 36, 2014, pad rows instead.) One column then needs no sums over lanes, and loops
+hardly change their length, which processors would guess wrong.
+"""
 
 from __future__ import annotations
 
 import numba
+import numpy as np
 
 from matfact.kernels.vectors import (
-    add,
     fma,
     gather,
     load,
     load_values,
     prefetch,
+    scatter,
     spread,
     store,
     total,
@@ -19,47 +28,103 @@ from matfact.kernels.vectors import (
 )  # fmt: skip
 
 _AHEAD = 512  #: entries between what is used and what is fetched: processors stop at memory pages
+_ROWS = 4  #: rows of a panel computed together, which hides the latency of an addition
 
 
 @numba.njit(nogil=True, cache=True)
-def csr_panel(zero, values, columns, starts, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute rows `first` to `last` of a panel as wide as the vector `zero`.
+def arranged(indptr, order, lanes):  # type: ignore[no-untyped-def]
+    """Return how to slice a matrix whose rows in `order` grow shorter.
 
-    Row r has the entries from ``starts[r]`` to ``starts[r + 1]``. Four sums at a time hide the
-    latency of an addition.
+    These are the first entry of each slice and how many all of its rows have, the end of what
+    each row has beyond that, and which entry of the matrix stands at each place.
     """
-    for row in range(first, last):
-        a = b = c = d = zero
-        e, end = starts[row], starts[row + 1]
-        while e + 4 <= end:
-            a = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), a)
-            e += 1
-            b = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), b)
-            e += 1
-            c = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), c)
-            e += 1
-            d = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), d)
-            e += 1
-        while e < end:
-            a = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), a)
-            e += 1
-        store(target, row, add(add(a, b), add(c, d)))
+    rows = len(order)
+    slices = np.empty((-(-rows // lanes), 2), np.int64)
+    ends, entries = np.empty(rows, np.int64), np.empty(indptr[rows], np.int64)
+    e = 0
+    for s in range(len(slices)):
+        first, last = s * lanes, min(rows, (s + 1) * lanes)
+        shortest = order[last - 1]
+        common = indptr[shortest + 1] - indptr[shortest] if last - first == lanes else 0
+        slices[s, 0], slices[s, 1] = e, common
+        for place in range(first, last):
+            begin = indptr[order[place]]
+            for k in range(common):
+                entries[e + k * lanes + place - first] = begin + k
+        e += common * lanes
+        for place in range(first, last):
+            for k in range(indptr[order[place]] + common, indptr[order[place] + 1]):
+                entries[e] = k
+                e += 1
+            ends[place] = e
+    return slices, ends, entries
 
 
 @numba.njit(nogil=True, cache=True)
-def csr_vector(zero, values, columns, starts, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute rows `first` to `last` for one column, as many entries at a time as `zero` has."""
-    step = width(zero)
-    for row in range(first, last):
+def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute slices `first` to `last` of a panel as wide as the vector `zero`."""
+    for s in range(first, last):
+        e, common = slices[s, 0], slices[s, 1]
+        begin, end = s * lanes, min(len(order), (s + 1) * lanes)
+        for place in range(begin, begin + lanes if common else begin, _ROWS):
+            a = b = c = d = zero
+            i = e + place - begin
+            for _ in range(common):
+                a = fma(spread(value(values, i, source), zero), load(source, columns[i], zero), a)
+                j = i + 1
+                b = fma(spread(value(values, j, source), zero), load(source, columns[j], zero), b)
+                j = i + 2
+                c = fma(spread(value(values, j, source), zero), load(source, columns[j], zero), c)
+                j = i + 3
+                d = fma(spread(value(values, j, source), zero), load(source, columns[j], zero), d)
+                i += lanes
+            store(target, order[place], a)
+            store(target, order[place + 1], b)
+            store(target, order[place + 2], c)
+            store(target, order[place + 3], d)
+        e += common * lanes
+        for place in range(begin, end):
+            row = order[place]
+            a = load(target, row, zero) if common else zero
+            if not common or e < ends[place]:
+                while e < ends[place]:
+                    a = fma(
+                        spread(value(values, e, source), zero), load(source, columns[e], zero), a
+                    )
+                    e += 1
+                store(target, row, a)
+
+
+@numba.njit(nogil=True, cache=True)
+def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute slices `first` to `last` for one column; `zero` has as many lanes as they do."""
+    for s in range(first, last):
+        e, common = slices[s, 0], slices[s, 1]
+        begin, end = s * lanes, min(len(order), (s + 1) * lanes)
         a = zero
-        e, end = starts[row], starts[row + 1]
-        while e + step <= end:
+        for _ in range(common):
             prefetch(values, e + _AHEAD)
             prefetch(columns, e + _AHEAD)
             a = fma(load_values(values, e, zero), gather(source, columns, e, zero), a)
-            e += step
-        result = total(a)
-        while e < end:
-            result += value(values, e, source) * source[columns[e]]
-            e += 1
-        target[row] = result
+            e += lanes
+        if common:
+            scatter(target, order, begin, a)
+        for place in range(begin, end):
+            if not common or e < ends[place]:
+                row = order[place]
+                rest, e = _rest(zero, values, columns, e, ends[place], source)
+                target[row] = target[row] + rest if common else rest
+
+
+@numba.njit(nogil=True, cache=True)
+def _rest(zero, values, columns, e, end, source):  # type: ignore[no-untyped-def]
+    """Return the product of consecutive entries of a row with one column, and their end."""
+    a = zero
+    while e + width(zero) <= end:
+        a = fma(load_values(values, e, zero), gather(source, columns, e, zero), a)
+        e += width(zero)
+    result = total(a)
+    while e < end:
+        result += value(values, e, source) * source[columns[e]]
+        e += 1
+    return result, e

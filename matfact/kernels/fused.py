@@ -15,7 +15,7 @@ from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processo
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "4742c796a4557e70"
+SOURCES = "5cc7f92aeffe48bd"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
@@ -108,9 +108,12 @@ def _next(state, seen, kernel, patience):  # type: ignore[no-untyped-def]
 def _panel_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
     kind, at = step[KIND], step[TABLE]
     if kind == CSR:
-        starts = table[at : at + step[ROWS] + 1]
+        slices = table[at : step[A]].reshape(-1, 2)
+        order, ends = table[step[A] : step[B]], table[step[B] :]
         entries, columns = values[step[VALUES] :], indices[step[COLUMNS] :]
-        csr.csr_panel(zero, entries, columns, starts, first, last, source, target)
+        csr.csr_panel(
+            zero, entries, columns, slices, step[C], order, ends, first, last, source, target
+        )  # fmt: skip
     elif kind == KRONECKER:
         pattern = (step[A], step[B], step[C], step[D])
         blocks.kronecker_panel(
@@ -129,9 +132,12 @@ def _vector_step(step, values, indices, table, first, last, source, target):  # 
     kind, at = step[KIND], step[TABLE]
     zero = zeros(source, DOT)
     if kind == CSR:
-        starts = table[at : at + step[ROWS] + 1]
+        slices = table[at : step[A]].reshape(-1, 2)
+        order, ends = table[step[A] : step[B]], table[step[B] :]
         entries, columns = values[step[VALUES] :], indices[step[COLUMNS] :]
-        csr.csr_vector(zero, entries, columns, starts, first, last, source, target)
+        csr.csr_vector(
+            zero, entries, columns, slices, step[C], order, ends, first, last, source, target
+        )  # fmt: skip
     elif kind == KRONECKER:
         pattern = (step[A], step[B], step[C], step[D])
         blocks.kronecker_vector(

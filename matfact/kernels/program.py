@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from matfact._threads import allowed_threads
-from matfact.kernels import fused, helpers
+from matfact.kernels import csr, fused, helpers
 from matfact.kernels.blocks import TILE
 
 _HELP = 1 << 15  #: multiplications of vectors from which a second thread pays
@@ -49,10 +49,15 @@ class Program:
 
     def add_csr(self, values: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> None:
         """Add a matrix in compressed sparse rows."""
-        rows = len(indptr) - 1
-        place = {"TABLE": self._append(self._table, indptr)}
-        place["COLUMNS"] = self._append(self._indices, indices)
-        self._add(fused.CSR, rows, rows, rows, values, place)
+        rows, lanes = len(indptr) - 1, fused.DOT // self.dtype.itemsize
+        order = np.argsort(-np.diff(indptr), kind="stable")
+        slices, ends, entries = csr.arranged(indptr, order, lanes)
+        place = {"TABLE": self._append(self._table, slices)}
+        place["A"] = self._append(self._table, order)
+        place["B"] = self._append(self._table, ends)
+        place["C"] = lanes
+        place["COLUMNS"] = self._append(self._indices, indices[entries])
+        self._add(fused.CSR, rows, len(slices), len(slices), values[entries], place)
 
     def add_kronecker(self, values: np.ndarray) -> None:
         """Add a Kronecker-sparse matrix from values of shape (a, d, b, c)."""

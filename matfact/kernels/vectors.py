@@ -91,6 +91,22 @@ def gather(typingctx, array, indices, first, like):  # type: ignore[no-untyped-d
 
 
 @intrinsic
+def scatter(typingctx, array, indices, first, vector):  # type: ignore[no-untyped-def]
+    """Write the lanes of `vector` to ``array[indices[first]], array[indices[first + 1]], …``."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        target = _data(context, builder, array, arguments[0])
+        positions = builder.gep(_data(context, builder, indices, arguments[1]), [arguments[2]])
+        for lane in range(vector.count):
+            index = builder.load(builder.gep(positions, [ir.Constant(_INT32, lane)]))
+            entry = builder.extract_element(arguments[3], ir.Constant(_INT32, lane))
+            builder.store(entry, builder.gep(target, [index]))
+        return context.get_dummy_value()
+
+    return types.none(array, indices, types.intp, vector), generate
+
+
+@intrinsic
 def store(typingctx, array, row, vector):  # type: ignore[no-untyped-def]
     """Write `vector` as the `row`-th of a flat `array` of such vectors."""
 
