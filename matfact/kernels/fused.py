@@ -15,7 +15,7 @@ from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processo
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "5cc7f92aeffe48bd"
+SOURCES = "cced9785980bd100"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for

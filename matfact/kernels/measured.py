@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_info
 from matfact import __version__
 from matfact._files import write_atomically
 from matfact._threads import max_threads
+from matfact.kernels import fused
 
 T = TypeVar("T")
 
@@ -106,9 +107,9 @@ def _cache_folder() -> Path:
 
 @functools.cache
 def _machine() -> str:
-    """Return a name for what times depend on: processor, threads and versions."""
+    """Return a name for what times depend on: processor, threads, versions and kernels."""
     pools = [(lib["prefix"], lib["version"], lib["num_threads"]) for lib in threadpool_info()]
     processor = (platform.node(), llvmlite.binding.get_host_cpu_name(), os.cpu_count())
-    versions = (np.__version__, version("numba"), __version__)
+    versions = (np.__version__, version("numba"), __version__, fused.SOURCES)
     parts = (processor, max_threads(), sorted(map(str, pools)), versions)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

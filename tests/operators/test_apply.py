@@ -118,6 +118,24 @@ def test_kernels_agree_with_the_factors(kinds, dtype, batch, order, threads, see
         assert error(found, operator, operand) < 1
 
 
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_rows_may_be_of_any_length(batch):
+    rng = np.random.default_rng(batch)
+    lengths = np.concatenate([[0, 300, 299, 1], rng.integers(0, 40, 60), np.full(60, 20), [0] * 9])
+    dense = np.zeros((len(lengths), 300), np.float32)
+    for row, length in zip(dense, lengths, strict=True):
+        row[rng.permutation(300)[:length]] = rng.standard_normal(length)
+    product = FactorProduct([SparseFactor.from_dense(dense)])
+    X = rng.standard_normal((300, batch)).astype(np.float32)
+    X[-1] = np.inf  # reaches only rows that hold a value there
+    found = product._plan._program(X.dtype).apply(X)
+    is_reached = dense[:, -1] != 0
+    assert not np.isfinite(found[is_reached]).any()
+    assert 0 < is_reached.sum() < len(lengths)
+    X[-1] = 0
+    np.testing.assert_allclose(found[~is_reached], (dense @ X)[~is_reached], rtol=0, atol=1e-4)
+
+
 def test_batches_come_out_in_the_layout_they_came_in(sparse_pair, by_factors):
     X = np.ones((30, 200), np.float32)
     assert (sparse_pair @ X.T).T.flags.c_contiguous
