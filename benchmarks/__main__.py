@@ -17,6 +17,7 @@ NAMES = (
     "networks",
     "fuzz",
     "synthetic",
+    "cluster",
 )
 #: Read by the numerical libraries when they are loaded, so they are set before any import.
 THREAD_VARIABLES = (
