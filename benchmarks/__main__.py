@@ -14,6 +14,7 @@ NAMES = (
     "study",
     "butterfly",
     "layers",
+    "startup",
     "networks",
     "fuzz",
     "synthetic",

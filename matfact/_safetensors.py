@@ -118,18 +118,32 @@ class SafetensorsFile:
         ValueError
             If NumPy has no such dtype or the file ends early.
         """
-        spec = self.specs[name]
-        if spec.dtype not in ("BOOL", "BF16") and spec.dtype not in _NUMPY:
-            raise ValueError(f"{name!r} in {self.path} has dtype {spec.dtype}, unknown to NumPy.")
-        content = np.empty(spec.nbytes, dtype=np.uint8)
+        content = np.empty(self.specs[name].nbytes, dtype=np.uint8)
         with self.path.open("rb") as file:
             file.seek(self._begins[name])
-            if file.readinto(content.data) != spec.nbytes:
+            if file.readinto(content.data) != content.size:
                 self._refuse(f"ends within tensor {name!r}")
+        return self._as_array(name, content)
+
+    def mapped(self, name: str) -> np.ndarray:
+        """Return what :meth:`read` does, in pages that are read when they are first used.
+
+        What is written to the array stays in memory.
+        """
+        spec = self.specs[name]
+        if not spec.nbytes or self._begins[name] % spec.itemsize:
+            return self.read(name)
+        content = np.memmap(self.path, np.uint8, "c", self._begins[name], (spec.nbytes,))
+        return self._as_array(name, np.asarray(content))
+
+    def _as_array(self, name: str, content: np.ndarray) -> np.ndarray:
+        spec = self.specs[name]
         if spec.dtype == "BF16":
             return from_bfloat16(content.view("<u2")).reshape(spec.shape)
         if spec.dtype == "BOOL":
             return (content != 0).reshape(spec.shape)
+        if spec.dtype not in _NUMPY:
+            raise ValueError(f"{name!r} in {self.path} has dtype {spec.dtype}, unknown to NumPy.")
         return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
 
 

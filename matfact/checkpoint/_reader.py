@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,10 @@ from matfact._safetensors import SafetensorsFile
 from matfact.checkpoint._manifest import Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 from matfact.checkpoint._source import matrix_shape
-from matfact.operators import FactorProduct
+from matfact.operators import FactorProduct, _storage
+
+#: Bytes of a file from which a thread of its own checks it in less time than it takes to ask.
+_LARGE = 1 << 22
 
 
 class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
@@ -63,6 +68,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         self._shards = {t.name: shard for shard in manifest.shards for t in shard.tensors}
         self.tensors = {t.name: t for shard in manifest.shards for t in shard.tensors}
         self._verified: dict[str, SafetensorsFile] = {}
+        self._pending: dict[str, Future[SafetensorsFile]] = {}
 
     def __getitem__(self, name: str) -> FactorProduct | np.ndarray:
         """Return factors as a product with NumPy values, another tensor as an array.
@@ -97,12 +103,12 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
     def product(self, name: str) -> FactorProduct:
         """Return the factors of tensor `name`."""
-        tensor, path = self.tensors[name], self.file(name).path
-        product = FactorProduct.load(path)
+        tensor, file = self.tensors[name], self.file(name)
+        product = FactorProduct(_storage.load(file))
         if len(tensor.spec.shape) < 2 or product.shape != matrix_shape(tensor.spec.shape):
             raise ValueError(
-                f"{path} must hold factors of a tensor of shape {tensor.spec.shape}, but their "
-                f"product has shape {product.shape}."
+                f"{file.path} must hold factors of a tensor of shape {tensor.spec.shape}, but "
+                f"their product has shape {product.shape}."
             )
         return product
 
@@ -110,8 +116,21 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         """Return the verified file that holds tensor `name`."""
         shard = self._shards[name]
         if shard.file not in self._verified:
-            self._verified[shard.file] = self._checked(shard)
+            pending = self._pending.get(shard.file)
+            self._verified[shard.file] = pending.result() if pending else self._checked(shard)
         return self._verified[shard.file]
+
+    @contextlib.contextmanager
+    def checking_ahead(self) -> Iterator[None]:
+        """Check large files in another thread, meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            large = [shard for shard in self.shards if shard.nbytes >= _LARGE]
+            self._pending = {shard.file: pool.submit(self._checked, shard) for shard in large}
+            try:
+                yield
+            finally:
+                self._pending = {}
+                pool.shutdown(cancel_futures=True)
 
     def verify(self) -> None:
         """Check every file, and raise ``ValueError`` where one is damaged."""

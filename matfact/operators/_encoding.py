@@ -174,11 +174,12 @@ def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors
         bits = np.unpackbits(packed[start * columns // 8 : (stop * columns + 7) // 8])
         mask = bits.view(np.bool_)[: (stop - start) * columns]
         _need(not bits[mask.size :].any(), "bits beyond the last entry")
-        counts = np.count_nonzero(mask.reshape(stop - start, columns), axis=1)
-        begins = np.repeat(np.arange(stop - start) * columns, counts)
-        pieces.append((np.flatnonzero(mask) - begins).astype(np.int32))
-        indptr[start + 1 : stop + 1] = counts
-    np.cumsum(indptr, out=indptr)
+        flat = np.flatnonzero(mask)
+        begins = np.arange(stop - start) * columns
+        ends = np.searchsorted(flat, begins + columns)
+        flat -= np.repeat(begins, np.diff(ends, prepend=0))
+        pieces.append(flat.astype(np.int32))
+        indptr[start + 1 : stop + 1] = indptr[start] + ends
     _need(values.shape == (indptr[-1],), "values and bits differ in number")
     indices = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
     return SparseFactor(values, indices, indptr, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ _TINY = 1 << 14  #: entries of a product for which neither compiling nor measuri
 COMPUTED = frozenset(map(np.dtype, (np.float32, np.float64)))
 _STORED = COMPUTED | {np.dtype(np.float16)}  #: dtypes of NumPy values
 _ROUNDS = 5  #: timings of which the fastest counts
+_KERNELS = "matfact.kernels.program"
+_LOADING = 0.5  #: seconds that loading the kernels and their compiler takes, about
+_waited = 0.0  #: seconds that products without them have taken
 
 
 class Plan:
@@ -55,9 +59,21 @@ class Plan:
         if X.ndim == 1:
             return self.apply(X[:, None])[:, 0]
         dtype = self.dtype if X.dtype == self.dtype else np.result_type(self.dtype, X.dtype)
+        if self._half != "bfloat16" and _loading_is_too_early():
+            return self._apply_factors(X, dtype)
         if self._chosen(X.shape[1], dtype) == "dense":
             return self._densified(dtype) @ X
         return self._program(dtype).apply(X)
+
+    def _apply_factors(self, X: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Return the product with `X` by NumPy and SciPy, and count the time it takes."""
+        global _waited
+        start = time.perf_counter()
+        X = X.astype(dtype, copy=False)
+        for factor in reversed(self._factors):
+            X = factor.apply(X)
+        _waited += time.perf_counter() - start
+        return X
 
     def _chosen(self, batch: int, dtype: np.dtype) -> str:
         if (batch, dtype) not in self._choices:
@@ -86,6 +102,15 @@ class Plan:
             identity = np.eye(self._factors[-1].shape[1], dtype=dtype)
             self._dense[dtype] = np.ascontiguousarray(self._program(dtype).apply(identity))
         return self._dense[dtype]
+
+
+def _loading_is_too_early() -> bool:
+    """Whether products have taken less time without the kernels than loading these takes.
+
+    A process that applies a network once should not wait for a compiler, and one that applies it
+    often loses no more by this than a second loading.
+    """
+    return _KERNELS not in sys.modules and _waited < _LOADING
 
 
 def versions(factors: Sequence[Factor]) -> list[int]:

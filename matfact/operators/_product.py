@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse.linalg
 
 from matfact import backend
+from matfact._safetensors import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _display, _storage
 from matfact.operators._advice import Advice
@@ -194,8 +195,8 @@ class FactorProduct:
         CPU that take no gradient, where the times are predicted from rates measured once on each
         machine (a few seconds, kept in the user's cache folder) with weights that come from
         memory, as in a network. Where the prediction is close, products of this kind are timed
-        too, once on each machine. For other array libraries, complex numbers and tiny products, both
-        ways are timed at each call, with weights that may be in the cache.
+        too, once on each machine. For other array libraries, complex numbers and tiny products,
+        both ways are timed at each call, with weights that may be in the cache.
 
         Parameters
         ----------
@@ -262,7 +263,7 @@ class FactorProduct:
     @classmethod
     def load(cls, path: str | Path) -> FactorProduct:
         """Read a product written by :meth:`save`, with NumPy values."""
-        return cls(_storage.load(Path(path)))
+        return cls(_storage.load(SafetensorsFile(path)))
 
     def __len__(self) -> int:
         return len(self.factors)

@@ -35,17 +35,15 @@ def pack(
     return kinds, serialize(specs, content, {"matfact": json.dumps(manifest)})
 
 
-def load(path: Path) -> list[Factor]:
+def load(file: SafetensorsFile) -> list[Factor]:
     """Read the factors written by :func:`save`; bfloat16 values arrive as float32.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     ValueError
         If the file is damaged or of another kind.
     """
-    file = SafetensorsFile(path)
+    path = file.path
     try:
         manifest = parse_json(file.metadata.get("matfact", "{}").encode())
     except ValueError:

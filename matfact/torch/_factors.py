@@ -79,9 +79,10 @@ class SparseFactorModule(FactorModule):
     def __init__(self, factor: SparseFactor) -> None:
         super().__init__(factor)
         locations = factor.locations
-        if (np.diff(locations) < 0).any():
+        self._rows: tuple[np.ndarray, np.ndarray] | None = factor.indices, factor.indptr
+        if (locations[1:] < locations[:-1]).any():
             order = np.argsort(locations)
-            locations = locations[order]
+            locations, self._rows = locations[order], None
             self.values = nn.Parameter(self.values.detach()[torch.from_numpy(order)])
         kept = np.zeros(self.rows * self.columns, dtype=bool)
         kept[locations] = True
@@ -98,6 +99,7 @@ class SparseFactorModule(FactorModule):
         bits = (self.mask[:, None] >> shifts) & 1
         locations = bits.bool().flatten()[: self.rows * self.columns].nonzero().flatten()
         self.register_buffer("locations", locations, persistent=False)
+        self._rows = None
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -121,10 +123,12 @@ class SparseFactorModule(FactorModule):
         return self.rows * self.columns
 
     def to_factor(self) -> SparseFactor:
-        locations = self.locations.cpu().numpy()
-        counts = np.bincount(locations // self.columns, minlength=self.rows)
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        indices = (locations % self.columns).astype(np.int32)
+        if self._rows is None:
+            locations = self.locations.cpu().numpy()
+            counts = np.bincount(locations // self.columns, minlength=self.rows)
+            indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            self._rows = (locations % self.columns).astype(np.int32), indptr
+        indices, indptr = self._rows
         return SparseFactor(self.values.detach(), indices, indptr, self.columns)
 
 

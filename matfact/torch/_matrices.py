@@ -159,7 +159,8 @@ def replace(
     """
     old: Any = view.layer
     new: Any = view.replacement(products)
-    new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    device = None if old.weight.is_meta else old.weight.device  # which weights without storage lack
+    new.to(device=device, dtype=old.weight.dtype).train(old.training)
     if shifts:
         with torch.no_grad():
             new.bias += torch.cat([torch.as_tensor(shift) for shift in shifts]).to(new.bias)

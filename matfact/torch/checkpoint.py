@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
@@ -64,14 +64,18 @@ def save_network(
     save(path, products | arrays, shapes=shapes, settings=dict(settings or {}) | _BY_LAYER)
 
 
-def load_network(model: nn.Module, path: str | Path, *, strict: bool = True) -> nn.Module:
+def load_network(
+    model: nn.Module | Callable[[], nn.Module], path: str | Path, *, strict: bool = True
+) -> nn.Module:
     """Load a checkpoint into a network of the same architecture.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or callable
         The network, before or after it was compressed, with any weights. Its layers are replaced
-        by factorized ones in place; it keeps its devices and dtypes.
+        by factorized ones in place; it keeps its devices and dtypes. Or a function that builds it,
+        which is faster and takes less memory: dense weights are never there, and what the
+        checkpoint holds as it is stays in the file until it is used or written to.
     path : str or Path
         A folder written by :func:`save_network` or by ``matfact compress``.
     strict : bool, default=True
@@ -81,7 +85,7 @@ def load_network(model: nn.Module, path: str | Path, *, strict: bool = True) -> 
     Returns
     -------
     torch.nn.Module
-        The same `model`.
+        The same `model`, or the one built.
 
     Raises
     ------
@@ -91,16 +95,54 @@ def load_network(model: nn.Module, path: str | Path, *, strict: bool = True) -> 
         If the checkpoint is damaged, or is not of this architecture.
     """
     network = Checkpoint(path)
-    found = list(_replacements(model, network))
-    used = {key for replacement in found for key in replacement.keys}
-    rest = {name: _tensor(network, name) for name in network if name not in used}
+    with network.checking_ahead():
+        model = model if isinstance(model, nn.Module) else _built(model)
+        found = list(_replacements(model, network))
+        used = {key for replacement in found for key in replacement.keys}
+        rest = {name: _tensor(network, name) for name in network if name not in used}
     if strict:
         _check_names(model, rest, [name for replacement in found for name in replacement.names])
     _check_sizes(model, rest)
     for replacement in found:
         replace(model, replacement.names, replacement.view, replacement.products)
-    model.load_state_dict(rest, strict=False)
+    model.load_state_dict(_without_assigned(model, rest), strict=False)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    _raise_if("lacks", missing)
     return model
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return what `build` makes, its parameters without storage, as they are to be loaded."""
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    registration = register_module_parameter_registration_hook(cast(Any, emptied))
+    try:
+        return build()
+    finally:
+        registration.remove()
+
+
+def _without_assigned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give parameters without storage what `state` holds, and return the rest of it."""
+    empty = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_meta
+    }
+    filled = {
+        parameter: nn.Parameter(state[name].to(parameter.dtype), parameter.requires_grad)
+        for name, parameter in empty.items()
+        if name in state
+    }
+    for name, parameter in empty.items():
+        if parameter in filled:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, filled[parameter])
+    return {name: tensor for name, tensor in state.items() if name not in empty}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +196,10 @@ def _begins(name: str, prefixes: list[str]) -> bool:
 
 def _tensor(network: Checkpoint, name: str) -> Tensor:
     """Return a tensor of the state; factors of what is no layer are multiplied."""
-    value = network[name]
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    return torch.from_numpy(value.toarray()).reshape(network.tensors[name].spec.shape)
+    if network.tensors[name].is_product:
+        dense = torch.from_numpy(network.product(name).toarray())
+        return dense.reshape(network.tensors[name].spec.shape)
+    return torch.from_numpy(network.file(name).mapped(name))
 
 
 def _check_shapes(name: str, view: Matricized, products: list[FactorProduct]) -> None:
@@ -171,20 +213,29 @@ def _check_shapes(name: str, view: Matricized, products: list[FactorProduct]) ->
 
 def _check_names(model: nn.Module, state: Mapping[str, Tensor], replaced: list[str]) -> None:
     """Raise ``ValueError`` unless `state` and what is replaced make up all of the model."""
-    own = model.state_dict()
-    loaded = {own[name].data_ptr() for name in state if name in own}
+    own = model.state_dict(keep_vars=True)
+    loaded = {_place(own[name]) for name in state if name in own}
     inside = tuple(f"{name}." for name in replaced)
     missing = [
         name
         for name, tensor in own.items()
         if name not in state
-        and tensor.data_ptr() not in loaded
+        and _place(tensor) not in loaded
         and (not name.startswith(inside) or name.endswith(".bias"))
     ]
-    for what, names in (("lacks", missing), ("also has", [n for n in state if n not in own])):
-        if names:
-            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
+    _raise_if("lacks", missing)
+    _raise_if("also has", [name for name in state if name not in own])
+
+
+def _raise_if(what: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
+
+
+def _place(tensor: Tensor) -> int:
+    """Return what tells tensors apart that share no memory."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
 def _check_sizes(model: nn.Module, state: Mapping[str, Tensor]) -> None:

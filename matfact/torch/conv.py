@@ -88,7 +88,7 @@ class FactorizedConv(nn.Module):
         """Give `conv` kernels that are products, one a group."""
         weight = conv.weight
         layer = FactorizedConv(conv, [FactorizedLinear(product) for product in products])
-        return layer.to(device=weight.device, dtype=weight.dtype)
+        return layer.to(device=None if weight.is_meta else weight.device, dtype=weight.dtype)
 
     @classmethod
     def from_scratch(

@@ -51,7 +51,7 @@ def test_files_are_those_of_the_reference_implementation(tmp_path):
         assert file.metadata == {"format": "np"}
         assert set(file.specs) == set(theirs) == set(ARRAYS)
         for key, array in ARRAYS.items():
-            for found in (file.read(key), theirs[key]):
+            for found in (file.read(key), file.mapped(key), theirs[key]):
                 assert found.dtype == array.dtype
                 np.testing.assert_array_equal(found, array)
             assert b"".join(file.chunks(key)) == array.tobytes()

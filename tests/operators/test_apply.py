@@ -3,6 +3,8 @@
 import copy
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -295,3 +297,21 @@ def test_products_can_be_applied_after_a_fork(sparse_pair, by_factors):
     np.testing.assert_array_equal(queue.get(), expected)
     child.join(30)
     assert child.exitcode == 0
+
+
+def test_the_compiler_is_not_loaded_for_a_first_product():
+    code = """
+import sys
+import numpy as np
+from matfact.operators import FactorProduct, SparseFactor, _plan
+rng = np.random.default_rng(0)
+factors = [SparseFactor.from_dense(rng.random((200, 200)) * (rng.random((200, 200)) < 0.2))
+           for _ in range(2)]
+product, X = FactorProduct(factors), rng.random((200, 5))
+first = product @ X
+assert "numba" not in sys.modules
+_plan._waited = _plan._LOADING
+np.testing.assert_allclose(product @ X, first, rtol=1e-12)
+assert "numba" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -161,3 +161,30 @@ def test_an_earlier_network_is_left_alone(network, tmp_path):
     with pytest.raises(FileExistsError, match="path must name"):
         save_network(network, tmp_path / "network")
     assert os.listdir(tmp_path) == ["network"]
+
+
+def test_a_network_can_be_built_while_it_is_loaded(network, tmp_path):
+    save_network(network, tmp_path / "small")
+    built = []
+
+    def build():
+        built.append(make(1))
+        assert all(parameter.is_meta for parameter in built[0].parameters())
+        return built[0]
+
+    loaded = load_network(build, tmp_path / "small").eval()
+    assert loaded is built[0]
+    torch.testing.assert_close(loaded(X), network(X), rtol=0, atol=0)
+    assert loaded.output.weight is loaded.embedding.weight
+    assert loaded.first is loaded.again
+    with torch.no_grad():
+        loaded.embedding.weight.zero_()  # in memory, not in the file
+    again = load_network(lambda: make(2), tmp_path / "small").eval()
+    torch.testing.assert_close(again(X), network(X), rtol=0, atol=0)
+
+
+def test_a_network_that_is_built_needs_all_of_its_parameters(network, tmp_path):
+    save_network(network.conv, tmp_path / "part")
+    with pytest.raises(ValueError, match="it lacks"):
+        load_network(lambda: make(1), tmp_path / "part", strict=False)
+    assert not next(make(1).parameters()).is_meta
