@@ -86,6 +86,18 @@ def test_gradients_are_those_of_finite_differences(layer):
     assert torch.autograd.gradcheck(output, arguments, fast_mode=True)
 
 
+@pytest.mark.parametrize("build", [ButterflyLinear, KaleidoscopeLinear])
+def test_large_batches_take_joined_factors_to_the_same_values_and_gradients(build):
+    layer = build(40, 64, random_state=0, dtype=torch.float64)
+    parameters = [p for p in layer.parameters() if p.numel()]
+    found = []
+    for size in (50, 1):  # with one sample at a time, factors are applied one by one
+        pieces = [layer(piece) for piece in inputs(layer, 50).split(size)]
+        output = torch.cat(pieces)
+        found.append([output, *torch.autograd.grad(output.sin().sum(), parameters)])
+    torch.testing.assert_close(*found)
+
+
 def test_copies_pickles_and_state_dicts_compute_the_same(layer):
     x = inputs(layer, 5)
     with torch.no_grad():
