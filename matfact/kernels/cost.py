@@ -33,6 +33,7 @@ _COPIES = 64  #: of small products, at most
 _ROUNDS = 3  #: measurements of all rates, of which the fastest count
 _AGREEMENT = 1.25  #: ratio of the two fastest rounds up to which a rate was measured undisturbed
 _CLOSE = 2.0  #: ratio of predicted times up to which the prediction decides nothing
+_SHORT = 1e-5  #: seconds by which a call that follows other work can be slower than its rate
 _SETTLE = 0.15  #: seconds, after which the threads of BLAS have gone to sleep
 _PATIENCE = 0.01  #: seconds for one rate, and a rotation more
 
@@ -87,7 +88,7 @@ def choice_seconds(program: Program, batch: int) -> tuple[float, float]:
     times = (
         program_seconds(known, program.counts, batch, threads), dense_seconds(known, entries, batch)
     )  # fmt: skip
-    if max(times) > _CLOSE * min(times):
+    if max(times) > _CLOSE * min(times) + _SHORT:
         return times
     batch = _rounded(batch)
     counts = ", ".join(f"{_rounded(count)} {kind}" for kind, count in program.counts.items())

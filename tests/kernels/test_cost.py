@@ -21,11 +21,16 @@ def test_the_fastest_of_rounds_counts_and_rates_that_differ_each_time_are_not_fi
         assert cost._fastest_rates() == (RATES, is_final)
 
 
-@pytest.mark.parametrize(("share", "is_timed"), [(0.1, False), (1.0, True), (10.0, False)])
-def test_products_are_timed_once_where_the_prediction_is_close(share, is_timed, times, monkeypatch):
+@pytest.mark.parametrize(
+    ("share", "scale", "is_timed"),
+    [(0.1, 1.0, False), (1.0, 1.0, True), (10.0, 1.0, False), (0.1, 1e-10, True)],
+)
+def test_products_are_timed_once_where_the_prediction_is_close(
+    share, scale, is_timed, times, monkeypatch
+):
     rates = {kind: [0.0] * 6 for kind in cost.KINDS}
-    dense = {kind: [1.0] * 6 for kind in ("dense", "small dense")}
-    parts = {kind: [share * 90] * 6 for kind in ("csr", cost.SHARED["csr"])}
+    dense = {kind: [scale] * 6 for kind in ("dense", "small dense")}
+    parts = {kind: [share * scale * 90] * 6 for kind in ("csr", cost.SHARED["csr"])}
     monkeypatch.setattr(cost, "rates", lambda: rates | dense | parts)
     programs = []
     for seed in range(2):
@@ -37,7 +42,7 @@ def test_products_are_timed_once_where_the_prediction_is_close(share, is_timed, 
     first, second = [cost.choice_seconds(program, 3) for program in programs]
     assert first == second
     assert min(first) > 0
-    assert (first != pytest.approx((share * 90 * 90, 90 * 90))) == is_timed
+    assert (first != pytest.approx((share * scale * 90 * 90, scale * 90 * 90))) == is_timed
     assert times.exists() == is_timed
     X = rng.standard_normal((90, 3))
     np.testing.assert_array_equal(programs[1].copy().apply(X), programs[1].apply(X))
