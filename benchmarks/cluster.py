@@ -112,15 +112,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def timed(source: Path, out: Path, client: Any) -> dict[str, Any]:
     """Compress once; return seconds, and whose processor time was spent in them."""
-    work = (source, out, estimator("dsf"))
     before, start = spent(client), time.perf_counter()
-    if client is None:
-        checkpoint.compress(*work)
-    elif sum(client.ncores().values()) == 1:  # where joblib would work in this process
-        client.submit(checkpoint.compress, *work).result()
-    else:
-        with joblib.parallel_config("dask", client=client):
-            checkpoint.compress(*work)
+    compress(client, source, out, estimator("dsf"))
     seconds = time.perf_counter() - start
     ours, everyones = (now - then for now, then in zip(spent(client), before, strict=True))
     return {
@@ -128,6 +121,17 @@ def timed(source: Path, out: Path, client: Any) -> dict[str, Any]:
         "processor_seconds": ours,
         "cores_of_others": max(0.0, everyones - ours) / seconds,
     }
+
+
+def compress(client: Any, *work: Any) -> None:
+    """Compress by all workers, or in this process where there is no cluster."""
+    if client is None:
+        checkpoint.compress(*work)
+    elif sum(client.ncores().values()) == 1:  # joblib would work in this process
+        client.submit(checkpoint.compress, *work, pure=False).result()
+    else:
+        with joblib.parallel_config("dask", client=client):
+            checkpoint.compress(*work)
 
 
 def spent(client: Any) -> tuple[float, float]:
@@ -154,9 +158,9 @@ def taken(folder: Path, method: str, sides: Sequence[int]) -> dict[str, Any]:
     """Return the most memory a worker took beyond that at rest ÷ bytes of the largest layer."""
     source, out = folder / f"{max(sides)}x{len(sides)}.safetensors", folder / f"{method}-{sides}"
     write(source, sides)
-    with cluster(1, [method]) as client, joblib.parallel_config("dask", client=client):
+    with cluster(1, [method]) as client:
         (before,) = client.run(reset_peak).values()
-        checkpoint.compress(source, out, estimator(method, max_iter=2))
+        compress(client, source, out, estimator(method, max_iter=2))
         (peak,) = client.run(resident, "VmHWM").values()
     return {
         "rest": before,

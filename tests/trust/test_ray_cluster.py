@@ -10,11 +10,12 @@ from safetensors.numpy import save_file
 from matfact import DoubleSparseFactorizer, compare_projections
 from matfact.checkpoint import compress
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray.util.joblib")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
+    import ray
     from ray.util.joblib import register_ray
 
     with pytest.MonkeyPatch.context() as patch:
