@@ -160,7 +160,7 @@ def taken(folder: Path, method: str, sides: Sequence[int]) -> dict[str, Any]:
     write(source, sides)
     with cluster(1, [method]) as client:
         (before,) = client.run(reset_peak).values()
-        compress(client, source, out, estimator(method, max_iter=2))
+        compress(client, source, out, estimator(method, max_iter=20))
         (peak,) = client.run(resident, "VmHWM").values()
     return {
         "rest": before,

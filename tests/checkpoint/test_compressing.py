@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from matfact import LowRank, MagnitudePruner, Palm4MSA, metrics
+from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, Palm4MSA, metrics
 from matfact.checkpoint import Checkpoint, _compress, compress, decompress
 from matfact.factorizers import BaseFactorizer
 
@@ -316,6 +316,25 @@ def test_memory_is_bounded_by_the_largest_layer(tmp_path):
     # Pieces of 4 MiB are what the copying takes; the fit takes a few times its layer.
     assert compressed < 12 * layer
     assert decompressed < 12 * layer
+
+
+def test_many_layers_take_no_more_memory_than_the_largest(tmp_path):
+    def peak(name, sides):
+        weights = {f"{i}.weight": torch.randn(side, side) for i, side in enumerate(sides)}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        del weights
+        tracemalloc.start()
+        try:
+            compress(tmp_path / f"{name}.safetensors", tmp_path / name, factorizer)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    torch.manual_seed(0)
+    factorizer = DoubleSparseFactorizer(density=0.25, max_iter=10)
+    peak("warm", [96])  # compiles
+    single, many = peak("single", [192]), peak("many", [192, 64, 128, 192, 192, 96, 160, 192])
+    assert many < single + 0.5 * 4 * 192**2
 
 
 def test_settings_are_remembered(source, tmp_path):
