@@ -81,7 +81,7 @@ def finalize(
     W : array of shape (out_features, in_features)
         The real matrix to approximate.
     second_moment : array of shape (in_features, in_features)
-        Average of ``x xᵀ``, possibly singular.
+        Average of ``x xᵀ`` or a multiple of it, possibly singular.
     n_sweeps : int
         How often each factor is refitted.
     n_steps : int

@@ -7,6 +7,8 @@ import math
 import time
 from typing import Literal
 
+from sklearn.base import clone
+
 from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.calibration import InputStatistics, OutputStatistics
@@ -81,7 +83,8 @@ def fit_layer(
         _Problem.of(W, None if statistics is None else statistics[i], shift)
         for i, W in enumerate(matrices)
     ]
-    products = [_fit(factorizer, problem, adapt) for problem in problems]
+    # Copies are fitted, since factorizers keep what they have found.
+    products = [_fit(clone(factorizer), problem, adapt) for problem in problems]
     seconds = time.perf_counter() - start
     xp = backend.namespace(*matrices)
     W = xp.concat(matrices)
@@ -154,12 +157,11 @@ def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> Fa
     product = scaled_columns(factorizer.fit(W * scale[None, :]).operator_, 1 / scale)
     if adapt == "scale":
         return product.rescaled(1.0)
-    moment = inputs.second_moment
     if adapt == "finalize_one":
-        return finalize(product, W, moment, n_factors=1).rescaled(1.0)
+        return finalize(product, W, inputs.gram, n_factors=1).rescaled(1.0)
     anywhere = isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None
     refit = reselect if anywhere else finalize
-    return refit(product, W, moment).rescaled(1.0)
+    return refit(product, W, inputs.gram).rescaled(1.0)
 
 
 def uses_inputs(factorizer: BaseFactorizer) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import gc
 import io
 import json
 import weakref
@@ -274,3 +275,23 @@ def test_matrices_that_no_layer_holds_are_named():
     with torch.no_grad():  # the attention reads the weight of its output projection
         error = (small["encoder"](x) - encoder(x)).norm() / encoder(x).norm()
     assert error < 0.5
+
+
+def test_factorizers_given_are_left_unfitted_and_free_what_they_found():
+    network = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    factorizer = MagnitudePruner()
+    found = []
+
+    class Watched(MagnitudePruner):
+        def fit(self, *args, **kwargs):
+            found.append(weakref.ref(self))
+            return super().fit(*args, **kwargs)
+
+    def alive(row, count):
+        gc.collect()
+        assert [reference() for reference in found] == [None] * len(found)
+
+    compress(network, Watched(), density=0.5, calibration=[torch.randn(9, 16)], progress=alive)
+    assert len(found) == 2
+    compress(network, factorizer, density=0.5)
+    assert not hasattr(factorizer, "operator_")
