@@ -6,6 +6,7 @@ import pickle
 import platform
 import signal
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -19,6 +20,11 @@ from matfact.cli import app
 from matfact.compare import Comparison, StoredMatrix, cut_matrices, load_weights
 from matfact.compare import _study as study
 
+# The benchmarks are not installed with the library.
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks import cluster
+
 resource = pytest.importorskip("resource")
 
 N_LAYERS = 8
@@ -30,8 +36,8 @@ def client():
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50
-        ) as cluster,
-        distributed.Client(cluster) as client,
+        ) as local,
+        distributed.Client(local) as client,
     ):
         yield client
 
@@ -131,6 +137,17 @@ def test_workers_use_freed_memory_again(client, source, tmp_path):
         client.submit(*work, workers=[worker], pure=False).result()
     client.run(new_pages, 2)
     assert max(client.run(new_pages, 50).values()) < 50 * 128 / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of processes")
+def test_the_benchmark_measures_workers(client, source, tmp_path):
+    rows = [cluster.timed(source, tmp_path / f"{c is None}", c) for c in (None, client)]
+    assert all(row["seconds"] > 0 and row["processor_seconds"] > 0 for row in rows)
+    assert cluster.contents(tmp_path / "True") == cluster.contents(tmp_path / "False")
+    rest = client.run(cluster.reset_peak)
+    client.run(lambda: np.ones(1 << 22).nbytes)  # 32 MiB
+    for worker, peak in client.run(cluster.resident, "VmHWM").items():
+        assert 0.9 < (peak - rest[worker]) / (1 << 25) < 1.5
 
 
 def test_stored_matrices_are_windows_of_the_file(source):
