@@ -56,6 +56,20 @@ def test_a_checkpoint_is_shown_and_turned_back(source, tmp_path):
     np.testing.assert_array_equal(after["layer.2.weight"], network["layer.2.weight"].toarray())
 
 
+def test_a_page_shows_every_tensor_and_needs_no_other_file(tmp_path):
+    weights = {"<i>0</i>.weight": np.random.RandomState(0).randn(32, 48), "bias": np.ones(3)}
+    save_file(weights, tmp_path / "model.safetensors")
+    done = invoke("compress", tmp_path / "model.safetensors", tmp_path / "out", *OPTIONS)
+    assert done.exit_code == 0, done.output
+    result = invoke("inspect", tmp_path / "out", "--html", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "2 tensors, 1 of them factorized" in html
+    assert "&lt;i&gt;0&lt;/i&gt;.weight" in html
+    for forbidden in ("<i>", "<script", "src=", "href="):
+        assert forbidden not in html
+
+
 def test_json_holds_what_the_checkpoint_does(source, tmp_path):
     out = tmp_path / "out"
     assert invoke("compress", source, out, *OPTIONS).exit_code == 0

@@ -72,6 +72,9 @@ def compress(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write it to this file, as a page of its own.")
+    ] = None,
 ) -> None:
     """Verify a checkpoint and show what it holds.
 
@@ -84,6 +87,11 @@ def inspect(
 
         checkpoint = Checkpoint(folder)
         checkpoint.verify()
+        if html is not None:
+            from matfact._files import write_atomically
+            from matfact.checkpoint._html import page
+
+            write_atomically(html, page(checkpoint).encode())
         if as_json:
             typer.echo(json.dumps(_summary(checkpoint), indent=1))
             return

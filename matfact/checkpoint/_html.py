@@ -1,0 +1,36 @@
+"""A checkpoint as a page of its own."""
+
+from __future__ import annotations
+
+from html import escape
+
+from matfact import _html
+from matfact.checkpoint._reader import Checkpoint
+
+_HEADINGS = ("tensor", "stored as", "shape", "dtype", "density", "relative error", "bytes", "dense")
+
+
+def page(checkpoint: Checkpoint) -> str:
+    """Return a page with a line for each tensor, which needs no other file."""
+    tensors = checkpoint.tensors
+    errors = [tensor.relative_error or 0.0 for tensor in tensors.values()]
+    rows = (
+        [
+            escape(name),
+            escape(" · ".join(tensor.storage) or tensor.note),
+            "×".join(map(str, tensor.spec.shape)),
+            escape(tensor.spec.dtype),
+            _html.measured(tensor.density, 1.0),
+            _html.measured(tensor.relative_error, max(errors)),
+            f"{checkpoint.tensor_nbytes(name):,}",
+            f"{tensor.spec.nbytes:,}",
+        ]
+        for name, tensor in tensors.items()
+    )
+    factorized = sum(tensor.is_product for tensor in tensors.values())
+    lead = (
+        f"{len(tensors)} tensors, {factorized} of them factorized; {checkpoint.nbytes:,} of "
+        f"{checkpoint.dense_nbytes:,} bytes."
+    )
+    table = _html.table(_HEADINGS, rows)
+    return _html.page(f"Checkpoint {checkpoint.path.name}", lead, checkpoint.settings, table)
