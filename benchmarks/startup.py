@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, default=Path("build/benchmarks/startup"), help="folder of files")
     add("--density", type=float, default=0.25, help="of the 36 linear layers")
-    add("--repeats", type=int, default=5, help="starts of each form and cache")
+    add("--repeats", type=int, default=3, help="starts of each form and cache")
     add(
         "--batches", type=int, nargs="*", default=[1, 32], help="batch sizes; the first comes first"
     )

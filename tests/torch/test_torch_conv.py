@@ -99,6 +99,20 @@ def test_copies_halves_and_exports_compute_the_same(structure, parameters):
     torch.testing.assert_close(compiled(x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("structure", "parameters"), STRUCTURES[1:3])
+def test_onnx_export_computes_the_same_convolution(structure, parameters):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    conv = CONVOLUTIONS["groups"]
+    layer = FactorizedConv.from_scratch(conv, structure, random_state=0, **parameters).eval()
+    layer.inference, x = "factors", images(conv)
+    program = torch.onnx.export(layer, (x,), dynamo=True, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), layer(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_network_of_volumes_is_compressed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(2, 6, 3), nn.ReLU(), nn.Conv3d(6, 8, 2))
