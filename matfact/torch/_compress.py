@@ -101,7 +101,8 @@ def compress(
     feedback : bool, default=True
         Whether, with sequential calibration, each layer also makes up for what the layers before
         it have changed: what is factorized is the matrix whose outputs come nearest to those the
-        layer has in the dense network. A second pass of each batch runs through that.
+        layer has in the dense network. A second pass of each batch runs through that. With few
+        samples for so many inputs it fits noise, and can do harm in long chains of layers.
     shift_bias : bool, default=True
         Whether, with calibration, the bias of a layer that has one makes up for the mean of what
         its outputs lose.
