@@ -17,6 +17,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from sklearn.base import clone
 
+from benchmarks.memory import reset_peak, resident
+from benchmarks.studies import markdown_table
 from matfact import checkpoint
 from matfact.checkpoint._shards import file_digest
 from matfact.compare import METHODS
@@ -169,22 +171,6 @@ def taken(folder: Path, method: str, sides: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def reset_peak() -> int:
-    """Begin to record the peak anew (Linux), and return what is in use."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(field: str) -> int:
-    """Return bytes in memory: now (``VmRSS``), or at the peak (``VmHWM``)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def table(rows: list[dict[str, Any]]) -> str:
-    head = list(rows[0])
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = ([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)
+    return markdown_table(list(rows[0]), lines)

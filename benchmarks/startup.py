@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.studies import markdown_table
 from matfact.compare._weights import demo_folder
 
 Row = dict[str, Any]
@@ -122,13 +123,13 @@ def markdown(rows: list[Row], conditions: Row) -> str:
     """Return a table of milliseconds: the fastest start and, in brackets, the median one."""
     batches = list(rows[0]["later"])
     header = ["", "load", "first pass", "both", *(f"batch {n}, later" for n in batches)]
-    lines = [f"{conditions['cpu']}, {conditions['threads']} thread(s).", ""]
-    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines = []
     for form in FORMS:
         own = [row for row in rows if row["form"] == form]
         cells = [[row["load"] for row in own], [row["first"] for row in own]]
         cells.append([sum(pair) for pair in zip(*cells, strict=True)])
         cells += [[row["later"][n] for row in own] for n in batches]
         shown = [f"{min(c) * 1e3:.3g} ({statistics.median(c) * 1e3:.3g})" for c in cells]
-        lines.append(f"| {form} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+        lines.append([form, *shown])
+    setting = f"{conditions['cpu']}, {conditions['threads']} thread(s).\n\n"
+    return setting + markdown_table(header, lines)

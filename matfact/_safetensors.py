@@ -118,6 +118,7 @@ class SafetensorsFile:
         ValueError
             If NumPy has no such dtype or the file ends early.
         """
+        self._check_dtype(name)
         content = np.empty(self.specs[name].nbytes, dtype=np.uint8)
         with self.path.open("rb") as file:
             file.seek(self._begins[name])
@@ -133,8 +134,14 @@ class SafetensorsFile:
         spec = self.specs[name]
         if not spec.nbytes or self._begins[name] % spec.itemsize:
             return self.read(name)
+        self._check_dtype(name)
         content = np.memmap(self.path, np.uint8, "c", self._begins[name], (spec.nbytes,))
         return self._as_array(name, np.asarray(content))
+
+    def _check_dtype(self, name: str) -> None:
+        dtype = self.specs[name].dtype
+        if dtype not in ("BOOL", "BF16") and dtype not in _NUMPY:
+            raise ValueError(f"{name!r} in {self.path} has dtype {dtype}, unknown to NumPy.")
 
     def _as_array(self, name: str, content: np.ndarray) -> np.ndarray:
         spec = self.specs[name]
@@ -142,8 +149,6 @@ class SafetensorsFile:
             return from_bfloat16(content.view("<u2")).reshape(spec.shape)
         if spec.dtype == "BOOL":
             return (content != 0).reshape(spec.shape)
-        if spec.dtype not in _NUMPY:
-            raise ValueError(f"{name!r} in {self.path} has dtype {spec.dtype}, unknown to NumPy.")
         return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.fuzz._damage import Files
 from benchmarks.fuzz._readers import Reader, readers
+from benchmarks.memory import reset_peak, resident
 
 SECONDS = 1.0  #: of processor time that one file may take
 #: Bytes that it may take: so many times its size, and what libraries take when first used.
@@ -54,7 +55,7 @@ def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     size = sum(map(len, files.values()))
-    before = _reset_peak()
+    before = reset_peak()
     signal.signal(signal.SIGPROF, _too_long)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -67,26 +68,10 @@ def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
         outcome = ("bad", f"{error!r:.200} at {Path(last.filename).name}:{last.lineno}")
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    taken = _peak() - before
+    taken = 0 if before is None else (resident("VmHWM") or 0) - before  # Linux only
     if taken > FACTOR * size + SLACK and not reader.works:
         return "bad", f"{taken:,} bytes of memory for {size:,} on disk ({outcome[1]:.100})"
     return outcome
-
-
-def _reset_peak() -> int:
-    """Begin to measure memory, and return what is in use (Linux; elsewhere it is not measured)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return 1 << 62
-    return _peak()
-
-
-def _peak() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    return 0
 
 
 def make(reader: Reader, name: str, seed: int, number: int) -> Files:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from benchmarks.floor import layer_work, rates
+from benchmarks.memory import reset_peak, resident
 from benchmarks.studies import _cells, markdown_table
 from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
 from matfact._files import write_atomically
@@ -149,9 +150,9 @@ def evaluate(task: Task, folder: Path, cell: _cells.Cell) -> dict[str, Any]:
     if cell["method"] == "speed":
         return speed(task, cell["density"])
     unfinished = Unfinished(folder / re.sub(r"\W+", "-", f"{cell['method']} {cell['density']}"))
-    before = _reset_peak_memory()
+    before = reset_peak()
     compress_blocks(model.model, cell["method"], cell["density"], task.calibration, unfinished)
-    peak = _process_memory("VmHWM")
+    peak = resident("VmHWM")
     rows = unfinished.rows()
     result = {
         "perplexity": perplexity(model, task.test),
@@ -297,23 +298,6 @@ def perplexity(model: Any, windows: Tensor) -> float:
         logits = model(window[None], use_cache=False).logits[0, :-1]
         total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
     return math.exp(total / (len(windows) * (windows.shape[1] - 1)))
-
-
-def _reset_peak_memory() -> int | None:
-    """Let the peak start at the present, and return that; None where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _process_memory("VmRSS")
-
-
-def _process_memory(name: str) -> int | None:
-    """Return a number of bytes that Linux knows of this process."""
-    file = Path("/proc/self/status")
-    lines = file.read_text().splitlines() if file.exists() else []
-    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
-    return sizes[0] if sizes else None
 
 
 def write(folder: Path, records: list[_cells.Record]) -> None:

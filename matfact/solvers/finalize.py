@@ -94,7 +94,18 @@ def finalize(
     FactorProduct
         The same supports with other values, and an error that is not larger.
     """
-    moment = damped(second_moment, W)
+    return _refitted(product, W, damped(second_moment, W), n_sweeps, n_steps, n_factors)
+
+
+def _refitted(
+    product: FactorProduct,
+    W: Array,
+    moment: Array,
+    n_sweeps: int,
+    n_steps: int,
+    n_factors: int | None = None,
+) -> FactorProduct:
+    """Do what :func:`finalize` says, with second moments that are damped already."""
     factors = list(product.factors)
     dense = _dense(factors)
     fitted = [i for i, factor in enumerate(factors) if factor.nnz][:n_factors]
@@ -133,12 +144,12 @@ def reselect(
         As many values, and an error that is not larger.
     """
     moment = damped(second_moment, W)
-    best = finalize(product, W, second_moment, n_sweeps=1, n_steps=REFIT_STEPS)
+    best = _refitted(product, W, moment, 1, REFIT_STEPS)
     least = _objective(best, W, moment)
     for _ in range(n_rounds if product.factors[0].nnz else 0):
         first, *others = best.factors
         found = FactorProduct([_reselected(first, _product(_dense(others)), W, moment), *others])
-        found = finalize(found, W, second_moment, n_sweeps=2, n_steps=REFIT_STEPS)
+        found = _refitted(found, W, moment, 2, REFIT_STEPS)
         error = _objective(found, W, moment)
         if error >= least:
             break
