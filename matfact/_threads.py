@@ -9,7 +9,14 @@ from contextlib import contextmanager
 import numba
 from threadpoolctl import threadpool_limits
 
-_limits = threading.local()
+
+class _Limits(threading.local):
+    """How many threads the kernels may use that this thread calls, 0 for all."""
+
+    threads = 0
+
+
+_limits = _Limits()
 
 
 def max_threads() -> int:
@@ -22,15 +29,13 @@ def allowed_threads() -> int:
 
     Numba is not asked, since that starts its own pool of threads.
     """
-    if hasattr(_limits, "threads"):
-        return int(_limits.threads)
-    return max_threads()
+    return _limits.threads or max_threads()
 
 
 @contextmanager
 def limited_kernels(count: int) -> Iterator[None]:
     """Let kernels called from this Python thread use at most `count` threads."""
-    outside = allowed_threads()
+    outside = _limits.threads
     _limits.threads = min(count, max_threads())
     try:
         yield

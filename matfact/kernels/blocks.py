@@ -1,7 +1,11 @@
 """Small dense blocks times a panel of columns, or a single one.
 
-A block is ``count`` columns wide, its rows `lead` values apart; its columns meet the rows
-``column, column + stride, …`` of the source.
+A block is ``count`` columns wide, its rows `lead` values apart, its columns `step`; these meet the
+rows ``column, column + stride, …`` of the source.
+
+Small blocks of a Kronecker-sparse factor are stored side by side, as many as a vector has lanes:
+the first entry of each, then the second of each, and so on. A single column is then multiplied by
+that many blocks at once.
 """
 
 from __future__ import annotations
@@ -11,10 +15,13 @@ import numpy as np
 
 from matfact.kernels.vectors import (
     fma,
+    gather,
     load,
     load_values,
+    scatter,
     spread,
     store,
+    store_values,
     total,
     value,
     width,
@@ -24,41 +31,41 @@ TILE = 4  #: rows computed together, which share what they load
 
 
 @numba.njit(nogil=True, cache=True)
-def _four_rows(a, b, c, d, values, first, lead, count, source, column, stride):  # type: ignore[no-untyped-def]
+def _four_rows(a, b, c, d, values, first, lead, step, count, source, column, stride):  # type: ignore[no-untyped-def]
     second, third, fourth = first + lead, first + 2 * lead, first + 3 * lead
     for k in range(count):
         x = load(source, column + k * stride, a)
-        a = fma(spread(value(values, first + k, source), x), x, a)
-        b = fma(spread(value(values, second + k, source), x), x, b)
-        c = fma(spread(value(values, third + k, source), x), x, c)
-        d = fma(spread(value(values, fourth + k, source), x), x, d)
+        a = fma(spread(value(values, first + k * step, source), x), x, a)
+        b = fma(spread(value(values, second + k * step, source), x), x, b)
+        c = fma(spread(value(values, third + k * step, source), x), x, c)
+        d = fma(spread(value(values, fourth + k * step, source), x), x, d)
     return a, b, c, d
 
 
 @numba.njit(nogil=True, cache=True)
-def _two_rows(a, b, values, first, lead, count, source, column, stride):  # type: ignore[no-untyped-def]
+def _two_rows(a, b, values, first, lead, step, count, source, column, stride):  # type: ignore[no-untyped-def]
     second = first + lead
     for k in range(count):
         x = load(source, column + k * stride, a)
-        a = fma(spread(value(values, first + k, source), x), x, a)
-        b = fma(spread(value(values, second + k, source), x), x, b)
+        a = fma(spread(value(values, first + k * step, source), x), x, a)
+        b = fma(spread(value(values, second + k * step, source), x), x, b)
     return a, b
 
 
 @numba.njit(nogil=True, cache=True)
-def _one_row(a, values, first, count, source, column, stride):  # type: ignore[no-untyped-def]
+def _one_row(a, values, first, step, count, source, column, stride):  # type: ignore[no-untyped-def]
     for k in range(count):
         x = load(source, column + k * stride, a)
-        a = fma(spread(value(values, first + k, source), x), x, a)
+        a = fma(spread(value(values, first + k * step, source), x), x, a)
     return a
 
 
 @numba.njit(nogil=True, cache=True)
-def kronecker_panel(zero, values, origin, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
+def kronecker_panel(zero, values, together, lanes, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a Kronecker-sparse factor.
 
-    `pattern` is (a, b, c, d), `origin` the place of its first value. Tiles are counted block
-    after block, in the order in which the values are stored, (a, d, b, c).
+    `pattern` is (a, b, c, d). Tiles are counted block after block, in the order (a, d) of blocks,
+    of which the first `together` are stored side by side, `lanes` at a time.
     """
     _, b, c, d = pattern
     tiles = (b + TILE - 1) // TILE
@@ -66,31 +73,38 @@ def kronecker_panel(zero, values, origin, pattern, first, last, source, target):
     i, offset = block // d, block % d
     for _ in range(first, last):
         j = part * TILE
-        start = origin + (block * b + j) * c
+        start, step = block * b * c, 1
+        if block < together:
+            lane = block % lanes
+            start, step = start - lane * b * c + lane, lanes
+        start += j * c * step
+        lead = c * step
         column, row = i * c * d + offset, (i * b + j) * d + offset
         rows = min(TILE, b - j)
         if b == 2 and c == 2:  # a butterfly
             x, y = load(source, column, zero), load(source, column + d, zero)
             p = fma(spread(value(values, start, source), zero), x, zero)
-            q = fma(spread(value(values, start + 2, source), zero), x, zero)
-            p = fma(spread(value(values, start + 1, source), zero), y, p)
-            q = fma(spread(value(values, start + 3, source), zero), y, q)
+            q = fma(spread(value(values, start + lead, source), zero), x, zero)
+            p = fma(spread(value(values, start + step, source), zero), y, p)
+            q = fma(spread(value(values, start + lead + step, source), zero), y, q)
             store(target, row, p)
             store(target, row + d, q)
         elif rows == 4:
-            p, q, r, s = _four_rows(zero, zero, zero, zero, values, start, c, c, source, column, d)
+            p, q, r, s = _four_rows(
+                zero, zero, zero, zero, values, start, lead, step, c, source, column, d
+            )  # fmt: skip
             store(target, row, p)
             store(target, row + d, q)
             store(target, row + 2 * d, r)
             store(target, row + 3 * d, s)
         else:
             if rows >= 2:
-                p, q = _two_rows(zero, zero, values, start, c, c, source, column, d)
+                p, q = _two_rows(zero, zero, values, start, lead, step, c, source, column, d)
                 store(target, row, p)
                 store(target, row + d, q)
             if rows % 2:
                 k = rows - 1
-                p = _one_row(zero, values, start + k * c, c, source, column, d)
+                p = _one_row(zero, values, start + k * lead, step, c, source, column, d)
                 store(target, row + k * d, p)
         part += 1
         if part == tiles:
@@ -116,7 +130,7 @@ def band_panel(zero, values, tiles, pieces, first, last, source, target):  # typ
             for p in range(begin, end):
                 start, lead, column, count = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
                 a, b, c, d = _four_rows(
-                    a, b, c, d, values, start, lead, count, source, column, 1
+                    a, b, c, d, values, start, lead, 1, count, source, column, 1
                 )  # fmt: skip
             store(target, row, a)
             store(target, row + 1, b)
@@ -127,7 +141,7 @@ def band_panel(zero, values, tiles, pieces, first, last, source, target):  # typ
             a = zero
             for p in range(begin, end):
                 start, lead, column, count = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
-                a = _one_row(a, values, start + k * lead, count, source, column, 1)
+                a = _one_row(a, values, start + k * lead, 1, count, source, column, 1)
             store(target, row + k, a)
 
 
@@ -147,24 +161,67 @@ def _dot(zero, values, start, count, source, column):  # type: ignore[no-untyped
 
 
 @numba.njit(nogil=True, cache=True)
-def kronecker_vector(zero, values, origin, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute blocks `first` to `last` of a Kronecker-sparse factor for one column."""
-    _, b, c, d = pattern
-    gathered = np.empty(c, source.dtype)
+def kronecker_vector(zero, values, places, together, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute units `first` to `last` of a Kronecker-sparse factor for one column.
+
+    A unit is a block or, where some are stored side by side, as many as `zero` has lanes.
+    `places` are the first columns of the blocks and, unless they are the same, their first rows.
+    """
+    a, b, c, d = pattern
+    lanes = width(zero)
+    if together > 0:
+        whole = together // lanes
+        if d % lanes == 0:
+            _aligned_blocks(zero, values, pattern, first, min(last, whole), source, target)
+        else:
+            rows = places[a * d if b != c else 0 :]
+            _scattered_blocks(
+                zero, values, places, rows, pattern, first, min(last, whole), source, target
+            )  # fmt: skip
+        first, last = together, a * d if last > whole else together
+    gathered = np.empty(c if last > first else 0, source.dtype)
     for block in range(first, last):
         i, offset = block // d, block % d
-        start, column, row = origin + block * b * c, i * c * d + offset, i * b * d + offset
-        if b == 2 and c == 2:
-            x, y = source[column], source[column + d]
-            v, w = value(values, start, source), value(values, start + 1, source)
-            target[row] = v * x + w * y
-            v, w = value(values, start + 2, source), value(values, start + 3, source)
-            target[row + d] = v * x + w * y
-            continue
+        start, column, row = block * b * c, i * c * d + offset, i * b * d + offset
         for k in range(c):
             gathered[k] = source[column + k * d]
         for j in range(b):
             target[row + j * d] = _dot(zero, values, start + j * c, c, gathered, 0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _aligned_blocks(zero, values, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute blocks stored side by side whose columns and rows stand so too."""
+    _, b, c, d = pattern
+    lanes = width(zero)
+    for unit in range(first, last):
+        i, offset = unit * lanes // d, unit * lanes % d
+        column, row, start = i * c * d + offset, i * b * d + offset, unit * lanes * b * c
+        for j in range(b):
+            a = zero
+            for k in range(c):
+                x = load_values(source, column + k * d, zero)
+                a = fma(load_values(values, start + (j * c + k) * lanes, zero), x, a)
+            store_values(target, row + j * d, a)
+
+
+@numba.njit(nogil=True, cache=True)
+def _scattered_blocks(zero, values, columns, rows, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute blocks stored side by side whose columns and rows stand anywhere."""
+    _, b, c, d = pattern
+    lanes = width(zero)
+    gathered = np.empty(c * lanes, source.dtype)
+    for unit in range(first, last):
+        block = unit * lanes
+        start = block * b * c
+        for k in range(c):
+            store(gathered, k, gather(source[k * d :], columns, block, zero))
+        for j in range(b):
+            a = zero
+            for k in range(c):
+                entries = load_values(values, start + (j * c + k) * lanes, zero)
+                a = fma(entries, load(gathered, k, zero), a)
+            scatter(target[j * d :], rows, block, a)
 
 
 @numba.njit(nogil=True, cache=True)

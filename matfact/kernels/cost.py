@@ -1,8 +1,9 @@
 """How long products take on this machine: rates measured once, kept in the user's cache.
 
-Rates are seconds for one stored value (or one row) and a whole batch, for a few batch sizes, on
-one thread and on all. The weights measured rotate, so that they come from memory as those of a
-network's layers do. Where the times predicted from them are close, products are timed themselves.
+Rates are seconds for one stored value (or one row) of 32 bits and a whole batch, for a few batch
+sizes, on one thread and on all. Longer numbers are taken to need as much more as they are longer.
+The weights measured rotate, so that they come from memory as those of a network's layers do. Where
+the times predicted from them are close, products are timed themselves.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def choice_seconds(program: Program, batch: int) -> tuple[float, float]:
     all programs that consist of about the same numbers of parts, and for about the same batch.
     """
     known, entries = rates(), program.rows * program.columns
-    threads = program.threads(batch)
+    threads, width = program.threads(batch), program.dtype.itemsize / np.float32().itemsize
     times = (
-        program_seconds(known, program.counts, batch, threads), dense_seconds(known, entries, batch)
-    )  # fmt: skip
+        width * program_seconds(known, program.counts, batch, threads),
+        width * dense_seconds(known, entries, batch),
+    )
     if max(times) > _CLOSE * min(times) + _SHORT:
         return times
     batch = _rounded(batch)

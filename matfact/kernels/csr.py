@@ -2,10 +2,11 @@
 
 Rows of about the same length are taken together, as many as a vector has lanes: a slice. What all
 of its rows have is stored entry by entry, each of all rows in turn; what longer rows have beyond
-that follows, row after row. (Kreutzer et al., "A unified sparse matrix data format for efficient
-general sparse matrix-vector multiplication on modern processors with wide SIMD units", SIAM J.
-Sci. Comput. 36, 2014, pad rows instead.) One column then needs no sums over lanes, and loops
-hardly change their length, which processors would guess wrong.
+that follows, row after row. One column then needs no sums over lanes, and loops hardly change
+their length, which processors would guess wrong. (Kreutzer et al., "A unified sparse matrix data
+format for efficient general sparse matrix-vector multiplication on modern processors with wide
+SIMD units", SIAM J. Sci. Comput. 36, 2014, pad shorter rows with zeros. Here some of their entries
+are stored as two halves instead: no infinite number is multiplied by a zero that is not there.)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from matfact.kernels.vectors import (
 )  # fmt: skip
 
 _AHEAD = 512  #: entries between what is used and what is fetched: processors stop at memory pages
+_TAIL = 32  #: entries that take as long as to begin with what a single row has beyond a slice
 _ROWS = 4  #: rows of a panel computed together, which hides the latency of an addition
 
 
@@ -35,37 +37,57 @@ _ROWS = 4  #: rows of a panel computed together, which hides the latency of an a
 def arranged(indptr, order, lanes):  # type: ignore[no-untyped-def]
     """Return how to slice a matrix whose rows in `order` grow shorter.
 
-    These are the first entry of each slice and how many all of its rows have, the end of what
-    each row has beyond that, and which entry of the matrix stands at each place.
+    These are the first entry of each slice, how many all of its rows have and how many rows have
+    more, the end of what each row has, which entry of the matrix stands at each place, and as
+    what: 0 as it is, 1 and 2 as its first and its second half.
     """
     rows = len(order)
-    slices = np.empty((-(-rows // lanes), 2), np.int64)
-    ends, entries = np.empty(rows, np.int64), np.empty(indptr[rows], np.int64)
+    lengths = indptr[order + 1] - indptr[order]
+    slices = np.empty((-(-rows // lanes), 3), np.int64)
+    ends, entries = np.empty(rows, np.int64), np.empty(2 * indptr[rows], np.int64)
+    halves = np.zeros(2 * indptr[rows], np.int8)
     e = 0
     for s in range(len(slices)):
         first, last = s * lanes, min(rows, (s + 1) * lanes)
-        shortest = order[last - 1]
-        common = indptr[shortest + 1] - indptr[shortest] if last - first == lanes else 0
-        slices[s, 0], slices[s, 1] = e, common
+        common = _common(lengths[first:last]) if last - first == lanes else 0
+        slices[s, 0], slices[s, 1], slices[s, 2] = e, common, last - first
         for place in range(first, last):
-            begin = indptr[order[place]]
+            begin, missing = indptr[order[place]], max(0, common - lengths[place])
             for k in range(common):
-                entries[e + k * lanes + place - first] = begin + k
+                to = e + k * lanes + place - first
+                entries[to] = begin + max(k // 2, k - missing)
+                halves[to] = 1 + k % 2 if k < 2 * missing else 0
         e += common * lanes
         for place in range(first, last):
+            if common and lengths[place] <= common:
+                slices[s, 2] -= 1
             for k in range(indptr[order[place]] + common, indptr[order[place] + 1]):
                 entries[e] = k
                 e += 1
             ends[place] = e
-    return slices, ends, entries
+    return slices, ends, entries[:e], halves[:e]
+
+
+@numba.njit(nogil=True, cache=True)
+def _common(lengths):  # type: ignore[no-untyped-def]
+    """Return how many entries to store of each row; rows have no fewer than half as many."""
+    best, least = 0, lengths.sum() + _TAIL * len(lengths)
+    for common in lengths:
+        if 0 < common <= 2 * lengths[-1]:
+            time = common * len(lengths)
+            for length in lengths:
+                if length > common:
+                    time += length - common + _TAIL
+            if time < least:
+                best, least = common, time
+    return best
 
 
 @numba.njit(nogil=True, cache=True)
 def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` of a panel as wide as the vector `zero`."""
     for s in range(first, last):
-        e, common = slices[s, 0], slices[s, 1]
-        begin, end = s * lanes, min(len(order), (s + 1) * lanes)
+        e, common, begin = slices[s, 0], slices[s, 1], s * lanes
         for place in range(begin, begin + lanes if common else begin, _ROWS):
             a = b = c = d = zero
             i = e + place - begin
@@ -83,24 +105,20 @@ def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, so
             store(target, order[place + 2], c)
             store(target, order[place + 3], d)
         e += common * lanes
-        for place in range(begin, end):
+        for place in range(begin, begin + slices[s, 2]):
             row = order[place]
             a = load(target, row, zero) if common else zero
-            if not common or e < ends[place]:
-                while e < ends[place]:
-                    a = fma(
-                        spread(value(values, e, source), zero), load(source, columns[e], zero), a
-                    )
-                    e += 1
-                store(target, row, a)
+            while e < ends[place]:
+                a = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), a)
+                e += 1
+            store(target, row, a)
 
 
 @numba.njit(nogil=True, cache=True)
 def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` for one column; `zero` has as many lanes as they do."""
     for s in range(first, last):
-        e, common = slices[s, 0], slices[s, 1]
-        begin, end = s * lanes, min(len(order), (s + 1) * lanes)
+        e, common, begin = slices[s, 0], slices[s, 1], s * lanes
         a = zero
         for _ in range(common):
             prefetch(values, e + _AHEAD)
@@ -109,11 +127,10 @@ def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, s
             e += lanes
         if common:
             scatter(target, order, begin, a)
-        for place in range(begin, end):
-            if not common or e < ends[place]:
-                row = order[place]
-                rest, e = _rest(zero, values, columns, e, ends[place], source)
-                target[row] = target[row] + rest if common else rest
+        for place in range(begin, begin + slices[s, 2]):
+            row = order[place]
+            rest, e = _rest(zero, values, columns, e, ends[place], source)
+            target[row] = target[row] + rest if common else rest
 
 
 @numba.njit(nogil=True, cache=True)

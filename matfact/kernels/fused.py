@@ -12,14 +12,15 @@ import numba
 
 from matfact.kernels import blocks, csr, panels
 from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processor, publish
-from matfact.kernels.vectors import zeros
+from matfact.kernels.vectors import width, zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "cced9785980bd100"
+SOURCES = "561404e99e1d5383"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
-#: single columns.
+#: single columns. Kronecker-sparse steps have no table, and there the number of blocks that are
+#: stored side by side.
 KIND, ROWS, PANEL_UNITS, VECTOR_UNITS, VALUES, COLUMNS, TABLE, A, B, C, D = range(11)
 STEP_FIELDS = 11
 
@@ -59,9 +60,8 @@ def _await(job, place, count):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _begin(job, arrays, state, call, kernel):  # type: ignore[no-untyped-def]
+def _begin(job, X, out, scratch, state, call, kernel):  # type: ignore[no-untyped-def]
     """Write down where a caller's arrays lie, and open the job to helpers if it has a number."""
-    _, _, X, out, scratch = arrays
     job[X_DATA], job[OUT_DATA] = X.ctypes.data, out.ctypes.data
     job[SCRATCH] = scratch.ctypes.data
     if call > 0:
@@ -108,7 +108,7 @@ def _next(state, seen, kernel, patience):  # type: ignore[no-untyped-def]
 def _panel_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
     kind, at = step[KIND], step[TABLE]
     if kind == CSR:
-        slices = table[at : step[A]].reshape(-1, 2)
+        slices = table[at : step[A]].reshape(-1, 3)
         order, ends = table[step[A] : step[B]], table[step[B] :]
         entries, columns = values[step[VALUES] :], indices[step[COLUMNS] :]
         csr.csr_panel(
@@ -116,8 +116,9 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
         )  # fmt: skip
     elif kind == KRONECKER:
         pattern = (step[A], step[B], step[C], step[D])
+        lanes = width(zeros(source, DOT))
         blocks.kronecker_panel(
-            zero, values, step[VALUES], pattern, first, last, source, target
+            zero, values[step[VALUES] :], at, lanes, pattern, first, last, source, target
         )  # fmt: skip
     elif kind == BANDS:
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
@@ -128,11 +129,12 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
 
 
 @numba.njit(inline="always")
-def _vector_step(step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
+def _vector_step(step, values, indices, table, part, source, target):  # type: ignore[no-untyped-def]
     kind, at = step[KIND], step[TABLE]
+    first, last = part
     zero = zeros(source, DOT)
     if kind == CSR:
-        slices = table[at : step[A]].reshape(-1, 2)
+        slices = table[at : step[A]].reshape(-1, 3)
         order, ends = table[step[A] : step[B]], table[step[B] :]
         entries, columns = values[step[VALUES] :], indices[step[COLUMNS] :]
         csr.csr_vector(
@@ -140,8 +142,9 @@ def _vector_step(step, values, indices, table, first, last, source, target):  # 
         )  # fmt: skip
     elif kind == KRONECKER:
         pattern = (step[A], step[B], step[C], step[D])
+        entries, places = values[step[VALUES] :], indices[step[COLUMNS] :]
         blocks.kronecker_vector(
-            zero, values, step[VALUES], pattern, first, last, source, target
+            zero, entries, places, at, pattern, first, last, source, target
         )  # fmt: skip
     elif kind == BANDS:
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
@@ -204,9 +207,8 @@ def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ig
 
 
 @numba.njit(inline="always")
-def _read(job, arrays):  # type: ignore[no-untyped-def]
-    """Return program, operands and scratch space of a job, of the dtypes of `arrays`."""
-    values, indices, X, _, _ = arrays
+def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
+    """Return program, operands and scratch space of a job, of the dtypes of some arrays."""
     steps = numba.carray(pointer(job[STEPS], job), (job[N_STEPS], STEP_FIELDS))
     program = (
         steps, _array(job, VALUE_DATA, values), _array(job, INDEX_DATA, indices),
@@ -217,7 +219,7 @@ def _read(job, arrays):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def apply_panels(job, arrays, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
     Return why a helper stopped (see ``_next``).
@@ -229,7 +231,7 @@ def apply_panels(job, arrays, state, call, kernel, patience):  # type: ignore[no
     are split.
     """
     if patience == 0:
-        _begin(job, arrays, state, call, kernel)
+        _begin(job, X, out, scratch, state, call, kernel)
     seen = 0
     while True:
         if patience > 0:
@@ -237,7 +239,7 @@ def apply_panels(job, arrays, state, call, kernel, patience):  # type: ignore[no
             if seen <= 0:
                 break
             job = _array(state, JOB, job)
-        program, X, out, scratch = _read(job, arrays)
+        program, source, target, memory = _read(job, values, indices, X)
         n_phases = len(program[0]) + 2
         split = job[PIECES] > 0
         pieces = max(1, job[PIECES])
@@ -246,12 +248,12 @@ def apply_panels(job, arrays, state, call, kernel, patience):  # type: ignore[no
         for phase in range(n_phases if split else 1):
             begin, end = (phase, phase + 1) if split else (0, n_phases)
             claimed = COUNTERS + 2 * SPACING * phase
-            while thread < len(scratch):
+            while thread < len(memory):
                 chunk = fetch_add(job, claimed, 1)
                 if chunk >= count:
                     break
-                memory = scratch[chunk // pieces if split else thread]
-                _chunk(chunk, begin, end, pieces, job, program, X, out, memory)
+                own = memory[chunk // pieces if split else thread]
+                _chunk(chunk, begin, end, pieces, job, program, source, target, own)
                 fetch_add(job, claimed + SPACING, 1)
             if split or patience == 0:
                 _await(job, claimed + SPACING, count)
@@ -263,10 +265,10 @@ def apply_panels(job, arrays, state, call, kernel, patience):  # type: ignore[no
 
 
 @numba.njit(nogil=True, cache=True)
-def apply_vector(job, arrays, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
     if patience == 0:
-        _begin(job, arrays, state, call, kernel)
+        _begin(job, X, out, scratch, state, call, kernel)
     seen = 0
     while True:
         if patience > 0:
@@ -274,18 +276,18 @@ def apply_vector(job, arrays, state, call, kernel, patience):  # type: ignore[no
             if seen <= 0:
                 break
             job = _array(state, JOB, job)
-        (steps, values, indices, table), X, out, scratch = _read(job, arrays)
+        (steps, entries, positions, table), first, last, memory = _read(job, values, indices, X)
         pieces = job[PIECES]
         for i in range(len(steps)):
-            source = X if i == 0 else scratch[i % 2]
-            target = out if i == len(steps) - 1 else scratch[(i + 1) % 2]
+            source = first if i == 0 else memory[i % 2]
+            target = last if i == len(steps) - 1 else memory[(i + 1) % 2]
             units, claimed = steps[i, VECTOR_UNITS], COUNTERS + 2 * SPACING * i
             while True:
                 k = fetch_add(job, claimed, 1)
                 if k >= pieces:
                     break
-                first, last = units * k // pieces, units * (k + 1) // pieces
-                _vector_step(steps[i], values, indices, table, first, last, source, target)
+                part = (units * k // pieces, units * (k + 1) // pieces)
+                _vector_step(steps[i], entries, positions, table, part, source, target)
                 fetch_add(job, claimed + SPACING, 1)
             _await(job, claimed + SPACING, pieces)
         if patience == 0:

@@ -28,13 +28,23 @@ _turn = threading.Lock()  #: held by the one caller who has help
 _calls = _helpers = 0
 
 
-def together(kernel: Kernel, job: np.ndarray, arrays: tuple[np.ndarray, ...], threads: int) -> None:
+def enrolled(kernel: Kernel, arrays: tuple[np.ndarray, ...]) -> int:
+    """Return the number by which helpers know a kernel for arrays of these dtypes."""
+    key = (kernel, *(array.dtype for array in arrays))
+    return _kernels.setdefault(key, len(_kernels))
+
+
+def together(
+    kernel: Kernel, number: int, job: np.ndarray, arrays: tuple[np.ndarray, ...], threads: int
+) -> None:
     """Call a kernel that shares its work through counters, here and on free helpers.
 
     Parameters
     ----------
     kernel : callable
-        ``kernel(job, arrays, state, call, number, patience)`` of :mod:`matfact.kernels.fused`.
+        ``kernel(job, *arrays, state, call, number, patience)`` of :mod:`matfact.kernels.fused`.
+    number : int
+        What `enrolled` has returned for it.
     job : ndarray of int64
         Where everything lies.
     arrays : tuple of ndarray
@@ -42,26 +52,20 @@ def together(kernel: Kernel, job: np.ndarray, arrays: tuple[np.ndarray, ...], th
     threads : int
         Threads that should work, this one included.
     """
+    global _calls, _helpers
     if threads == 1 or not _turn.acquire(blocking=False):
-        kernel(job, arrays, _state, 0, 0, 0)
+        kernel(job, *arrays, _state, 0, 0, 0)
         return
     try:
-        _share(kernel, job, arrays, threads)
+        _calls += 1
+        while _helpers < threads - 1:
+            _helpers += 1
+            threading.Thread(target=_help, name="matfact-helper", daemon=True).start()
+        for _ in range(min(threads - 1, len(_sleeping))):
+            _sleeping.pop().release()
+        kernel(job, *arrays, _state, _calls, number, 0)
     finally:
         _turn.release()
-
-
-def _share(kernel: Kernel, job: np.ndarray, arrays: tuple[np.ndarray, ...], threads: int) -> None:
-    global _calls, _helpers
-    key = (kernel, *(array.dtype for array in arrays))
-    number = _kernels.setdefault(key, len(_kernels))
-    _calls += 1
-    while _helpers < threads - 1:
-        _helpers += 1
-        threading.Thread(target=_help, name="matfact-helper", daemon=True).start()
-    for _ in range(min(threads - 1, len(_sleeping))):
-        _sleeping.pop().release()
-    kernel(job, arrays, _state, _calls, number, 0)
 
 
 def _help() -> None:
@@ -71,7 +75,7 @@ def _help() -> None:
         number = int(_state[fused.KERNEL])
         kernel, *dtypes = list(_kernels)[number]
         arrays = tuple(np.zeros(1, dtype) for dtype in dtypes)
-        reason = kernel(_NO_JOB, arrays, _state, 0, number, _PATIENCE)
+        reason = kernel(_NO_JOB, *arrays, _state, 0, number, _PATIENCE)
         if number != _state[fused.KERNEL]:
             continue
         with _elsewhere(int(_state[fused.PROCESSOR])) as is_away:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import threading
@@ -17,9 +18,11 @@ from matfact.kernels.blocks import TILE
 _HELP = 1 << 15  #: multiplications of vectors from which a second thread pays
 _DOT_SPEED = 3  #: values of a single column that take as long as one multiplication of vectors
 _PAIR = 16  #: entries of the largest block whose rows cost more than its values
+_SMALL = 256  #: entries of the largest block that is stored side by side with others
 _PIECES = 4  #: parts of a factor for each thread, so that a late one still finds work
 _VECTOR_PIECES = 2  #: the same for a single column, which comes from memory in longer stretches
 _CACHE_LINE = 64  #: bytes; vectors that straddle two take twice as long
+_KEPT = 64  #: sizes of batches for which something is prepared, at most
 _memory = threading.local()  #: scratch space, kept from call to call
 
 
@@ -51,21 +54,29 @@ class Program:
         """Add a matrix in compressed sparse rows."""
         rows, lanes = len(indptr) - 1, fused.DOT // self.dtype.itemsize
         order = np.argsort(-np.diff(indptr), kind="stable")
-        slices, ends, entries = csr.arranged(indptr, order, lanes)
+        slices, ends, entries, halves = csr.arranged(indptr, order, lanes)
         place = {"TABLE": self._append(self._table, slices)}
         place["A"] = self._append(self._table, order)
         place["B"] = self._append(self._table, ends)
         place["C"] = lanes
         place["COLUMNS"] = self._append(self._indices, indices[entries])
-        self._add(fused.CSR, rows, len(slices), len(slices), values[entries], place)
+        values = _halved(values[entries], halves, self._half == "bfloat16")
+        self._add(fused.CSR, rows, len(slices), len(slices), values, place)
 
     def add_kronecker(self, values: np.ndarray) -> None:
         """Add a Kronecker-sparse matrix from values of shape (a, d, b, c)."""
         a, d, b, c = values.shape
-        units = a * d * -(-b // TILE)
-        self._add(
-            fused.KRONECKER, a * b * d, units, a * d, values, {"A": a, "B": b, "C": c, "D": d}
-        )
+        lanes, count = fused.DOT // self.dtype.itemsize, a * d
+        together = count // lanes * lanes if b * c <= _SMALL else 0
+        place = {"A": a, "B": b, "C": c, "D": d, "TABLE": together}
+        place["COLUMNS"] = self._append(self._indices, _places(a, c, d))
+        if b != c:
+            self._append(self._indices, _places(a, b, d))
+        flat = np.reshape(values, (count, b * c))
+        side_by_side = flat[:together].reshape(-1, lanes, b * c).swapaxes(1, 2)
+        flat = np.concatenate([side_by_side.ravel(), flat[together:].ravel()])
+        units = -(-count // lanes) if together else count
+        self._add(fused.KRONECKER, a * b * d, count * -(-b // TILE), units, flat, place)
 
     def add_blocks(self, values: np.ndarray, blocks: np.ndarray, rows: int) -> None:
         """Add dense blocks, given by first and last rows and columns."""
@@ -133,44 +144,64 @@ class Program:
             steps.ctypes.data, len(steps), values.ctypes.data, indices.ctypes.data,
             table.ctypes.data,
         )  # fmt: skip
-        self._kinds = (values[:0], indices[:0])
+        self._calls: dict[tuple[int, bool, int], _Call] = {}
         return self
 
     def threads(self, batch: int) -> int:
         """Return how many threads a batch is worth."""
         values = self._n_values
-        vectors = values * batch * self.dtype.itemsize // fused.NARROW
         if batch == 1:
             vectors = values // _DOT_SPEED
-        return min(allowed_threads(), 1 + vectors // _HELP)
+        else:
+            vectors = values * batch * self.dtype.itemsize // fused.NARROW
+        return min(allowed_threads(), 1 + vectors // _HELP) if vectors >= _HELP else 1
 
     def apply(self, X: np.ndarray, threads: int | None = None) -> np.ndarray:
-        """Return the product with `X`, of shape (columns, batch).
+        """Return the product with `X`, of shape (columns,) or (columns, batch).
 
         The result is laid out like `X`: row by row, or column by column.
         """
-        threads = threads or self.threads(X.shape[1])
-        batch = X.shape[1]
-        by_columns = X.flags.f_contiguous and not X.flags.c_contiguous
-        X = np.ascontiguousarray(X.T if by_columns else X, self.dtype)
-        flat = (X if X.flags.writeable else X.copy()).reshape(-1)  # Numba has a type for read-only
-        out = np.empty((batch, self.rows) if by_columns else (self.rows, batch), self.dtype)
+        batch = X.shape[1] if X.ndim == 2 else 1
+        flags = X.flags
+        by_columns = flags.fnc
+        if X.dtype != self.dtype or not (by_columns or flags.c_contiguous):
+            X, by_columns = np.ascontiguousarray(X, self.dtype), False
+        elif not flags.writeable:
+            X = X.copy("K")  # Numba has a type for read-only arrays
+        out = np.empty((self.rows, *X.shape[1:]), self.dtype, "F" if by_columns else "C")
+        if batch:
+            call = self._call(batch, by_columns, threads or self.threads(batch))
+            scratch = self._scratch(call.scratch)
+            arrays = (*self._arrays[1:3], X.ravel("K"), out.ravel("K"), scratch)
+            helpers.together(call.kernel, call.number, call.job.copy(), arrays, call.threads)
+        return out
+
+    def _call(self, batch: int, by_columns: bool, threads: int) -> _Call:
+        """Return what is the same in all products with batches of one size and layout."""
+        key = (batch, by_columns, threads)
+        if key not in self._calls:
+            if len(self._calls) >= _KEPT:
+                self._calls.clear()
+            self._calls[key] = self._prepared(*key)
+        return self._calls[key]
+
+    def _prepared(self, batch: int, by_columns: bool, threads: int) -> _Call:
         job = self._job.copy()
         job[fused.ROWS_IN], job[fused.BATCH] = self.columns, batch
         job[fused.X_ROW], job[fused.X_COLUMN] = _strides(by_columns, self.columns, batch)
         job[fused.OUT_ROW], job[fused.OUT_COLUMN] = _strides(by_columns, self.rows, batch)
         if batch == 1:
-            self._apply_vector(job, flat, out, threads)
-        elif batch:
-            self._apply_panels(job, flat, out, threads)
-        return out.T if by_columns else out
+            kernel, shape = fused.apply_vector, (2, self._largest)
+            job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
+        else:
+            kernel, shape = fused.apply_panels, self._panels(job, batch, threads)
+        job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
+        operand = np.empty(0, self.dtype)
+        number = helpers.enrolled(kernel, (*self._arrays[1:3], operand, operand, operand))
+        return _Call(job, kernel, number, math.prod(shape), threads)
 
-    def _apply_vector(self, job: np.ndarray, X: np.ndarray, out: np.ndarray, threads: int) -> None:
-        job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
-        self._share(fused.apply_vector, job, X, out, (2, self._largest), threads)
-
-    def _apply_panels(self, job: np.ndarray, X: np.ndarray, out: np.ndarray, threads: int) -> None:
-        batch = int(job[fused.BATCH])
+    def _panels(self, job: np.ndarray, batch: int, threads: int) -> tuple[int, int]:
+        """Divide a batch into panels; return the shape of the scratch space."""
         wide, narrow = (n // self.dtype.itemsize for n in (fused.WIDE, fused.NARROW))
         n_wide = (batch + wide // 2 - 1) // wide  # what is left over goes into narrow panels
         n_panels = n_wide + max(0, -(-(batch - n_wide * wide) // narrow))
@@ -178,24 +209,47 @@ class Program:
         whole = threads == 1 or n_panels >= 2 * threads
         job[fused.PANELS : fused.PIECES + 1] = n_panels, n_wide, 0 if whole else _PIECES * threads
         rows = min(threads, n_panels) if whole else n_panels
-        self._share(fused.apply_panels, job, X, out, (rows, 2 * self._largest * lanes), threads)
-
-    def _share(
-        self, kernel: helpers.Kernel, job: np.ndarray, X: np.ndarray, out: np.ndarray,
-        scratch_shape: tuple[int, int], threads: int,
-    ) -> None:  # fmt: skip
-        job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = scratch_shape
-        scratch = self._scratch(math.prod(scratch_shape))
-        helpers.together(kernel, job, (*self._kinds, X, out.reshape(-1), scratch), threads)
+        return rows, 2 * self._largest * lanes
 
     def _scratch(self, size: int) -> np.ndarray:
         """Return uninitialized memory that belongs to this thread until its next product."""
-        nbytes = size * self.dtype.itemsize
-        memory = getattr(_memory, "array", None)
-        if memory is None or memory.nbytes < nbytes:
-            memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
-            _memory.array = memory = memory[-memory.ctypes.data % _CACHE_LINE :]
-        return memory[:nbytes].view(self.dtype)
+        arrays = _memory.__dict__
+        memory = arrays.get(self.dtype.char)
+        if memory is None or memory.size < size:
+            memory = np.empty(size * self.dtype.itemsize + _CACHE_LINE, np.uint8)
+            start = -memory.ctypes.data % _CACHE_LINE
+            memory = memory[start : start + size * self.dtype.itemsize].view(self.dtype)
+            arrays[self.dtype.char] = memory
+        return memory
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is prepared for products with batches of one size and layout.
+
+    `job` lacks the addresses of operands and of scratch space, which has `scratch` entries.
+    """
+
+    job: np.ndarray
+    kernel: helpers.Kernel
+    number: int
+    scratch: int
+    threads: int
+
+
+def _halved(values: np.ndarray, halves: np.ndarray, is_bfloat16: bool) -> np.ndarray:
+    """Return the values with those marked 1 or 2 replaced by halves that add up to them."""
+    if is_bfloat16:  # given as the upper bits of float32
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    first, second = halves == 1, halves == 2
+    values[first] *= 0.5
+    values[second] -= 0.5 * values[second]
+    return (values.view(np.uint32) >> 16).astype(np.int16) if is_bfloat16 else values
+
+
+def _places(a: int, count: int, d: int) -> np.ndarray:
+    """Return the first row (column) of each block of a Kronecker-sparse matrix."""
+    return np.add.outer(np.arange(a) * count * d, np.arange(d)).ravel()
 
 
 def _strides(by_columns: bool, rows: int, batch: int) -> tuple[int, int]:

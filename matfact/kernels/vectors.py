@@ -8,6 +8,7 @@ correct on all.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -21,18 +22,29 @@ _FLOAT16, _BFLOAT16 = types.uint16, types.int16
 
 
 class Vector(types.Type):
-    """`count` numbers of `dtype` in registers."""
+    """`count` numbers of `dtype` in registers; of complex ones, each part in a lane of its own."""
 
     def __init__(self, dtype: Any, count: int) -> None:
         self.dtype, self.count = dtype, count
         super().__init__(name=f"Vector({dtype}, {count})")
 
+    @property
+    def is_complex(self) -> bool:
+        """Whether a number takes two lanes."""
+        return isinstance(self.dtype, types.Complex)
+
+    @property
+    def real(self) -> Any:
+        """Dtype of a lane."""
+        return self.dtype.underlying_float if self.is_complex else self.dtype
+
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
-        element = manager.lookup(vector.dtype).get_value_type()
-        super().__init__(manager, vector, ir.VectorType(element, vector.count))
+        element = manager.lookup(vector.real).get_value_type()
+        lanes = vector.count * (1 + vector.is_complex)
+        super().__init__(manager, vector, ir.VectorType(element, lanes))
 
 
 @intrinsic(prefer_literal=True)
@@ -65,7 +77,7 @@ def load(typingctx, array, row, like):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = _place(context, builder, signature, arguments, like)
-        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+        return builder.load(pointer, align=_alignment(array.dtype))
 
     return like(array, types.intp, like), generate
 
@@ -92,7 +104,7 @@ def gather(typingctx, array, indices, first, like):  # type: ignore[no-untyped-d
             index = builder.and_(rest, ir.Constant(word, (1 << bits) - 1))
             rest = builder.lshr(rest, ir.Constant(word, bits))
             entry = builder.load(builder.gep(source, [index]))
-            result = builder.insert_element(result, entry, ir.Constant(_INT32, lane))
+            result = _inserted(builder, result, entry, lane, like)
         return result
 
     return like(array, indices, types.intp, like), generate
@@ -107,7 +119,9 @@ def scatter(typingctx, array, indices, first, vector):  # type: ignore[no-untype
         positions = builder.gep(_data(context, builder, indices, arguments[1]), [arguments[2]])
         for lane in range(vector.count):
             index = builder.load(builder.gep(positions, [ir.Constant(_INT32, lane)]))
-            entry = builder.extract_element(arguments[3], ir.Constant(_INT32, lane))
+            if indices.dtype.bitwidth < 64:
+                index = builder.zext(index, ir.IntType(64))
+            entry = _extracted(context, builder, arguments[3], lane, vector)
             builder.store(entry, builder.gep(target, [index]))
         return context.get_dummy_value()
 
@@ -120,7 +134,7 @@ def store(typingctx, array, row, vector):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = _place(context, builder, signature, arguments, vector)
-        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
+        builder.store(arguments[2], pointer, align=_alignment(array.dtype))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, vector), generate
@@ -133,7 +147,7 @@ def store_values(typingctx, array, first, vector):  # type: ignore[no-untyped-de
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.gep(_data(context, builder, array, arguments[0]), [arguments[1]])
         pointer = builder.bitcast(pointer, arguments[2].type.as_pointer())
-        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
+        builder.store(arguments[2], pointer, align=_alignment(array.dtype))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, vector), generate
@@ -145,10 +159,11 @@ def load_values(typingctx, values, first, like):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.gep(_data(context, builder, values, arguments[0]), [arguments[1]])
-        raw = ir.VectorType(pointer.type.pointee, like.count)
+        kind = arguments[2].type
+        raw = kind if like.is_complex else ir.VectorType(pointer.type.pointee, like.count)
         pointer = builder.bitcast(pointer, raw.as_pointer())
-        loaded = builder.load(pointer, align=values.dtype.bitwidth // 8)
-        return _widened(builder, values.dtype, loaded, arguments[2].type)
+        loaded = builder.load(pointer, align=_alignment(values.dtype))
+        return _widened(builder, values.dtype, loaded, kind)
 
     return like(values, types.intp, like), generate
 
@@ -185,11 +200,10 @@ def spread(typingctx, scalar, like):  # type: ignore[no-untyped-def]
     """Return the vector with `scalar` in every lane, of the type of `like`."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        kind = arguments[1].type
-        undefined = ir.Constant(kind, ir.Undefined)
-        single = builder.insert_element(undefined, arguments[0], ir.Constant(_INT32, 0))
-        lanes = ir.Constant(ir.VectorType(_INT32, like.count), None)
-        return builder.shuffle_vector(single, undefined, lanes)
+        undefined = ir.Constant(arguments[1].type, ir.Undefined)
+        single = _inserted(builder, undefined, arguments[0], 0, like)
+        lanes = arguments[1].type.count
+        return _shuffled(builder, single, [i * like.is_complex % 2 for i in range(lanes)])
 
     return like(scalar, like), generate
 
@@ -199,8 +213,17 @@ def fma(typingctx, left, right, total):  # type: ignore[no-untyped-def]
     """``left · right + total`` of vectors, rounded once where the processor can."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        product = builder.fmul(arguments[0], arguments[1], flags=("contract",))
-        return builder.fadd(product, arguments[2], flags=("contract",))
+        factor, other, result = arguments
+        if not total.is_complex:
+            return _multiplied(builder, factor, other, result)
+        places = range(factor.type.count)
+        signs = ir.Constant(factor.type, [-1.0, 1.0] * total.count)
+        real, imaginary = (
+            _shuffled(builder, factor, [i // 2 * 2 + part for i in places]) for part in (0, 1)
+        )
+        result = _multiplied(builder, real, other, result)
+        turned = _shuffled(builder, other, [i ^ 1 for i in places])
+        return _multiplied(builder, builder.fmul(imaginary, signs), turned, result)
 
     return total(left, right, total), generate
 
@@ -220,14 +243,63 @@ def total(typingctx, vector):  # type: ignore[no-untyped-def]
     """Return the sum of the lanes of `vector`."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        scalar = context.get_value_type(vector.dtype)
-        kind = ir.FunctionType(scalar, [scalar, arguments[0].type])
-        name = f"llvm.vector.reduce.fadd.v{vector.count}f{vector.dtype.bitwidth}"
+        scalar, parts = context.get_value_type(vector.real), 1 + vector.is_complex
+        lanes = ir.VectorType(scalar, vector.count)
+        kind = ir.FunctionType(scalar, [scalar, lanes])
+        name = f"llvm.vector.reduce.fadd.v{vector.count}f{vector.real.bitwidth}"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         zero = ir.Constant(scalar, 0.0)
-        return builder.call(function, [zero, arguments[0]], fastmath=("reassoc",))
+        sums = [
+            builder.call(
+                function,
+                [zero, _shuffled(builder, arguments[0], range(part, lanes.count * parts, parts))],
+                fastmath=("reassoc",),
+            )
+            for part in range(parts)
+        ]
+        return _number(context, builder, sums, vector)
 
     return vector.dtype(vector), generate
+
+
+def _alignment(dtype: Any) -> int:
+    return (dtype.bitwidth // 2 if isinstance(dtype, types.Complex) else dtype.bitwidth) // 8
+
+
+def _multiplied(builder: Any, left: Any, right: Any, total: Any) -> Any:
+    product = builder.fmul(left, right, flags=("contract",))
+    return builder.fadd(product, total, flags=("contract",))
+
+
+def _shuffled(builder: Any, vector: Any, lanes: Iterable[int]) -> Any:
+    places = list(lanes)
+    order = ir.Constant(ir.VectorType(_INT32, len(places)), places)
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+
+
+def _inserted(builder: Any, vector: Any, entry: Any, place: int, kind: Vector) -> Any:
+    """Return a vector with a number of its dtype at a place."""
+    parts = [builder.extract_value(entry, i) for i in (0, 1)] if kind.is_complex else [entry]
+    for i, part in enumerate(parts):
+        vector = builder.insert_element(vector, part, ir.Constant(_INT32, place * len(parts) + i))
+    return vector
+
+
+def _extracted(context: Any, builder: Any, vector: Any, place: int, kind: Vector) -> Any:
+    """Return the number at a place of a vector."""
+    lanes = [2 * place, 2 * place + 1] if kind.is_complex else [place]
+    parts = [builder.extract_element(vector, ir.Constant(_INT32, lane)) for lane in lanes]
+    return _number(context, builder, parts, kind)
+
+
+def _number(context: Any, builder: Any, parts: list[Any], kind: Vector) -> Any:
+    """Return a number of the dtype of a vector from its one or two parts."""
+    if not kind.is_complex:
+        return parts[0]
+    number = ir.Constant(context.get_value_type(kind.dtype), ir.Undefined)
+    for i, part in enumerate(parts):
+        number = builder.insert_value(number, part, i)
+    return number
 
 
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:

@@ -66,7 +66,7 @@ class FactorProduct:
                     f"by one with {right.shape[0]} rows."
                 )
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int]:
         """Rows (out_features) and columns (in_features) of the product."""
         return (self.factors[0].shape[0], self.factors[-1].shape[1])
@@ -143,6 +143,9 @@ class FactorProduct:
 
     def __matmul__(self, X: Array) -> Array:
         """Apply the product to a vector of shape (in,) or to the columns of (in, batch)."""
+        plan = self._plan
+        if plan and type(X) is np.ndarray and (way := plan.ways.get((X.shape, X.dtype))):
+            return way(X)  # at once: small products take few microseconds
         if not backend.is_array(X):
             X = np.asarray(X)
         if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
@@ -150,7 +153,6 @@ class FactorProduct:
                 f"X must have shape ({self.shape[1]},) or ({self.shape[1]}, batch) to be "
                 f"multiplied by a product of shape {self.shape}, got {tuple(X.shape)}."
             )
-        plan = self._plan
         if plan and backend.is_numpy(X) and X.dtype in COMPUTED:
             return plan.apply(X)
         xp = backend.namespace(X, self.factors[0].values)
@@ -195,8 +197,10 @@ class FactorProduct:
         CPU that take no gradient, where the times are predicted from rates measured once on each
         machine (a few seconds, kept in the user's cache folder) with weights that come from
         memory, as in a network. Where the prediction is close, products of this kind are timed
-        too, once on each machine. For other array libraries, complex numbers and tiny products,
-        both ways are timed at each call, with weights that may be in the cache.
+        too, once on each machine. For other array libraries and products of at most 16,384
+        entries, both ways are timed at each call, with weights that may be in the cache; such
+        small products become dense when they are applied a second time, unless the factors save
+        many operations.
 
         Parameters
         ----------

@@ -28,11 +28,19 @@ FACTORS = {kind: [1.0 if "dense" in kind else 0.0] * 6 for kind in cost.KINDS}
 DENSE = {kind: [1.0 - rate for rate in rates] for kind, rates in FACTORS.items()}
 
 
+def normal(shape, rng, dtype):
+    """Return random normal numbers, complex ones where `dtype` is."""
+    values = rng.standard_normal(shape)
+    if np.dtype(dtype).kind == "c":
+        values = values + 1j * rng.standard_normal(shape)
+    return values.astype(dtype)
+
+
 def random_factor(kind, rows, columns, rng, dtype):
     """Return a random factor of about `rows` × `columns`, ragged wherever its storage allows."""
 
     def random(*shape):
-        return rng.standard_normal(shape).astype(dtype)
+        return normal(shape, rng, dtype)
 
     if kind == "dense":
         return DenseFactor(random(rows, columns))
@@ -40,7 +48,7 @@ def random_factor(kind, rows, columns, rng, dtype):
         dense = np.where(rng.random((rows, columns)) < rng.random(), random(rows, columns), 0)
         return SparseFactor.from_dense(dense.astype(dtype))
     if kind == "kronecker":
-        a, c, d = 3, 5, max(1, columns // 15)
+        a, c, d = 3, 5, int(rng.choice([max(1, columns // 15), 16, 1]))
         return KroneckerSparseFactor(random(a, d, int(rng.integers(1, 9)), c))
     if kind == "butterfly":
         d = int(rng.choice([1, 2, 8]))
@@ -71,7 +79,7 @@ def random_product(kinds, rng, dtype, side=140):
             factors.insert(0, crop)
         factors.insert(0, factor)
         columns = factor.shape[0]
-    factors.insert(0, DenseFactor(rng.standard_normal((side, columns)).astype(dtype)))
+    factors.insert(0, DenseFactor(normal((side, columns), rng, dtype)))
     return FactorProduct(factors)
 
 
@@ -88,8 +96,9 @@ def sparse_pair():
 
 def error(found, product, X):
     """Return the largest error ÷ what rounding allows in the dtype of the result."""
-    wide = [factor.astype(np.float64) for factor in product]
-    exact, bound = X.astype(np.float64), np.abs(X.astype(np.float64))
+    is_complex = np.iscomplexobj(X) or np.iscomplexobj(product[0].values)
+    wide = [factor.astype(np.complex128 if is_complex else np.float64) for factor in product]
+    exact, bound = X.astype(wide[0].dtype), np.abs(X).astype(np.float64)
     for factor in reversed(wide):
         exact = factor.apply(exact)
         bound = factor.with_values(np.abs(factor.values)).apply(bound)
@@ -100,7 +109,7 @@ def error(found, product, X):
 @settings(deadline=None, max_examples=25)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
-    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64, np.complex64]),
     batch=st.sampled_from([1, 2, 15, 16, 17, 40, 64, 65, 150]),
     order=st.sampled_from("CF"),
     threads=st.sampled_from([1, 2, 3]),
@@ -109,33 +118,35 @@ def error(found, product, X):
 def test_kernels_agree_with_the_factors(kinds, dtype, batch, order, threads, seed):
     rng = np.random.default_rng(seed)
     product = random_product(kinds, rng, dtype)
-    X = np.asarray(rng.standard_normal((product.shape[1], batch)), order=order)
-    X = X.astype(np.float64 if dtype == np.float64 else np.float32)
+    computed = np.result_type(np.float32, dtype)
     for operator in (product, product.T):
-        operand = X if operator is product else rng.standard_normal((operator.shape[1], batch))
-        operand = operand.astype(X.dtype)
-        program = operator._plan._program(X.dtype)
-        found = program.apply(operand, threads)
-        assert found.dtype == X.dtype
-        assert error(found, operator, operand) < 1
+        X = np.asarray(normal((operator.shape[1], batch), rng, computed), order=order)
+        program = operator._plan._program(computed)
+        found = program.apply(X, threads)
+        assert found.dtype == computed
+        assert error(found, operator, X) < 1
 
 
 @pytest.mark.parametrize("batch", [1, 3, 70])
-def test_rows_may_be_of_any_length(batch):
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_may_be_of_any_length(dtype, batch):
     rng = np.random.default_rng(batch)
     lengths = np.concatenate([[0, 300, 299, 1], rng.integers(0, 40, 60), np.full(60, 20), [0] * 9])
     dense = np.zeros((len(lengths), 300), np.float32)
     for row, length in zip(dense, lengths, strict=True):
         row[rng.permutation(300)[:length]] = rng.standard_normal(length)
+    dense[5, dense[5] != 0] = np.finfo(dtype).smallest_subnormal  # of which no half can be stored
+    dense = dense.astype(dtype)
     product = FactorProduct([SparseFactor.from_dense(dense)])
     X = rng.standard_normal((300, batch)).astype(np.float32)
     X[-1] = np.inf  # reaches only rows that hold a value there
     found = product._plan._program(X.dtype).apply(X)
     is_reached = dense[:, -1] != 0
-    assert not np.isfinite(found[is_reached]).any()
+    assert np.isinf(found[is_reached]).all()
     assert 0 < is_reached.sum() < len(lengths)
     X[-1] = 0
-    np.testing.assert_allclose(found[~is_reached], (dense @ X)[~is_reached], rtol=0, atol=1e-4)
+    exact = dense.astype(np.float64) @ X.astype(np.float64)
+    np.testing.assert_allclose(found[~is_reached], exact[~is_reached], rtol=0, atol=1e-4)
 
 
 def test_batches_come_out_in_the_layout_they_came_in(sparse_pair, by_factors):
@@ -143,6 +154,20 @@ def test_batches_come_out_in_the_layout_they_came_in(sparse_pair, by_factors):
     assert (sparse_pair @ X.T).T.flags.c_contiguous
     assert (sparse_pair @ np.ascontiguousarray(X.T)).flags.c_contiguous
     assert (X @ sparse_pair).flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_real_factors_take_complex_operands(dtype, is_dense, sparse_pair, monkeypatch):
+    monkeypatch.setattr(cost, "rates", lambda: DENSE if is_dense else FACTORS)
+    X = normal((200, 6), np.random.default_rng(1), dtype)
+    for operand in (X, np.asfortranarray(X), X[:, ::2], X[:, 0], X[:, :0]):
+        found = sparse_pair @ operand
+        assert found.dtype == dtype
+        assert found.shape == (200, *operand.shape[1:])
+        if found.size:
+            columns = (200, -1)
+            assert error(found.reshape(columns), sparse_pair, operand.reshape(columns)) < 1
 
 
 def test_vectors_empty_batches_views_and_read_only_operands_are_taken(sparse_pair, by_factors):
@@ -191,6 +216,22 @@ def test_the_dense_copy_is_used_where_it_is_faster_and_never_pickled(sparse_pair
         np.testing.assert_array_equal(again @ X, sparse_pair @ X)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_small_products_become_dense_once_used_again_unless_factors_save_much(dtype):
+    rng = np.random.default_rng(0)
+    low_rank = [DenseFactor(normal(shape, rng, dtype)) for shape in ((100, 2), (2, 100))]
+    for factors, batch, is_dense in (
+        ([random_factor("csr", 100, 100, rng, dtype)], 7, True),
+        (low_rank, 7, True),
+        (low_rank, 4096, False),
+    ):
+        product, X = FactorProduct(factors), normal((100, batch), rng, dtype)
+        results = [product @ X for _ in range(3)]
+        assert all(error(found, product, X) < 1 for found in results)
+        assert bool(product._plan._dense) == is_dense
+        np.testing.assert_array_equal(product @ X[:, 0], product @ X[:, 0].copy())
+
+
 def test_advice_names_the_faster_way(sparse_pair, monkeypatch):
     monkeypatch.setattr(cost, "rates", lambda: DENSE)
     advice = sparse_pair.advise(8)
@@ -200,7 +241,8 @@ def test_advice_names_the_faster_way(sparse_pair, monkeypatch):
     monkeypatch.setattr(program, "allowed_threads", lambda: 2)
     advice = sparse_pair.advise(512)
     assert advice.method == "factors"
-    assert advice.factors_seconds == pytest.approx(2e-3 * sparse_pair.nnz)
+    stored = sparse_pair._plan._program(np.dtype(np.float32)).counts["csr"]
+    assert advice.factors_seconds == pytest.approx(2e-3 * stored)
     assert advice.speedup == pytest.approx(advice.dense_seconds / advice.seconds)
     assert "use the factors" in repr(advice)
 
@@ -213,9 +255,9 @@ def test_advice_refuses_what_is_no_batch_size(sparse_pair, batch_size):
 
 def test_advice_measures_what_the_kernels_do_not_serve(sparse_pair):
     torch = pytest.importorskip("torch")
-    complexes = sparse_pair.astype(np.complex64)
-    tensors = FactorProduct([DenseFactor(torch.ones(64, 64)), DenseFactor(torch.ones(64, 64))])
-    for product in (complexes, tensors):
+    small = FactorProduct([DenseFactor(np.ones((64, 64))), DenseFactor(np.ones((64, 64)))])
+    factors = [f.with_values(torch.tensor(f.values, requires_grad=True)) for f in sparse_pair]
+    for product in (small, FactorProduct(factors)):
         advice = product.advise(3)
         assert min(advice.factors_seconds, advice.dense_seconds) > 0
 
