@@ -60,7 +60,8 @@ class Form(NamedTuple):
 
 FORMS = {
     "published": Form(4, False, (*METHODS, *VARIANTS)),
-    "full": Form(16, True, ("ADMM", "DSF, 25 sweeps", "Wanda", "DSF")),
+    "more text": Form(16, False, ("ADMM", "DSF, 25 sweeps", "DSF")),
+    "full": Form(16, True, ("ADMM", "DSF, 25 sweeps", "DSF")),
 }
 #: Steps of ADMM, half of the default: there are 210 layers, and the error is 1 % higher.
 STEPS = 20
