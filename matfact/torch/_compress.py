@@ -101,8 +101,9 @@ def compress(
     feedback : bool, default=True
         Whether, with sequential calibration, each layer also makes up for what the layers before
         it have changed: what is factorized is the matrix whose outputs come nearest to those the
-        layer has in the dense network. A second pass of each batch runs through that. With few
-        samples for so many inputs it fits noise, and can do harm in long chains of layers.
+        layer has in the dense network. A second pass of each batch runs through that. Layers
+        with fewer than 8 samples for each input are left out and say so, since these would make
+        them fit noise.
     shift_bias : bool, default=True
         Whether, with calibration, the bias of a layer that has one makes up for the mean of what
         its outputs lose.
@@ -211,8 +212,8 @@ def _fits(
         _note_unreached(tasks, statistics)
     run = Parallel(n_jobs=n_jobs, return_as="generator")
     jobs = (delayed(fit)(*task.problem(), statistics.get(task.names[0])) for task in tasks)
-    for task, (fitted, problem) in zip(tasks, run(jobs), strict=True):
-        task.message = problem or task.message
+    for task, (fitted, message) in zip(tasks, run(jobs), strict=True):
+        task.message = message or task.message
         yield task, fitted
 
 
@@ -225,14 +226,14 @@ def _sequential_fits(
         for name, statistics in stops:
             task = by_name[name]
             reached.add(name)
-            fitted, problem = fit(*task.problem(), statistics)
-            task.message = problem or task.message
+            fitted, message = fit(*task.problem(), statistics)
+            task.message = message or task.message
             yield task, fitted
     _note_unreached(tasks, reached)
     for task in tasks:
         if task.names[0] not in reached:
-            fitted, problem = fit(*task.problem(), None)
-            task.message = problem or task.message
+            fitted, message = fit(*task.problem(), None)
+            task.message = message or task.message
             yield task, fitted
 
 
@@ -253,11 +254,13 @@ def _try(
     adapt: Adaptation,
     shift_bias: bool,
 ) -> tuple[Fitted | None, str]:
-    """Return the fit, or why the method cannot take the layer."""
+    """Return the fit and what is to be said of it, or why the method cannot take the layer."""
     try:
-        return fit_layer(factorizer, matrices, statistics, adapt, shift=shift_bias and has_bias), ""
+        shift = shift_bias and has_bias
+        fitted = fit_layer(factorizer, matrices, statistics, adapt, shift=shift)
     except ValueError as error:
         return None, f"kept: {error}"
+    return fitted, fitted.message
 
 
 def _installed(model: nn.Module, fits: _Results) -> Iterator[LayerReport]:
