@@ -19,6 +19,7 @@ from matfact.kernels.vectors import (
     gather,
     load,
     load_values,
+    position,
     prefetch,
     scatter,
     spread,
@@ -26,11 +27,14 @@ from matfact.kernels.vectors import (
     total,
     value,
     width,
+    zeros,
 )  # fmt: skip
 
 _AHEAD = 512  #: entries between what is used and what is fetched: processors stop at memory pages
 _TAIL = 32  #: entries that take as long as to begin with what a single row has beyond a slice
-_ROWS = 4  #: rows of a panel computed together, which hides the latency of an addition
+#: Bytes of a panel's row for which eight rows are computed together, so that slices are read twice;
+#: registers hold four wider ones.
+_NARROW = 64
 
 
 @numba.njit(nogil=True, cache=True)
@@ -85,33 +89,54 @@ def _common(lengths):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute slices `first` to `last` of a panel as wide as the vector `zero`."""
+    """Compute slices `first` to `last` of a panel as wide as the vector `zero`.
+
+    While a slice is computed, some rows at a time, the next one is brought from memory.
+    """
+    are_eight = width(zero) == width(zeros(source, _NARROW)) and width(zero) >= 8
     for s in range(first, last):
         e, common, begin = slices[s, 0], slices[s, 1], s * lanes
-        for place in range(begin, begin + lanes if common else begin, _ROWS):
-            a = b = c = d = zero
+        next_slice = common * lanes
+        for place in range(begin, begin + lanes if common else begin, 8 if are_eight else 4):
+            a = b = c = d = p = q = r = t = zero
             i = e + place - begin
             for _ in range(common):
-                a = fma(spread(value(values, i, source), zero), load(source, columns[i], zero), a)
-                j = i + 1
-                b = fma(spread(value(values, j, source), zero), load(source, columns[j], zero), b)
-                j = i + 2
-                c = fma(spread(value(values, j, source), zero), load(source, columns[j], zero), c)
-                j = i + 3
-                d = fma(spread(value(values, j, source), zero), load(source, columns[j], zero), d)
+                prefetch(values, i + next_slice)
+                prefetch(columns, i + next_slice)
+                a = _plus(a, values, columns, i, source)
+                b = _plus(b, values, columns, i + 1, source)
+                c = _plus(c, values, columns, i + 2, source)
+                d = _plus(d, values, columns, i + 3, source)
+                if are_eight:
+                    p = _plus(p, values, columns, i + 4, source)
+                    q = _plus(q, values, columns, i + 5, source)
+                    r = _plus(r, values, columns, i + 6, source)
+                    t = _plus(t, values, columns, i + 7, source)
                 i += lanes
             store(target, order[place], a)
             store(target, order[place + 1], b)
             store(target, order[place + 2], c)
             store(target, order[place + 3], d)
-        e += common * lanes
+            if are_eight:
+                store(target, order[place + 4], p)
+                store(target, order[place + 5], q)
+                store(target, order[place + 6], r)
+                store(target, order[place + 7], t)
+        e += next_slice
         for place in range(begin, begin + slices[s, 2]):
             row = order[place]
             a = load(target, row, zero) if common else zero
             while e < ends[place]:
-                a = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), a)
+                a = _plus(a, values, columns, e, source)
                 e += 1
             store(target, row, a)
+
+
+@numba.njit(nogil=True, cache=True)
+def _plus(total, values, columns, e, source):  # type: ignore[no-untyped-def]
+    """Add the product of an entry and the row of the panel that its column meets."""
+    row = load(source, position(columns, e), total)
+    return fma(spread(value(values, e, source), total), row, total)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -15,7 +15,7 @@ from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processo
 from matfact.kernels.vectors import width, zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "561404e99e1d5383"
+SOURCES = "d59b7cd338f676d2"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for

@@ -196,6 +196,17 @@ def value(typingctx, values, position, like):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def position(typingctx, indices, place):  # type: ignore[no-untyped-def]
+    """``indices[place]`` of unsigned numbers, of which none counts from the end."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data(context, builder, indices, arguments[0]), [arguments[1]])
+        return builder.zext(builder.load(pointer), ir.IntType(64))
+
+    return types.int64(indices, types.intp), generate
+
+
+@intrinsic
 def spread(typingctx, scalar, like):  # type: ignore[no-untyped-def]
     """Return the vector with `scalar` in every lane, of the type of `like`."""
 
