@@ -8,8 +8,10 @@ only what is in memory all at once, where networks need not fit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,8 +137,14 @@ class SafetensorsFile:
         if not spec.nbytes or self._begins[name] % spec.itemsize:
             return self.read(name)
         self._check_dtype(name)
-        content = np.memmap(self.path, np.uint8, "c", self._begins[name], (spec.nbytes,))
-        return self._as_array(name, np.asarray(content))
+        begin = self._begins[name]
+        return self._as_array(name, self._pages[begin : begin + spec.nbytes])
+
+    @functools.cached_property
+    def _pages(self) -> np.ndarray:
+        """All bytes of the file; what is written to them stays in memory."""
+        with self.path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
     def _check_dtype(self, name: str) -> None:
         dtype = self.specs[name].dtype

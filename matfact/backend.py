@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import array_api_compat
-import array_api_compat.numpy
 import numpy as np
 import scipy.linalg
 
@@ -21,7 +20,9 @@ Array = Any  #: an array of any library that follows the Array API standard
 def namespace(*arrays: Array) -> ModuleType:
     """Return the Array API namespace shared by `arrays`."""
     if all(type(array) is np.ndarray for array in arrays):
-        return array_api_compat.numpy  # at once: small fits ask hundreds of times
+        from array_api_compat import numpy  # at once: small fits ask hundreds of times
+
+        return numpy
     return array_api_compat.array_namespace(*arrays)
 
 

@@ -15,9 +15,6 @@ from matfact.checkpoint._shards import check_shard
 from matfact.checkpoint._source import matrix_shape
 from matfact.operators import FactorProduct, _storage
 
-#: Bytes of a file from which a thread of its own checks it in less time than it takes to ask.
-_LARGE = 1 << 22
-
 
 class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
     """A network on disk: a mapping from names to products of factors or to arrays.
@@ -101,10 +98,13 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         tensor = self.tensors[name]
         return self._shards[name].nbytes if tensor.is_product else tensor.spec.nbytes
 
-    def product(self, name: str) -> FactorProduct:
-        """Return the factors of tensor `name`."""
+    def product(self, name: str, *, mapped: bool = False) -> FactorProduct:
+        """Return the factors of tensor `name`.
+
+        Where they are `mapped`, values stay in the file until they are used or written to.
+        """
         tensor, file = self.tensors[name], self.file(name)
-        product = FactorProduct(_storage.load(file))
+        product = FactorProduct(_storage.load(file, mapped=mapped))
         if len(tensor.spec.shape) < 2 or product.shape != matrix_shape(tensor.spec.shape):
             raise ValueError(
                 f"{file.path} must hold factors of a tensor of shape {tensor.spec.shape}, but "
@@ -122,10 +122,10 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
     @contextlib.contextmanager
     def checking_ahead(self) -> Iterator[None]:
-        """Check large files in another thread, meanwhile."""
+        """Check the files in another thread, meanwhile: those of factors first."""
+        shards = sorted(self.shards, key=lambda shard: not shard.tensors[0].is_product)
         with ThreadPoolExecutor(1) as pool:
-            large = [shard for shard in self.shards if shard.nbytes >= _LARGE]
-            self._pending = {shard.file: pool.submit(self._checked, shard) for shard in large}
+            self._pending = {shard.file: pool.submit(self._checked, shard) for shard in shards}
             try:
                 yield
             finally:

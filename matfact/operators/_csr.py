@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import scipy.sparse
@@ -15,6 +15,9 @@ from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
     from matfact.kernels.program import Program
+
+#: Entries of a mask expanded at a time: few, so that memory is used again and not asked for anew.
+_ENTRIES = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -45,11 +48,54 @@ class SparseFactor(Factor):
         xp = backend.namespace(array)
         mask = backend.to_numpy(array != 0 if support is None else support)
         flat = np.flatnonzero(mask)
-        rows, columns = mask.shape
-        indptr = np.zeros(rows + 1, dtype=np.int64)
-        np.cumsum(np.count_nonzero(mask, axis=1), out=indptr[1:])
         values = xp.take(xp.reshape(array, (-1,)), backend.like(flat, array), axis=0)
-        return cls(values, (flat % columns).astype(np.int32), indptr, columns)
+        return cls.from_locations(values, flat, mask.shape)
+
+    @classmethod
+    def from_locations(
+        cls, values: Array, locations: np.ndarray, shape: tuple[int, int]
+    ) -> SparseFactor:
+        """Store `values` at increasing `locations` in the flattened matrix."""
+        rows, columns = shape
+        begins = np.arange(rows + 1) * columns
+        indptr = np.searchsorted(locations, begins)
+        indices = locations - np.repeat(begins[:-1], np.diff(indptr))
+        return cls(values, indices.astype(_narrow(columns)), indptr, columns)
+
+    @classmethod
+    def from_bits(cls, values: Array, bits: np.ndarray, shape: tuple[int, int]) -> SparseFactor:
+        """Store `values`, in that order, where one bit an entry of ``np.packbits`` is set."""
+        rows, columns = shape
+        indptr, indices = np.zeros(rows + 1, np.int64), np.empty(len(values), _narrow(columns))
+        step = 8 * max(1, _ENTRIES // (8 * max(1, columns)))  # rows that end with a byte
+        for first in range(0, rows, step):
+            begins = np.arange(min(step, rows - first)) * columns
+            count = begins.size * columns
+            mask = np.unpackbits(bits[first * columns // 8 :][: -(-count // 8)], count=count)
+            found = np.flatnonzero(mask.view(np.bool_))
+            ends = indptr[first + 1 :][: begins.size]
+            ends[:] = indptr[first] + np.searchsorted(found, begins + columns)
+            if ends[-1] > len(values):
+                break
+            found -= np.repeat(begins, np.diff(indptr[first:][: begins.size + 1]))
+            indices[indptr[first] : ends[-1]] = found
+        if indptr[-1] != len(values):
+            raise ValueError(f"{len(values)} values must have as many bits")
+        factor = cls(values, indices, indptr, columns)
+        vars(factor)["bits"] = bits  # which need not be packed again
+        return factor
+
+    @functools.cached_property
+    def bits(self) -> np.ndarray:
+        """One bit an entry, as :func:`numpy.packbits` packs them: whether it is stored."""
+        mask = np.zeros(self.shape[0] * self.shape[1], dtype=np.bool_)
+        mask[self.locations] = True
+        return np.packbits(mask)
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the values stand in the order of their bits, no two of them at one place."""
+        return "bits" in vars(self) or not (np.diff(self.locations) <= 0).any()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +112,10 @@ class SparseFactor(Factor):
         xp = backend.namespace(self.values)
         values = xp.take(self.values, backend.like(order.data, self.values), axis=0)
         return SparseFactor(
-            values, order.indices.astype(np.int32), order.indptr.astype(np.int64), self.shape[0]
+            values,
+            order.indices.astype(_narrow(self.shape[0])),
+            order.indptr.astype(np.int64),
+            self.shape[0],
         )
 
     @functools.cached_property
@@ -78,7 +127,9 @@ class SparseFactor(Factor):
         return self.with_values(values).toarray()
 
     def _scipy(self, values: np.ndarray) -> scipy.sparse.csr_array:
-        return scipy.sparse.csr_array((values, self.indices, self.indptr), shape=self.shape)
+        # SciPy would copy the indices if they were of another dtype than the row pointers.
+        indptr = self.indptr.astype(np.result_type(self.indices, np.min_scalar_type(-self.nnz)))
+        return scipy.sparse.csr_array((values, self.indices, indptr), shape=self.shape)
 
     def apply(self, X: Array) -> Array:
         if backend.is_numpy(X):
@@ -109,3 +160,8 @@ class SparseFactor(Factor):
         column_bytes = 2 if columns <= 1 << 16 else 4
         indices = column_bytes * self.nnz + 4 * (rows + 1)
         return min(bits, indices) if format == "smallest" else indices
+
+
+def _narrow(columns: int) -> type[np.integer[Any]]:
+    """Return the dtype of column numbers: as narrow as that in which the kernels read them."""
+    return np.uint16 if columns <= 1 << 16 else np.int32

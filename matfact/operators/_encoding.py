@@ -22,8 +22,6 @@ from matfact.operators._selection import SelectionFactor
 
 #: Most rows or columns a stored factor may claim to have: no row of a product can fill a memory.
 LARGEST_SIDE = 1 << 24
-#: Entries of a mask expanded at a time.
-_ENTRIES = 1 << 20
 Tensors = dict[str, np.ndarray]
 
 
@@ -144,14 +142,10 @@ def _sparse_positions(factor: SparseFactor) -> tuple[str, Tensors]:
     rows, columns = factor.shape
     csr = {"indptr": _narrowed(factor.indptr), "indices": _narrowed(factor.indices)}
     mask_nbytes = (rows * columns + 7) // 8
-    row_of = np.repeat(np.arange(rows, dtype=np.int64), np.diff(factor.indptr))
-    flat = row_of * columns + factor.indices
     # A mask gives the values no order of their own, nor two of them one place.
-    if mask_nbytes > sum(a.nbytes for a in csr.values()) or (np.diff(flat) <= 0).any():
+    if mask_nbytes > sum(a.nbytes for a in csr.values()) or not factor.is_ordered:
         return factor.kind, csr
-    mask = np.zeros(rows * columns, dtype=np.bool_)
-    mask[flat] = True
-    return "bitmask", {"mask": np.packbits(mask)}
+    return "bitmask", {"mask": factor.bits}
 
 
 def _decode_dense(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
@@ -167,22 +161,10 @@ def _decode_kronecker(shape: tuple[int, int], values: np.ndarray, tensors: Tenso
 def _decode_bitmask(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
     (rows, columns), packed = shape, tensors.pop("mask")
     _need(packed.dtype == np.uint8 and packed.shape == ((rows * columns + 7) // 8,), "mask length")
-    indptr, pieces = np.zeros(rows + 1, dtype=np.int64), []
-    step = 8 * max(1, _ENTRIES // (8 * max(1, columns)))  # rows that end with a byte
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        bits = np.unpackbits(packed[start * columns // 8 : (stop * columns + 7) // 8])
-        mask = bits.view(np.bool_)[: (stop - start) * columns]
-        _need(not bits[mask.size :].any(), "bits beyond the last entry")
-        flat = np.flatnonzero(mask)
-        begins = np.arange(stop - start) * columns
-        ends = np.searchsorted(flat, begins + columns)
-        flat -= np.repeat(begins, np.diff(ends, prepend=0))
-        pieces.append(flat.astype(np.int32))
-        indptr[start + 1 : stop + 1] = indptr[start] + ends
-    _need(values.shape == (indptr[-1],), "values and bits differ in number")
-    indices = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-    return SparseFactor(values, indices, indptr, columns)
+    beyond = -rows * columns % 8
+    _need(not (packed[-1:] & ((1 << beyond) - 1)).any(), "bits beyond the last entry")
+    _need(values.ndim == 1, "values are not a vector")
+    return SparseFactor.from_bits(values, packed, shape)
 
 
 def _decode_csr(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:

@@ -101,7 +101,8 @@ class Plan:
         start = time.perf_counter()
         result = _columns(X).astype(dtype, copy=False)
         for factor in reversed(self._factors):
-            result = factor.apply(result)
+            # As another factor, which keeps nothing.
+            result = factor.with_values(factor.values).apply(result)
         if not self._is_tiny:
             _waited += time.perf_counter() - start
         return result if X.ndim == 2 else result[:, 0]
@@ -168,7 +169,7 @@ def versions(factors: Sequence[Factor]) -> list[int]:
 
 def _half(factors: Sequence[Factor]) -> str:
     """Return the 16-bit dtype that all values have, by name, "" if there is none."""
-    names = {str(factor.dtype).rpartition(".")[2] for factor in factors}
+    names = {str(dtype).rpartition(".")[2] for dtype in {factor.dtype for factor in factors}}
     return names.pop() if names in ({"float16"}, {"bfloat16"}) else ""
 
 

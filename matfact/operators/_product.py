@@ -15,7 +15,7 @@ import scipy.sparse.linalg
 from matfact import backend
 from matfact._safetensors import SafetensorsFile
 from matfact.backend import Array
-from matfact.operators import _display, _storage
+from matfact.operators import _storage
 from matfact.operators._advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
@@ -297,10 +297,14 @@ class FactorProduct:
         ImportError
             If matplotlib is not installed.
         """
-        return _display.plot_factors(self, figure)
+        from matfact.operators._display import plot_factors
+
+        return plot_factors(self, figure)
 
     def _repr_html_(self) -> str:
-        return _display.to_html(self)
+        from matfact.operators._display import to_html
+
+        return to_html(self)
 
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)

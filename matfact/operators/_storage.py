@@ -35,8 +35,10 @@ def pack(
     return kinds, serialize(specs, content, {"matfact": json.dumps(manifest)})
 
 
-def load(file: SafetensorsFile) -> list[Factor]:
+def load(file: SafetensorsFile, *, mapped: bool = False) -> list[Factor]:
     """Read the factors written by :func:`save`; bfloat16 values arrive as float32.
+
+    Where they are `mapped`, values stay in the file until they are used or written to.
 
     Raises
     ------
@@ -54,7 +56,8 @@ def load(file: SafetensorsFile) -> list[Factor]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"path must name a complete matfact file, but {path} names no factors.")
     try:
-        return decode(entries, {name: file.read(name) for name in file.specs})
+        read = file.mapped if mapped else file.read
+        return decode(entries, {name: read(name) for name in file.specs})
     except ValueError as error:
         raise ValueError(
             f"path must name an intact matfact file, but in {path} {error}."

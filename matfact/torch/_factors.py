@@ -30,13 +30,15 @@ class FactorModule(nn.Module):
     Parameters
     ----------
     factor : Factor
-        NumPy or torch values (copied) and their positions.
+        NumPy or torch values and their positions.
+    copy : bool, default=True
+        Whether the values are copied.
     """
 
-    def __init__(self, factor: Factor) -> None:
+    def __init__(self, factor: Factor, copy: bool = True) -> None:
         super().__init__()
         self.rows, self.columns = factor.shape
-        self.values = nn.Parameter(_tensor(factor.values))
+        self.values = nn.Parameter(_tensor(factor.values, copy))
 
     def dense(self) -> Tensor:
         """Return the matrix, through which gradients reach the values."""
@@ -76,32 +78,34 @@ class SparseFactorModule(FactorModule):
     """
 
     mask: Tensor
-    locations: Tensor
+    indices: Tensor
+    indptr: Tensor
 
-    def __init__(self, factor: SparseFactor) -> None:
-        super().__init__(factor)
-        locations = factor.locations
-        self._rows: tuple[np.ndarray, np.ndarray] | None = factor.indices, factor.indptr
-        if (locations[1:] < locations[:-1]).any():
-            order = np.argsort(locations)
-            locations, self._rows = locations[order], None
+    def __init__(self, factor: SparseFactor, copy: bool = True) -> None:
+        super().__init__(factor, copy)
+        if not factor.is_ordered:
+            order = np.argsort(factor.locations)
+            locations = factor.locations[order]
+            factor = SparseFactor.from_locations(factor.values, locations, factor.shape)
             self.values = nn.Parameter(self.values.detach()[torch.from_numpy(order)])
-        kept = np.zeros(self.rows * self.columns, dtype=bool)
-        kept[locations] = True
-        device = self.values.device
-        bits = torch.from_numpy(np.packbits(kept, bitorder="little"))
-        self.register_buffer("mask", bits.to(device))
-        self.register_buffer("locations", torch.from_numpy(locations).to(device), persistent=False)
+        self.register_buffer("mask", _tensor(factor.bits, copy).to(self.values.device))
+        self._keep(factor)
 
     def _locate(self) -> None:
-        """Expand the bits to the places of the values in the flattened matrix."""
+        """Expand the bits to the places of the values."""
         if self.mask.is_meta:  # nothing to expand before a state dict is loaded
             return
-        shifts = torch.arange(8, dtype=torch.uint8, device=self.mask.device)
-        bits = (self.mask[:, None] >> shifts) & 1
-        locations = bits.bool().flatten()[: self.rows * self.columns].nonzero().flatten()
-        self.register_buffer("locations", locations, persistent=False)
-        self._rows = None
+        shape = (self.rows, self.columns)
+        self._keep(SparseFactor.from_bits(self.values.detach(), self.mask.cpu().numpy(), shape))
+
+    def _keep(self, factor: SparseFactor) -> None:
+        """Keep the places of the values in a `factor`."""
+        indices = factor.indices
+        if indices.dtype == np.uint16:  # which torch cannot save
+            indices = indices.view(np.int16)
+        for name, positions in (("indices", indices), ("indptr", factor.indptr)):
+            tensor = torch.from_numpy(positions).to(self.values.device)
+            self.register_buffer(name, tensor, persistent=False)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -115,7 +119,16 @@ class SparseFactorModule(FactorModule):
 
     def dense(self) -> Tensor:
         flat = self.values.new_zeros(self.rows * self.columns)
-        return flat.scatter(0, self.locations, self.values).reshape(self.rows, self.columns)
+        return flat.scatter(0, self._locations(), self.values).reshape(self.rows, self.columns)
+
+    def _locations(self) -> Tensor:
+        """Return where each value stands in the flattened matrix."""
+        indices = self.indices.long()
+        if self.indices.dtype == torch.int16:
+            indices = indices & 0xFFFF
+        nnz, begins = len(indices), self.indptr[1:-1]  # of all rows but the first
+        steps = indices.new_zeros(nnz + 1).scatter_add(0, begins, torch.ones_like(begins))
+        return indices + self.columns * steps[:nnz].cumsum(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
@@ -125,12 +138,9 @@ class SparseFactorModule(FactorModule):
         return self.rows * self.columns
 
     def to_factor(self) -> SparseFactor:
-        if self._rows is None:
-            locations = self.locations.cpu().numpy()
-            counts = np.bincount(locations // self.columns, minlength=self.rows)
-            indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-            self._rows = (locations % self.columns).astype(np.int32), indptr
-        indices, indptr = self._rows
+        indices, indptr = self.indices.cpu().numpy(), self.indptr.cpu().numpy()
+        if indices.dtype == np.int16:
+            indices = indices.view(np.uint16)
         return SparseFactor(self.values.detach(), indices, indptr, self.columns)
 
 
@@ -149,8 +159,8 @@ class BlockFactorModule(FactorModule):
 
     spans: Tensor
 
-    def __init__(self, factor: BlockSparseFactor) -> None:
-        super().__init__(factor)
+    def __init__(self, factor: BlockSparseFactor, copy: bool = True) -> None:
+        super().__init__(factor, copy)
         self.register_buffer("spans", torch.from_numpy(np.array(factor.blocks, dtype=np.int64)))
         self._read_spans()
 
@@ -182,10 +192,11 @@ class SelectionFactorModule(FactorModule):
 
     index: Tensor
 
-    def __init__(self, factor: SelectionFactor) -> None:
+    def __init__(self, factor: SelectionFactor, copy: bool = True) -> None:
         super().__init__(factor)
+        values = self.values.detach()
         del self.values
-        self.register_buffer("values", _tensor(factor.values), persistent=False)
+        self.register_buffer("values", values, persistent=False)
         self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,9 +217,9 @@ _MODULES: dict[type[Factor], Any] = {
 }
 
 
-def factor_module(factor: Factor) -> FactorModule:
+def factor_module(factor: Factor, copy: bool = True) -> FactorModule:
     """Return the module that applies `factor`."""
-    return _MODULES[type(factor)](factor)
+    return _MODULES[type(factor)](factor, copy)
 
 
 def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
@@ -296,8 +307,9 @@ def dense_product(chain: Sequence[FactorModule]) -> Tensor:
     return product
 
 
-def _tensor(values: Any) -> Tensor:
-    """Return a copy of `values` as a contiguous tensor."""
-    if isinstance(values, Tensor):
-        return values.detach().clone(memory_format=torch.contiguous_format)
-    return torch.tensor(np.asarray(values))
+def _tensor(values: Any, copy: bool) -> Tensor:
+    """Return `values` as a contiguous tensor, a copy if asked for."""
+    tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    if copy:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()

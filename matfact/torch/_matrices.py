@@ -38,8 +38,8 @@ class Matricized(ABC):
         """Return the matrices, of shape (outputs, inputs)."""
 
     @abstractmethod
-    def replacement(self, products: Sequence[FactorProduct]) -> nn.Module:
-        """Return the layer with `products` in place of the matrices."""
+    def replacement(self, products: Sequence[FactorProduct], copy: bool) -> nn.Module:
+        """Return the layer with `products`, copied or not, in place of the matrices."""
 
     @abstractmethod
     def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
@@ -78,8 +78,8 @@ class MatricizedLinear(Matricized):
     def matrices(self) -> list[Tensor]:
         return [self.layer.weight.detach()]
 
-    def replacement(self, products: Sequence[FactorProduct]) -> nn.Module:
-        return FactorizedLinear(products[0], self.layer.bias)
+    def replacement(self, products: Sequence[FactorProduct], copy: bool) -> nn.Module:
+        return FactorizedLinear(products[0], self.layer.bias, copy=copy)
 
     def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
         yield [x.reshape(-1, x.shape[-1])]
@@ -99,8 +99,8 @@ class MatricizedConv(Matricized):
         weight = self.layer.weight.detach()
         return list(weight.flatten(1).chunk(self.layer.groups))
 
-    def replacement(self, products: Sequence[FactorProduct]) -> nn.Module:
-        return FactorizedConv.from_products(self.layer, products)
+    def replacement(self, products: Sequence[FactorProduct], copy: bool) -> nn.Module:
+        return FactorizedConv.from_products(self.layer, products, copy=copy)
 
     def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
         conv = self.layer
@@ -152,13 +152,16 @@ def replace(
     view: Matricized,
     products: Sequence[FactorProduct],
     shifts: Sequence[Array] = (),
+    *,
+    copy: bool = True,
 ) -> None:
     """Put `products` in place of the layer that `model` has under each of `names`.
 
-    The `shifts`, one for each product if there are any, are added to its bias.
+    The `shifts`, one for each product if there are any, are added to its bias. Values
+    are copied, or shared with the products.
     """
     old: Any = view.layer
-    new: Any = view.replacement(products)
+    new: Any = view.replacement(products, copy)
     device = None if old.weight.is_meta else old.weight.device  # which weights without storage lack
     new.to(device=device, dtype=old.weight.dtype).train(old.training)
     if shifts:

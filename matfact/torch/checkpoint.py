@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
@@ -104,8 +105,10 @@ def load_network(
         _check_names(model, rest, [name for replacement in found for name in replacement.names])
     _check_sizes(model, rest)
     for replacement in found:
-        replace(model, replacement.names, replacement.view, replacement.products)
-    model.load_state_dict(_without_assigned(model, rest), strict=False)
+        replace(model, replacement.names, replacement.view, replacement.products, copy=False)
+    rest = _without_assigned(model, rest)
+    if rest:
+        model.load_state_dict(rest, strict=False)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     _raise_if("lacks", missing)
     return model
@@ -121,9 +124,29 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
     registration = register_module_parameter_registration_hook(cast(Any, emptied))
     try:
-        return build()
+        with _Undrawn():
+            return build()
     finally:
         registration.remove()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the initialization of tensors without storage: it takes most of building."""
+
+    _NAMES = frozenset(
+        {"normal_", "uniform_"} | {name for name in dir(nn.init) if name[0] != "_" == name[-1]}
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # By name, since functions of nn.init may have been replaced by others that call them.
+        if getattr(func, "__name__", "") in self._NAMES:
+            target = args[0] if args else kwargs["tensor"]
+            if target.is_meta:
+                return target
+        return func(*args, **kwargs)
 
 
 def _without_assigned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,7 +187,7 @@ def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacemen
             keys = _kernel_names(name, getattr(layer, "groups", 1))
             if not all(key in network and network.tensors[key].is_product for key in keys):
                 continue
-            products = [network.product(key) for key in keys]
+            products = [network.product(key, mapped=True) for key in keys]
             if isinstance(view, MatricizedTransposed) and not is_by_layer:
                 products = [product.T for product in products]
             assert view is not None

@@ -84,10 +84,12 @@ class FactorizedConv(nn.Module):
             )
 
     @classmethod
-    def from_products(cls, conv: Convolution, products: Sequence[FactorProduct]) -> FactorizedConv:
-        """Give `conv` kernels that are products, one a group."""
+    def from_products(
+        cls, conv: Convolution, products: Sequence[FactorProduct], *, copy: bool = True
+    ) -> FactorizedConv:
+        """Give `conv` kernels that are products, one a group, their values copied or shared."""
         weight = conv.weight
-        layer = FactorizedConv(conv, [FactorizedLinear(product) for product in products])
+        layer = FactorizedConv(conv, [FactorizedLinear(p, copy=copy) for p in products])
         return layer.to(device=None if weight.is_meta else weight.device, dtype=weight.dtype)
 
     @classmethod

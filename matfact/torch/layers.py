@@ -36,7 +36,7 @@ class FactorizedLinear(nn.Module):
     Parameters
     ----------
     product : FactorProduct
-        NumPy or torch factors, whose values are copied.
+        NumPy or torch factors.
     bias : Tensor, optional
         Bias of shape (out_features,), copied.
     inference : {"auto", "dense", "factors"}, default="auto"
@@ -46,6 +46,8 @@ class FactorizedLinear(nn.Module):
         :class:`~matfact.operators.FactorProduct`, which keep the values in their own order;
         elsewhere it keeps the product where the factors take more work, as torch has no fast
         kernel for scattered values.
+    copy : bool, default=True
+        Whether the values of the factors are copied.
 
     Attributes
     ----------
@@ -63,12 +65,13 @@ class FactorizedLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         inference: Inference = "auto",
+        copy: bool = True,
     ) -> None:
         super().__init__()
         if inference not in ("auto", "dense", "factors"):
             raise ValueError(f"inference must be 'auto', 'dense' or 'factors', got {inference!r}.")
         self.out_features, self.in_features = product.shape
-        self.factors = nn.ModuleList(factor_module(factor) for factor in product.factors)
+        self.factors = nn.ModuleList(factor_module(factor, copy) for factor in product.factors)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.inference = inference
         self._product: Derived[Tensor] = Derived()

@@ -62,12 +62,12 @@ def network():
 def test_a_loaded_network_computes_the_same(network, tmp_path):
     save_network(network, tmp_path / "network", settings={"epochs": 3})
     loaded = load_network(make(1), tmp_path / "network")
-    assert torch.equal(loaded(X), network(X))
+    torch.testing.assert_close(loaded(X), network(X))  # sums depend on alignment
     assert loaded.again is loaded.first
     assert loaded.output.weight is loaded.embedding.weight
     assert checkpoint.Checkpoint(tmp_path / "network").settings["epochs"] == 3
     again = load_network(copy.deepcopy(network), tmp_path / "network")  # factorized already
-    assert torch.equal(again(X), network(X))
+    torch.testing.assert_close(again(X), network(X))
 
 
 def test_what_modules_share_is_stored_once(network, tmp_path):
@@ -121,7 +121,8 @@ def test_layers_built_from_scratch_are_saved(tmp_path):
     first, second = (nn.Sequential(MonarchLinear(16, 16), nn.Linear(16, 2)) for _ in range(2))
     save_network(first, tmp_path / "network")
     x = torch.randn(3, 16)
-    assert torch.equal(load_network(second, tmp_path / "network").eval()(x), first.eval()(x))
+    loaded = load_network(second, tmp_path / "network").eval()
+    torch.testing.assert_close(loaded(x), first.eval()(x))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_tensors_that_either_side_lacks_are_ignored_on_request(network, tmp_path
     before = other.extra.weight.clone()
     load_network(other, tmp_path / "network", strict=False)
     assert torch.equal(other.extra.weight, before)
-    assert torch.equal(other.first(torch.ones(32)), network.first(torch.ones(32)))
+    assert torch.equal(other.first.factors[0].values, network.first.factors[0].values)
 
 
 def test_an_earlier_network_is_left_alone(network, tmp_path):
@@ -174,13 +175,14 @@ def test_a_network_can_be_built_while_it_is_loaded(network, tmp_path):
 
     loaded = load_network(build, tmp_path / "small").eval()
     assert loaded is built[0]
-    torch.testing.assert_close(loaded(X), network(X), rtol=0, atol=0)
+    torch.testing.assert_close(loaded(X), network(X))
     assert loaded.output.weight is loaded.embedding.weight
     assert loaded.first is loaded.again
     with torch.no_grad():
-        loaded.embedding.weight.zero_()  # in memory, not in the file
+        for parameter in loaded.parameters():
+            parameter.zero_()  # in memory, not in the file
     again = load_network(lambda: make(2), tmp_path / "small").eval()
-    torch.testing.assert_close(again(X), network(X), rtol=0, atol=0)
+    torch.testing.assert_close(again(X), network(X))
 
 
 def test_a_network_that_is_built_needs_all_of_its_parameters(network, tmp_path):

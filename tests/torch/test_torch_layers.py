@@ -63,6 +63,15 @@ def test_eval_mode_computes_the_same_and_follows_changes(layer, inference):
                 change(parameter)
 
 
+def test_values_are_shared_with_the_product_on_request(layer):
+    product = layer.to_product()
+    for copied in (True, False):
+        again = FactorizedLinear(product, copy=copied).to_product()
+        for before, after in zip(product, again, strict=True):
+            if before.nnz:
+                assert (before.values.data_ptr() == after.values.data_ptr()) != copied
+
+
 def test_gradients_reach_inputs_and_tangents_pass_in_eval_mode(layer):
     layer.eval().requires_grad_(False)
     x = inputs(layer, 5)
