@@ -111,7 +111,7 @@ def _time_both(program: Program, batch: int, threads: int) -> tuple[tuple[float,
     layers = min(_COPIES, max(1, _MEMORY // (math.prod(shape) * dtype.itemsize)))
     if threads > 1:
         time.sleep(_SETTLE)
-    programs = [functools.partial(program.copy().apply, threads=threads) for _ in range(layers)]
+    programs = [program.copy().prepared((shape[1], batch), threads) for _ in range(layers)]
     matrices = [w.__matmul__ for w in np.ones((layers, *shape), dtype)]
     rounds = np.sort(
         [
@@ -144,8 +144,11 @@ def measure() -> Rates:
 def _program_rates(programs: dict[str, list[Program]], threads: int) -> Rates:
     times = {}
     for kind, layers in programs.items():
-        calls = [functools.partial(program.apply, threads=threads) for program in layers]
-        times[kind] = [_seconds(layers[0].columns, batch, calls) for batch in BATCHES]
+        rows = layers[0].columns
+        times[kind] = [
+            _seconds(rows, batch, [p.prepared((rows, batch), threads) for p in layers])
+            for batch in BATCHES
+        ]
     result = {"call": times["call"]}
     for kind in ("row", "csr", "pair", "block"):
         known = programs[kind][0].counts

@@ -87,7 +87,8 @@ class Plan:
             if batch * self._saved > _SAVED * len(self._factors):
                 return functools.partial(self._apply_factors, dtype=dtype)
         elif self.advise(batch, dtype).method == "factors":
-            return self._program(dtype).apply
+            program = self._program(dtype)
+            return program.prepared(X.shape) if X.dtype == dtype else program.apply
         return self._densified(dtype).__matmul__
 
     def _apply_to_parts(self, X: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matfact.kernels import cost, program
+from matfact._threads import limited_kernels
+from matfact.kernels import cost, helpers, program
 from matfact.operators import (
     BlockSparseFactor,
     DenseFactor,
@@ -194,6 +195,29 @@ def test_wider_operands_are_computed_with_in_their_dtype(sparse_pair, batch, by_
     found = sparse_pair @ X
     assert found.dtype == np.float64
     assert error(found, sparse_pair, X) < 1
+
+
+@pytest.mark.parametrize("shape", [(200,), (200, 1), (200, 7), (200, 0)])
+def test_prepared_calls_do_what_calls_do(shape, sparse_pair):
+    program = sparse_pair._plan._program(np.dtype(np.float32))
+    X = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)[1]
+    fixed = X.copy()
+    fixed.flags.writeable = False
+    for operand in (X, np.asfortranarray(X), fixed):
+        found = program.prepared(shape)(operand)
+        np.testing.assert_array_equal(found, program.apply(operand, 1))
+        assert found.strides == program.apply(operand, 1).strides
+
+
+def test_limits_on_threads_hold_for_calls_prepared_before(sparse_pair, by_factors, monkeypatch):
+    X = np.ones((200, 999), np.float32)
+    sparse_pair @ X
+    used = []
+    together = helpers.together
+    monkeypatch.setattr(helpers, "together", lambda *a: used.append(a[-1]) or together(*a))
+    with limited_kernels(1):
+        sparse_pair @ X
+    assert used == [1]
 
 
 def test_results_do_not_depend_on_the_machine_beyond_rounding(sparse_pair, monkeypatch):
