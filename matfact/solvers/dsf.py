@@ -9,7 +9,8 @@ from matfact import backend, kernels
 from matfact.backend import Array
 from matfact.constraints import Constraint, GlobalSparsity, transposed
 from matfact.solvers._callback import Callback
-from matfact.solvers.admm import SparseState, refit_values, sparse_regression
+from matfact.solvers.admm import SparseState, sparse_regression
+from matfact.solvers.least_squares import refit_values
 
 #: Penalty of the first ADMM step of a sweep, in the first and the last sweep; geometric between.
 EXPLORE = (0.04, 0.6)

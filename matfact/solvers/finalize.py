@@ -11,6 +11,7 @@ from matfact.constraints import GlobalSparsity
 from matfact.operators import Factor, FactorProduct, SelectionFactor, SparseFactor
 from matfact.solvers.admm import DAMPING as ADMM_DAMPING
 from matfact.solvers.admm import SparseState, sparse_regression
+from matfact.solvers.least_squares import conjugate_gradients
 
 #: Penalty of the first and the last step in which stored entries are chosen anew, and how many.
 PENALTIES, SELECTION_STEPS = (0.1, 1.0), 20
@@ -246,25 +247,15 @@ def _refit(
 
     def image(D: Array) -> Array:
         D = xp.matmul(D, gram_right)
-        return support * (D if gram_left is None else xp.matmul(gram_left, D))
+        D = D if gram_left is None else xp.matmul(gram_left, D)
+        D *= support
+        return D
 
-    weights = xp.linalg.diagonal(gram_right)[None, :]
+    inverse = xp.linalg.diagonal(gram_right)[None, :]
     if gram_left is not None:
-        weights = weights * xp.linalg.diagonal(gram_left)[:, None]
-    used = weights > 0
-    inverse = xp.astype(used, weights.dtype) / xp.where(used, weights, xp.ones_like(weights))
-    residual = support * cross - image(F)
-    direction = inverse * residual
-    energy = float(xp.sum(residual * direction))
-    negligible = energy * float(xp.finfo(W.dtype).eps) ** 2
-    for _ in range(n_steps):
-        step = image(direction)
-        curvature = float(xp.sum(direction * step))
-        if energy <= negligible or curvature <= 0.0:  # nothing left to gain
-            break
-        F = F + (energy / curvature) * direction
-        residual = residual - (energy / curvature) * step
-        preconditioned = inverse * residual
-        previous, energy = energy, float(xp.sum(residual * preconditioned))
-        direction = preconditioned + (energy / previous) * direction
-    return F
+        inverse = inverse * xp.linalg.diagonal(gram_left)[:, None]
+    used = inverse > 0
+    inverse = xp.where(used, 1 / xp.where(used, inverse, xp.ones_like(inverse)), inverse)
+    cross *= support
+    cross -= image(F)
+    return conjugate_gradients(image, cross, xp.asarray(F, copy=True), n_steps, inverse=inverse)

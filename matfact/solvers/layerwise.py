@@ -9,7 +9,8 @@ from matfact.backend import Array
 from matfact.calibration import OutputStatistics
 from matfact.constraints import Constraint, transposed
 from matfact.solvers._callback import Callback
-from matfact.solvers.admm import DAMPING, SparseState, refit_values, sparse_regression
+from matfact.solvers.admm import DAMPING, SparseState, sparse_regression
+from matfact.solvers.least_squares import refit_values
 
 #: Penalty of the first and of the last ADMM step; geometric in between.
 PENALTIES = (0.1, 1.0)

@@ -5,8 +5,9 @@ import pytest
 
 from matfact import backend, kernels
 from matfact.constraints import FixedSupport, GlobalSparsity
-from matfact.solvers.admm import SparseState, refit_values, sparse_regression
+from matfact.solvers.admm import SparseState, sparse_regression
 from matfact.solvers.dsf import dsf, pruned
+from matfact.solvers.least_squares import refit_values
 
 
 @pytest.fixture
