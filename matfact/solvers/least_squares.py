@@ -1,0 +1,89 @@
+"""Least squares for the values on a fixed support, by conjugate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from matfact import backend
+from matfact.backend import Array
+
+
+def refit_values(gram: Array, residual: Array, X: Array, support: Array, n_steps: int) -> Array:
+    """Lower ``‖Mᵀ X − W‖_F²`` over the values of `X` on a fixed support.
+
+    Parameters
+    ----------
+    gram : array of shape (rows, rows)
+        ``M Mᵀ``.
+    residual : array of shape (rows, columns)
+        ``M W − M Mᵀ X``, minus half the gradient. Overwritten, to save memory.
+    X : array of shape (rows, columns)
+        Values to start from, zero off the support. Overwritten with the values.
+    support : array of bool, of shape (rows, columns)
+        Where `X` may be nonzero.
+    n_steps : int
+        Number of steps.
+
+    Returns
+    -------
+    array of shape (rows, columns)
+        `X`, zero off the support.
+    """
+    xp = backend.namespace(X)
+    zero = xp.zeros((), dtype=X.dtype, device=backend.device(X))
+    residual *= xp.astype(support, X.dtype)
+    return conjugate_gradients(
+        lambda D: xp.where(support, xp.matmul(gram, D), zero), residual, X, n_steps
+    )
+
+
+def conjugate_gradients(
+    image: Callable[[Array], Array],
+    residual: Array,
+    X: Array,
+    n_steps: int,
+    *,
+    inverse: Array | None = None,
+) -> Array:
+    """Take steps towards the minimum of a quadratic function of `X`.
+
+    Each lowers the function, however few there are.
+
+    Parameters
+    ----------
+    image : callable
+        The linear part of half the gradient: symmetric, positive semidefinite, and zero wherever
+        `X` has to stay as it is. What it returns is overwritten.
+    residual : array
+        Minus half the gradient at `X`. Overwritten, to save memory.
+    X : array
+        Where to start. Overwritten.
+    n_steps : int
+        Number of steps.
+    inverse : array, optional
+        Preconditioner, positive where `X` may change: the reciprocal of the diagonal of `image`.
+
+    Returns
+    -------
+    array
+        `X`.
+    """
+    xp = backend.namespace(X)
+    scaled = residual if inverse is None else inverse * residual
+    direction = xp.asarray(scaled, copy=True)
+    energy = backend.inner(residual, scaled)
+    negligible = energy * float(xp.finfo(X.dtype).eps) ** 2
+    for _ in range(n_steps):
+        step = image(direction)
+        curvature = backend.inner(direction, step)
+        if energy <= negligible or curvature <= 0.0:  # nothing left to gain
+            break
+        step *= energy / curvature
+        residual -= step
+        del step
+        X += (energy / curvature) * direction
+        scaled = residual if inverse is None else inverse * residual
+        previous, energy = energy, backend.inner(residual, scaled)
+        direction *= energy / previous
+        direction += scaled
+    return X
