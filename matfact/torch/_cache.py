@@ -14,9 +14,13 @@ T = TypeVar("T")
 
 def is_plain(x: Tensor) -> bool:
     """Whether nothing but the value of `x` counts: no gradient, tracing or transformation."""
+    return is_untransformed(x) and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def is_untransformed(x: Tensor) -> bool:
+    """Whether `x` is an ordinary tensor outside of code that is transformed."""
     return (
-        type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
+        type(x) in (Tensor, nn.Parameter)
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
     )

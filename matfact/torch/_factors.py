@@ -53,6 +53,19 @@ class FactorModule(nn.Module):
         """Multiplications a sample takes in :meth:`forward`."""
         return self.values.numel()
 
+    def has_gradient_kernel(self, x: Tensor) -> bool:
+        """Whether the kernels have gradients of this factor, for samples like `x`."""
+        return False
+
+    def _holds(self, x: Tensor) -> bool:
+        """Whether the values are a parameter like `x`, not what code has put in its place."""
+        values = self._parameters.get("values")
+        return (
+            type(values) is nn.Parameter
+            and (values.dtype, values.device) == (x.dtype, x.device)
+            and values.is_contiguous()
+        )
+
     def extra_repr(self) -> str:
         return f"{self.rows}×{self.columns}, {self.values.numel()} values"
 
@@ -137,6 +150,10 @@ class SparseFactorModule(FactorModule):
     def work(self) -> int:
         return self.rows * self.columns
 
+    def has_gradient_kernel(self, x: Tensor) -> bool:
+        indices = self._buffers["indices"]
+        return indices is not None and indices.dtype == torch.int16 and self._holds(x)
+
     def to_factor(self) -> SparseFactor:
         indices, indptr = self.indices.cpu().numpy(), self.indptr.cpu().numpy()
         if indices.dtype == np.int16:
@@ -149,6 +166,9 @@ class KroneckerFactorModule(FactorModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return apply_factors([self], x)
+
+    def has_gradient_kernel(self, x: Tensor) -> bool:
+        return self._holds(x)
 
     def to_factor(self) -> KroneckerSparseFactor:
         return KroneckerSparseFactor(self.values.detach())
@@ -203,6 +223,9 @@ class SelectionFactorModule(FactorModule):
         # Entries that nothing is selected for read the zero behind the last column.
         source = torch.where(self.index < 0, self.columns, self.index)
         return functional.pad(x, (0, 1)).index_select(-1, source)
+
+    def has_gradient_kernel(self, x: Tensor) -> bool:
+        return True
 
     def to_factor(self) -> SelectionFactor:
         return SelectionFactor(self.values.detach(), self.index.cpu().numpy(), self.columns)

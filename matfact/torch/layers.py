@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
-from matfact.torch._cache import Derived, is_plain
+from matfact.torch._cache import Derived, is_plain, is_untransformed
 from matfact.torch._factors import (
     DenseFactorModule,
     FactorModule,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 #: How a layer is applied where no gradient is wanted.
 Inference = Literal["auto", "dense", "factors"]
+_DTYPES = (torch.float32, torch.float64)  #: that the kernels compute in
 
 
 class FactorizedLinear(nn.Module):
@@ -149,7 +150,7 @@ class FactorizedLinear(nn.Module):
         """Whether products on the host are faster than anything torch has."""
         return (
             x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.float64)
+            and x.dtype in _DTYPES
             and any(v.dtype == x.dtype and v.device == x.device for v in values[:1])
             and any(type(module) is not DenseFactorModule for module in self.factors)
             and x.numel() > 0
@@ -162,8 +163,28 @@ class FactorizedLinear(nn.Module):
         return FactorProduct([factor.with_values(factor.values.numpy()) for factor in factors])
 
     def apply_factors(self, x: Tensor) -> Tensor:
-        """Return the output without bias, one factor after the other."""
-        return apply_factors(self.chain, x)
+        """Return the output without bias."""
+        chain = self.chain
+        if self._trains_fused(chain, x):
+            # Imported here, so that networks which are not trained need no compiler.
+            from matfact.torch._training import apply_fused
+
+            return apply_fused(chain, x)
+        return apply_factors(chain, x)
+
+    def _trains_fused(self, chain: list[FactorModule], x: Tensor) -> bool:
+        """Whether gradients are wanted, and the kernels for them are faster than torch."""
+        return (
+            torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and x.dtype in _DTYPES
+            and x.numel() > 0
+            and is_untransformed(x)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and all(factor.has_gradient_kernel(x) for factor in chain)
+        )
 
     def to_product(self) -> FactorProduct:
         """Return the product of the factors, which shares their memory."""

@@ -3,14 +3,19 @@
 import hashlib
 from pathlib import Path
 
-from matfact.kernels import fused
+import pytest
+
+from matfact.kernels import fused, gradients
+
+INLINED = {
+    fused: ("atomics", "blocks", "csr", "panels", "vectors"),
+    gradients: ("atomics", "panels", "vectors"),
+}
 
 
-def test_compiled_kernels_change_with_their_sources():
-    folder = Path(fused.__file__).parent
-    content = b"".join(
-        (folder / f"{name}.py").read_bytes()
-        for name in ("atomics", "blocks", "csr", "panels", "vectors")
-    )
+@pytest.mark.parametrize("module", INLINED)
+def test_compiled_kernels_change_with_their_sources(module):
+    folder = Path(module.__file__).parent
+    content = b"".join((folder / f"{name}.py").read_bytes() for name in INLINED[module])
     expected = hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()[:16]
-    assert expected == fused.SOURCES, f"set fused.SOURCES to {expected!r}"
+    assert expected == module.SOURCES, f"set {module.__name__}.SOURCES to {expected!r}"

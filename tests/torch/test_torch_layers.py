@@ -20,6 +20,7 @@ from matfact.torch import (  # noqa: E402
     randomize_supports,
     reset_parameters,
 )
+from matfact.torch._factors import apply_factors  # noqa: E402
 from matfact.torch.structured import KaleidoscopeLinear  # noqa: E402
 
 LAYERS = {
@@ -93,6 +94,34 @@ def test_gradients_are_those_of_finite_differences(layer):
 
     arguments = (inputs(layer, 2).requires_grad_(), *layer.parameters())
     assert torch.autograd.gradcheck(output, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40, 100])
+def test_kernels_have_the_gradients_of_torch(layer, batch):
+    parameters = [p for p in layer.parameters() if p.numel()]
+    x = inputs(layer, batch).requires_grad_()
+    apart = apply_factors(layer.chain, x) + layer.bias
+    found = [torch.autograd.grad(y.sin().sum(), [x, *parameters]) for y in (layer(x), apart)]
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_of_gradients_are_those_of_finite_differences(layer):
+    x = inputs(layer, 2).requires_grad_()
+    parameters = [p for p in layer.parameters() if p.numel()]  # as they are: kernels apply
+
+    def output(x, *values):
+        return layer(x).sin()
+
+    assert torch.autograd.gradcheck(output, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(output, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", [0, -1])
+def test_what_is_frozen_gets_no_gradient(layer, frozen):
+    parameters = [p for p in layer.parameters() if p.numel()]
+    parameters[frozen].requires_grad_(False)
+    layer(inputs(layer, 3)).sum().backward()
+    assert [p.grad is not None for p in parameters] == [p.requires_grad for p in parameters]
 
 
 @pytest.mark.parametrize("build", [ButterflyLinear, KaleidoscopeLinear])
