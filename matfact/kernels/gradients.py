@@ -32,8 +32,8 @@ _UINT16 = np.zeros(1, np.uint16)
 _memory = threading.local()  #: scratch space, kept from call to call
 
 
-def forward(steps: np.ndarray, X: np.ndarray) -> np.ndarray:
-    """Return the product with samples.
+def forward(steps: np.ndarray, X: np.ndarray, out: np.ndarray) -> None:
+    """Write the product with samples.
 
     Parameters
     ----------
@@ -41,20 +41,18 @@ def forward(steps: np.ndarray, X: np.ndarray) -> np.ndarray:
         The factors, the one that is applied first being the first.
     X : ndarray of shape (batch, columns)
         Samples, C-contiguous, of the dtype of the values.
+    out : ndarray of shape (batch, rows)
+        Written to.
     """
-    out = np.empty((len(X), int(steps[-1, ROWS])), X.dtype)
     _forward(steps, X, out, _scratch(steps, X))
-    return out
 
 
-def backward(steps: np.ndarray, X: np.ndarray, G: np.ndarray) -> np.ndarray:
-    """Return the gradients of samples from those of their products, `G`.
+def backward(steps: np.ndarray, X: np.ndarray, G: np.ndarray, out: np.ndarray) -> None:
+    """Write the gradients of samples from those of their products, `G`.
 
     Gradients of the values are added to what is at the addresses of ``GRADIENTS``.
     """
-    out = np.empty_like(X)
     _backward(steps, X, G, out, _scratch(steps, X))
-    return out
 
 
 def _scratch(steps: np.ndarray, X: np.ndarray) -> np.ndarray:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from matfact._threads import allowed_threads
 from matfact.kernels import gradients
 from matfact.torch._factors import (
     FactorModule,
@@ -16,6 +22,8 @@ from matfact.torch._factors import (
     SparseFactorModule,
     apply_factors,
 )
+
+_WORK = 1 << 24  #: values times samples for each of several threads, below which more do not pay
 
 
 def apply_fused(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
@@ -30,7 +38,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, chain: Sequence[FactorModule], *values: Tensor) -> Tensor:
         ctx.chain = chain
         ctx.save_for_backward(x, *values)
-        out = gradients.forward(_steps(chain, values), _samples(x))
+        X, steps = _samples(x), _steps(chain, values)
+        out = np.empty((len(X), chain[0].rows), X.dtype)
+        parts = _parts(len(X), values)
+        _run([partial(gradients.forward, steps, X[part], out[part]) for part in parts])
         return torch.from_numpy(out).reshape(*x.shape[:-1], out.shape[1])
 
     @staticmethod
@@ -38,10 +49,18 @@ class _Product(torch.autograd.Function):
         x, *values = ctx.saved_tensors
         if torch.is_grad_enabled():  # gradients of gradients are wanted
             return _by_torch(ctx.chain, x, values, grad)
-        collected = [torch.zeros_like(v) for v in values]
-        steps = _steps(ctx.chain, values, collected)
-        back = gradients.backward(steps, _samples(x), _samples(grad))
-        return torch.from_numpy(back).reshape(x.shape), None, *collected
+        X, G = _samples(x), _samples(grad)
+        out = np.empty_like(X)
+        calls, collected = [], []
+        for part in _parts(len(X), values):
+            collected.append([torch.zeros_like(v) for v in values])
+            steps = _steps(ctx.chain, values, collected[-1])
+            calls.append(partial(gradients.backward, steps, X[part], G[part], out[part]))
+        _run(calls)
+        first, *others = collected
+        for other in others:
+            torch._foreach_add_(first, other)
+        return torch.from_numpy(out).reshape(x.shape), None, *first
 
 
 def _by_torch(
@@ -52,6 +71,33 @@ def _by_torch(
     found = iter(torch.autograd.grad(apply_factors(chain, x), inputs, grad, create_graph=True))
     of_x, *of_values = [next(found) if t.requires_grad else None for t in (x, *values)]
     return of_x, None, *of_values
+
+
+def _parts(n_samples: int, values: Sequence[Tensor]) -> list[slice]:
+    """Return the samples of each thread."""
+    work = n_samples * sum(v.numel() for v in values)
+    count = max(1, min(torch.get_num_threads(), allowed_threads(), work // _WORK))
+    ends = [n_samples * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _run(calls: Sequence[Callable[[], None]]) -> None:
+    """Make all calls at once, the first of them here."""
+    first, *others = calls
+    futures = [_pool().submit(call) for call in others]
+    first()
+    for future in futures:
+        future.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Return threads that keep their memory from call to call."""
+    return ThreadPoolExecutor(thread_name_prefix="matfact-training")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # forked processes have no other thread
 
 
 def _samples(x: Tensor) -> np.ndarray:

@@ -105,6 +105,18 @@ def test_kernels_have_the_gradients_of_torch(layer, batch):
     torch.testing.assert_close(*found)
 
 
+def test_threads_change_gradients_by_rounding_alone(monkeypatch):
+    monkeypatch.setattr("matfact.torch._training._WORK", 1)
+    monkeypatch.setattr("matfact.torch._training.allowed_threads", lambda: 3)
+    layer = SparseProductLinear(30, 40, density=0.3, random_state=0, dtype=torch.float64)
+    x = inputs(layer, 10).requires_grad_()
+    found = []
+    for threads in (3, 1):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        found.append(torch.autograd.grad(layer(x).sin().sum(), [x, *layer.parameters()]))
+    torch.testing.assert_close(*found)
+
+
 def test_gradients_of_gradients_are_those_of_finite_differences(layer):
     x = inputs(layer, 2).requires_grad_()
     parameters = [p for p in layer.parameters() if p.numel()]  # as they are: kernels apply
