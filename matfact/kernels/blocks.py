@@ -25,8 +25,10 @@ from matfact.kernels.vectors import (
     total,
     value,
     width,
+    zeros,
 )  # fmt: skip
 
+VECTOR = 64  #: bytes of a vector with an entry of each of some blocks that are stored side by side
 TILE = 4  #: rows computed together, which share what they load
 
 
@@ -61,13 +63,14 @@ def _one_row(a, values, first, step, count, source, column, stride):  # type: ig
 
 
 @numba.njit(nogil=True, cache=True)
-def kronecker_panel(zero, values, together, lanes, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
+def kronecker_panel(zero, values, together, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a Kronecker-sparse factor.
 
     `pattern` is (a, b, c, d). Tiles are counted block after block, in the order (a, d) of blocks,
-    of which the first `together` are stored side by side, `lanes` at a time.
+    of which the first `together` are stored side by side.
     """
     _, b, c, d = pattern
+    lanes = width(zeros(source, VECTOR))
     tiles = (b + TILE - 1) // TILE
     block, part = first // tiles, first % tiles
     i, offset = block // d, block % d
@@ -90,9 +93,14 @@ def kronecker_panel(zero, values, together, lanes, pattern, first, last, source,
             store(target, row, p)
             store(target, row + d, q)
         elif rows == 4:
-            p, q, r, s = _four_rows(
-                zero, zero, zero, zero, values, start, lead, step, c, source, column, d
-            )  # fmt: skip
+            if c == 4:  # the compiler unrolls what it knows the length of
+                p, q, r, s = _four_rows(
+                    zero, zero, zero, zero, values, start, lead, step, 4, source, column, d
+                )  # fmt: skip
+            else:
+                p, q, r, s = _four_rows(
+                    zero, zero, zero, zero, values, start, lead, step, c, source, column, d
+                )  # fmt: skip
             store(target, row, p)
             store(target, row + d, q)
             store(target, row + 2 * d, r)

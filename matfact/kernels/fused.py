@@ -12,10 +12,10 @@ import numba
 
 from matfact.kernels import blocks, csr, panels
 from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processor, publish
-from matfact.kernels.vectors import width, zeros
+from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "d59b7cd338f676d2"
+SOURCES = "da28affacf65205e"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
@@ -116,10 +116,8 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
         )  # fmt: skip
     elif kind == KRONECKER:
         pattern = (step[A], step[B], step[C], step[D])
-        lanes = width(zeros(source, DOT))
-        blocks.kronecker_panel(
-            zero, values[step[VALUES] :], at, lanes, pattern, first, last, source, target
-        )  # fmt: skip
+        entries = values[step[VALUES] :]
+        blocks.kronecker_panel(zero, entries, at, pattern, first, last, source, target)
     elif kind == BANDS:
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
         pieces = table[step[A] : step[B]].reshape(-1, 4)
