@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.applied import METHODS, STRUCTURES, Method, Structure
 from matfact._files import write_atomically
+from matfact.kernels import cost
 from matfact.operators import FactorProduct
 
 Row = dict[str, Any]
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     rows = json.loads(path.read_text())["rows"] if options.resume and path.exists() else []
     with machine.threads(options.threads):
         conditions = machine.describe(options.threads)
+        cost.rates()  # loads the kernels, without which a process begins
         predicted = break_even(options)
         absent = [m.name for m in METHODS if not m.is_present()]
         for name, n in itertools.product(options.structures, options.sizes):
