@@ -19,6 +19,8 @@ from matfact.operators import (
     SparseFactor,
 )
 
+_BLOCK = 64  #: entries of the largest blocks whose kernel always beats products of batches
+_MANY = 64  #: samples from which such products are faster for larger blocks
 _WIDTH = 32  #: of the largest blocks that factors are joined into; no more than there are samples
 
 
@@ -168,7 +170,9 @@ class KroneckerFactorModule(FactorModule):
         return apply_factors([self], x)
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
-        return self._holds(x)
+        samples = x.numel() // self.columns
+        small = self.values.shape[2] * self.values.shape[3] <= _BLOCK
+        return self._holds(x) and (small or samples < _MANY)
 
     def to_factor(self) -> KroneckerSparseFactor:
         return KroneckerSparseFactor(self.values.detach())

@@ -31,8 +31,8 @@ class FactorizedLinear(nn.Module):
     """``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a drop-in replacement of :class:`torch.nn.Linear`.
 
     Values are parameters and positions are buffers: any optimizer trains the values on a fixed
-    support. Only plain, differentiable torch operations are used, so that copying, saving,
-    compiling and exporting work as for any module.
+    support. Copying, saving, compiling and exporting work as for any module, by plain torch
+    operations; on the CPU, kernels apply products of sparse factors and find their gradients.
 
     Parameters
     ----------
