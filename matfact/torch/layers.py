@@ -176,10 +176,10 @@ class FactorizedLinear(nn.Module):
         """Whether gradients are wanted, and the kernels for them are faster than torch."""
         return (
             torch.is_grad_enabled()
+            and is_untransformed(x)
             and x.device.type == "cpu"
             and x.dtype in _DTYPES
             and x.numel() > 0
-            and is_untransformed(x)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
