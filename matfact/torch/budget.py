@@ -282,7 +282,7 @@ def output_sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor],
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Return how much the loss changes where a layer's outputs are disturbed.
 
@@ -298,8 +298,9 @@ def output_sensitivity(
         What it is called with, as for :func:`input_statistics`.
     loss : callable
         Returns the loss to be differentiated from an output and its batch.
-    layers : sequence of str, optional
-        Names of linear or convolutional layers; all of them by default.
+    layers : str or sequence of str, optional
+        A regular expression searched in names of linear or convolutional layers, or their names;
+        all of them by default.
 
     Returns
     -------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from matfact.torch._matrices import Matricized, matricized
 
 
 def input_statistics(
-    model: nn.Module, batches: Iterable[Any], layers: Sequence[str] | None = None
+    model: nn.Module, batches: Iterable[Any], layers: str | Sequence[str] | None = None
 ) -> dict[str, list[InputStatistics]]:
     """Return statistics of the inputs of many layers, from one pass over the batches.
 
@@ -27,8 +28,9 @@ def input_statistics(
     batches : iterable
         What the network is called with: tensors, tuples (labels behind the inputs are ignored) or
         mappings. Tokens where the ``attention_mask`` of a mapping is zero do not count.
-    layers : sequence of str, optional
-        Names of linear or convolutional layers; all of them by default.
+    layers : str or sequence of str, optional
+        A regular expression searched in names of linear or convolutional layers, or their names;
+        all of them by default.
 
     Returns
     -------
@@ -70,14 +72,19 @@ def input_statistics(
     return found
 
 
-def layer_views(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Matricized]:
-    """Return the named layers, by default all there are, as matrices."""
-    if layers is None:
+def layer_views(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Matricized]:
+    """Return the layers of these names, or found by a regular expression, as matrices."""
+    if layers is None or isinstance(layers, str):
         every = ((name, matricized(module)) for name, module in model.named_modules())
-        return {name: view for name, view in every if view is not None}
-    views = {name: matricized(model.get_submodule(name)) for name in layers}
+        pattern = layers or ""
+        found = {name: v for name, v in every if v is not None and re.search(pattern, name)}
+        if pattern and not found:
+            raise ValueError(f"layers must name linear layers or convolutions, got {layers!r}.")
+        return found
+    present = dict(model.named_modules(remove_duplicate=False))
+    views = {name: matricized(present.get(name, model)) for name in layers}
     for name, view in views.items():
-        if view is None:
+        if view is None or name not in present:
             raise ValueError(f"layers must name linear layers or convolutions, got {name!r}.")
     return views  # type: ignore[return-value]
 

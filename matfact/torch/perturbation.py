@@ -25,7 +25,7 @@ Grids = Mapping[str, tuple[int, int]]
 def triple_scores(
     model: nn.Module,
     batches: Iterable[Any],
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     *,
     grids: Grids | None = None,
     statistic: Statistic = "perturbation",
@@ -45,8 +45,9 @@ def triple_scores(
         The network, run in eval mode; its output is a tensor, one sample a row.
     batches : iterable
         What the network is called with, as for :func:`~matfact.torch.input_statistics`.
-    layers : sequence of str, optional
-        Names of linear layers or ungrouped 2-D convolutions; all of them by default.
+    layers : str or sequence of str, optional
+        A regular expression searched in names of linear layers or ungrouped 2-D convolutions, or
+        their names; all of them by default.
     grids : mapping of str to tuple of int, optional
         Numbers of row and of column strips that a layer's matrix is cut into; (1, 1) where none
         is given.
@@ -117,7 +118,7 @@ def triple_scores(
 def exact_triple_scores(
     model: nn.Module,
     batches: Iterable[Any],
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     *,
     grids: Grids | None = None,
     statistic: Statistic = "perturbation",
@@ -189,7 +190,7 @@ class _Triples:
 
 
 def _checked_views(
-    model: nn.Module, layers: Sequence[str] | None, grids: Grids | None, statistic: Statistic
+    model: nn.Module, layers: str | Sequence[str] | None, grids: Grids | None, statistic: Statistic
 ) -> dict[str, Matricized]:
     """Return the layers as matrices, if triples of them can be scored."""
     if statistic not in get_args(Statistic):

@@ -104,8 +104,17 @@ def test_threads_and_patched_methods_are_gone_after_errors_and_early_ends(batche
 def test_what_is_no_layer_and_what_is_no_batch_is_refused():
     with pytest.raises(ValueError, match="layers"):
         input_statistics(nn.Sequential(nn.ReLU()), [torch.ones(1)], ["0"])
+    for layers in (["no_such"], "no_such"):
+        with pytest.raises(ValueError, match="got 'no_such'"):
+            input_statistics(nn.Sequential(nn.Linear(1, 1)), [torch.ones(1)], layers)
     with pytest.raises(ValueError, match="batches"):
         input_statistics(nn.Sequential(nn.Linear(1, 1)), [])
+
+
+def test_layers_are_found_by_name_or_by_a_regular_expression():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    found = [input_statistics(model, [torch.ones(1, 2)], layers) for layers in ("[12]", ["2"])]
+    assert [list(statistics) for statistics in found] == [["2"], ["2"]]
 
 
 def test_padding_does_not_count():
