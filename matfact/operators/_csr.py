@@ -157,7 +157,7 @@ class SparseFactor(Factor):
         bits = (rows * columns + 7) // 8
         if format == "bitmask":
             return bits
-        column_bytes = 2 if columns <= 1 << 16 else 4
+        column_bytes = np.dtype(_narrow(columns)).itemsize
         indices = column_bytes * self.nnz + 4 * (rows + 1)
         return min(bits, indices) if format == "smallest" else indices
 
