@@ -82,9 +82,9 @@ def layer_views(model: nn.Module, layers: str | Sequence[str] | None) -> dict[st
             raise ValueError(f"layers must name linear layers or convolutions, got {layers!r}.")
         return found
     present = dict(model.named_modules(remove_duplicate=False))
-    views = {name: matricized(present.get(name, model)) for name in layers}
+    views = {name: matricized(present[name]) if name in present else None for name in layers}
     for name, view in views.items():
-        if view is None or name not in present:
+        if view is None:
             raise ValueError(f"layers must name linear layers or convolutions, got {name!r}.")
     return views  # type: ignore[return-value]
 
