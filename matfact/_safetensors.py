@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,6 +65,8 @@ class SafetensorsFile:
     ----------
     path : str or Path
         The file. Its header is read and checked against the size of the file.
+    pages : ndarray, optional
+        What :func:`map_pages` returned for it, if it was called already.
 
     Attributes
     ----------
@@ -78,8 +81,10 @@ class SafetensorsFile:
         If the file is truncated or its header is not what the format prescribes.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, pages: np.ndarray | None = None) -> None:
         self.path = Path(path)
+        if pages is not None:
+            self._pages = pages
         try:
             with safe_open(self.path, framework="numpy") as file:
                 names = file.offset_keys()
@@ -142,9 +147,7 @@ class SafetensorsFile:
 
     @functools.cached_property
     def _pages(self) -> np.ndarray:
-        """All bytes of the file; what is written to them stays in memory."""
-        with self.path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+        return map_pages(self.path)
 
     def _check_dtype(self, name: str) -> None:
         dtype = self.specs[name].dtype
@@ -158,6 +161,14 @@ class SafetensorsFile:
         if spec.dtype == "BOOL":
             return (content != 0).reshape(spec.shape)
         return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+
+
+def map_pages(path: Path) -> np.ndarray:
+    """Return all bytes of a file; what is written to them stays in memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return np.empty(0, np.uint8)  # nothing that could be mapped
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
 
 def stored(array: np.ndarray, dtype: str | None = None) -> Stored:

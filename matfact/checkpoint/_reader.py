@@ -11,7 +11,7 @@ import numpy as np
 
 from matfact._safetensors import SafetensorsFile
 from matfact.checkpoint._manifest import Manifest, Shard
-from matfact.checkpoint._shards import check_shard
+from matfact.checkpoint._shards import check_shard, checked_pages
 from matfact.checkpoint._source import matrix_shape
 from matfact.operators import FactorProduct, _storage
 
@@ -116,16 +116,19 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         """Return the verified file that holds tensor `name`."""
         shard = self._shards[name]
         if shard.file not in self._verified:
-            pending = self._pending.get(shard.file)
-            self._verified[shard.file] = pending.result() if pending else self._checked(shard)
+            self._verified[shard.file] = self._checked(shard)
         return self._verified[shard.file]
 
     @contextlib.contextmanager
-    def checking_ahead(self) -> Iterator[None]:
-        """Check the files in another thread, meanwhile: those of factors first."""
-        shards = sorted(self.shards, key=lambda shard: not shard.tensors[0].is_product)
+    def mapping_ahead(self) -> Iterator[None]:
+        """Check the files and map them into memory in another thread, meanwhile.
+
+        It begins with the largest, whose bytes are hashed whatever other threads do. A file that is
+        used before its turn is checked by who uses it.
+        """
+        shards = sorted(self.shards, key=lambda shard: -shard.nbytes)
         with ThreadPoolExecutor(1) as pool:
-            self._pending = {shard.file: pool.submit(self._checked, shard) for shard in shards}
+            self._pending = {shard.file: pool.submit(self._mapped, shard) for shard in shards}
             try:
                 yield
             finally:
@@ -138,8 +141,16 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
             self.file(shard.tensors[0].name)
 
     def _checked(self, shard: Shard) -> SafetensorsFile:
+        if pending := self._pending.get(shard.file):
+            return self._mapped(shard) if pending.cancel() else pending.result()
         check_shard(self.path, shard)
-        file = SafetensorsFile(self.path / shard.file)
+        return self._opened(shard)
+
+    def _mapped(self, shard: Shard) -> SafetensorsFile:
+        return self._opened(shard, checked_pages(self.path, shard))
+
+    def _opened(self, shard: Shard, pages: np.ndarray | None = None) -> SafetensorsFile:
+        file = SafetensorsFile(self.path / shard.file, pages)
         for tensor in shard.tensors:
             if not tensor.is_product and file.specs.get(tensor.name) != tensor.spec:
                 raise ValueError(f"{file.path} does not hold what the manifest says of it.")

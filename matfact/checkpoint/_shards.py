@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from matfact._files import write_atomically
-from matfact._safetensors import TensorSpec, in_aligned_order, serialize
+from matfact._safetensors import TensorSpec, in_aligned_order, map_pages, serialize
 from matfact.checkpoint._manifest import Shard, StoredTensor
 
 #: Bytes mapped into memory at a time.
@@ -53,9 +55,32 @@ def write_plain(
 def check_shard(folder: Path, shard: Shard) -> None:
     """Raise ``ValueError`` unless the file is there with the bytes it was written with."""
     path = folder / shard.file
+    _check_size(path, shard)
+    _check_digest(path, shard, file_digest(path))
+
+
+def checked_pages(folder: Path, shard: Shard) -> np.ndarray:
+    """Return the bytes of the file, mapped into memory once for the check and for all reading.
+
+    Raises
+    ------
+    ValueError
+        If the file is not there with the bytes it was written with.
+    """
+    path = folder / shard.file
+    _check_size(path, shard)
+    pages = map_pages(path)
+    _check_digest(path, shard, hashlib.sha256(pages.data).hexdigest())
+    return pages
+
+
+def _check_size(path: Path, shard: Shard) -> None:
     if not path.is_file() or path.stat().st_size != shard.nbytes:
         raise ValueError(f"{path} must be a file of {shard.nbytes} bytes; it is missing or cut.")
-    if file_digest(path) != shard.sha256:
+
+
+def _check_digest(path: Path, shard: Shard, digest: str) -> None:
+    if digest != shard.sha256:
         raise ValueError(f"{path} is damaged: its checksum is not the one in the manifest.")
 
 

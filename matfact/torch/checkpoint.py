@@ -96,7 +96,7 @@ def load_network(
         If the checkpoint is damaged, or is not of this architecture.
     """
     network = Checkpoint(path)
-    with network.checking_ahead():
+    with network.mapping_ahead():
         model = model if isinstance(model, nn.Module) else _built(model)
         found = list(_replacements(model, network))
         used = {key for replacement in found for key in replacement.keys}

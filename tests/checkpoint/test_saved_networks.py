@@ -263,6 +263,17 @@ def test_manifests_that_lie_are_refused(case, folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["network"]
 
 
+def test_empty_files_are_refused_by_name_mapped_or_not(tmp_path):
+    save(tmp_path / "n", {"b": np.ones(3)})
+    (tmp_path / "n" / "00000.safetensors").write_bytes(b"")
+    forge(tmp_path / "n", set_in_last_shard(nbytes=0, sha256=hashlib.sha256(b"").hexdigest()))
+    loaded = Checkpoint(tmp_path / "n")
+    with pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
+        loaded.file("b")
+    with loaded.mapping_ahead(), pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
+        loaded.file("b")
+
+
 def test_a_place_that_is_taken_is_left_alone(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(FileExistsError, match="path must name"):

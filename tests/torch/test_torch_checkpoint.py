@@ -2,6 +2,7 @@
 
 import copy
 import os
+from threading import Event, current_thread, main_thread
 
 import pytest
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from matfact import LowRank, MagnitudePruner, checkpoint  # noqa: E402
+from matfact.checkpoint import _reader  # noqa: E402
 from matfact.torch import MonarchLinear, compress, load_network, save_network  # noqa: E402
 
 
@@ -183,6 +185,47 @@ def test_a_network_can_be_built_while_it_is_loaded(network, tmp_path):
             parameter.zero_()  # in memory, not in the file
     again = load_network(lambda: make(2), tmp_path / "small").eval()
     torch.testing.assert_close(again(X), network(X))
+
+
+def test_a_flipped_bit_in_any_file_is_told_whoever_checks_it(network, tmp_path):
+    save_network(network, tmp_path / "network")
+    for path in sorted((tmp_path / "network").glob("*.safetensors")):
+        intact = path.read_bytes()
+        path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{path.name} is damaged: its checksum"):
+            load_network(lambda: make(1), tmp_path / "network")
+        path.write_bytes(intact[:-1])
+        with pytest.raises(ValueError, match=f"{path.name} must be a file of {len(intact)} bytes"):
+            load_network(lambda: make(1), tmp_path / "network")
+        path.write_bytes(intact)
+    load_network(lambda: make(1), tmp_path / "network")
+
+
+def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
+    network, tmp_path, monkeypatch
+):
+    save_network(network, tmp_path / "network")
+    original, checked, begun, used = _reader.checked_pages, [], Event(), Event()
+
+    def watched(folder, shard):
+        checked.append((shard.file, current_thread() is main_thread()))
+        if len(checked) == 1:  # the other thread is held up with the largest
+            begun.set()
+            assert used.wait(60)
+        return original(folder, shard)
+
+    monkeypatch.setattr(_reader, "checked_pages", watched)
+    loading = checkpoint.Checkpoint(tmp_path / "network")
+    largest = max(loading.shards, key=lambda shard: shard.nbytes)
+    with loading.mapping_ahead():
+        assert begun.wait(60)
+        for shard in loading.shards:
+            if shard is not largest:
+                loading.file(shard.tensors[0].name)
+        used.set()
+        loading.verify()
+    names = [shard.file for shard in loading.shards if shard is not largest]
+    assert checked == [(largest.file, False), *((name, True) for name in names)]
 
 
 def test_a_network_that_is_built_needs_all_of_its_parameters(network, tmp_path):
