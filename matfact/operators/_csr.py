@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matfact.kernels.program import Program
 
 #: Entries of a mask expanded at a time: few, so that memory is used again and not asked for anew.
-_ENTRIES = 1 << 17
+_ENTRIES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -66,21 +67,17 @@ class SparseFactor(Factor):
     def from_bits(cls, values: Array, bits: np.ndarray, shape: tuple[int, int]) -> SparseFactor:
         """Store `values`, in that order, where one bit an entry of ``np.packbits`` is set."""
         rows, columns = shape
-        indptr, indices = np.zeros(rows + 1, np.int64), np.empty(len(values), _narrow(columns))
-        step = 8 * max(1, _ENTRIES // (8 * max(1, columns)))  # rows that end with a byte
-        for first in range(0, rows, step):
-            begins = np.arange(min(step, rows - first)) * columns
-            count = begins.size * columns
-            mask = np.unpackbits(bits[first * columns // 8 :][: -(-count // 8)], count=count)
-            found = np.flatnonzero(mask.view(np.bool_))
-            ends = indptr[first + 1 :][: begins.size]
-            ends[:] = indptr[first] + np.searchsorted(found, begins + columns)
-            if ends[-1] > len(values):
-                break
-            found -= np.repeat(begins, np.diff(indptr[first:][: begins.size + 1]))
-            indices[indptr[first] : ends[-1]] = found
+        counts, indptr = _row_counts(bits, shape), np.zeros(rows + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
         if indptr[-1] != len(values):
             raise ValueError(f"{len(values)} values must have as many bits")
+        indices = np.empty(len(values), _narrow(columns))
+        # Numbers wrap around where they are larger than columns, and back again.
+        begins = (np.arange(min(rows, _step(columns))) * columns).astype(indices.dtype)
+        for span, mask in _masks(bits, shape):
+            part = indices[indptr[span.start] : indptr[span.stop]]
+            part[:] = np.flatnonzero(mask)
+            part -= np.repeat(begins[: span.stop - span.start], counts[span])
         factor = cls(values, indices, indptr, columns)
         vars(factor)["bits"] = bits  # which need not be packed again
         return factor
@@ -140,6 +137,8 @@ class SparseFactor(Factor):
         program.add_csr(self.values, self.indices, self.indptr)
 
     def toarray(self) -> Array:
+        if backend.is_numpy(self.values) and self.values.dtype != np.float16:  # which SciPy lacks
+            return self._scipy(self.values).toarray()
         xp = backend.namespace(self.values)
         rows, columns = self.shape
         # A gather, since the Array API has no scatter: position 0 holds the zero.
@@ -160,6 +159,32 @@ class SparseFactor(Factor):
         column_bytes = np.dtype(_narrow(columns)).itemsize
         indices = column_bytes * self.nnz + 4 * (rows + 1)
         return min(bits, indices) if format == "smallest" else indices
+
+
+def _masks(bits: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the mask of some rows at a time."""
+    rows, columns = shape
+    for first in range(0, rows, _step(columns)):
+        last = min(first + _step(columns), rows)
+        packed = bits[first * columns // 8 : -(-last * columns // 8)]
+        mask = np.unpackbits(packed, count=(last - first) * columns)
+        yield slice(first, last), mask.view(np.bool_)
+
+
+def _step(columns: int) -> int:
+    """Return how many rows of a mask are expanded at a time: such as begin and end with a byte."""
+    return 8 * max(1, _ENTRIES // (8 * max(1, columns)))
+
+
+def _row_counts(bits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return how many bits are set in each row."""
+    rows, columns = shape
+    if columns % 8 == 0:
+        return np.bitwise_count(bits).reshape(rows, columns // 8).sum(axis=1, dtype=np.int64)
+    counts = np.zeros(rows, np.int64)
+    for span, mask in _masks(bits, shape):
+        counts[span] = mask.reshape(-1, columns).sum(axis=1)
+    return counts
 
 
 def _narrow(columns: int) -> type[np.integer[Any]]:

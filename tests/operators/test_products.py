@@ -88,6 +88,24 @@ def test_bytes_of_a_sparse_factor_are_those_of_its_format(rng):
         product.nbytes("coo")
 
 
+SHAPES = [(0, 5), (5, 0), (3, 7), (1000, 384), (1000, 383), (9000, 3), (9, 65_536), (9, 70_001)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_bits_say_where_the_values_stand(shape, density, rng):
+    mask = rng.random(shape) < density
+    values = rng.standard_normal(mask.sum())
+    bits = np.packbits(mask)
+    factor = SparseFactor.from_bits(values, bits, shape)
+    dense = np.zeros(shape)
+    dense[mask] = values
+    np.testing.assert_array_equal(factor.toarray(), dense)
+    np.testing.assert_array_equal(SparseFactor.from_dense(dense).bits, bits)
+    with pytest.raises(ValueError, match="values must have as many bits"):
+        SparseFactor.from_bits(np.append(values, 1.0), bits, shape)
+
+
 @pytest.fixture
 def product(rng):
     return FactorProduct([DenseFactor(rng.standard_normal((6, 9))), make_factor("csr", rng)])
