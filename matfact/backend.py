@@ -7,6 +7,7 @@ The few operations the standard lacks (selection, Cholesky solves) are here too.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -132,6 +133,12 @@ def is_complex(array: Array) -> bool:
     if is_numpy(array):
         return array.dtype.kind == "c"
     return bool(namespace(array).isdtype(array.dtype, "complex floating"))
+
+
+def slabs(n_rows: int, size: int = 256) -> Iterator[slice]:
+    """Yield all rows, `size` at a time: what is derived of so few takes little memory."""
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
 
 
 def wide(array: Array) -> Array:

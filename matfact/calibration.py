@@ -21,9 +21,7 @@ _LARGEST = 1e150
 def _slabs(batch: Array) -> Iterator[slice]:
     """Yield rows by so many that a slab is not much larger than a Gram matrix."""
     n_samples, n_features = map(int, batch.shape)
-    n_rows = max(_SLAB, n_features)
-    for start in range(0, n_samples, n_rows):
-        yield slice(start, min(start + n_rows, n_samples))
+    return backend.slabs(n_samples, max(_SLAB, n_features))
 
 
 def _check_size(batch: Array, name: str) -> None:

@@ -56,25 +56,38 @@ def layer_error(W: Array, W_hat: Array, gram: Array) -> float:
     -----
     Gram matrices hold squares, so that errors below about 1e-8 are rounding.
     """
-    W, W_hat = backend.wide(W), backend.wide(W_hat)
     scale = max(backend.max_abs(W), backend.max_abs(W_hat))
     if scale == 0.0:
         return 0.0
-    total = _output_energy(W / scale, gram)
-    error = _output_energy(W / scale - W_hat / scale, gram)
+    total = error = 0.0
+    for rows in backend.slabs(W.shape[0]):  # in double precision
+        slab, slab_hat = (backend.wide(matrix[rows, :]) / scale for matrix in (W, W_hat))
+        total += output_energy(slab, gram)
+        error += output_energy(slab - slab_hat, gram)
     if total == 0.0:
         return math.inf if error else 0.0
     return math.sqrt(error / total)
 
 
-def _output_energy(W: Array, gram: Array) -> float:
-    """Return ``‖XWᵀ‖_F²``."""
+def output_energy(W: Array, gram: Array) -> float:
+    """Return ``‖XWᵀ‖_F²`` for layer inputs `X`, from their Gram matrix.
+
+    Parameters
+    ----------
+    W : array of shape (out_features, in_features)
+        The matrix.
+    gram : array of shape (in_features, in_features)
+        ``XᵀX`` in double precision.
+    """
     xp = backend.namespace(W)
-    is_complex = xp.isdtype(W.dtype, "complex floating")
-    gram = xp.astype(gram, W.dtype)
+    energy = 0.0
+    for rows in backend.slabs(W.shape[0]):
+        slab = backend.wide(W[rows, :])
+        product = xp.matmul(slab, xp.astype(gram, slab.dtype, copy=False))
+        product *= xp.conj(slab) if backend.is_complex(slab) else slab
+        energy += complex(xp.sum(product)).real
     # Not below 0, which the rounding of a singular Gram matrix could give.
-    energy = xp.sum(xp.matmul(W, gram) * (xp.conj(W) if is_complex else W))
-    return max(0.0, complex(energy).real)
+    return max(0.0, energy)
 
 
 def magnitude_error(W: Array, nnz: int) -> float:

@@ -200,8 +200,12 @@ def damped(second_moment: Array, like: Array) -> Array:
     """
     xp = backend.namespace(second_moment)
     mean = float(xp.mean(xp.linalg.diagonal(second_moment)))
-    moment = xp.astype(second_moment / mean if mean > 0.0 else second_moment, like.dtype)
-    return backend.add_diagonal(moment, DAMPING)
+    device = backend.device(second_moment)
+    moment = xp.empty(second_moment.shape, dtype=like.dtype, device=device)
+    for rows in backend.slabs(moment.shape[0]):  # no second matrix in double precision
+        moment[rows, :] = xp.astype(second_moment[rows, :] / (mean or 1.0), like.dtype)
+        moment[rows, rows] = backend.add_diagonal(moment[rows, rows], DAMPING)
+    return moment
 
 
 def _product(matrices: list[Array]) -> Array | None:

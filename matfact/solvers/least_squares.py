@@ -80,7 +80,7 @@ def conjugate_gradients(
             break
         step *= energy / curvature
         residual -= step
-        del step
+        del step, scaled  # memory, as it is all of the size of X
         X += (energy / curvature) * direction
         scaled = residual if inverse is None else inverse * residual
         previous, energy = energy, backend.inner(residual, scaled)

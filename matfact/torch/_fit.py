@@ -191,14 +191,7 @@ def _layer_error(problems: list[_Problem], dense: list[Array]) -> float:
         assert problem.inputs is not None
         gram = problem.inputs.gram
         relative = metrics.layer_error(problem.target, W_hat, gram)
-        energy = _output_energy(problem.target, gram)
+        energy = metrics.output_energy(problem.target, gram)
         total += energy
         error += energy * relative**2
     return math.sqrt(error / total) if total else 0.0
-
-
-def _output_energy(W: Array, gram: Array) -> float:
-    """Return ``‖XWᵀ‖_F²``."""
-    xp = backend.namespace(W)
-    W = backend.wide(W)
-    return max(0.0, float(xp.sum(xp.matmul(W, gram) * W)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class Matricized(ABC):
         The layer, which is left as it is.
     """
 
+    #: Whether rows of its inputs are what it multiplies, whatever the layer.
+    by_rows: ClassVar[bool] = False
+
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
@@ -49,31 +52,17 @@ class Matricized(ABC):
         """Return the matrices for the solvers: NumPy arrays on the CPU, tensors elsewhere."""
         return [as_array(matrix) for matrix in self.matrices()]
 
-    def statistics(self, inputs: Sequence[Tensor]) -> list[InputStatistics]:
-        """Return the statistics of layer inputs, for each matrix."""
-        statistics = [InputStatistics() for _ in self.matrices()]
-        for x in inputs:
-            self.update(statistics, x)
-        return statistics
-
-    def update(self, statistics: Sequence[InputStatistics], x: Tensor) -> None:
-        """Add the layer input `x` to `statistics`."""
-        for pieces in self._inputs(x.detach()):
-            for running, piece in zip(statistics, pieces, strict=True):
-                running.update(as_array(piece))
-
-    def paired_statistics(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[OutputStatistics]:
-        """Return the statistics of layer inputs together with those in the dense network."""
-        statistics = [OutputStatistics() for _ in self.matrices()]
-        for pair in pairs:
-            for found, dense in zip(*(self._inputs(x.detach()) for x in pair), strict=True):
-                for running, *pieces in zip(statistics, found, dense, strict=True):
-                    running.update(*map(as_array, pieces))
-        return statistics
+    def update(self, statistics: LayerStatistics, x: Tensor, *dense: Tensor) -> None:
+        """Add the layer input `x` to `statistics`, beside that in the dense network for pairs."""
+        for pieces in zip(*(self._inputs(each.detach()) for each in (x, *dense)), strict=True):
+            for running, *arrays in zip(statistics, *pieces, strict=True):
+                running.update(*map(as_array, arrays))
 
 
 class MatricizedLinear(Matricized):
     """A linear layer, dense or factorized: ``weight`` is the matrix."""
+
+    by_rows = True
 
     def matrices(self) -> list[Tensor]:
         return [self.layer.weight.detach()]

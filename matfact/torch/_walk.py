@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from matfact.torch._batches import attended, checked, eval_mode, forward
+from matfact.calibration import InputStatistics, OutputStatistics
+from matfact.torch._batches import attended, checked, eval_mode
 from matfact.torch._matrices import LayerStatistics, Matricized
-from matfact.torch.capture import layer_input, layer_views
+from matfact.torch._passes import Pass, Stopped, gate
+from matfact.torch.capture import layer_views
+
+Stops = Generator[tuple[str, LayerStatistics]]
+_Views = dict[str, Matricized]
+_Mode = Callable[[], contextlib.AbstractContextManager[None]]
+#: A tensor and the number of its changes in place, None where that is not counted.
+_State = tuple[Tensor, int | None]
 
 
 def walk(
     model: nn.Module, layers: Sequence[str], batches: Iterable[Any], *, paired: bool = False
-) -> Generator[tuple[str, LayerStatistics]]:
+) -> Stops:
     """Stop a pass over all batches at each layer, and go on with the layer that is there then.
 
-    Every batch runs through the network once, in a thread of its own that waits at each of
-    `layers`. When all have come to a layer, its name and the statistics of its inputs are yielded;
-    the caller may replace the layer, and later layers see what the replacement makes of the
-    inputs. The network's own code calls everything with its own arguments, so that any network
-    can be walked. One Gram matrix is kept at a time, and what the forward passes hold of all
-    batches: a few large batches are best.
+    Every batch goes through the network once, in a thread of its own that waits before each block
+    with one of `layers`. When all have come to a block, they run through it one after the other up
+    to its first layer; the name of that and the statistics of its inputs are yielded, the caller
+    may replace the layer, and the batches start again for the next one, which sees what the
+    replacement makes of the inputs. In memory are one Gram matrix, what enters the block of all
+    batches, and what one batch makes of it: many small batches take the least.
+
+    A block is what a list of modules holds, such as a layer of a transformer; a layer that is in
+    none is one by itself.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, which is in eval mode until the walk ends.
     layers : sequence of str
-        Names of linear or convolutional layers. Where a network calls them in another order, that
-        of `layers` decides between batches that wait at different ones.
+        Names of linear or convolutional layers. Where a network calls blocks in another order,
+        that of `layers` decides between batches that wait before different ones.
     batches : iterable
         As for :func:`input_statistics`.
     paired : bool, default=False
@@ -48,171 +57,162 @@ def walk(
     statistics : list of InputStatistics or list of OutputStatistics
         One for each of its groups; of pairs, those of the dense network are the outputs.
     """
-    views = layer_views(model, layers)
-    order = {name: i for i, name in enumerate(views)}
-    passes = [_Pass(model, batch) for batch in checked(batches)]
-    if paired:
-        for batch in passes:
-            batch.twin = _Pass(model, batch.batch, dense=True)
-    shared = _SharedInputs()
+    blocks = _blocks(model, layer_views(model, layers))
+    order = {name: i for i, name in enumerate(blocks)}
+    passes = [Pass(model, batch) for batch in checked(batches)]
+    twins = {own: Pass(model, own.batch) for own in passes} if paired else {}
+    every = [*passes, *twins.values()]
     with eval_mode(model), contextlib.ExitStack() as gates:
-        opened = {n: gates.enter_context(_gate(model, n, v.layer)) for n, v in views.items()}
+        opened = {name: gates.enter_context(gate(model, name)) for name in blocks}
         try:
-            for batch in passes:
-                batch.advance()
-            while waiting := [batch for batch in passes if batch.at is not None]:
-                name = min((batch.at for batch in waiting if batch.at), key=order.__getitem__)
-                arrived = [batch for batch in waiting if batch.at == name]
-                yield name, shared.statistics(views.pop(name), arrived)
-                opened[name].set()
-                for batch in arrived:
-                    batch.advance()
+            for each in every:
+                each.advance()
+            while waiting := [each.at for each in every if each.at is not None]:
+                name = min(waiting, key=order.__getitem__)
+                arrived = {own: twins.get(own) for own in passes if own.at == name}
+                dense = [twin for twin in twins.values() if twin.at == name]
+                as_dense = _as_now(model, blocks[name] if dense else {})
+                yield from _stops(blocks[name], arrived, as_dense)
+                if arrived:
+                    opened[name].set()
+                for twin in dense:
+                    with as_dense():
+                        twin.advance()
+                for own in arrived:
+                    own.advance()
         finally:
-            for batch in passes:
-                batch.cancel()
+            for each in every:
+                each.cancel()
+
+
+def _blocks(model: nn.Module, views: Mapping[str, Matricized]) -> dict[str, _Views]:
+    """Return the layers of each block, by the name of the block."""
+    lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    held = {name for name in modules if isinstance(modules[_parent(name)], lists)}
+    innermost = {name: next((p for p in _around(name) if p in held), name) for name in views}
+    chosen = set(innermost.values())
+    blocks: dict[str, _Views] = {}
+    for name, block in innermost.items():
+        *_, outermost = (p for p in _around(block) if p in chosen)
+        blocks.setdefault(outermost, {})[name] = views[name]
+    return blocks
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _around(name: str) -> Iterator[str]:
+    """Yield the names of a module and of those around it, from the inside out."""
+    while name:
+        yield name
+        name = _parent(name)
+
+
+def _stops(views: _Views, arrived: Mapping[Pass, Pass | None], as_dense: _Mode) -> Stops:
+    """Yield the layers of a block in the order in which the batches that wait there call them."""
+    while views and arrived:
+        found = _Found(views)
+        for own, twin in arrived.items():
+            found.add(own, twin, as_dense)
+        if not found.names:  # no batch calls any of them
+            break
+        for name in found.names:
+            del views[name]
+            yield name, found.statistics
+
+
+def _as_now(model: nn.Module, views: _Views) -> _Mode:
+    """Return a context in which the network has the layers that it has now."""
+    layers = {view.layer for view in views.values()}
+    modules = model.named_modules(remove_duplicate=False)
+    return functools.partial(_holding, model, {n: m for n, m in modules if m in layers})
 
 
 @contextlib.contextmanager
-def _gate(model: nn.Module, name: str, layer: nn.Module) -> Iterator[threading.Event]:
-    """Make batches wait at `layer` until the event yielded is set."""
-    opened = threading.Event()
-    own, patched = type(layer).forward, vars(layer).get("forward")  # by another library before
-    reference = weakref.ref(layer)  # what has been replaced need not stay in memory
-
-    def forward_at_gate(*args: Any, **kwargs: Any) -> Any:
-        batch = _Pass.of_this_thread()
-        if batch is not None and not opened.is_set():
-            batch.wait_at(name, layer_input(args, kwargs))
-        present, before = model.get_submodule(name), reference()
-        if present is not before and not (batch is not None and batch.dense):
-            return present(*args, **kwargs)
-        return patched(*args, **kwargs) if patched else own(before, *args, **kwargs)
-
-    layer.forward = forward_at_gate
-    del layer
+def _holding(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `layers` into the network, and what was there back after."""
+    present = {name: model.get_submodule(name) for name in layers}
+    _put(model, layers)
     try:
-        yield opened
+        yield
     finally:
-        remaining = reference()
-        if remaining is not None and patched:
-            remaining.forward = patched
-        elif remaining is not None:
-            del remaining.forward
+        _put(model, present)
 
 
-class _Cancelled(BaseException):
-    """Ends a pass that nobody waits for; no ``except Exception`` in a model may catch it."""
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
 
 
-class _Pass:
-    """One batch on its way through the network, in a thread that halts at gates.
+class _Found:
+    """The first layer of a block that is called, and those that are given the same inputs.
 
     Attributes
     ----------
-    batch : object
-        What the network is called with.
-    dense : bool
-        Whether it goes through the layers that were there at first.
-    at : str or None
-        Name of the layer where it waits.
-    twin : _Pass or None
-        The pass of the same batch through the dense network, which advances with this one.
+    names : list of str
+        Their names; none where no batch calls a layer.
+    statistics : list of InputStatistics or list of OutputStatistics
+        Those of the inputs.
     """
 
-    _local = threading.local()
+    def __init__(self, views: _Views) -> None:
+        self._views = views
+        self.names: list[str] = []
+        self.statistics: Any = []
 
-    def __init__(self, model: nn.Module, batch: Any, *, dense: bool = False) -> None:
-        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
-        self._cancelled = False
-        self._error: BaseException | None = None
-        self.batch, self.dense = batch, dense
-        self.at: str | None = None
-        self.twin: _Pass | None = None
-        self.input: Tensor = torch.empty(0)
+    def add(self, own: Pass, twin: Pass | None, as_dense: _Mode) -> None:
+        """Let a batch come to the layer, with its twin in the dense network if it has one."""
+        dense: Tensor | None = None
+        if twin is not None and twin.at == own.at:
+            with as_dense():
+                dense = self._input(twin)
+        entered: dict[str, tuple[Tensor, int | None]] = {}
 
-    @property
-    def dense_input(self) -> Tensor:
-        """What the twin brings to the same layer, where it has come there too."""
-        twin = self.twin
-        if twin is None or twin.at != self.at or twin.input.shape != self.input.shape:
-            return self.input
-        return twin.input
+        def visit(name: str, x: Tensor) -> None:
+            state = x, None if x.is_inference() else x._version
+            if entered and not self._shares(name, state, *next(iter(entered.items()))):
+                raise Stopped
+            if not entered:
+                if not self._is_wanted(name):  # which this batch calls before
+                    return
+                inputs = [x] if twin is None else [x, _matching(dense, x)]
+                self._count(name, [attended(each, own.batch) for each in inputs])
+            entered[name] = state
 
-    @classmethod
-    def of_this_thread(cls) -> _Pass | None:
-        """Return the pass whose thread asks, if it is one's."""
-        return getattr(cls._local, "current", None)
+        own.visit(self._views, visit)
+        if entered:
+            self.names = [name for name in self.names or entered if name in entered]
 
-    def _run(self, model: nn.Module) -> None:
-        self._local.current = self
-        try:
-            with torch.no_grad():  # each thread has its own mode
-                forward(model, self.batch)
-        except _Cancelled:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._halted.release()
+    def _input(self, twin: Pass) -> Tensor | None:
+        """Return what enters the layer in the dense network, None if it is not called there."""
+        found: list[Tensor] = []
 
-    def wait_at(self, name: str, x: Tensor) -> None:
-        """Halt until advanced (called by the thread itself)."""
-        self.at, self.input = name, x
-        self._halted.release()
-        self._go.acquire()
-        self.at, self.input = None, torch.empty(0)
-        if self._cancelled:
-            raise _Cancelled
+        def visit(name: str, x: Tensor) -> None:
+            if self._is_wanted(name):
+                found.append(x)
+                raise Stopped
 
-    def advance(self) -> None:
-        """Let the batch run to the next gate or to its end, and raise what went wrong there."""
-        if self.twin is not None and (self.twin.at == self.at):
-            self.twin.advance()
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._go.release()
-        self._halted.acquire()
-        if self._error is not None:
-            raise self._error
+        twin.visit(self._views, visit)
+        return found[0] if found else None
 
-    def cancel(self) -> None:
-        """End the thread where it waits, and that of its twin."""
-        if self.twin is not None:
-            self.twin.cancel()
-        self._cancelled = True
-        self._go.release()
-        if self._thread.ident is not None:
-            self._thread.join()
+    def _is_wanted(self, name: str) -> bool:
+        return not self.names or name == self.names[0]
+
+    def _shares(self, name: str, state: _State, first: str, entered: _State) -> bool:
+        """Whether a layer is given what the first one was, as query, key and value are."""
+        (x, version), (y, before) = state, entered
+        by_rows = all(self._views[each].by_rows for each in (name, first))
+        return by_rows and x is y and version is not None and version == before
+
+    def _count(self, name: str, inputs: Sequence[Tensor]) -> None:
+        if not self.statistics:
+            kind = InputStatistics if len(inputs) == 1 else OutputStatistics
+            self.statistics = [kind() for _ in self._views[name].matrices()]
+        self._views[name].update(self.statistics, *inputs)
 
 
-class _SharedInputs:
-    """Statistics that several layers in a row can share, as query, key and value do."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, int]] = []
-        self._statistics: LayerStatistics = []
-
-    def statistics(self, view: Matricized, arrived: list[_Pass]) -> LayerStatistics:
-        """Return the statistics of what has arrived, those of the last call if it is the same."""
-        inputs = [x for batch in arrived for x in (batch.input, batch.dense_input)]
-        # The patches of convolutions depend on more than their inputs.
-        plain = not hasattr(view.layer, "kernel_size") and not any(x.is_inference() for x in inputs)
-        seen = [(x, x._version) for x in inputs] if plain else []
-        same = len(seen) == len(self._seen) > 0 and all(
-            x is y and version == before
-            for (x, version), (y, before) in zip(seen, self._seen, strict=True)
-        )
-        if not same:
-            self._statistics = _statistics(view, arrived)
-        self._seen = seen
-        return self._statistics
-
-
-def _statistics(view: Matricized, arrived: list[_Pass]) -> LayerStatistics:
-    inputs = [attended(batch.input, batch.batch) for batch in arrived]
-    if arrived[0].twin is None:
-        return view.statistics(inputs)
-    dense = [attended(batch.dense_input, batch.batch) for batch in arrived]
-    return view.paired_statistics(list(zip(inputs, dense, strict=True)))
+def _matching(dense: Tensor | None, x: Tensor) -> Tensor:
+    """Return the input in the dense network, or that now where they cannot be compared."""
+    return x if dense is None or dense.shape != x.shape else dense

@@ -53,7 +53,7 @@ def input_statistics(
     def hook(name: str) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in found:
-                found[name] = views[name].statistics([])
+                found[name] = [InputStatistics() for _ in views[name].matrices()]
             views[name].update(found[name], attended(layer_input(args, kwargs), present))
 
         return add

@@ -78,9 +78,10 @@ def test_layers_with_the_same_input_share_their_statistics():
         def forward(self, x):
             return self.out(self.query(x) * self.key(x))
 
-    found = dict(walk(Attention(), ["query", "key", "out"], [torch.randn(5, 4)] * 2))
-    assert found["query"] is found["key"]
-    assert found["out"] is not found["key"]
+    names = ["0.query", "0.key", "0.out"]
+    found = dict(walk(nn.Sequential(Attention()), names, [torch.randn(5, 4)] * 2))
+    assert found["0.query"] is found["0.key"]
+    assert found["0.out"] is not found["0.key"]
 
 
 def test_threads_and_patched_methods_are_gone_after_errors_and_early_ends(batches):

@@ -1,0 +1,158 @@
+"""A walk through networks of many forms, against plain passes of what the network is then."""
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from matfact.torch import input_statistics  # noqa: E402
+from matfact.torch._walk import walk  # noqa: E402
+
+
+class Cached(nn.Module):
+    """A block that adds to a list it is given, changes its input in place, and skips a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(5, 5) for _ in range(3))
+        self.skipped = nn.Linear(5, 5)
+
+    def forward(self, x, seen):
+        seen.append(x.mean())
+        hidden = torch.tanh(self.first(x)) + self.third(x) * sum(seen)
+        x += self.second(hidden)
+        return x
+
+
+class Stack(nn.Module):
+    def __init__(self, n_blocks=3):
+        super().__init__()
+        self.blocks = nn.ModuleList(Cached() for _ in range(n_blocks))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x, seen = x.clone(), []
+        for block in self.blocks:
+            x = block(x, seen=seen)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    """Convolutions in a block that holds a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolve = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.shortcut = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x):
+        return torch.relu(self.convolve(x)) + self.shortcut(x)
+
+
+class Shared(nn.Module):
+    """A block that is called twice, and another under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Stack(1), nn.Linear(2, 5)])
+        self.alias = self.blocks[0].head
+
+    def forward(self, x):
+        for _ in range(2):
+            for block in self.blocks:
+                x = block(x)
+        return self.alias(x)
+
+
+def networks():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    images = [torch.randn(2, 4, 6, 6) for _ in range(2)]
+    vectors = [torch.randn(n, 5) for n in (20, 1, 7)]
+    yield "state", Stack(), vectors
+    yield "convolutions", nn.Sequential(nn.Conv2d(4, 4, 3), Residual(), Residual()), images
+    yield (
+        "encoder",
+        nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False),
+        [torch.randn(3, 4, 8)],
+    )
+    yield "shared", Shared(), vectors
+    yield "language model", *language_model()
+
+
+def language_model():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 30}
+    model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, **heads))
+    tokens = torch.randint(30, (4, 6))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    return model, [{"input_ids": t, "attention_mask": mask} for t in tokens.split(2)]
+
+
+@pytest.fixture(params=["state", "convolutions", "encoder", "shared", "language model"])
+def network(request):
+    torch.manual_seed(0)
+    for name, model, batches in networks():
+        if name == request.param:
+            return model.eval(), batches
+    raise AssertionError
+
+
+def perturbed(layer):
+    """Return another layer of the same form."""
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(0.5).add_(0.1)
+    return other
+
+
+def put(model, old, new):
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+
+
+def first_inputs(model, name, batches):
+    """Return the statistics of what enters a layer, None if batches call it more than once."""
+    found = input_statistics(model, batches, [name])
+    calls = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        [model(**b) if isinstance(b, dict) else model(b) for b in batches]
+    handle.remove()
+    return found[name] if len(calls) == len(batches) else None
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_statistics_are_those_of_the_network_with_all_that_was_replaced(network, paired):
+    model, batches = network
+    dense, present = copy.deepcopy(model), copy.deepcopy(model)
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    expected = {n for n in names if input_statistics(model, batches, [n])}
+    given = copy.deepcopy(batches)
+    walked = []
+    for name, statistics in walk(model, names, batches, paired=paired):
+        walked.append(name)
+        now = [s.inputs if paired else s for s in statistics]
+        plain = first_inputs(present, name, batches)
+        for found, wanted in zip(now, plain or [], strict=plain is not None):
+            assert found.count == wanted.count
+            np.testing.assert_allclose(found.gram, wanted.gram, rtol=1e-4, atol=1e-4)
+        before = first_inputs(dense, name, batches)
+        if paired and before is not None:
+            for found, wanted in zip(statistics, before, strict=True):
+                energy = np.trace(wanted.gram)
+                np.testing.assert_allclose(found.energy, energy, rtol=1e-4)
+        other = perturbed(present.get_submodule(name))
+        for each in (model, present):
+            put(each, each.get_submodule(name), copy.deepcopy(other))
+    assert set(walked) == expected
+    assert len(walked) == len(expected)
+    for batch, copied in zip(batches, given, strict=True):
+        torch.testing.assert_close(batch, copied)  # as they were given
+    assert all("forward" not in vars(module) for module in model.modules())
