@@ -7,7 +7,6 @@ only what is in memory all at once, where networks need not fit.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -15,7 +14,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -36,8 +35,7 @@ _NUMPY = {
 _NAMES = {np.dtype(code): name for name, code in _NUMPY.items()} | {np.dtype(bool): "BOOL"}
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Dtype, by its name in the format, and shape of a tensor."""
 
     dtype: str

@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import array_api_compat
 import numpy as np
 import scipy.linalg
 
 Array = Any  #: an array of any library that follows the Array API standard
+
+
+def _compat() -> ModuleType:
+    """Return the package that tells libraries apart; to load a network takes NumPy alone."""
+    import array_api_compat
+
+    return array_api_compat
 
 
 def namespace(*arrays: Array) -> ModuleType:
@@ -24,7 +30,7 @@ def namespace(*arrays: Array) -> ModuleType:
         from array_api_compat import numpy  # at once: small fits ask hundreds of times
 
         return numpy
-    return array_api_compat.array_namespace(*arrays)
+    return _compat().array_namespace(*arrays)
 
 
 def is_numpy(array: Array) -> bool:
@@ -34,25 +40,25 @@ def is_numpy(array: Array) -> bool:
 
 def is_array(obj: Any) -> bool:
     """Whether `obj` already belongs to an Array API library (lists and DataFrames do not)."""
-    return array_api_compat.is_array_api_obj(obj)
+    return _compat().is_array_api_obj(obj)
 
 
 def detached(array: Array) -> Array:
     """Return `array` cut from the graph that gradients would flow through (torch only)."""
-    return array.detach() if array_api_compat.is_torch_array(array) else array
+    return array.detach() if _compat().is_torch_array(array) else array
 
 
 def device(array: Array) -> Any:
     """Return the device `array` lives on."""
-    return array_api_compat.device(array)
+    return _compat().device(array)
 
 
 def to_numpy(array: Array) -> np.ndarray:
     """Copy `array` to host memory as a NumPy array (16-bit floats arrive as float32)."""
-    if array_api_compat.is_torch_array(array):
+    if _compat().is_torch_array(array):
         array = detached(array).cpu().resolve_conj()
         return (array.float() if is_half(array) else array).numpy()
-    if array_api_compat.is_cupy_array(array):
+    if _compat().is_cupy_array(array):
         array = array.get()
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype == np.float16 else array
@@ -65,7 +71,7 @@ def host_view(array: Array) -> np.ndarray | None:
     """
     if is_numpy(array):
         return array
-    if not array_api_compat.is_torch_array(array) or array.device.type != "cpu":
+    if not _compat().is_torch_array(array) or array.device.type != "cpu":
         return None
     if array.requires_grad or array.is_conj():
         return None
@@ -74,7 +80,7 @@ def host_view(array: Array) -> np.ndarray | None:
 
 def version(array: Array) -> int:
     """Return a number that changes when `array` is written to (torch only; 0 elsewhere)."""
-    tracked = array_api_compat.is_torch_array(array) and not array.is_inference()
+    tracked = _compat().is_torch_array(array) and not array.is_inference()
     return array._version if tracked else 0
 
 
@@ -88,7 +94,7 @@ def like(values: Any, reference: Array, dtype: Any = None) -> Array:
     xp = namespace(reference)
     if not is_numpy(reference):
         values = np.ascontiguousarray(values)
-        if array_api_compat.is_torch_array(reference) and not values.flags.writeable:
+        if _compat().is_torch_array(reference) and not values.flags.writeable:
             values = values.copy()  # torch cannot represent read-only memory
     return xp.asarray(values, dtype=dtype, device=device(reference))
 
@@ -189,7 +195,7 @@ def power_of_two(magnitude: float) -> float:
 def max_abs(array: Array) -> float:
     """Return the largest magnitude in `array`, 0 when it has no entry."""
     xp = namespace(array)
-    return float(xp.max(xp.abs(array))) if array_api_compat.size(array) else 0.0
+    return float(xp.max(xp.abs(array))) if _compat().size(array) else 0.0
 
 
 def kth_largest(array: Array, k: int, axis: int = -1) -> Array:

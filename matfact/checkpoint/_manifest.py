@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matfact._files import write_atomically
 from matfact._json import parse_json
@@ -26,8 +25,7 @@ _FILE = re.compile(r"[0-9]{5,9}\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of the network, as factors or as it is.
 
     Attributes
@@ -63,7 +61,7 @@ class StoredTensor:
 
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest says of it; whatever does not apply is left out."""
-        fields = dataclasses.asdict(self)
+        fields = self._asdict()
         del fields["spec"]
         shown = {k: v for k, v in fields.items() if v not in (None, "", ())}
         return shown | {"dtype": self.spec.dtype, "shape": list(self.spec.shape)}
@@ -84,8 +82,7 @@ class StoredTensor:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One file: the factors of one tensor, or any number of tensors as they are.
 
     Attributes
@@ -134,8 +131,7 @@ def _typed(fields: Mapping[str, Any], key: str, kind: type, default: Any = ...) 
     return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """What a checkpoint says of itself.
 
     Attributes

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """How long a product with a batch takes by its factors and by the dense matrix.
 
     Parameters

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +100,10 @@ def load_network(
         found = list(_replacements(model, network))
         used = {key for replacement in found for key in replacement.keys}
         rest = {name: _tensor(network, name) for name in network if name not in used}
+    own = model.state_dict(keep_vars=True)
     if strict:
-        _check_names(model, rest, [name for replacement in found for name in replacement.names])
-    _check_sizes(model, rest)
+        _check_names(own, rest, [name for replacement in found for name in replacement.names])
+    _check_sizes(own, rest)
     for replacement in found:
         replace(model, replacement.names, replacement.view, replacement.products, copy=False)
     rest = _without_assigned(model, rest)
@@ -168,8 +168,7 @@ def _without_assigned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
     return {name: tensor for name, tensor in state.items() if name not in empty}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Replacement:
+class _Replacement(NamedTuple):
     """A layer, by all its names, and the products stored for it under `keys`."""
 
     names: list[str]
@@ -234,9 +233,10 @@ def _check_shapes(name: str, view: Matricized, products: list[FactorProduct]) ->
             )
 
 
-def _check_names(model: nn.Module, state: Mapping[str, Tensor], replaced: list[str]) -> None:
-    """Raise ``ValueError`` unless `state` and what is replaced make up all of the model."""
-    own = model.state_dict(keep_vars=True)
+def _check_names(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], replaced: list[str]
+) -> None:
+    """Raise ``ValueError`` unless `state` and what is replaced make up all of the model's `own`."""
     loaded = {_place(own[name]) for name in state if name in own}
     inside = tuple(f"{name}." for name in replaced)
     missing = [
@@ -261,8 +261,7 @@ def _place(tensor: Tensor) -> int:
     return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
-def _check_sizes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
+def _check_sizes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if name in own and tensor.shape != own[name].shape:
             raise ValueError(
