@@ -191,7 +191,7 @@ def speed(task: Task, density: float) -> dict[str, Any]:
     network = copy.deepcopy(task.model.model)
     network.layers = network.layers[:1]
     linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
-    batches = [{"input_ids": task.calibration["published"], "use_cache": False}]
+    batches = windows(task.calibration["published"])
     rate, bandwidth = rates(LENGTH)
     result: dict[str, Any] = {"layers": len(linear), "gflops": rate / 1e9, "sweeps": {}}
     for sweeps in SPEED_SWEEPS:
@@ -285,12 +285,17 @@ def compress_blocks(
         if isinstance(layer, nn.Linear) and name not in done
     ]  # fmt: skip
     # Magnitudes need no inputs.
-    batches = None if method == "magnitude" else [{"input_ids": tokens, "use_cache": False}]
+    batches = None if method == "magnitude" else windows(tokens)
     if todo:
         compress(
             network, factorizer, density=density, layers=todo, calibration=batches,
             feedback=feedback, inplace=True, progress=keep, **options,
         )  # fmt: skip
+
+
+def windows(tokens: Tensor) -> list[dict[str, Any]]:
+    """Return batches of one window each, which take the least memory."""
+    return [{"input_ids": window, "use_cache": False} for window in tokens.split(1)]
 
 
 def one_mask_fixed(
