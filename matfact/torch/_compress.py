@@ -87,11 +87,13 @@ def compress(
         Keep the first or the last of the selected layers.
     calibration : iterable, optional
         Batches of inputs: tensors, tuples (labels behind the inputs are ignored) or mappings.
-        With them the errors of layer outputs are lowered and reported.
+        With them the errors of layer outputs are lowered and reported. Small batches take the
+        least memory.
     sequential : bool, default=True
         Whether each layer is calibrated on what the layers before it, already compressed, make of
-        the batches, with one Gram matrix in memory at a time. Otherwise all layers are calibrated
-        in one pass of the dense network, with a Gram matrix for each.
+        the batches. In memory are one Gram matrix and what enters a block of layers of all
+        batches, which run through it again for each of its layers. Otherwise all layers are
+        calibrated in one pass of the dense network, with a Gram matrix for each.
     adapt : {"finalize", "finalize_one", "scale", "none"}, default="finalize"
         What makes factorizers that cannot use calibration inputs themselves take them into
         account: columns of the weight are scaled by what enters them, and after the fit the
