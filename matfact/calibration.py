@@ -134,11 +134,14 @@ class InputStatistics:
         """
         xp = backend.namespace(self.gram)
         result = InputStatistics()
-        covariance, square = self.covariance, xp.linalg.diagonal(self.second_moment)
-        varies = xp.linalg.diagonal(covariance) > _CONSTANT * square
-        varies = xp.astype(varies, covariance.dtype)
         result.count, result._sum = self.count, xp.zeros_like(self._sum)
-        result.gram = self.count * covariance * varies[:, None] * varies[None, :]
+        squares, mean = xp.linalg.diagonal(self.gram), self.mean
+        varies = squares - self._sum * mean > _CONSTANT * squares
+        varies = xp.astype(varies, self.gram.dtype)
+        result.gram = xp.empty_like(self.gram)
+        for rows in backend.slabs(self.n_features):  # no third matrix of this size
+            slab = self.gram[rows, :] - self._sum[rows, None] * mean[None, :]
+            result.gram[rows, :] = slab * varies[rows, None] * varies[None, :]
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 
 from matfact import backend
@@ -11,7 +12,7 @@ from matfact.constraints import GlobalSparsity
 from matfact.operators import Factor, FactorProduct, SelectionFactor, SparseFactor
 from matfact.solvers.admm import DAMPING as ADMM_DAMPING
 from matfact.solvers.admm import SparseState, sparse_regression
-from matfact.solvers.least_squares import conjugate_gradients
+from matfact.solvers.least_squares import conjugate_gradients, damped_gram
 
 #: Penalty of the first and the last step in which stored entries are chosen anew, and how many.
 PENALTIES, SELECTION_STEPS = (0.1, 1.0), 20
@@ -199,13 +200,10 @@ def damped(second_moment: Array, like: Array) -> Array:
         Gives the dtype.
     """
     xp = backend.namespace(second_moment)
-    mean = float(xp.mean(xp.linalg.diagonal(second_moment)))
-    device = backend.device(second_moment)
-    moment = xp.empty(second_moment.shape, dtype=like.dtype, device=device)
-    for rows in backend.slabs(moment.shape[0]):  # no second matrix in double precision
-        moment[rows, :] = xp.astype(second_moment[rows, :] / (mean or 1.0), like.dtype)
-        moment[rows, rows] = backend.add_diagonal(moment[rows, rows], DAMPING)
-    return moment
+    energies = xp.linalg.diagonal(second_moment)
+    mean = float(xp.mean(energies))
+    norms = xp.full_like(energies, math.sqrt(mean) if mean > 0.0 else 1.0)
+    return damped_gram(second_moment, norms, DAMPING, like.dtype)
 
 
 def _product(matrices: list[Array]) -> Array | None:

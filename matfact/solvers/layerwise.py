@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from matfact import backend
@@ -10,7 +12,7 @@ from matfact.calibration import OutputStatistics
 from matfact.constraints import Constraint, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import DAMPING, SparseState, sparse_regression
-from matfact.solvers.least_squares import refit_values
+from matfact.solvers.least_squares import damped_gram, refit_values
 
 #: Penalty of the first and of the last ADMM step; geometric in between.
 PENALTIES = (0.1, 1.0)
@@ -66,13 +68,14 @@ def corrected(W: Array, inputs: OutputStatistics, *, damping: float = CORRECTION
         `Ŵ`, in the dtype of `W`.
     """
     xp = backend.namespace(W)
-    gram = inputs.inputs.gram
-    norms = input_norms(gram)
-    scale = norms[:, None] * float(xp.max(xp.linalg.diagonal(gram)) or 1.0)
-    change = (inputs.cross - gram) / scale  # Xᵀ(Y − X), which is zero where nothing has changed
-    wide = xp.astype(xp.matrix_transpose(W), gram.dtype)
-    gram = backend.add_diagonal(_normalized(gram, norms), damping)
-    correction = backend.spd_solve(gram, xp.matmul(change, wide)) / norms[:, None]
+    gram, wide = inputs.inputs.gram, backend.wide(xp.matrix_transpose(W))
+    norms = _absolute_norms(gram)
+    # Xᵀ(Y − X) Wᵀ, which is zero where nothing has changed, a slab of inputs at a time
+    change = xp.empty(wide.shape, dtype=wide.dtype, device=backend.device(wide))
+    for rows in backend.slabs(gram.shape[0]):
+        change[rows, :] = xp.matmul(inputs.cross[rows, :] - gram[rows, :], wide)
+    gram = damped_gram(gram, norms, damping, gram.dtype)
+    correction = backend.spd_solve(gram, change / norms[:, None]) / norms[:, None]
     return W + xp.astype(xp.matrix_transpose(correction), W.dtype)
 
 
@@ -121,7 +124,7 @@ def admm_prune(
     """
     xp = backend.namespace(W)
     norms = input_norms(gram)
-    gram = xp.astype(backend.add_diagonal(_normalized(gram, norms), damping), W.dtype)
+    gram = damped_gram(gram, _absolute_norms(gram), damping, W.dtype)
     weights = xp.astype(norms, W.dtype)
     # Columns are the outputs, each a regression on the inputs.
     target = backend.contiguous(xp.matrix_transpose(W * weights))
@@ -148,8 +151,7 @@ def admm_prune(
     return xp.matrix_transpose(found) / weights
 
 
-def _normalized(gram: Array, norms: Array) -> Array:
-    """Return the Gram matrix of inputs of unit norm, zero where they are dead."""
-    xp = backend.namespace(gram)
-    largest = float(xp.max(xp.linalg.diagonal(gram))) or 1.0
-    return gram / largest / norms[:, None] / norms[None, :]
+def _absolute_norms(gram: Array) -> Array:
+    """Return the norm of each input, not much smaller than the largest, and 1 if all are 0."""
+    largest = float(backend.namespace(gram).max(backend.namespace(gram).linalg.diagonal(gram)))
+    return input_norms(gram) * math.sqrt(largest if largest > 0.0 else 1.0)

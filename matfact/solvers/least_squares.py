@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from matfact import backend
 from matfact.backend import Array
+
+
+def damped_gram(gram: Array, norms: Array, damping: float, dtype: Any) -> Array:
+    """Return the Gram matrix of inputs of about unit norm, made positive definite.
+
+    Parameters
+    ----------
+    gram : array of shape (columns, columns)
+        ``XᵀX`` of the inputs `X`, or their second moment.
+    norms : array of shape (columns,)
+        What each input is divided by.
+    damping : float
+        What is added to the diagonal.
+    dtype : dtype
+        Of the result; no more than a few rows are in any other.
+    """
+    xp = backend.namespace(gram)
+    result = xp.empty(gram.shape, dtype=dtype, device=backend.device(gram))
+    for rows in backend.slabs(gram.shape[0]):
+        slab = gram[rows, :] / norms[rows, None] / norms[None, :]
+        result[rows, :] = xp.astype(slab, dtype)
+        result[rows, rows] = backend.add_diagonal(result[rows, rows], damping)
+    return result
 
 
 def refit_values(gram: Array, residual: Array, X: Array, support: Array, n_steps: int) -> Array:
