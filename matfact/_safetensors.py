@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -93,7 +92,8 @@ class SafetensorsFile:
         except (SafetensorError, ValueError) as error:
             self._refuse(f"is damaged: {error}")
         # Their bytes follow one another, without gaps, up to the end of the file.
-        self._begins, end = {}, self.path.stat().st_size
+        end = self.path.stat().st_size if pages is None else pages.size
+        self._begins = {}
         for name in reversed(names):
             end -= self.specs[name].nbytes
             self._begins[name] = end
@@ -163,10 +163,11 @@ class SafetensorsFile:
 
 def map_pages(path: Path) -> np.ndarray:
     """Return all bytes of a file; what is written to them stays in memory."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return np.empty(0, np.uint8)  # nothing that could be mapped
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        try:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+        except ValueError:  # an empty file cannot be mapped
+            return np.empty(0, np.uint8)
 
 
 def stored(array: np.ndarray, dtype: str | None = None) -> Stored:

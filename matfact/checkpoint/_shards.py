@@ -55,7 +55,8 @@ def write_plain(
 def check_shard(folder: Path, shard: Shard) -> None:
     """Raise ``ValueError`` unless the file is there with the bytes it was written with."""
     path = folder / shard.file
-    _check_size(path, shard)
+    if not path.is_file() or path.stat().st_size != shard.nbytes:
+        raise _missing(path, shard)
     _check_digest(path, shard, file_digest(path))
 
 
@@ -68,15 +69,14 @@ def checked_pages(folder: Path, shard: Shard) -> np.ndarray:
         If the file is not there with the bytes it was written with.
     """
     path = folder / shard.file
-    _check_size(path, shard)
-    pages = map_pages(path)
+    if not path.is_file() or (pages := map_pages(path)).size != shard.nbytes:
+        raise _missing(path, shard)
     _check_digest(path, shard, hashlib.sha256(pages.data).hexdigest())
     return pages
 
 
-def _check_size(path: Path, shard: Shard) -> None:
-    if not path.is_file() or path.stat().st_size != shard.nbytes:
-        raise ValueError(f"{path} must be a file of {shard.nbytes} bytes; it is missing or cut.")
+def _missing(path: Path, shard: Shard) -> ValueError:
+    return ValueError(f"{path} must be a file of {shard.nbytes} bytes; it is missing or cut.")
 
 
 def _check_digest(path: Path, shard: Shard, digest: str) -> None:
