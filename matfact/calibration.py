@@ -209,18 +209,16 @@ class OutputStatistics:
         _check_size(outputs, "outputs")
         self.inputs.update(inputs)
         xp = backend.namespace(inputs, outputs)
-        cross = total = energy = 0.0
-        n_samples = int(inputs.shape[0])
         for rows in _slabs(inputs):
             slab = xp.astype(outputs[rows, :], xp.float64)
-            batch = xp.matrix_transpose(xp.astype(inputs[rows, :], xp.float64))
-            cross = cross + xp.matmul(batch, slab)
-            total = total + xp.sum(slab, axis=0)
-            energy += float(xp.sum(slab**2))
-        if n_samples:
-            self.cross = cross if self.cross is None else self.cross + cross
-            self._sum = total if self._sum is None else self._sum + total
-            self.energy += energy
+            cross = xp.matmul(xp.matrix_transpose(xp.astype(inputs[rows, :], xp.float64)), slab)
+            total = xp.sum(slab, axis=0)
+            if self.cross is None:
+                self.cross, self._sum = cross, total
+            else:
+                self.cross += cross
+                self._sum += total
+            self.energy += float(xp.sum(slab**2))
         return self
 
     @property

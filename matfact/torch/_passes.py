@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,6 +22,9 @@ from matfact.torch.capture import layer_input
 #: Called with the name and the input of a layer.
 Visitor = Callable[[str, Tensor], None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Stopped(BaseException):
@@ -125,6 +130,7 @@ class Pass:
 
     def _wait(self) -> None:
         self._halted.acquire()
+        _trim()
         if self._error is not None:
             raise self._error
 
@@ -134,6 +140,13 @@ class Pass:
         self._go.release()
         if self._thread.ident is not None:
             self._thread.join()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: the C library of Linux keeps some for each thread."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _called(run: Callable[..., Any], arguments: Arguments) -> None:
