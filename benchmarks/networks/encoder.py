@@ -26,7 +26,7 @@ from benchmarks import machine, study
 from benchmarks.studies import Row, markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.compare._weights import demo_folder
-from matfact.torch import compress, fine_tune
+from matfact.torch import compress
 
 SEEDS = 1
 CALIBRATION: tuple[str, ...] = ("emma", "northangerabbey")
@@ -66,8 +66,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
     """Yield methods and densities, the most telling first.
 
     In the form "full", layers make up for those before them and biases for the mean of what is
-    lost; "published" has neither; "distilled" goes on from "full" and trains all values, on the
-    supports found, to give the hidden states of the dense encoder.
+    lost; "published" has neither.
     """
     if quick:
         common = {"layers": r"encoder\.layer\.[01]", "text": "excerpts", "test": 32}
@@ -75,14 +74,12 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
     else:
         common = {"layers": LAYERS, "text": "novels", "test": TEST_SENTENCES}
         forms = [(method, density, "full") for density in DENSITIES for method in METHODS]
-        forms.insert(len(METHODS), ("DSF", 0.5, "distilled"))
         forms += [(method, 0.5, "published") for method in METHODS]
     for method, density, form in forms:
-        effort = MORE_EFFORT if density == 0.5 and form != "distilled" else EFFORT
+        effort = MORE_EFFORT if density == 0.5 else EFFORT
         if quick:
             effort = {"calibration": 48, "sweeps": 10}
-        cell = {"method": method, "density": density, "form": form, **common, **effort}
-        yield cell | ({"epochs": 3, "learning_rate": 2e-4} if form == "distilled" else {})
+        yield {"method": method, "density": density, "form": form, **common, **effort}
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
@@ -99,12 +96,6 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         model, method, density=cell["density"], layers=cell["layers"],
         calibration=texts.calibration, **form,
     )  # fmt: skip
-    if cell["form"] == "distilled":
-        optimizer = torch.optim.Adam(small.parameters(), lr=cell["learning_rate"])
-        fine_tune(
-            small, texts.calibration, optimizer=optimizer, epochs=cell["epochs"], teacher=model
-        )
-        small.eval()
     dense, near = (embeddings(net, texts.test) for net in (model, small))
     cosines = (dense * near).sum(1)
     return {
