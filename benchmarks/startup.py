@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -64,12 +65,17 @@ def run(options: argparse.Namespace) -> int:
 def prepared(source: Path, options: argparse.Namespace) -> dict[str, Path]:
     """Return the folder of each form, written if it is not there yet."""
     folders = {
-        "dense": source,
+        # A copy: what another process has mapped cannot be dropped from the cache.
+        "dense": options.output / "transformers",
         "dense, checkpoint": options.output / "dense",
         "compressed": options.output / f"density-{options.density}",
     }
     for form, folder in folders.items():
-        if not folder.exists():
+        if folder.exists():
+            continue
+        if form == "dense":
+            shutil.copytree(source, folder)
+        else:
             write(source, folder, options.density if form == "compressed" else None)
     return folders
 
