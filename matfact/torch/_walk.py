@@ -168,7 +168,8 @@ class _Found:
         if twin is not None and twin.at == own.at:
             with as_dense():
                 dense = self._input(twin)
-        entered: dict[str, tuple[Tensor, int | None]] = {}
+        entered: dict[str, _State] = {}
+        expected = set(self.names or self._views)
 
         def visit(name: str, x: Tensor) -> None:
             state = x, None if x.is_inference() else x._version
@@ -180,6 +181,8 @@ class _Found:
                 inputs = [x] if twin is None else [x, _matching(dense, x)]
                 self._count(name, [attended(each, own.batch) for each in inputs])
             entered[name] = state
+            if entered.keys() >= expected:
+                raise Stopped
 
         own.visit(self._views, visit)
         if entered:
