@@ -8,7 +8,6 @@ The break-even table is what the library itself predicts with ``FactorProduct.ad
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import re
@@ -165,7 +164,7 @@ def break_even(options: argparse.Namespace) -> list[Row]:
             product = STRUCTURES["sparse 25 %"](n, np.random.RandomState(0), density)
             for batch in options.batches:
                 advice = product.advise(batch)
-                rows.append({"n": n, "stored": product.density, **dataclasses.asdict(advice)})
+                rows.append({"n": n, "stored": product.density, **advice._asdict()})
     return rows
 
 
