@@ -272,10 +272,9 @@ def compress_blocks(
     def keep(row: LayerReport, count: int) -> None:
         """Multiply the factors, since the dense layer is faster at these densities."""
         nonlocal start
-        parent, _, name = row.layer.rpartition(".")
         layer: Any = network.get_submodule(row.layer)
         dense = layer.to_dense()
-        setattr(network.get_submodule(parent), name, dense)
+        network.set_submodule(row.layer, dense)
         unfinished.add(row, dense.weight.detach(), time.process_time() - start)
         print(f"{row.layer} {row.layer_error or row.normalized_error:.4f}", flush=True)
         start = time.process_time()

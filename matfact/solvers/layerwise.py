@@ -153,5 +153,5 @@ def admm_prune(
 
 def _absolute_norms(gram: Array) -> Array:
     """Return the norm of each input, not much smaller than the largest, and 1 if all are 0."""
-    largest = float(backend.namespace(gram).max(backend.namespace(gram).linalg.diagonal(gram)))
+    largest = backend.max_abs(backend.namespace(gram).linalg.diagonal(gram))
     return input_norms(gram) * math.sqrt(largest if largest > 0.0 else 1.0)

@@ -157,8 +157,7 @@ def replace(
         with torch.no_grad():
             new.bias += torch.cat([torch.as_tensor(shift) for shift in shifts]).to(new.bias)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
 
 
 def as_array(tensor: Tensor) -> Array:

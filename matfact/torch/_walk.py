@@ -134,16 +134,13 @@ def _as_now(model: nn.Module, views: _Views) -> _Mode:
 def _holding(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put `layers` into the network, and what was there back after."""
     present = {name: model.get_submodule(name) for name in layers}
-    _put(model, layers)
     try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
         yield
     finally:
-        _put(model, present)
-
-
-def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
+        for name, layer in present.items():
+            model.set_submodule(name, layer)
 
 
 class _Found:

@@ -71,8 +71,7 @@ def tucker_svd(
         else:
             parts = _tucker_parts(layer, ranks)
         if sum(part.weight.numel() for part in parts) < layer.weight.numel():  # type: ignore
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Sequential(*parts))
+            model.set_submodule(name, nn.Sequential(*parts))
     return model
 
 
