@@ -30,6 +30,24 @@ def _check_size(batch: Array, name: str) -> None:
         raise ValueError(f"{name} must be finite, with entries smaller than {_LARGEST:g}.")
 
 
+def _zeros_like(inputs: Array, outputs: Array) -> tuple[Array, Array]:
+    """Return what ``inputsᵀ · outputs`` and the sum of outputs start from."""
+    xp, device = backend.namespace(outputs), backend.device(outputs)
+    n_inputs, n_outputs = inputs.shape[1], outputs.shape[1]
+    sums = xp.zeros((n_inputs, n_outputs), dtype=outputs.dtype, device=device)
+    return sums, xp.zeros((n_outputs,), dtype=outputs.dtype, device=device)
+
+
+def _add_gram(gram: Array, X: Array) -> None:
+    """Add ``XᵀX``, a few rows at a time and each pair of features once."""
+    xp = backend.namespace(X)
+    for rows in backend.slabs(gram.shape[0]):
+        products = xp.matmul(xp.matrix_transpose(X[:, rows]), X[:, rows.start :])
+        gram[rows, rows.start :] += products
+        mirrored = products[:, rows.stop - rows.start :]
+        gram[rows.stop :, rows] += xp.matrix_transpose(mirrored)
+
+
 class InputStatistics:
     """Sums and second moments of a layer's inputs, accumulated in double precision.
 
@@ -90,12 +108,10 @@ class InputStatistics:
         xp = backend.namespace(batch)
         for rows in _slabs(batch):
             slab = xp.astype(batch[rows, :], xp.float64)
-            gram, total = xp.matmul(xp.matrix_transpose(slab), slab), xp.sum(slab, axis=0)
             if self.gram is None:
-                self.gram, self._sum = gram, total
-            else:
-                self.gram += gram
-                self._sum += total
+                self.gram, self._sum = _zeros_like(slab, slab)
+            _add_gram(self.gram, slab)
+            self._sum += xp.sum(slab, axis=0)
         self.count += int(batch.shape[0])
         return self
 
@@ -211,13 +227,12 @@ class OutputStatistics:
         xp = backend.namespace(inputs, outputs)
         for rows in _slabs(inputs):
             slab = xp.astype(outputs[rows, :], xp.float64)
-            cross = xp.matmul(xp.matrix_transpose(xp.astype(inputs[rows, :], xp.float64)), slab)
-            total = xp.sum(slab, axis=0)
+            entered = xp.astype(inputs[rows, :], xp.float64)
             if self.cross is None:
-                self.cross, self._sum = cross, total
-            else:
-                self.cross += cross
-                self._sum += total
+                self.cross, self._sum = _zeros_like(entered, slab)
+            for part in backend.slabs(self.cross.shape[0]):
+                self.cross[part, :] += xp.matmul(xp.matrix_transpose(entered[:, part]), slab)
+            self._sum += xp.sum(slab, axis=0)
             self.energy += float(xp.sum(slab**2))
         return self
 

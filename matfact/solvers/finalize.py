@@ -249,15 +249,18 @@ def _refit(
 
     def image(D: Array) -> Array:
         D = xp.matmul(D, gram_right)
-        D = D if gram_left is None else xp.matmul(gram_left, D)
-        D *= support
-        return D
+        return D if gram_left is None else xp.matmul(gram_left, D)
 
-    inverse = xp.linalg.diagonal(gram_right)[None, :]
+    # Zero off the support, where nothing changes then.
+    inverse = support * _reciprocal(xp.linalg.diagonal(gram_right))[None, :]
     if gram_left is not None:
-        inverse = inverse * xp.linalg.diagonal(gram_left)[:, None]
-    used = inverse > 0
-    inverse = xp.where(used, 1 / xp.where(used, inverse, xp.ones_like(inverse)), inverse)
-    cross *= support
+        inverse *= _reciprocal(xp.linalg.diagonal(gram_left))[:, None]
     cross -= image(F)
     return conjugate_gradients(image, cross, xp.asarray(F, copy=True), n_steps, inverse=inverse)
+
+
+def _reciprocal(diagonal: Array) -> Array:
+    """Return the reciprocal of what is positive, and zero for the rest."""
+    xp = backend.namespace(diagonal)
+    used = diagonal > 0
+    return xp.where(used, 1 / xp.where(used, diagonal, xp.ones_like(diagonal)), 0 * diagonal)

@@ -18,9 +18,9 @@ from matfact.solvers.least_squares import damped_gram, refit_values
 PENALTIES = (0.1, 1.0)
 #: Conjugate gradient steps on the values once the support is found.
 REFIT_STEPS = 20
-#: What is added to the diagonal of the Gram matrix of inputs of unit norm where a layer makes up
-#: for changes before it: what few inputs say of rare directions is not to be trusted.
-CORRECTION_DAMPING = 0.1
+#: Damping of corrections ÷ (number of inputs ÷ number of samples), and its bounds. It is least
+#: squares with noise, of which there is the more the fewer samples there are for each input.
+NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.01, 1.0
 #: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
 #: first, and in the order of their magnitude.
 LEAST_NORM = 1e-6
@@ -47,7 +47,7 @@ def input_norms(gram: Array) -> Array:
     return xp.clip(xp.sqrt(squares / largest), LEAST_NORM, None)
 
 
-def corrected(W: Array, inputs: OutputStatistics, *, damping: float = CORRECTION_DAMPING) -> Array:
+def corrected(W: Array, inputs: OutputStatistics, *, damping: float | None = None) -> Array:
     """Return the matrix that makes of changed inputs what comes nearest to the outputs of `W`.
 
     With ``Y`` the inputs that `W` was made for and `X` what has become of them, it minimizes
@@ -59,14 +59,18 @@ def corrected(W: Array, inputs: OutputStatistics, *, damping: float = CORRECTION
         Weights.
     inputs : OutputStatistics
         Those of `X`, with `Y` as the outputs.
-    damping : float
-        The more, the nearer to `W`.
+    damping : float, optional
+        The more, the nearer to `W`. Without, the fewer samples there are for each input, the
+        more, from 0.01 to 1.
 
     Returns
     -------
     array of shape (rows, columns)
         `Ŵ`, in the dtype of `W`.
     """
+    if damping is None:
+        noise = NOISE * inputs.inputs.n_features / inputs.inputs.count
+        damping = min(max(noise, LEAST_DAMPING), LARGEST_DAMPING)
     xp = backend.namespace(W)
     gram, wide = inputs.inputs.gram, backend.wide(xp.matrix_transpose(W))
     norms = _absolute_norms(gram)

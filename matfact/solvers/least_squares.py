@@ -77,7 +77,7 @@ def conjugate_gradients(
     ----------
     image : callable
         The linear part of half the gradient: symmetric, positive semidefinite, and zero wherever
-        `X` has to stay as it is. What it returns is overwritten.
+        `X` has to stay as it is and `inverse` is not. What it returns is overwritten.
     residual : array
         Minus half the gradient at `X`. Overwritten, to save memory.
     X : array
@@ -85,7 +85,7 @@ def conjugate_gradients(
     n_steps : int
         Number of steps.
     inverse : array, optional
-        Preconditioner, positive where `X` may change: the reciprocal of the diagonal of `image`.
+        Preconditioner: the reciprocal of the diagonal of `image` where `X` may change, else zero.
 
     Returns
     -------

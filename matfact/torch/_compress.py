@@ -103,9 +103,8 @@ def compress(
     feedback : bool, default=True
         Whether, with sequential calibration, each layer also makes up for what the layers before
         it have changed: what is factorized is the matrix whose outputs come nearest to those the
-        layer has in the dense network. A second pass of each batch runs through that. Layers
-        with fewer than 8 samples for each input are left out and say so, since these would make
-        them fit noise.
+        layer has in the dense network, the more cautiously the fewer samples there are for each
+        input. A second pass of each batch runs through that.
     shift_bias : bool, default=True
         Whether, with calibration, the bias of a layer that has one makes up for the mean of what
         its outputs lose.
@@ -256,13 +255,13 @@ def _try(
     adapt: Adaptation,
     shift_bias: bool,
 ) -> tuple[Fitted | None, str]:
-    """Return the fit and what is to be said of it, or why the method cannot take the layer."""
+    """Return the fit, or None and why the method cannot take the layer."""
     try:
         shift = shift_bias and has_bias
         fitted = fit_layer(factorizer, matrices, statistics, adapt, shift=shift)
     except ValueError as error:
         return None, f"kept: {error}"
-    return fitted, fitted.message
+    return fitted, ""
 
 
 def _installed(model: nn.Module, fits: _Results) -> Iterator[LayerReport]:

@@ -41,6 +41,15 @@ def test_outputs_come_nearer_and_damping_holds_the_weights(inputs):
     assert changes == sorted(changes, reverse=True)
 
 
+@pytest.mark.parametrize(("count", "damping"), [(4, 1.0), (12, 1.0), (48, 0.25), (5000, 0.01)])
+def test_the_fewer_samples_the_more_damping(count, damping):
+    rng = np.random.default_rng(2)
+    dense = rng.standard_normal((count, 6))
+    statistics = OutputStatistics().update(dense + 0.1 * rng.standard_normal(dense.shape), dense)
+    expected = corrected(W, statistics, damping=damping)
+    np.testing.assert_array_equal(corrected(W, statistics), expected)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dead_inputs_leave_their_weights_alone(dtype, inputs):
     dense, now = (x.astype(dtype) for x in inputs)

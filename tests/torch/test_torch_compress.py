@@ -87,16 +87,16 @@ def test_later_layers_make_up_for_earlier_ones_and_biases_for_what_is_lost(mlp, 
     assert errors == sorted(errors, reverse=True)
 
 
-def test_few_samples_are_not_trusted_to_tell_what_earlier_layers_have_changed(mlp, digits):
+def test_feedback_helps_with_fewer_samples_than_inputs(mlp, digits):
     batches = [digits.batches[0][0][:40]]
-    results = []
+    errors = []
     for feedback in (False, True):
-        small, report = compress(
+        small, _ = compress(
             mlp, "magnitude", density=0.2, calibration=batches, feedback=feedback, shift_bias=False
         )
-        results.append(small(digits.test_x))
-    torch.testing.assert_close(*results)
-    assert [row.message for row in report] == ["no feedback: 40 samples of 64 inputs"] * 3
+        with torch.no_grad():
+            errors.append(float((small(digits.test_x) - mlp(digits.test_x)).norm()))
+    assert errors[1] < errors[0]
 
 
 def test_shifted_biases_keep_the_mean_of_outputs(cnn, digits):
