@@ -109,13 +109,13 @@ def _refitted(
 ) -> FactorProduct:
     """Do what :func:`finalize` says, with second moments that are damped already."""
     factors = list(product.factors)
-    dense = _dense(factors)
+    xp = backend.namespace(W)
+    dense = [xp.asarray(array, copy=True) for array in _dense(factors)]  # overwritten
     fitted = [i for i, factor in enumerate(factors) if factor.nnz][:n_factors]
     for _ in range(n_sweeps):
         for i in fitted:
             left, right = _product(dense[:i]), _product(dense[i + 1 :])
-            support = _support(factors[i])
-            dense[i] = _refit(left, right, W, moment, dense[i], support, n_steps)
+            _refit(factors[i], dense[i], left, right, W, moment, n_steps)
     return FactorProduct(
         [_holding(factor, array) for factor, array in zip(factors, dense, strict=True)]
     )
@@ -228,15 +228,15 @@ def _holding(factor: Factor, array: Array) -> Factor:
 
 
 def _refit(
+    factor: Factor,
+    F: Array,
     left: Array | None,
     right: Array | None,
     W: Array,
     moment: Array,
-    F: Array,
-    support: Array,
     n_steps: int,
-) -> Array:
-    """Lower ``tr (W − L F R) H (W − L F R)ᵀ`` over the values of `F` on `support`."""
+) -> None:
+    """Lower ``tr (W − L F R) H (W − L F R)ᵀ`` over the values of `F` where `factor` has some."""
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
     right_moment = moment if right is None else xp.matmul(right, moment)
@@ -249,14 +249,17 @@ def _refit(
 
     def image(D: Array) -> Array:
         D = xp.matmul(D, gram_right)
-        return D if gram_left is None else xp.matmul(gram_left, D)
+        if gram_left is not None:
+            for columns in backend.slabs(D.shape[1]):  # in place, to save memory
+                D[:, columns] = xp.matmul(gram_left, D[:, columns])
+        return D
 
     # Zero off the support, where nothing changes then.
-    inverse = support * _reciprocal(xp.linalg.diagonal(gram_right))[None, :]
+    inverse = _support(factor) * _reciprocal(xp.linalg.diagonal(gram_right))[None, :]
     if gram_left is not None:
         inverse *= _reciprocal(xp.linalg.diagonal(gram_left))[:, None]
     cross -= image(F)
-    return conjugate_gradients(image, cross, xp.asarray(F, copy=True), n_steps, inverse=inverse)
+    conjugate_gradients(image, cross, F, n_steps, inverse=inverse)
 
 
 def _reciprocal(diagonal: Array) -> Array:

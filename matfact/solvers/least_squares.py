@@ -93,9 +93,8 @@ def conjugate_gradients(
         `X`.
     """
     xp = backend.namespace(X)
-    scaled = residual if inverse is None else inverse * residual
-    direction = xp.asarray(scaled, copy=True)
-    energy = backend.inner(residual, scaled)
+    direction = xp.asarray(residual, copy=True) if inverse is None else inverse * residual
+    energy = backend.inner(residual, direction)
     negligible = energy * float(xp.finfo(X.dtype).eps) ** 2
     for _ in range(n_steps):
         step = image(direction)
@@ -104,10 +103,11 @@ def conjugate_gradients(
             break
         step *= energy / curvature
         residual -= step
-        del step, scaled  # memory, as it is all of the size of X
+        del step  # memory, as it is of the size of X
         X += (energy / curvature) * direction
         scaled = residual if inverse is None else inverse * residual
         previous, energy = energy, backend.inner(residual, scaled)
         direction *= energy / previous
         direction += scaled
+        del scaled
     return X
