@@ -70,6 +70,7 @@ def sparse_regression(
         rhs = kernels.consensus_target(cross, state.values, state.support, penalty * diagonal)
         rhs = backend.spd_solve(backend.add_diagonal(gram, (penalty + DAMPING) * diagonal), rhs)
         values, scores = kernels.absorb_step(rhs, state.values, state.support, norms)
+        del rhs  # memory, as below
         state = SparseState(values, constraint.support(scores))
-        del rhs, values, scores  # memory for the next step
+        del values, scores
     return state

@@ -165,17 +165,26 @@ def _reselected(factor: Factor, right: Array | None, W: Array, moment: Array) ->
     transpose = xp.matrix_transpose
     known = moment if right is None else xp.matmul(right, moment)
     gram = known if right is None else xp.matmul(known, transpose(right))
-    cross = xp.matmul(known, transpose(W))
-    X = backend.contiguous(transpose(backend.compute_array(factor.toarray())))
+    X = _regressed(gram, xp.matmul(known, transpose(W)), factor)
+    chosen = backend.contiguous(transpose(X))
+    return SparseFactor.from_dense(xp.astype(chosen, factor.values.dtype, copy=False))
+
+
+def _regressed(gram: Array, cross: Array, factor: Factor) -> Array:
+    """Return the transpose of `factor` with as many other values, by steps that settle them."""
+    xp = backend.namespace(gram)
+    X = backend.contiguous(xp.matrix_transpose(backend.compute_array(factor.toarray())))
     state = SparseState(X, X != 0)
+    del X  # memory, as below
     weights = ADMM_DAMPING * xp.linalg.diagonal(gram)[:, None]
     low, high = PENALTIES
     for i in range(SELECTION_STEPS):
         penalty = low * (high / low) ** (i / (SELECTION_STEPS - 1))
-        pulled = cross + weights * state.solution  # what the solver adds to the Gram matrix
+        pulled = weights * state.solution  # what the solver adds to the Gram matrix
+        pulled += cross
         state = sparse_regression(gram, pulled, state, GlobalSparsity(factor.nnz), [penalty])
-    chosen = backend.contiguous(transpose(state.solution))
-    return SparseFactor.from_dense(xp.astype(chosen, factor.values.dtype))
+        del pulled
+    return state.solution
 
 
 def _objective(product: FactorProduct, W: Array, moment: Array) -> float:
