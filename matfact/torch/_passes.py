@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import functools
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matfact.torch import _memory
 from matfact.torch._batches import forward
 from matfact.torch._matrices import Matricized
 from matfact.torch.capture import layer_input
@@ -22,9 +21,6 @@ from matfact.torch.capture import layer_input
 #: Called with the name and the input of a layer.
 Visitor = Callable[[str, Tensor], None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Stopped(BaseException):
@@ -87,6 +83,7 @@ class Pass:
         """Wait until advanced, and try `run` whenever that is wanted (called by the thread)."""
         self.at, self._arguments = name, arguments
         while True:
+            _memory.rest()
             self._halted.release()
             self._go.acquire()
             if self._cancelled:
@@ -130,7 +127,7 @@ class Pass:
 
     def _wait(self) -> None:
         self._halted.acquire()
-        _trim()
+        _memory.trim()
         if self._error is not None:
             raise self._error
 
@@ -140,13 +137,6 @@ class Pass:
         self._go.release()
         if self._thread.ident is not None:
             self._thread.join()
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: the C library of Linux keeps some for each thread."""
-    trim = getattr(_C_LIBRARY, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _called(run: Callable[..., Any], arguments: Arguments) -> None:

@@ -1,6 +1,8 @@
 """A walk through networks of many forms, against plain passes of what the network is then."""
 
 import copy
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -156,3 +158,21 @@ def test_statistics_are_those_of_the_network_with_all_that_was_replaced(network,
     for batch, copied in zip(batches, given, strict=True):
         torch.testing.assert_close(batch, copied)  # as they were given
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of processes")
+def test_batches_that_wait_hold_no_workers_and_no_work_space():
+    def resident():
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    block = nn.Sequential(nn.Linear(576, 1536), nn.Linear(1536, 64))
+    x, count = torch.randn(512, 576), 24
+    stops = walk(nn.Sequential(block, nn.Linear(64, 64)), ["0.0", "1"], [x] * count)
+    next(stops)
+    before = resident(), len(os.listdir("/proc/self/task"))
+    next(stops)
+    states = 4 * 512 * 64 * count
+    assert resident() - before[0] < states + 15e6  # without rest() 35e6 and more
+    assert len(os.listdir("/proc/self/task")) <= before[1] + 2
+    stops.close()
