@@ -20,7 +20,7 @@ PENALTIES = (0.1, 1.0)
 REFIT_STEPS = 20
 #: Damping of corrections ÷ (number of inputs ÷ number of samples), and its bounds. It is least
 #: squares with noise, of which there is the more the fewer samples there are for each input.
-NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.01, 1.0
+NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.1, 1.0
 #: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
 #: first, and in the order of their magnitude.
 LEAST_NORM = 1e-6
@@ -61,7 +61,7 @@ def corrected(W: Array, inputs: OutputStatistics, *, damping: float | None = Non
         Those of `X`, with `Y` as the outputs.
     damping : float, optional
         The more, the nearer to `W`. Without, the fewer samples there are for each input, the
-        more, from 0.01 to 1.
+        more, from 0.1 to 1.
 
     Returns
     -------

@@ -41,7 +41,7 @@ def test_outputs_come_nearer_and_damping_holds_the_weights(inputs):
     assert changes == sorted(changes, reverse=True)
 
 
-@pytest.mark.parametrize(("count", "damping"), [(4, 1.0), (12, 1.0), (48, 0.25), (5000, 0.01)])
+@pytest.mark.parametrize(("count", "damping"), [(4, 1.0), (12, 1.0), (48, 0.25), (5000, 0.1)])
 def test_the_fewer_samples_the_more_damping(count, damping):
     rng = np.random.default_rng(2)
     dense = rng.standard_normal((count, 6))
