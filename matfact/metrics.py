@@ -26,15 +26,24 @@ def relative_error(W: Array, W_hat: Array) -> float:
     float
         0 when both are zero, infinity when only `W` is.
     """
-    W, W_hat = backend.wide(W), backend.wide(W_hat)
-    with np.errstate(over="ignore"):
-        error, total = backend.norm(W - W_hat), backend.norm(W)
+    error, total = _norms(W, W_hat, 1.0)
     if math.isinf(error) or math.isinf(total):
         scale = 1 / backend.power_of_two(max(backend.max_abs(W), backend.max_abs(W_hat)))
-        error, total = backend.norm(W * scale - W_hat * scale), backend.norm(W * scale)
+        error, total = _norms(W, W_hat, scale)
     if error == 0.0:
         return 0.0
     return error / total if total else math.inf
+
+
+def _norms(W: Array, W_hat: Array, scale: float) -> tuple[float, float]:
+    """Return ``‖W − Ŵ‖_F`` and ``‖W‖_F``, times `scale`, in double precision."""
+    errors, totals = [], []
+    with np.errstate(over="ignore"):
+        for rows in backend.slabs(W.shape[0]):
+            slab, slab_hat = (backend.wide(matrix[rows, :]) * scale for matrix in (W, W_hat))
+            errors.append(backend.norm(slab - slab_hat))
+            totals.append(backend.norm(slab))
+    return math.hypot(*errors), math.hypot(*totals)
 
 
 def layer_error(W: Array, W_hat: Array, gram: Array) -> float:
@@ -96,12 +105,13 @@ def magnitude_error(W: Array, nnz: int) -> float:
     This is the best error any single matrix with `nnz` stored values can reach, and the
     denominator of :func:`normalized_error`.
     """
-    magnitudes = np.abs(backend.to_numpy(backend.wide(W))).reshape(-1)
+    magnitudes = np.abs(backend.to_numpy(backend.compute_array(W))).reshape(-1)
     total, n_lost = backend.norm(magnitudes), magnitudes.size - nnz
     if n_lost <= 0 or total == 0.0:
         return 0.0
-    lost = np.partition(magnitudes, n_lost)[:n_lost] if nnz else magnitudes
-    return backend.norm(lost) / total
+    if nnz:
+        magnitudes.partition(n_lost)
+    return backend.norm(magnitudes[:n_lost]) / total
 
 
 def normalized_error(W: Array, error: float, nnz: int) -> float:

@@ -37,7 +37,7 @@ class GlobalSparsity(Sparsity):
         check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
-        return kernels.top_k_mask(backend.namespace(array).abs(array), self.k)
+        return kernels.top_k_mask(array, self.k)
 
     def nnz(self, shape: tuple[int, int]) -> int:
         return min(self.k, shape[0] * shape[1])
@@ -59,7 +59,7 @@ class RowSparsity(Sparsity):
         check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
-        return kernels.top_k_mask(backend.namespace(array).abs(array), self.k, axis=1)
+        return kernels.top_k_mask(array, self.k, axis=1)
 
     def nnz(self, shape: tuple[int, int]) -> int:
         return shape[0] * min(self.k, shape[1])
@@ -81,7 +81,7 @@ class ColumnSparsity(Sparsity):
         check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
-        return kernels.top_k_mask(backend.namespace(array).abs(array), self.k, axis=0)
+        return kernels.top_k_mask(array, self.k, axis=0)
 
     def nnz(self, shape: tuple[int, int]) -> int:
         return shape[1] * min(self.k, shape[0])
@@ -106,10 +106,8 @@ class RowColumnSparsity(Sparsity):
         check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
-        magnitudes = backend.namespace(array).abs(array)
-        return kernels.top_k_mask(magnitudes, self.k, axis=0) | kernels.top_k_mask(
-            magnitudes, self.k, axis=1
-        )
+        by_column = kernels.top_k_mask(array, self.k, axis=0)
+        return by_column | kernels.top_k_mask(array, self.k, axis=1)
 
     def nnz(self, shape: tuple[int, int]) -> int:
         # The k largest entries of all are among those of their row and those of their column.
@@ -143,10 +141,9 @@ class NMSparsity(Sparsity):
         xp = backend.namespace(array)
         rows, columns = array.shape
         whole = columns - columns % self.m
-        magnitudes = xp.abs(array)
-        groups = xp.reshape(magnitudes[:, :whole], (rows, whole // self.m, self.m))
+        groups = xp.reshape(array[:, :whole], (rows, whole // self.m, self.m))
         mask = xp.reshape(kernels.top_k_mask(groups, self.n, axis=2), (rows, whole))
-        rest = kernels.top_k_mask(magnitudes[:, whole:], self.n, axis=1)
+        rest = kernels.top_k_mask(array[:, whole:], self.n, axis=1)
         return xp.concat([mask, rest], axis=1)
 
     def nnz(self, shape: tuple[int, int]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -102,15 +101,14 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         statistics = None if calibration is None else check_calibration(calibration, W)
         work = backend.contiguous(backend.compute_array(W))
         # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
-        magnitude = backend.max_abs(work)
-        scale = 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 1.0
-        # Reciprocals of subnormal numbers overflow.
-        scale = max(scale, float(backend.namespace(work).finfo(work.dtype).smallest_normal))
+        scale = backend.unit(work)
+        scaled = work if scale == 1.0 else work * (1 / scale)
         history = History()
         if statistics is None:
-            result = self._factorize(work * (1 / scale), history)
+            result = self._factorize(scaled, history)
         else:
-            result = self._factorize_calibrated(work * (1 / scale), history, statistics)
+            result = self._factorize_calibrated(scaled, history, statistics)
+        del scaled
         product = FactorProduct(result.factors).rescaled(scale)
         self.operator_ = product.astype(W.dtype)
         self.n_iter_ = result.n_iter

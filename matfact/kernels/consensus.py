@@ -38,16 +38,15 @@ def absorb_step(Y: Array, V: Array, support: Array, weights: Array) -> tuple[Arr
     Parameters
     ----------
     Y : array of shape (rows, columns)
-        Solution of the ridge step; overwritten where that saves memory.
+        Solution of the ridge step. On NumPy it is overwritten with the magnitudes.
     V, support : array of shape (rows, columns)
-        The state, and where it holds `Z`.
+        The state, which on NumPy is overwritten with the new one, and where it holds `Z`.
     weights : array of shape (rows,)
         Nonnegative importance of each row.
     """
     if backend.is_numpy(V):
-        scores = np.empty_like(Y)
-        _absorb_step(Y, V, support, weights, scores)
-        return Y, scores
+        _absorb_step(Y, V, support, weights)
+        return V, Y
     xp = backend.namespace(V)
     V = Y + xp.where(support, xp.zeros_like(V), V)
     return V, weights[:, None] * xp.abs(V)
@@ -62,10 +61,10 @@ def _consensus_target(cross, V, support, weights, out):  # type: ignore[no-untyp
 
 
 @numba.njit(cache=True, nogil=True)
-def _absorb_step(Y, V, support, weights, scores):  # type: ignore[no-untyped-def]
+def _absorb_step(Y, V, support, weights):  # type: ignore[no-untyped-def]
     zero = Y.dtype.type(0)
     for i in range(V.shape[0]):
         for j in range(V.shape[1]):
             value = Y[i, j] + (zero if support[i, j] else V[i, j])
-            Y[i, j] = value
-            scores[i, j] = weights[i] * abs(value)
+            V[i, j] = value
+            Y[i, j] = weights[i] * abs(value)

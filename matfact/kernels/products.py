@@ -30,14 +30,14 @@ def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Ar
     support : array of bool, of shape (rows, inner)
         Where `M` may be nonzero.
     W : array of shape (inner, columns)
-        Dense matrix, C-contiguous on NumPy.
+        Dense matrix, C-contiguous or the transpose of such a one on NumPy.
     """
     xp = backend.namespace(values)
     if backend.is_numpy(values):
         nnz = int(np.count_nonzero(support))
         if nnz <= DENSE * values.size:
             return _sparse_normal_equations(values, support, nnz, W)
-    M = xp.where(support, values, xp.zeros_like(values))
+    M = backend.zeroed(xp.asarray(values, copy=True), support)
     return xp.matmul(M, xp.matrix_transpose(M)), xp.matmul(M, W)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from matfact import backend
 from matfact.backend import Array
 
 
-def top_k_mask(scores: Array, k: int, axis: int | None = None) -> Array:
-    """Return a boolean mask of exactly the `k` largest `scores`.
+def top_k_mask(array: Array, k: int, axis: int | None = None) -> Array:
+    """Return a boolean mask of exactly the `k` entries of largest magnitude.
 
     Parameters
     ----------
-    scores : array
-        Real scores without NaN.
+    array : array
+        Numbers without NaN.
     k : int
         How many to keep, overall or in every slice along `axis`; at most all of them.
     axis : int, optional
@@ -20,16 +22,19 @@ def top_k_mask(scores: Array, k: int, axis: int | None = None) -> Array:
 
     Returns
     -------
-    array of bool, of the shape of `scores`
-        Among equal scores the earlier in C order are kept, on every array library.
+    array of bool, of the shape of `array`
+        Among equal magnitudes the earlier in C order are kept, on every array library.
     """
-    xp = backend.namespace(scores)
+    xp = backend.namespace(array)
     if axis is None:
-        return xp.reshape(top_k_mask(xp.reshape(scores, (-1,)), k, axis=0), scores.shape)
+        return xp.reshape(top_k_mask(xp.reshape(array, (-1,)), k, axis=0), array.shape)
     if k <= 0:
-        return xp.zeros_like(scores, dtype=xp.bool)
-    if k >= scores.shape[axis]:
-        return xp.ones_like(scores, dtype=xp.bool)
+        return xp.zeros_like(array, dtype=xp.bool)
+    if k >= array.shape[axis]:
+        return xp.ones_like(array, dtype=xp.bool)
+    if backend.is_numpy(array) and array.ndim == 1:
+        return _top_k_of_vector(array, k)
+    scores = xp.abs(array)
     threshold = backend.kth_largest(scores, k, axis=axis)
     mask = scores >= threshold
     kept = xp.count_nonzero(mask, axis=axis, keepdims=True)
@@ -40,3 +45,17 @@ def top_k_mask(scores: Array, k: int, axis: int | None = None) -> Array:
     tied = mask & ~above
     order = xp.cumulative_sum(xp.astype(tied, xp.int64), axis=axis)
     return above | (tied & (order <= missing))
+
+
+def _top_k_of_vector(array: np.ndarray, k: int) -> np.ndarray:
+    """Return the mask for all entries together, with one copy of them in memory."""
+    scores = np.abs(array)
+    scores.partition(scores.size - k)
+    threshold = scores[-k]
+    np.abs(array, out=scores)
+    mask = scores >= threshold
+    if np.count_nonzero(mask) > k:
+        tied = np.flatnonzero(scores == threshold)
+        n_above = np.count_nonzero(mask) - tied.size
+        mask[tied[k - n_above :]] = False
+    return mask

@@ -28,7 +28,7 @@ class SparseState:
     def solution(self) -> Array:
         """The sparse solution as a dense array."""
         xp = backend.namespace(self.values)
-        return xp.where(self.support, self.values, xp.zeros_like(self.values))
+        return backend.zeroed(xp.asarray(self.values, copy=True), self.support)
 
 
 def sparse_regression(
@@ -50,7 +50,7 @@ def sparse_regression(
     cross : array of shape (rows, columns)
         ``M W``.
     state : SparseState
-        Solution and dual to start from, of shape (rows, columns).
+        Solution and dual to start from, of shape (rows, columns). On NumPy they are overwritten.
     constraint : Constraint
         Set of `X`, whose ``support`` is chosen anew at every step.
     penalties : sequence of float
@@ -70,7 +70,6 @@ def sparse_regression(
         rhs = kernels.consensus_target(cross, state.values, state.support, penalty * diagonal)
         rhs = backend.spd_solve(backend.add_diagonal(gram, (penalty + DAMPING) * diagonal), rhs)
         values, scores = kernels.absorb_step(rhs, state.values, state.support, norms)
-        del rhs  # memory, as below
         state = SparseState(values, constraint.support(scores))
-        del values, scores
+        del rhs, scores  # memory
     return state

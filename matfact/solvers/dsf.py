@@ -64,13 +64,12 @@ def dsf(
         Sweeps made: fewer than `max_iter` when the product has become exact.
     """
     xp = backend.namespace(W)
-    W = backend.contiguous(W)
-    W_transposed = backend.contiguous(xp.matrix_transpose(W))
+    W_transposed = xp.matrix_transpose(W)
     side = W.shape[0]
     eye = xp.eye(side, dtype=W.dtype, device=backend.device(W))
     # The solver works on A transposed, so that either factor is the unknown of Mᵀ X ≈ target.
     left = transposed(left)
-    A, B = SparseState(eye, eye != 0), SparseState(W, right.support(W))
+    A, B = SparseState(eye, eye != 0), SparseState(xp.asarray(W, copy=True), right.support(W))
     del eye  # memory, as below
     energy, eps = backend.norm(W) ** 2, float(xp.finfo(W.dtype).eps)
     gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
@@ -99,9 +98,9 @@ def dsf(
 
 
 def _refitted(state: SparseState, other: SparseState, target: Array) -> SparseState:
-    """Return `state` with better values, zero off the support, given the `other` factor."""
+    """Give `state` better values, zero off the support, given the `other` factor."""
     gram, residual = kernels.normal_equations(other.values, other.support, target)
-    values = state.solution
+    values = backend.zeroed(state.values, state.support)
     residual -= backend.namespace(values).matmul(gram, values)
     values = refit_values(gram, residual, values, state.support, REFIT_STEPS)
     return SparseState(values, state.support)

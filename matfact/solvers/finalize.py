@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from matfact import backend
 from matfact.backend import Array
@@ -12,7 +13,7 @@ from matfact.constraints import GlobalSparsity
 from matfact.operators import Factor, FactorProduct, SelectionFactor, SparseFactor
 from matfact.solvers.admm import DAMPING as ADMM_DAMPING
 from matfact.solvers.admm import SparseState, sparse_regression
-from matfact.solvers.least_squares import conjugate_gradients, damped_gram
+from matfact.solvers.least_squares import conjugate_gradients
 
 #: Penalty of the first and the last step in which stored entries are chosen anew, and how many.
 PENALTIES, SELECTION_STEPS = (0.1, 1.0), 20
@@ -20,6 +21,8 @@ PENALTIES, SELECTION_STEPS = (0.1, 1.0), 20
 REFIT_STEPS = 10
 #: Share of the mean diagonal added to second moments, which holds directions without inputs to W.
 DAMPING = 1e-2
+#: Rows of second moments converted to the dtype of weights at a time.
+_SLAB = 64
 
 
 def input_scale(second_moment: Array) -> Array:
@@ -62,6 +65,39 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
     raise TypeError("a product of selections stores no value that could be scaled")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """Second moments with a mean diagonal of one, made positive definite.
+
+    Their double precision is left a few rows at a time, so that they need no second matrix.
+    """
+
+    second_moment: Array
+    dtype: Any
+
+    @functools.cached_property
+    def _scale(self) -> float:
+        xp = backend.namespace(self.second_moment)
+        mean = float(xp.mean(xp.linalg.diagonal(self.second_moment)))
+        return 1 / mean if mean > 0.0 else 1.0
+
+    @property
+    def diagonal(self) -> Array:
+        xp = backend.namespace(self.second_moment)
+        diagonal = xp.linalg.diagonal(self.second_moment) * self._scale + DAMPING
+        return xp.astype(diagonal, self.dtype)
+
+    def before(self, A: Array) -> Array:
+        """Return `A` times the moments."""
+        xp = backend.namespace(A)
+        result = xp.empty_like(A)
+        for rows in backend.slabs(A.shape[1], _SLAB):
+            slab = xp.astype(self.second_moment[rows, :] * self._scale, self.dtype)
+            slab[:, rows] = backend.add_diagonal(slab[:, rows], DAMPING)
+            result[:, rows] = xp.matmul(A, xp.matrix_transpose(slab))  # they are symmetric
+        return result
+
+
 def finalize(
     product: FactorProduct,
     W: Array,
@@ -96,13 +132,13 @@ def finalize(
     FactorProduct
         The same supports with other values, and an error that is not larger.
     """
-    return _refitted(product, W, damped(second_moment, W), n_sweeps, n_steps, n_factors)
+    return _refitted(product, W, _Moments(second_moment, W.dtype), n_sweeps, n_steps, n_factors)
 
 
 def _refitted(
     product: FactorProduct,
     W: Array,
-    moment: Array,
+    moments: _Moments,
     n_sweeps: int,
     n_steps: int,
     n_factors: int | None = None,
@@ -115,7 +151,7 @@ def _refitted(
     for _ in range(n_sweeps):
         for i in fitted:
             left, right = _product(dense[:i]), _product(dense[i + 1 :])
-            _refit(factors[i], dense[i], left, right, W, moment, n_steps)
+            _refit(factors[i], dense[i], left, right, W, moments, n_steps)
     return FactorProduct(
         [_holding(factor, array) for factor, array in zip(factors, dense, strict=True)]
     )
@@ -145,26 +181,27 @@ def reselect(
     FactorProduct
         As many values, and an error that is not larger.
     """
-    moment = damped(second_moment, W)
-    best = _refitted(product, W, moment, 1, REFIT_STEPS)
-    least = _objective(best, W, moment)
+    moments = _Moments(second_moment, W.dtype)
+    best = _refitted(product, W, moments, 1, REFIT_STEPS)
+    least = _objective(best, W, moments)
     for _ in range(n_rounds if product.factors[0].nnz else 0):
         first, *others = best.factors
-        found = FactorProduct([_reselected(first, _product(_dense(others)), W, moment), *others])
-        found = _refitted(found, W, moment, 2, REFIT_STEPS)
-        error = _objective(found, W, moment)
+        found = FactorProduct([_reselected(first, _product(_dense(others)), W, moments), *others])
+        found = _refitted(found, W, moments, 2, REFIT_STEPS)
+        error = _objective(found, W, moments)
         if error >= least:
             break
         best, least = found, error
     return best
 
 
-def _reselected(factor: Factor, right: Array | None, W: Array, moment: Array) -> Factor:
+def _reselected(factor: Factor, right: Array | None, W: Array, moments: _Moments) -> Factor:
     """Return a sparse factor on the entries that suit ``W ≈ factor · right`` best."""
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
-    known = moment if right is None else xp.matmul(right, moment)
-    gram = known if right is None else xp.matmul(known, transpose(right))
+    right = xp.eye(W.shape[1], dtype=W.dtype, device=backend.device(W)) if right is None else right
+    known = moments.before(right)
+    gram = xp.matmul(known, transpose(right))
     X = _regressed(gram, xp.matmul(known, transpose(W)), factor)
     chosen = backend.contiguous(transpose(X))
     return SparseFactor.from_dense(xp.astype(chosen, factor.values.dtype, copy=False))
@@ -187,32 +224,15 @@ def _regressed(gram: Array, cross: Array, factor: Factor) -> Array:
     return state.solution
 
 
-def _objective(product: FactorProduct, W: Array, moment: Array) -> float:
+def _objective(product: FactorProduct, W: Array, moments: _Moments) -> float:
     """Return ``tr (W − Ŵ) H (W − Ŵ)ᵀ``."""
     xp = backend.namespace(W)
-    difference = W - xp.astype(product.toarray(), W.dtype)
-    return float(xp.sum(xp.matmul(difference, moment) * difference))
+    difference = W - xp.astype(_product(_dense(product.factors)), W.dtype, copy=False)
+    return float(xp.sum(moments.before(difference) * difference))
 
 
 def _dense(factors: Iterable[Factor]) -> list[Array]:
     return [backend.compute_array(factor.toarray()) for factor in factors]
-
-
-def damped(second_moment: Array, like: Array) -> Array:
-    """Return `second_moment` with a mean diagonal of one, made positive definite.
-
-    Parameters
-    ----------
-    second_moment : array of shape (in_features, in_features)
-        Average of ``x xᵀ``.
-    like : array
-        Gives the dtype.
-    """
-    xp = backend.namespace(second_moment)
-    energies = xp.linalg.diagonal(second_moment)
-    mean = float(xp.mean(energies))
-    norms = xp.full_like(energies, math.sqrt(mean) if mean > 0.0 else 1.0)
-    return damped_gram(second_moment, norms, DAMPING, like.dtype)
 
 
 def _product(matrices: list[Array]) -> Array | None:
@@ -223,9 +243,9 @@ def _product(matrices: list[Array]) -> Array | None:
 
 
 def _support(factor: Factor) -> Array:
-    """Return ones where `factor` stores values and zeros elsewhere."""
+    """Return where `factor` stores values."""
     xp = backend.namespace(factor.values)
-    return backend.compute_array(factor.with_values(xp.ones_like(factor.values)).toarray())
+    return factor.with_values(xp.ones_like(factor.values)).toarray() != 0
 
 
 def _holding(factor: Factor, array: Array) -> Factor:
@@ -242,33 +262,44 @@ def _refit(
     left: Array | None,
     right: Array | None,
     W: Array,
-    moment: Array,
+    moments: _Moments,
     n_steps: int,
 ) -> None:
     """Lower ``tr (W − L F R) H (W − L F R)ᵀ`` over the values of `F` where `factor` has some."""
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
-    right_moment = moment if right is None else xp.matmul(right, moment)
-    gram_right = moment if right is None else xp.matmul(right_moment, transpose(right))
-    cross = xp.matmul(W, transpose(right_moment))
+    in_metric: Callable[[Array], Array]
+    if right is None:
+        in_metric, diagonal, cross = moments.before, moments.diagonal, moments.before(W)
+    else:
+        known = moments.before(right)
+        gram_right = xp.matmul(known, transpose(right))
+        in_metric, diagonal = (lambda D: xp.matmul(D, gram_right)), xp.linalg.diagonal(gram_right)
+        cross = xp.matmul(W, transpose(known))
     gram_left = None
     if left is not None:
         gram_left = xp.matmul(transpose(left), left)
         cross = xp.matmul(transpose(left), cross)
 
     def image(D: Array) -> Array:
-        D = xp.matmul(D, gram_right)
+        D = in_metric(D)
         if gram_left is not None:
             for columns in backend.slabs(D.shape[1]):  # in place, to save memory
                 D[:, columns] = xp.matmul(gram_left, D[:, columns])
         return D
 
-    # Zero off the support, where nothing changes then.
-    inverse = _support(factor) * _reciprocal(xp.linalg.diagonal(gram_right))[None, :]
-    if gram_left is not None:
-        inverse *= _reciprocal(xp.linalg.diagonal(gram_left))[:, None]
+    support = _support(factor)
+    inverse_right = _reciprocal(diagonal)[None, :]
+    inverse_left = None if left is None else _reciprocal(xp.linalg.diagonal(gram_left))[:, None]
+
+    def precondition(D: Array) -> Array:
+        D = D * inverse_right
+        if inverse_left is not None:
+            D *= inverse_left
+        return backend.zeroed(D, support)  # nothing changes off it
+
     cross -= image(F)
-    conjugate_gradients(image, cross, F, n_steps, inverse=inverse)
+    conjugate_gradients(image, cross, F, n_steps, precondition=precondition)
 
 
 def _reciprocal(diagonal: Array) -> Array:

@@ -145,7 +145,8 @@ def admm_prune(
 
     rule = transposed(constraint)
     magnitude = SparseState(target, xp.matrix_transpose(constraint.support(W)))
-    state = wanda = SparseState(target, rule.support(target))
+    wanda = SparseState(target, rule.support(target))
+    state = SparseState(xp.asarray(target, copy=True), wanda.support)
     pulled = cross + DAMPING * target  # what the solver adds to the Gram matrix, added here too
     for step, penalty in enumerate(np.geomspace(*PENALTIES, max_iter), start=1):
         state = sparse_regression(gram, pulled, state, rule, [float(penalty)])

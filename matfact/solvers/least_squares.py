@@ -53,11 +53,10 @@ def refit_values(gram: Array, residual: Array, X: Array, support: Array, n_steps
     array of shape (rows, columns)
         `X`, zero off the support.
     """
-    xp = backend.namespace(X)
-    zero = xp.zeros((), dtype=X.dtype, device=backend.device(X))
-    residual *= xp.astype(support, X.dtype)
+    matmul = backend.namespace(X).matmul
+    residual = backend.zeroed(residual, support)
     return conjugate_gradients(
-        lambda D: xp.where(support, xp.matmul(gram, D), zero), residual, X, n_steps
+        lambda D: backend.zeroed(matmul(gram, D), support), residual, X, n_steps
     )
 
 
@@ -67,7 +66,7 @@ def conjugate_gradients(
     X: Array,
     n_steps: int,
     *,
-    inverse: Array | None = None,
+    precondition: Callable[[Array], Array] | None = None,
 ) -> Array:
     """Take steps towards the minimum of a quadratic function of `X`.
 
@@ -77,15 +76,16 @@ def conjugate_gradients(
     ----------
     image : callable
         The linear part of half the gradient: symmetric, positive semidefinite, and zero wherever
-        `X` has to stay as it is and `inverse` is not. What it returns is overwritten.
+        `X` has to stay as it is, unless `precondition` is zero there. What it returns is
+        overwritten.
     residual : array
         Minus half the gradient at `X`. Overwritten, to save memory.
     X : array
         Where to start. Overwritten.
     n_steps : int
         Number of steps.
-    inverse : array, optional
-        Preconditioner: the reciprocal of the diagonal of `image` where `X` may change, else zero.
+    precondition : callable, optional
+        What nearly undoes `image` where `X` may change, and is zero elsewhere.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def conjugate_gradients(
         `X`.
     """
     xp = backend.namespace(X)
-    direction = xp.asarray(residual, copy=True) if inverse is None else inverse * residual
+    direction = precondition(residual) if precondition else xp.asarray(residual, copy=True)
     energy = backend.inner(residual, direction)
     negligible = energy * float(xp.finfo(X.dtype).eps) ** 2
     for _ in range(n_steps):
@@ -105,7 +105,7 @@ def conjugate_gradients(
         residual -= step
         del step  # memory, as it is of the size of X
         X += (energy / curvature) * direction
-        scaled = residual if inverse is None else inverse * residual
+        scaled = precondition(residual) if precondition else residual
         previous, energy = energy, backend.inner(residual, scaled)
         direction *= energy / previous
         direction += scaled
