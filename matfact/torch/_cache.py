@@ -42,6 +42,10 @@ class Derived(Generic[T]):
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Keep nothing until it is wanted again."""
         self._key: list[tuple[int, int]] = []
         self._storage: list[Tensor] = []
         self._value: T | None = None
@@ -70,3 +74,11 @@ class Derived(Generic[T]):
 
     def __reduce__(self) -> tuple[type[Derived[T]], tuple[()]]:
         return Derived, ()
+
+
+def forget(module: nn.Module) -> None:
+    """Let `module` and what is in it keep nothing derived, which takes as much memory as they."""
+    for each in module.modules():
+        for value in vars(each).values():
+            if isinstance(value, Derived):
+                value.clear()

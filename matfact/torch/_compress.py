@@ -8,6 +8,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 from joblib import Parallel, delayed
@@ -37,6 +38,14 @@ class Compressed(NamedTuple):
     report: CompressionReport
 
 
+class _Form(NamedTuple):
+    """How layers are calibrated."""
+
+    sequential: bool
+    feedback: bool
+    folder: Path | None
+
+
 def compress(
     model: nn.Module,
     method: Method | Sequence[Method] = "dsf",
@@ -53,6 +62,7 @@ def compress(
     feedback: bool = True,
     shift_bias: bool = True,
     reestimate_batchnorm: bool = False,
+    offload_folder: str | Path | None = None,
     n_jobs: int = 1,
     inplace: bool = False,
     dry_run: bool = False,
@@ -112,6 +122,10 @@ def compress(
         Whether the statistics of batch normalizations are averaged anew over the calibration
         batches at the end, which must be a collection that can be iterated twice. A repair that
         counts as a training step in comparisons, so that the report names it.
+    offload_folder : str or Path, optional
+        Where, with sequential calibration, batches keep what enters the next block, in files that
+        vanish by themselves, so that the number of batches does not count in memory. It must exist,
+        on a disk, and have room for what enters two blocks.
     n_jobs : int, default=1
         Layers fitted at a time, by joblib; −1 for one on each core. Sequential calibration fits
         one after the other.
@@ -149,6 +163,9 @@ def compress(
         raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
     if adapt not in get_args(Adaptation):
         raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
+    folder = None if offload_folder is None else Path(offload_folder)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
     if not (inplace or dry_run):
         model = copy.deepcopy(model)
     keep = keep_first, keep_last
@@ -170,7 +187,7 @@ def compress(
     if dry_run:
         return Compressed(model, CompressionReport(rows.values(), metadata))
     fit = functools.partial(_try, adapt=adapt, shift_bias=shift_bias)
-    form = (sequential, feedback)
+    form = _Form(sequential, feedback, folder)
     modes = {task.names[0]: task.view.layer.training for task in todo}
     for row in _installed(model, _fits(model, todo, fit, calibration, form, n_jobs)):
         rows[row.layer] = row
@@ -199,13 +216,12 @@ def _fits(
     tasks: list[Task],
     fit: _Fit,
     calibration: Iterable[Any] | None,
-    form: tuple[bool, bool],
+    form: _Form,
     n_jobs: int,
 ) -> _Results:
     """Yield each task with its fit; None where the method cannot take the layer."""
-    sequential, feedback = form
-    if calibration is not None and sequential:
-        yield from _sequential_fits(model, tasks, fit, calibration, feedback)
+    if calibration is not None and form.sequential:
+        yield from _sequential_fits(model, tasks, fit, calibration, form)
         return
     statistics: Mapping[str, Any] = {}
     if calibration is not None:
@@ -219,23 +235,27 @@ def _fits(
 
 
 def _sequential_fits(
-    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any], feedback: bool
+    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any], form: _Form
 ) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
     reached = set()
-    with contextlib.closing(walk(model, list(by_name), calibration, paired=feedback)) as stops:
+    stops = walk(model, list(by_name), calibration, paired=form.feedback, folder=form.folder)
+    with contextlib.closing(stops):
         for name, statistics in stops:
             task = by_name[name]
             reached.add(name)
-            fitted, message = fit(*task.problem(), statistics)
-            task.message = message or task.message
-            yield task, fitted
+            yield task, _fitted(task, fit, statistics)
+            del statistics  # memory
     _note_unreached(tasks, reached)
     for task in tasks:
         if task.names[0] not in reached:
-            fitted, message = fit(*task.problem(), None)
-            task.message = message or task.message
-            yield task, fitted
+            yield task, _fitted(task, fit, None)
+
+
+def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted | None:
+    fitted, message = fit(*task.problem(), statistics)
+    task.message = message or task.message
+    return fitted
 
 
 def _note_unreached(tasks: list[Task], reached: Any) -> None:
@@ -275,7 +295,8 @@ def _installed(model: nn.Module, fits: _Results) -> Iterator[LayerReport]:
             else:
                 replace(model, task.names, task.view, fitted.products, fitted.shifts)
                 row = task.report("compressed", fitted)
-            del task.view  # with the layer as it was, which need not stay in memory
+            # With the layer as it was, and all that is in the new one by now.
+            del fitted, task.view
             yield row
 
 

@@ -83,8 +83,7 @@ def fit_layer(
         _Problem.of(W, None if statistics is None else statistics[i], shift)
         for i, W in enumerate(matrices)
     ]
-    # Copies are fitted, since factorizers keep what they have found.
-    products = [_fit(clone(factorizer), problem, adapt) for problem in problems]
+    products = [_fit(factorizer, problem, adapt) for problem in problems]
     seconds = time.perf_counter() - start
     xp = backend.namespace(*matrices)
     W = xp.concat(matrices)
@@ -149,13 +148,18 @@ def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> Fa
     anywhere, some are chosen anew.
     """
     W, inputs = problem.target, problem.inputs
+    # Copies are fitted, and forgotten at once, since factorizers keep what they have found.
     if inputs is not None and uses_inputs(factorizer):
-        return factorizer.fit(W, calibration=inputs).operator_
+        return clone(factorizer).fit(W, calibration=inputs).operator_
     if inputs is None or adapt == "none":
-        return factorizer.fit(W).operator_
+        return clone(factorizer).fit(W).operator_
     xp = backend.namespace(W)
     scale = xp.astype(input_scale(inputs.second_moment), W.dtype)
-    product = scaled_columns(factorizer.fit(W * scale[None, :]).operator_, 1 / scale)
+    scaled = W * scale[None, :]
+    unit = backend.unit(scaled)
+    scaled *= 1 / unit  # in place, so that the factorizer makes no copy of its own
+    product = scaled_columns(clone(factorizer).fit(scaled).operator_, unit / scale)
+    del scaled
     if adapt == "scale":
         return product.rescaled(1.0)
     if adapt == "finalize_one":

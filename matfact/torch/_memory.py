@@ -1,11 +1,13 @@
-"""What C libraries keep of memory and threads when they do not need it, for each thread anew."""
+"""Memory and threads that are kept, by C libraries above all, while nobody needs them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 
 #: That threads end and nothing else is lost, in terms of OpenMP.
 _SOFT = 1
+#: That pages are not needed soon: those of a file can be read again.
+_DONTNEED = 4
 
 
 def trim() -> None:
@@ -25,12 +29,30 @@ def rest() -> None:
     """End the workers that compute for this thread, and free buffers, until it goes on.
 
     A thread that computes has workers of its own, one for each core, and each of them some 2 MB of
-    space for matrix products.
+    space for matrix products, and the kernels of factors some as well.
     """
+    if (program := sys.modules.get("matfact.kernels.program")) is not None:
+        program.free_scratch()
     if (free_buffers := _function("libtorch_cpu.so", "mkl_serv_thread_free_buffers")) is not None:
         free_buffers()
     if (pause := _function("libgomp.so.1", "omp_pause_resource_all")) is not None:
         pause(_SOFT)
+
+
+def page_out(storages: list[weakref.ref[torch.UntypedStorage]]) -> None:
+    """Take storages that are mapped from files out of memory until they are used."""
+    storages[:] = [reference for reference in storages if reference() is not None]
+    if (advise := _advise()) is None:
+        return
+    for reference in storages:
+        if (storage := reference()) is not None:
+            place, size = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
+            advise(place, size, _DONTNEED)
+
+
+@functools.cache
+def _advise() -> Callable[..., object] | None:
+    return getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
 
 
 @functools.cache

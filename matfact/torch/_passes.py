@@ -48,6 +48,8 @@ class Pass:
     ----------
     at : str or None
         Name of the module before which it waits.
+    offloaded : list
+        References to what it holds in files.
     """
 
     _local = threading.local()
@@ -60,6 +62,7 @@ class Pass:
         self._arguments: Arguments = (), {}
         self.batch = batch
         self.at: str | None = None
+        self.offloaded: list[weakref.ref[torch.UntypedStorage]] = []
 
     @classmethod
     def to_halt(cls) -> Pass | None:
@@ -84,6 +87,7 @@ class Pass:
         self.at, self._arguments = name, arguments
         while True:
             _memory.rest()
+            _memory.page_out(self.offloaded)
             self._halted.release()
             self._go.acquire()
             if self._cancelled:
@@ -118,6 +122,7 @@ class Pass:
         if self.at in views:
             with contextlib.suppress(Stopped):
                 visitor(self.at, layer_input(*self._arguments))
+            _memory.page_out(self.offloaded)
             return
         self._trial = True
         with _hooked(views, visitor):

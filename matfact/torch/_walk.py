@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from matfact.calibration import InputStatistics, OutputStatistics
+from matfact.torch import _memory
 from matfact.torch._batches import attended, checked, eval_mode
+from matfact.torch._cache import forget
 from matfact.torch._matrices import LayerStatistics, Matricized
+from matfact.torch._offload import offloading
 from matfact.torch._passes import Pass, Stopped, gate
 from matfact.torch.capture import layer_views
 
@@ -23,7 +27,12 @@ _State = tuple[Tensor, int | None]
 
 
 def walk(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Any], *, paired: bool = False
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    paired: bool = False,
+    folder: Path | None = None,
 ) -> Stops:
     """Stop a pass over all batches at each layer, and go on with the layer that is there then.
 
@@ -49,6 +58,8 @@ def walk(
     paired : bool, default=False
         Whether each batch also runs through the layers as they were, in a second pass beside the
         first, so that inputs are known together with those in the dense network.
+    folder : Path, optional
+        Where batches keep what enters blocks while they wait, in files instead of memory.
 
     Yields
     ------
@@ -64,6 +75,7 @@ def walk(
     every = [*passes, *twins.values()]
     with eval_mode(model), contextlib.ExitStack() as gates:
         opened = {name: gates.enter_context(gate(model, name)) for name in blocks}
+        gates.enter_context(offloading(model, blocks, folder))
         try:
             for each in every:
                 each.advance()
@@ -72,7 +84,7 @@ def walk(
                 arrived = {own: twins.get(own) for own in passes if own.at == name}
                 dense = [twin for twin in twins.values() if twin.at == name]
                 as_dense = _as_now(model, blocks[name] if dense else {})
-                yield from _stops(blocks[name], arrived, as_dense)
+                yield from _stops(model.get_submodule(name), blocks[name], arrived, as_dense)
                 if arrived:
                     opened[name].set()
                 for twin in dense:
@@ -80,6 +92,7 @@ def walk(
                         twin.advance()
                 for own in arrived:
                     own.advance()
+                forget(model.get_submodule(name))
         finally:
             for each in every:
                 each.cancel()
@@ -110,7 +123,9 @@ def _around(name: str) -> Iterator[str]:
         name = _parent(name)
 
 
-def _stops(views: _Views, arrived: Mapping[Pass, Pass | None], as_dense: _Mode) -> Stops:
+def _stops(
+    block: nn.Module, views: _Views, arrived: Mapping[Pass, Pass | None], as_dense: _Mode
+) -> Stops:
     """Yield the layers of a block in the order in which the batches that wait there call them."""
     while views and arrived:
         found = _Found(views)
@@ -120,7 +135,9 @@ def _stops(views: _Views, arrived: Mapping[Pass, Pass | None], as_dense: _Mode) 
             break
         for name in found.names:
             del views[name]
+            forget(block)
             yield name, found.statistics
+            _memory.trim()  # of what the caller has made of them
 
 
 def _as_now(model: nn.Module, views: _Views) -> _Mode:

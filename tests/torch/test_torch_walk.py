@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact.torch import input_statistics  # noqa: E402
+from matfact.torch import _offload, input_statistics  # noqa: E402
 from matfact.torch._walk import walk  # noqa: E402
 
 
@@ -130,15 +130,20 @@ def first_inputs(model, name, batches):
     return found[name] if len(calls) == len(batches) else None
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("paired", [False, True])
-def test_statistics_are_those_of_the_network_with_all_that_was_replaced(network, paired):
+def test_statistics_are_those_of_the_network_with_all_that_was_replaced(
+    network, paired, offloaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_offload, "_LEAST", 1)
+    folder = tmp_path if offloaded else None
     model, batches = network
     dense, present = copy.deepcopy(model), copy.deepcopy(model)
     names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     expected = {n for n in names if input_statistics(model, batches, [n])}
     given = copy.deepcopy(batches)
     walked = []
-    for name, statistics in walk(model, names, batches, paired=paired):
+    for name, statistics in walk(model, names, batches, paired=paired, folder=folder):
         walked.append(name)
         now = [s.inputs if paired else s for s in statistics]
         plain = first_inputs(present, name, batches)
@@ -158,14 +163,18 @@ def test_statistics_are_those_of_the_network_with_all_that_was_replaced(network,
     for batch, copied in zip(batches, given, strict=True):
         torch.testing.assert_close(batch, copied)  # as they were given
     assert all("forward" not in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not list(tmp_path.iterdir())
+
+
+def resident():
+    """Return the bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of processes")
 def test_batches_that_wait_hold_no_workers_and_no_work_space():
-    def resident():
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
     block = nn.Sequential(nn.Linear(576, 1536), nn.Linear(1536, 64))
     x, count = torch.randn(512, 576), 24
     stops = walk(nn.Sequential(block, nn.Linear(64, 64)), ["0.0", "1"], [x] * count)
@@ -176,3 +185,59 @@ def test_batches_that_wait_hold_no_workers_and_no_work_space():
     assert resident() - before[0] < states + 15e6  # without rest() 35e6 and more
     assert len(os.listdir("/proc/self/task")) <= before[1] + 2
     stops.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of processes")
+def test_offloaded_states_are_not_in_memory(tmp_path):
+    blocks = nn.ModuleList([nn.Linear(16, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 16)])
+    model, batches = nn.Sequential(*blocks), [torch.randn(4096, 16) for _ in range(8)]
+    states = 8 * 4096 * 1024 * 4
+
+    def taken(folder):
+        """Return the bytes that batches take which wait before the second and the third layer."""
+        stops = walk(model, ["0", "1", "2"], batches, folder=folder)
+        next(stops)
+        before = resident()
+        found = [resident() - before for _ in stops]
+        return min(found)
+
+    assert taken(None) > 0.9 * states
+    assert taken(tmp_path) < 0.3 * states
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "from_file", full)
+    model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 8))
+    with pytest.raises(OSError, match="No space left"):
+        list(walk(model, ["0", "1"], [torch.randn(100, 64)], folder=tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert "forward" not in vars(model[0])
+
+
+def test_what_is_offloaded_is_what_was_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(_offload, "_LEAST", 1)
+    entered = {}
+
+    class Block(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.linear, self.dtype = nn.Linear(4, 4), dtype
+
+        def forward(self, x):
+            entered[self] = x
+            return (100 * self.linear(x.float())).to(self.dtype)
+
+    dtypes = ["float32", "bfloat16", "float64", "int16", "bool", "float16"]
+    model = nn.Sequential(*(Block(getattr(torch, dtype)) for dtype in dtypes))
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        model(x)
+    expected, entered = list(entered.values()), {}
+    for _ in walk(model, [f"{i}.linear" for i in range(6)], [x], folder=tmp_path):
+        pass
+    for found, wanted in zip(entered.values(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
