@@ -15,7 +15,7 @@ class Sparsity(Constraint):
 
     def project(self, array: Array) -> Array:
         xp = backend.namespace(array)
-        return xp.where(self.support(array), array, xp.zeros_like(array))
+        return backend.zeroed(xp.asarray(array, copy=True), self.support(array))
 
     @abstractmethod
     def support(self, array: Array) -> Array: ...

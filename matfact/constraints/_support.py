@@ -26,7 +26,7 @@ class Support(Constraint):
 
     def project(self, array: Array) -> Array:
         xp = backend.namespace(array)
-        return xp.where(self.support(array), array, xp.zeros_like(array))
+        return backend.zeroed(xp.asarray(array, copy=True), self.support(array))
 
     def nnz(self, shape: tuple[int, int]) -> int:
         return int(np.count_nonzero(self.mask(shape)))
