@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -288,7 +289,8 @@ def compress_blocks(
     if todo:
         compress(
             network, factorizer, density=density, layers=todo, calibration=batches,
-            feedback=feedback, inplace=True, progress=keep, **options,
+            feedback=feedback, inplace=True, progress=keep, offload_folder=tempfile.gettempdir(),
+            **options,
         )  # fmt: skip
 
 

@@ -5,17 +5,20 @@ import csv
 import gc
 import io
 import json
+import tracemalloc
 import weakref
 
 import numpy as np
 import pytest
 import rich.console
 from joblib import parallel_config
+from sklearn.base import clone
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact import LowRank, MagnitudePruner  # noqa: E402
+from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner  # noqa: E402
+from matfact.calibration import InputStatistics  # noqa: E402
 from matfact.torch import (  # noqa: E402
     CompressionReport,
     FactorizedConv,
@@ -23,6 +26,7 @@ from matfact.torch import (  # noqa: E402
     compress,
     reestimate_batch_norm,
 )
+from matfact.torch._fit import fit_layer  # noqa: E402
 
 
 def statuses(report):
@@ -49,6 +53,36 @@ def test_calibration_lowers_the_error_of_outputs(cnn, digits, method, sequential
     errors = [float((other - dense).norm() / dense.norm()) for other in others]
     assert errors[1] < 0.8 * errors[0]
     assert all(0 < row.layer_error < 1 for row in report)
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_batches_in_files_give_the_same_network(cnn, digits, tmp_path, feedback):
+    options = {"density": 0.4, "layers": "3|7", "calibration": digits.batches, "feedback": feedback}
+    in_memory, _ = compress(cnn, "magnitude", **options)
+    in_files, _ = compress(cnn, "magnitude", offload_folder=tmp_path, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(in_files(digits.test_x), in_memory(digits.test_x))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="offload_folder must be an existing folder"):
+        compress(cnn, "magnitude", offload_folder=tmp_path / "missing", **options)
+
+
+@pytest.mark.parametrize("shape", [(384, 768), (768, 384)])
+def test_a_fit_takes_ten_times_the_memory_of_its_matrix(shape):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal(shape).astype(np.float32)
+    X = rng.standard_normal((1000, shape[1])) * np.geomspace(1, 10, shape[1])
+    inputs = InputStatistics().update(X)
+    method = DoubleSparseFactorizer(density=0.5, max_iter=25)
+    fit_layer(clone(method).set_params(max_iter=1), [W[:20, :30]], None)  # compiles kernels
+    tracemalloc.start()
+    try:
+        fitted = fit_layer(method, [W], [inputs])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * W.nbytes  # 8.7 are enough
+    assert fitted.layer_error < 0.15
 
 
 def test_more_adaptation_to_inputs_gives_smaller_errors_of_outputs(cnn, digits):
