@@ -78,8 +78,11 @@ def corrected(W: Array, inputs: OutputStatistics, *, damping: float | None = Non
     change = xp.empty(wide.shape, dtype=wide.dtype, device=backend.device(wide))
     for rows in backend.slabs(gram.shape[0]):
         change[rows, :] = xp.matmul(inputs.cross[rows, :] - gram[rows, :], wide)
-    gram = damped_gram(gram, norms, damping, gram.dtype)
-    correction = backend.spd_solve(gram, change / norms[:, None]) / norms[:, None]
+    del wide  # memory, as below
+    change /= norms[:, None]
+    correction = backend.spd_solve(damped_gram(gram, norms, damping, gram.dtype), change)
+    del change
+    correction /= norms[:, None]
     return W + xp.astype(xp.matrix_transpose(correction), W.dtype)
 
 
