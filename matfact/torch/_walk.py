@@ -36,8 +36,8 @@ def walk(
 ) -> Stops:
     """Stop a pass over all batches at each layer, and go on with the layer that is there then.
 
-    Every batch goes through the network once, in a thread of its own that waits before each block
-    with one of `layers`. When all have come to a block, they run through it one after the other up
+    Every batch goes through the network once, as far as the last of `layers`, in a thread of its
+    own that waits before each block with one of them. When all have come to a block, they run through it one after the other up
     to its first layer; the name of that and the statistics of its inputs are yielded, the caller
     may replace the layer, and the batches start again for the next one, which sees what the
     replacement makes of the inputs. In memory are one Gram matrix, what enters the block of all
@@ -85,6 +85,8 @@ def walk(
                 dense = [twin for twin in twins.values() if twin.at == name]
                 as_dense = _as_now(model, blocks[name] if dense else {})
                 yield from _stops(model.get_submodule(name), blocks[name], arrived, as_dense)
+                if not any(blocks.values()):  # what comes behind the last layer does not matter
+                    break
                 if arrived:
                     opened[name].set()
                 for twin in dense:
