@@ -37,11 +37,12 @@ def walk(
     """Stop a pass over all batches at each layer, and go on with the layer that is there then.
 
     Every batch goes through the network once, as far as the last of `layers`, in a thread of its
-    own that waits before each block with one of them. When all have come to a block, they run through it one after the other up
-    to its first layer; the name of that and the statistics of its inputs are yielded, the caller
-    may replace the layer, and the batches start again for the next one, which sees what the
-    replacement makes of the inputs. In memory are one Gram matrix, what enters the block of all
-    batches, and what one batch makes of it: many small batches take the least.
+    own that waits before each block with one of them. When all have come to a block, they run
+    through it one after the other up to its first layer; the name of that and the statistics of its
+    inputs are yielded, the caller may replace the layer, and the batches start again for the next
+    one, which sees what the replacement makes of the inputs. In memory are one Gram matrix, what
+    enters the block of all batches, and what one batch makes of it: many small batches take the
+    least.
 
     A block is what a list of modules holds, such as a layer of a transformer; a layer that is in
     none is one by itself.
