@@ -69,8 +69,9 @@ def dsf(
     eye = xp.eye(side, dtype=W.dtype, device=backend.device(W))
     # The solver works on A transposed, so that either factor is the unknown of Mᵀ X ≈ target.
     left = transposed(left)
-    A, B = SparseState(eye, eye != 0), SparseState(xp.asarray(W, copy=True), right.support(W))
-    del eye  # memory, as below
+    values = xp.asarray(backend.contiguous(W), copy=True)  # overwritten
+    A, B = SparseState(eye, eye != 0), SparseState(values, right.support(W))
+    del eye, values  # memory, as below
     energy, eps = backend.norm(W) ** 2, float(xp.finfo(W.dtype).eps)
     gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
     for sweep, (time, penalties) in enumerate(_schedule(max_iter), start=1):

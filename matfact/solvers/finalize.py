@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,7 +80,7 @@ class _Moments:
     def _scale(self) -> float:
         xp = backend.namespace(self.second_moment)
         mean = float(xp.mean(xp.linalg.diagonal(self.second_moment)))
-        return 1 / mean if mean > 0.0 else 1.0
+        return 1 / mean if mean > sys.float_info.min else 1.0
 
     @property
     def diagonal(self) -> Array:

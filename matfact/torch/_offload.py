@@ -59,7 +59,7 @@ def _hook(folder: Path) -> Callable[..., Any]:
     def offload(
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        present = Pass.to_halt()
+        present = Pass.advancing()
         if present is None:  # a trial, or a call by somebody else
             return output
         entered = {_place(each) for each in _tensors((args, dict(kwargs)))}

@@ -65,7 +65,7 @@ class Pass:
         self.offloaded: list[weakref.ref[torch.UntypedStorage]] = []
 
     @classmethod
-    def to_halt(cls) -> Pass | None:
+    def advancing(cls) -> Pass | None:
         """Return the pass whose thread asks, if it is one's that does not wait already."""
         present: Pass | None = getattr(cls._local, "current", None)
         return None if present is None or present.at is not None else present
@@ -186,7 +186,7 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
 
     def forward_at_gate(*args: Any, **kwargs: Any) -> Any:
         before: Any = reference()
-        comer = Pass.to_halt()
+        comer = Pass.advancing()
         if comer is not None and not opened.is_set():
             comer.halt(name, functools.partial(run, before), (args, kwargs))
         now = model.get_submodule(name)
