@@ -155,6 +155,11 @@ def zeroed(array: Array, support: Array) -> Array:
     return array
 
 
+def restricted(array: Array, support: Array) -> Array:
+    """Return a copy of the finite matrix `array`, zero off the support."""
+    return zeroed(namespace(array).asarray(array, copy=True), support)
+
+
 def wide(array: Array) -> Array:
     """Return `array` in double precision, for error measures."""
     if is_numpy(array) and array.dtype.char in "dD":

@@ -14,8 +14,7 @@ class Sparsity(Constraint):
     """A set whose projection keeps some entries, chosen by magnitude, and zeroes the others."""
 
     def project(self, array: Array) -> Array:
-        xp = backend.namespace(array)
-        return backend.zeroed(xp.asarray(array, copy=True), self.support(array))
+        return backend.restricted(array, self.support(array))
 
     @abstractmethod
     def support(self, array: Array) -> Array: ...

@@ -25,8 +25,7 @@ class Support(Constraint):
         return backend.like(self.mask(tuple(array.shape)), array)
 
     def project(self, array: Array) -> Array:
-        xp = backend.namespace(array)
-        return backend.zeroed(xp.asarray(array, copy=True), self.support(array))
+        return backend.restricted(array, self.support(array))
 
     def nnz(self, shape: tuple[int, int]) -> int:
         return int(np.count_nonzero(self.mask(shape)))

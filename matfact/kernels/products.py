@@ -37,7 +37,7 @@ def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Ar
         nnz = int(np.count_nonzero(support))
         if nnz <= DENSE * values.size:
             return _sparse_normal_equations(values, support, nnz, W)
-    M = backend.zeroed(xp.asarray(values, copy=True), support)
+    M = backend.restricted(values, support)
     return xp.matmul(M, xp.matrix_transpose(M)), xp.matmul(M, W)
 
 

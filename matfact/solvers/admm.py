@@ -27,8 +27,7 @@ class SparseState:
     @property
     def solution(self) -> Array:
         """The sparse solution as a dense array."""
-        xp = backend.namespace(self.values)
-        return backend.zeroed(xp.asarray(self.values, copy=True), self.support)
+        return backend.restricted(self.values, self.support)
 
 
 def sparse_regression(
