@@ -83,7 +83,8 @@ def corrected(W: Array, inputs: OutputStatistics, *, damping: float | None = Non
     correction = backend.spd_solve(damped_gram(gram, norms, damping, gram.dtype), change)
     del change
     correction /= norms[:, None]
-    return W + xp.astype(xp.matrix_transpose(correction), W.dtype)
+    # In C order, of which no fit makes a copy.
+    return backend.contiguous(W + xp.astype(xp.matrix_transpose(correction), W.dtype))
 
 
 def admm_prune(
@@ -155,6 +156,7 @@ def admm_prune(
         state = sparse_regression(gram, pulled, state, rule, [float(penalty)])
         if callback is not None:
             callback(step, error(state.solution))
+    del pulled  # memory
     found = min(map(refit, (state, wanda, magnitude)), key=error)
     return xp.matrix_transpose(found) / weights
 
