@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from matfact.torch import _memory
 from matfact.torch._batches import forward
+from matfact.torch._cache import repeat_exactly
 from matfact.torch._matrices import Matricized
 from matfact.torch.capture import layer_input
 
@@ -72,6 +73,7 @@ class Pass:
 
     def _run(self, model: nn.Module) -> None:
         self._local.current = self
+        repeat_exactly()  # a fit makes much of the last digit
         try:
             with torch.no_grad():  # each thread has its own mode
                 forward(model, self.batch)

@@ -11,7 +11,13 @@ from torch.nn import functional
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
 from matfact.operators._plan import doing_without_kernels, loading_is_too_early
-from matfact.torch._cache import Derived, are_plain, is_plain, is_untransformed
+from matfact.torch._cache import (
+    Derived,
+    are_plain,
+    is_plain,
+    is_repeatable,
+    is_untransformed,
+)
 from matfact.torch._factors import (
     DenseFactorModule,
     FactorModule,
@@ -130,12 +136,13 @@ class FactorizedLinear(nn.Module):
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output by what is kept for inference, None where that cannot be used."""
         values = self.values()
-        if self.inference == "auto" and self._has_kernels(x, values):
+        by_kernels = self.inference == "auto" and self._has_kernels(x, values)
+        if by_kernels and not is_repeatable():
             columns = self._apply_on_host(x.reshape(-1, self.in_features).T, values)
             if columns is not None:
                 out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
                 return out if self.bias is None else out.add_(self.bias)
-        if self.keeps_product():
+        if by_kernels or self.keeps_product():
             product = self._product.get(values, lambda: self.weight.detach())
             if product is not None:
                 return functional.linear(x, product, self.bias)
