@@ -175,6 +175,7 @@ def norm(array: Array) -> float:
     if 1e-140 < plain < math.inf:
         return plain
     # Squares have overflowed, or vanished.
+    array = wide(array)
     scale = power_of_two(max_abs(array))
     return scale * _plain_norm(array * (1 / scale)) if scale else 0.0
 

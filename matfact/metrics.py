@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,24 +27,29 @@ def relative_error(W: Array, W_hat: Array) -> float:
     float
         0 when both are zero, infinity when only `W` is.
     """
-    error, total = _norms(W, W_hat, 1.0)
+    error, total = _norms(W, W_hat)
     if math.isinf(error) or math.isinf(total):
-        scale = 1 / backend.power_of_two(max(backend.max_abs(W), backend.max_abs(W_hat)))
+        scale = backend.power_of_two(max(backend.max_abs(W), backend.max_abs(W_hat)))
         error, total = _norms(W, W_hat, scale)
     if error == 0.0:
         return 0.0
     return error / total if total else math.inf
 
 
-def _norms(W: Array, W_hat: Array, scale: float) -> tuple[float, float]:
-    """Return ``‖W − Ŵ‖_F`` and ``‖W‖_F``, times `scale`, in double precision."""
+def _norms(W: Array, W_hat: Array, scale: float = 1.0) -> tuple[float, float]:
+    """Return ``‖W − Ŵ‖_F`` and ``‖W‖_F``, both ÷ `scale`."""
     errors, totals = [], []
     with np.errstate(over="ignore"):
-        for rows in backend.slabs(W.shape[0]):
-            slab, slab_hat = (backend.wide(matrix[rows, :]) * scale for matrix in (W, W_hat))
+        for slab, slab_hat in _slabs(W, W_hat, scale):
             errors.append(backend.norm(slab - slab_hat))
             totals.append(backend.norm(slab))
     return math.hypot(*errors), math.hypot(*totals)
+
+
+def _slabs(W: Array, W_hat: Array, scale: float) -> Iterator[tuple[Array, Array]]:
+    """Yield both matrices ÷ `scale`, a few rows at a time in double precision."""
+    for rows in backend.slabs(W.shape[0]):
+        yield backend.wide(W[rows, :]) / scale, backend.wide(W_hat[rows, :]) / scale
 
 
 def layer_error(W: Array, W_hat: Array, gram: Array) -> float:
@@ -69,8 +75,7 @@ def layer_error(W: Array, W_hat: Array, gram: Array) -> float:
     if scale == 0.0:
         return 0.0
     total = error = 0.0
-    for rows in backend.slabs(W.shape[0]):  # in double precision
-        slab, slab_hat = (backend.wide(matrix[rows, :]) / scale for matrix in (W, W_hat))
+    for slab, slab_hat in _slabs(W, W_hat, scale):
         total += output_energy(slab, gram)
         error += output_energy(slab - slab_hat, gram)
     if total == 0.0:

@@ -259,11 +259,6 @@ class Program:
         return memory
 
 
-def free_scratch() -> None:
-    """Free the memory that this thread keeps between products."""
-    _memory.__dict__.clear()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """What is prepared for products with batches of one size and layout.

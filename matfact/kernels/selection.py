@@ -54,8 +54,6 @@ def _top_k_of_vector(array: np.ndarray, k: int) -> np.ndarray:
     threshold = scores[-k]
     np.abs(array, out=scores)
     mask = scores >= threshold
-    if np.count_nonzero(mask) > k:
-        tied = np.flatnonzero(scores == threshold)
-        n_above = np.count_nonzero(mask) - tied.size
-        mask[tied[k - n_above :]] = False
+    if (surplus := np.count_nonzero(mask) - k) > 0:
+        mask[np.flatnonzero(scores == threshold)[-surplus:]] = False
     return mask

@@ -6,9 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
-import sys
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ _DONTNEED = 4
 
 def trim() -> None:
     """Give freed memory back to the system."""
-    if (malloc_trim := _malloc_trim()) is not None:
+    if (malloc_trim := _of_process("malloc_trim")) is not None:
         malloc_trim(0)
 
 
@@ -29,35 +27,26 @@ def rest() -> None:
     """End the workers that compute for this thread, and free buffers, until it goes on.
 
     A thread that computes has workers of its own, one for each core, and each of them some 2 MB of
-    space for matrix products, and the kernels of factors some as well.
+    space for matrix products.
     """
-    if (program := sys.modules.get("matfact.kernels.program")) is not None:
-        program.free_scratch()
     if (free_buffers := _function("libtorch_cpu.so", "mkl_serv_thread_free_buffers")) is not None:
         free_buffers()
     if (pause := _function("libgomp.so.1", "omp_pause_resource_all")) is not None:
         pause(_SOFT)
 
 
-def page_out(storages: list[weakref.ref[torch.UntypedStorage]]) -> None:
+def page_out(storages: Iterable[torch.UntypedStorage]) -> None:
     """Take storages that are mapped from files out of memory until they are used."""
-    storages[:] = [reference for reference in storages if reference() is not None]
-    if (advise := _advise()) is None:
-        return
-    for reference in storages:
-        if (storage := reference()) is not None:
+    if (advise := _of_process("madvise")) is not None:
+        for storage in storages:
             place, size = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
             advise(place, size, _DONTNEED)
 
 
 @functools.cache
-def _advise() -> Callable[..., object] | None:
-    return getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], object] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def _of_process(name: str) -> Callable[..., object] | None:
+    """Return a function of the C library, if it has one of this name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 @functools.cache

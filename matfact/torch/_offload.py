@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,10 @@ def offloading(model: nn.Module, blocks: Collection[str], folder: Path | None) -
 
 def _between(model: nn.Module, blocks: Collection[str]) -> Iterator[nn.Module]:
     """Yield the blocks, and modules that neither hold one nor are in one."""
-    around = {name.rpartition(".")[0] for name in blocks}
-    while parents := {name.rpartition(".")[0] for name in around} - around:
-        around |= parents
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in blocks)
-        if name not in around and not inside:
+        is_inside = any(name.startswith(f"{block}.") for block in blocks)
+        is_around = not name or any(block.startswith(f"{name}.") for block in blocks)
+        if not (is_inside or is_around):
             yield module
 
 
@@ -92,7 +89,7 @@ def _offloaded(output: Any, entered: Collection[int], present: Pass, folder: Pat
     if not is_plain or output.nbytes < _LEAST or _place(output) in entered:
         return output
     mapped = _written(output, folder)
-    present.offloaded.append(weakref.ref(mapped.untyped_storage()))
+    present.offloaded.add(mapped.untyped_storage())
     return mapped
 
 

@@ -49,8 +49,8 @@ class Pass:
     ----------
     at : str or None
         Name of the module before which it waits.
-    offloaded : list
-        References to what it holds in files.
+    offloaded : set of torch.UntypedStorage
+        What it holds in files, for as long as it does.
     """
 
     _local = threading.local()
@@ -63,7 +63,7 @@ class Pass:
         self._arguments: Arguments = (), {}
         self.batch = batch
         self.at: str | None = None
-        self.offloaded: list[weakref.ref[torch.UntypedStorage]] = []
+        self.offloaded: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     @classmethod
     def advancing(cls) -> Pass | None:

@@ -136,9 +136,9 @@ def _stops(
             found.add(own, twin, as_dense)
         if not found.names:  # no batch calls any of them
             break
+        forget(block)
         for name in found.names:
             del views[name]
-            forget(block)
             yield name, found.statistics
             _memory.trim()  # of what the caller has made of them
 

@@ -11,13 +11,7 @@ from torch.nn import functional
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
 from matfact.operators._plan import doing_without_kernels, loading_is_too_early
-from matfact.torch._cache import (
-    Derived,
-    are_plain,
-    is_plain,
-    is_repeatable,
-    is_untransformed,
-)
+from matfact.torch._cache import Derived, are_plain, is_plain, is_repeatable, is_untransformed
 from matfact.torch._factors import (
     DenseFactorModule,
     FactorModule,
