@@ -143,20 +143,29 @@ class InputStatistics:
         result.gram = xp.take(xp.take(self.gram, index, axis=0), index, axis=1)
         return result
 
-    def centered(self) -> InputStatistics:
+    def centered(self, about: InputStatistics | None = None) -> InputStatistics:
         """Return the statistics of the deviations from the mean, for maps with a bias.
 
         Inputs that hardly deviate, by rounding perhaps, count as constant.
+
+        Parameters
+        ----------
+        about : InputStatistics, optional
+            Whose mean is meant. By default their own.
         """
         xp = backend.namespace(self.gram)
+        mean = self.mean if about is None else about.mean
         result = InputStatistics()
-        result.count, result._sum = self.count, xp.zeros_like(self._sum)
-        squares, mean = xp.linalg.diagonal(self.gram), self.mean
-        varies = squares - self._sum * mean > _CONSTANT * squares
+        result.count, result._sum = self.count, self._sum - self.count * mean
+        if about is None:
+            result._sum = xp.zeros_like(self._sum)
+        squares = xp.linalg.diagonal(self.gram)
+        varies = squares - (2 * self._sum - self.count * mean) * mean > _CONSTANT * squares
         varies = xp.astype(varies, self.gram.dtype)
         result.gram = xp.empty_like(self.gram)
         for rows in backend.slabs(self.n_features):  # no third matrix of this size
             slab = self.gram[rows, :] - self._sum[rows, None] * mean[None, :]
+            slab -= mean[rows, None] * result._sum[None, :]
             result.gram[rows, :] = slab * varies[rows, None] * varies[None, :]
         return result
 
@@ -222,6 +231,8 @@ class OutputStatistics:
             raise ValueError(
                 f"outputs must have {self.cross.shape[1]} columns, got {outputs.shape[1]}."
             )
+        if not inputs.shape[0]:
+            return self
         _check_size(outputs, "outputs")
         self.inputs.update(inputs)
         xp = backend.namespace(inputs, outputs)
@@ -241,17 +252,61 @@ class OutputStatistics:
         """Mean output, of shape (n_outputs,)."""
         return self._sum / self.inputs.count
 
-    def centered(self) -> OutputStatistics:
+    def centered(self, about: OutputStatistics | None = None) -> OutputStatistics:
         """Return the statistics of the deviations from the means, for maps with a bias.
 
         Inputs that hardly deviate, by rounding perhaps, count as constant.
+
+        Parameters
+        ----------
+        about : OutputStatistics, optional
+            Whose means are meant. By default their own.
         """
+        source = self if about is None else about
+        inputs, outputs = source.inputs.mean, source.mean
+        count, xp = self.inputs.count, backend.namespace(inputs)
         result = OutputStatistics()
-        result.inputs = self.inputs.centered()
-        count, inputs, outputs = self.inputs.count, self.inputs.mean, self.mean
-        xp = backend.namespace(inputs)
+        result.inputs = self.inputs.centered(None if about is None else about.inputs)
         varies = xp.astype(xp.linalg.diagonal(result.inputs.gram) > 0, inputs.dtype)
-        result.cross = (self.cross - count * inputs[:, None] * outputs[None, :]) * varies[:, None]
-        result.energy = max(0.0, self.energy - count * float(xp.sum(outputs**2)))
-        result._sum = xp.zeros_like(outputs)
+        lost, wanted = self.inputs.mean, self.mean  # Σ (x − a)(u − b)ᵀ with the sums of x and u
+        moved = count * (lost[:, None] * outputs[None, :] + inputs[:, None] * (wanted - outputs))
+        result.cross = (self.cross - moved) * varies[:, None]
+        energy = float(xp.sum(outputs * (2 * wanted - outputs)))
+        result.energy = max(0.0, self.energy - count * energy)
+        result._sum = xp.zeros_like(outputs) if about is None else self._sum - count * outputs
         return result
+
+    @classmethod
+    def of_map(cls, inputs: InputStatistics, W: Array) -> OutputStatistics:
+        """Return the statistics of `inputs` with what `W` makes of them.
+
+        Parameters
+        ----------
+        inputs : InputStatistics
+            Those of the inputs.
+        W : array of shape (n_outputs, n_features)
+            The linear map.
+        """
+        xp, wide = backend.namespace(W), backend.wide(W)
+        result = cls()
+        result.inputs = inputs
+        result.cross = xp.matmul(inputs.gram, xp.matrix_transpose(wide))
+        result.energy = max(0.0, float(xp.sum(result.cross * xp.matrix_transpose(wide))))
+        result._sum = xp.matmul(wide, inputs._sum)
+        return result
+
+    def squared_error(self, W: Array) -> float:
+        """Return ``‖U − X Wᵀ‖_F²`` for the linear map `W`.
+
+        Parameters
+        ----------
+        W : array of shape (n_outputs, n_features)
+            The map.
+        """
+        xp, total = backend.namespace(W), self.energy
+        for rows in backend.slabs(W.shape[0]):
+            slab = backend.wide(W[rows, :])
+            image = xp.matmul(slab, self.inputs.gram)
+            image -= 2.0 * xp.matrix_transpose(self.cross[:, rows])
+            total += float(xp.sum(image * slab))
+        return max(0.0, total)

@@ -75,6 +75,7 @@ class _Moments:
 
     second_moment: Array
     dtype: Any
+    damping: float = 0.0
 
     @functools.cached_property
     def _scale(self) -> float:
@@ -85,16 +86,18 @@ class _Moments:
     @property
     def diagonal(self) -> Array:
         xp = backend.namespace(self.second_moment)
-        diagonal = xp.linalg.diagonal(self.second_moment) * self._scale + DAMPING
+        scale = self._scale * (1.0 + self.damping)
+        diagonal = xp.linalg.diagonal(self.second_moment) * scale + DAMPING
         return xp.astype(diagonal, self.dtype)
 
     def before(self, A: Array) -> Array:
         """Return `A` times the moments."""
         xp = backend.namespace(A)
-        result = xp.empty_like(A)
+        result, diagonal = xp.empty_like(A), self.diagonal
         for rows in backend.slabs(A.shape[1], _SLAB):
             slab = xp.astype(self.second_moment[rows, :] * self._scale, self.dtype)
-            slab[:, rows] = backend.add_diagonal(slab[:, rows], DAMPING)
+            added = diagonal[rows] - xp.linalg.diagonal(slab[:, rows])
+            slab[:, rows] = backend.add_diagonal(slab[:, rows], added)
             result[:, rows] = xp.matmul(A, xp.matrix_transpose(slab))  # they are symmetric
         return result
 
@@ -107,6 +110,7 @@ def finalize(
     n_sweeps: int = 3,
     n_steps: int = 20,
     n_factors: int | None = None,
+    damping: float = 0.0,
 ) -> FactorProduct:
     """Lower ``E‖Wx − Ŵx‖²`` over the values of `product`, one factor at a time.
 
@@ -127,13 +131,17 @@ def finalize(
         Conjugate gradient steps each time.
     n_factors : int or None
         How many factors are refitted, from the output side on; None for all.
+    damping : float
+        Share of the diagonal of the second moments that is added to it. The more, the less the
+        moments of pairs of inputs count, which few samples know badly.
 
     Returns
     -------
     FactorProduct
-        The same supports with other values, and an error that is not larger.
+        The same supports with other values, and an error that is not larger, damping included.
     """
-    return _refitted(product, W, _Moments(second_moment, W.dtype), n_sweeps, n_steps, n_factors)
+    moments = _Moments(second_moment, W.dtype, damping)
+    return _refitted(product, W, moments, n_sweeps, n_steps, n_factors)
 
 
 def _refitted(
@@ -159,7 +167,12 @@ def _refitted(
 
 
 def reselect(
-    product: FactorProduct, W: Array, second_moment: Array, *, n_rounds: int = 2
+    product: FactorProduct,
+    W: Array,
+    second_moment: Array,
+    *,
+    n_rounds: int = 2,
+    damping: float = 0.0,
 ) -> FactorProduct:
     """Lower ``E‖Wx − Ŵx‖²`` further, by storing other entries of the output-side factor.
 
@@ -176,13 +189,15 @@ def reselect(
         As for :func:`finalize`.
     n_rounds : int
         How often entries are chosen.
+    damping : float
+        As for :func:`finalize`.
 
     Returns
     -------
     FactorProduct
-        As many values, and an error that is not larger.
+        As many values, and an error that is not larger, damping included.
     """
-    moments = _Moments(second_moment, W.dtype)
+    moments = _Moments(second_moment, W.dtype, damping)
     best = _refitted(product, W, moments, 1, REFIT_STEPS)
     least = _objective(best, W, moments)
     for _ in range(n_rounds if product.factors[0].nnz else 0):

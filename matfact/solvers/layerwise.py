@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,6 +22,8 @@ REFIT_STEPS = 20
 #: Damping of corrections ÷ (number of inputs ÷ number of samples), and its bounds. It is least
 #: squares with noise, of which there is the more the fewer samples there are for each input.
 NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.1, 1.0
+#: Changes of outputs below this share of them are rounding.
+ROUNDING = 1e-12
 #: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
 #: first, and in the order of their magnitude.
 LEAST_NORM = 1e-6
@@ -47,18 +50,19 @@ def input_norms(gram: Array) -> Array:
     return xp.clip(xp.sqrt(squares / largest), LEAST_NORM, None)
 
 
-def corrected(W: Array, inputs: OutputStatistics, *, damping: float | None = None) -> Array:
-    """Return the matrix that makes of changed inputs what comes nearest to the outputs of `W`.
+def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = None) -> Array:
+    """Return the matrix near `W` whose outputs come nearest to those that are wanted.
 
-    With ``Y`` the inputs that `W` was made for and `X` what has become of them, it minimizes
-    ``‖Y Wᵀ − X Ŵᵀ‖_F² + damping · ‖(W − Ŵ) D‖_F²`` over `Ŵ`, `D` the norms of the inputs `X`.
+    With ``U`` the outputs wanted of the inputs ``X``, such as those that `W` had before its inputs
+    changed, it minimizes ``‖U − X Ŵᵀ‖_F² + damping · ‖(W − Ŵ) D‖_F²`` over `Ŵ`, `D` the norms of
+    the inputs.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         Weights.
-    inputs : OutputStatistics
-        Those of `X`, with `Y` as the outputs.
+    wanted : OutputStatistics
+        Those of `X` and `U`.
     damping : float, optional
         The more, the nearer to `W`. Without, the fewer samples there are for each input, the
         more, from 0.1 to 1.
@@ -69,22 +73,32 @@ def corrected(W: Array, inputs: OutputStatistics, *, damping: float | None = Non
         `Ŵ`, in the dtype of `W`.
     """
     if damping is None:
-        noise = NOISE * inputs.inputs.n_features / inputs.inputs.count
+        noise = NOISE * wanted.inputs.n_features / wanted.inputs.count
         damping = min(max(noise, LEAST_DAMPING), LARGEST_DAMPING)
+    return next(corrections(W, wanted, [damping]))
+
+
+def corrections(W: Array, wanted: OutputStatistics, dampings: Sequence[float]) -> Iterator[Array]:
+    """Yield what :func:`corrected` returns for each of `dampings`."""
     xp = backend.namespace(W)
-    gram, wide = inputs.inputs.gram, backend.wide(xp.matrix_transpose(W))
+    gram, wide = wanted.inputs.gram, backend.wide(xp.matrix_transpose(W))
     norms = _absolute_norms(gram)
-    # Xᵀ(Y − X) Wᵀ, which is zero where nothing has changed, a slab of inputs at a time
+    # Xᵀ(U − X Wᵀ), a slab of inputs at a time
     change = xp.empty(wide.shape, dtype=wide.dtype, device=backend.device(wide))
     for rows in backend.slabs(gram.shape[0]):
-        change[rows, :] = xp.matmul(inputs.cross[rows, :] - gram[rows, :], wide)
+        change[rows, :] = wanted.cross[rows, :] - xp.matmul(gram[rows, :], wide)
     del wide  # memory, as below
+    if backend.norm(change) <= ROUNDING * backend.norm(wanted.cross):
+        change = xp.zeros_like(change)
     change /= norms[:, None]
-    correction = backend.spd_solve(damped_gram(gram, norms, damping, gram.dtype), change)
-    del change
-    correction /= norms[:, None]
-    # In C order, of which no fit makes a copy.
-    return backend.contiguous(W + xp.astype(xp.matrix_transpose(correction), W.dtype))
+    for damping in dampings:
+        damped = damped_gram(gram, norms, damping, gram.dtype)
+        correction = backend.spd_solve(damped, xp.asarray(change, copy=True))
+        del damped
+        correction /= norms[:, None]
+        # In C order, of which no fit makes a copy.
+        yield backend.contiguous(W + xp.astype(xp.matrix_transpose(correction), W.dtype))
+        del correction
 
 
 def admm_prune(

@@ -21,39 +21,75 @@ def forward(model: nn.Module, batch: Any) -> Any:
         The network.
     batch : tensor, mapping, tuple or list
         A mapping holds keyword arguments. Of a tuple or list the model gets as many of the first
-        entries as its ``forward`` requires, at least one, so that labels behind them are ignored.
+        entries as its ``forward`` requires, at least one, so that labels behind them are ignored;
+        all of them where it takes any number.
     """
     batch = moved(batch, device_of(model))
     if hasattr(batch, "keys"):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
-        return model(*batch[: _n_required(model)])
+        return model(*batch[: _n_taken(model)])
     return model(batch)
 
 
-def attended(x: Tensor, batch: Any) -> Tensor:
-    """Return a layer input without the tokens that the batch says are padding.
+def attended(x: Tensor, batch: Any, model: nn.Module) -> Tensor:
+    """Return the tokens that enter a layer, without those that the batch says are padding.
 
     Parameters
     ----------
     x : Tensor
-        The input of a layer; (samples, tokens, features) where it can hold padding.
+        The input of a layer that multiplies rows.
     batch : tensor, mapping, tuple or list
-        What the network was called with. Padding is where the ``attention_mask`` of a mapping, of
-        shape (samples, tokens), is zero.
+        What the network was called with. Padding is where an ``attention_mask`` of a mapping, of
+        shape (samples, tokens), is zero. In a network of two sides that have as many tokens, a
+        token counts if it does on either side.
+    model : torch.nn.Module
+        The network.
     """
-    if x.ndim != 3 or not hasattr(batch, "keys") or "attention_mask" not in batch.keys():  # noqa: SIM118
-        return x
-    mask = batch["attention_mask"]
-    if tuple(mask.shape) != tuple(x.shape[:2]):
-        return x
-    return x[mask.to(x.device).bool()]
+    if x.is_nested:  # holds no padding
+        return torch.cat([sample.reshape(-1, sample.shape[-1]) for sample in x.unbind()])
+    for (n_samples, n_tokens), mask in _masks(batch, model).items():
+        mask = mask.to(x.device)
+        if x.ndim > 2 and x.shape[:2] == (n_samples, n_tokens):
+            return x[mask]
+        if x.ndim == 2 and x.shape[0] == n_samples * n_tokens:
+            return x[mask.reshape(-1)]
+        if x.ndim == 3 and x.shape[:2] == (n_tokens, n_samples):
+            return x[mask.T]
+        if x.ndim == 4 and (x.shape[0], x.shape[2]) == (n_samples, n_tokens):  # head by head
+            return x.transpose(1, 2)[mask]
+    return x
 
 
-def _n_required(model: nn.Module) -> int:
-    """Return how many positional arguments ``model.forward`` requires, at least one."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
+    """Return which tokens count, for each shape (samples, tokens) in which some do not."""
+    if not hasattr(batch, "keys"):
+        return {}
+    entries = {k: batch[k] for k in batch.keys() if isinstance(batch[k], Tensor)}  # noqa: SIM118
+    found: dict[tuple[int, int], Tensor] = {}
+    for side in ("", "decoder_"):
+        mask = entries.get(f"{side}attention_mask")
+        if mask is None or mask.ndim != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+            continue
+        shape, kept = (mask.shape[0], mask.shape[1]), mask.bool()
+        found[shape] = found[shape].to(kept.device) | kept if shape in found else kept
+    if "decoder_attention_mask" not in entries:  # all tokens of that side count
+        config = getattr(model, "config", None)
+        names = ["labels"] if getattr(config, "is_encoder_decoder", False) else []
+        for name in [*names, *(name for name in entries if name.startswith("decoder_"))]:
+            if name in entries:
+                found.pop(tuple(entries[name].shape[:2]), None)  # type: ignore[call-overload]
+    return found
+
+
+def _n_taken(model: nn.Module) -> int | None:
+    """Return how many positional arguments ``model.forward`` requires, None for any number."""
+    wrapped = getattr(model, "module", getattr(model, "_orig_mod", None))
     parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        # Wrappers, such as DataParallel, hand on what the network in them takes.
+        return _n_taken(wrapped) if isinstance(wrapped, nn.Module) else None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))
 
 

@@ -17,12 +17,13 @@ from torch import nn
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.torch._fit import Adaptation, Fitted, fit_layer
-from matfact.torch._matrices import LayerStatistics, other_matrices, replace
+from matfact.torch._matrices import other_matrices, replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
+from matfact.torch._statistics import LayerStatistics
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.budget import Budget, named_methods, within_budget
-from matfact.torch.capture import input_statistics
+from matfact.torch.capture import captured, layer_views
 from matfact.torch.report import CompressionReport, CompressionWarning, LayerReport
 
 _log = logging.getLogger(__name__)
@@ -223,10 +224,12 @@ def _fits(
     if calibration is not None and form.sequential:
         yield from _sequential_fits(model, tasks, fit, calibration, form)
         return
-    statistics: Mapping[str, Any] = {}
+    statistics: Mapping[str, LayerStatistics] = {}
     if calibration is not None:
-        statistics = input_statistics(model, calibration, [task.names[0] for task in tasks])
-        _note_unreached(tasks, statistics)
+        views = layer_views(model, [task.names[0] for task in tasks])
+        statistics = captured(model, calibration, views)
+        for task in tasks:
+            _note_unreached(task, statistics.get(task.names[0]))
     run = Parallel(n_jobs=n_jobs, return_as="generator")
     jobs = (delayed(fit)(*task.problem(), statistics.get(task.names[0])) for task in tasks)
     for task, (fitted, message) in zip(tasks, run(jobs), strict=True):
@@ -238,32 +241,30 @@ def _sequential_fits(
     model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any], form: _Form
 ) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
-    reached = set()
     stops = walk(model, list(by_name), calibration, paired=form.feedback, folder=form.folder)
     with contextlib.closing(stops):
         for name, statistics in stops:
-            task = by_name[name]
-            reached.add(name)
+            task = by_name.pop(name)
             yield task, _fitted(task, fit, statistics)
             del statistics  # memory
-    _note_unreached(tasks, reached)
-    for task in tasks:
-        if task.names[0] not in reached:
-            yield task, _fitted(task, fit, None)
+    for task in by_name.values():
+        yield task, _fitted(task, fit, None)
 
 
 def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted | None:
+    _note_unreached(task, statistics)
     fitted, message = fit(*task.problem(), statistics)
     task.message = message or task.message
     return fitted
 
 
-def _note_unreached(tasks: list[Task], reached: Any) -> None:
-    """Say of layers that no calibration batch has called that they are fitted without."""
-    for task in tasks:
-        if task.names[0] not in reached:
-            task.message = "no calibration batch called it: fitted without"
-            warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
+def _note_unreached(task: Task, statistics: LayerStatistics | None) -> None:
+    """Say of a layer that no calibration input has reached that it is fitted without."""
+    if statistics is None or statistics.is_empty:
+        task.message = "no calibration input reached it: fitted without"
+        warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
+    elif statistics.note:
+        task.message = statistics.note
 
 
 def _try(

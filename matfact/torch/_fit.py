@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 from sklearn.base import clone
 
 from matfact import backend, metrics
 from matfact.backend import Array
-from matfact.calibration import InputStatistics, OutputStatistics
+from matfact.calibration import OutputStatistics
 from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize, input_scale, reselect, scaled_columns
-from matfact.solvers.layerwise import corrected
-from matfact.torch._matrices import LayerStatistics
+from matfact.solvers.layerwise import corrected, corrections
+from matfact.torch._statistics import LayerStatistics, Sums
 
 #: How inputs count for factorizers that cannot use them: not at all; in the scale of columns
 #: before the fit; and also in a refit of values after it, of one factor or of all.
 Adaptation = Literal["none", "scale", "finalize_one", "finalize"]
+
+#: Dampings of corrections that are tried where inputs kept aside can tell, the most cautious first.
+CORRECTION_DAMPINGS = (3.0, 1.0, 0.3, 0.1, 0.03)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +37,9 @@ class Fitted:
         One for each matrix.
     relative_error, normalized_error : float
         Of all matrices together.
-    layer_error : float or None
-        Error on the layer's outputs, where statistics of its inputs were given.
+    layer_error, fitted_layer_error : float or None
+        Error on the layer's outputs, for inputs that were kept aside and for those fitted, as far
+        as there are any that make an output.
     seconds : float
         Wall time of the fits.
     shifts : list of array
@@ -45,6 +50,7 @@ class Fitted:
     relative_error: float
     normalized_error: float
     layer_error: float | None
+    fitted_layer_error: float | None
     seconds: float
     shifts: list[Array] = dataclasses.field(default_factory=list)
 
@@ -70,19 +76,20 @@ def fit_layer(
         Fitted to each matrix in turn.
     matrices : list of array
         The matrices, of one shape.
-    statistics : list of InputStatistics or OutputStatistics, or None
-        Those of the inputs of each. Where they are those of pairs, the matrices are corrected for
-        what has become of the inputs.
+    statistics : LayerStatistics or None
+        Those of the inputs. Where they are those of pairs, the matrices are corrected for what has
+        become of the inputs.
     adapt : {"finalize", "finalize_one", "scale", "none"}
         What makes factorizers that cannot use the inputs themselves take them into account.
     shift : bool
         Whether a bias makes up for the mean of what outputs lose.
     """
     start = time.perf_counter()
-    problems = [
-        _Problem.of(W, None if statistics is None else statistics[i], shift)
-        for i, W in enumerate(matrices)
-    ]
+    if statistics is None or statistics.is_empty:
+        sums: Sequence[tuple[Sums | None, Sums | None]] = [(None, None)] * len(matrices)
+    else:
+        sums = statistics.by_matrix()
+    problems = [_Problem.of(W, *each, shift) for W, each in zip(matrices, sums, strict=True)]
     products = [_fit(factorizer, problem, adapt) for problem in problems]
     seconds = time.perf_counter() - start
     xp = backend.namespace(*matrices)
@@ -94,10 +101,11 @@ def fit_layer(
         products,
         relative,
         metrics.normalized_error(W, relative, nnz),
-        None if statistics is None else _layer_error(problems, dense),
+        _layer_error([problem.aside for problem in problems], dense),
+        _layer_error([problem.wanted for problem in problems], dense),
         seconds,
         [p.shift(W, W_hat) for p, W, W_hat in zip(problems, matrices, dense, strict=True)]
-        if shift and statistics is not None
+        if shift and problems[0].wanted is not None
         else [],
     )
 
@@ -108,36 +116,65 @@ class _Problem:
 
     Attributes
     ----------
+    W : array
+        The matrix.
     target : array
         The matrix, corrected for what has become of its inputs.
-    inputs : InputStatistics or None
-        Those of its inputs, without their mean where a bias makes up for it.
+    wanted : OutputStatistics or None
+        Inputs with the outputs of the dense network, without their means where a bias makes up for
+        those.
+    aside : OutputStatistics or None
+        The same for the batches kept aside, less the means of the others; None where there are
+        none.
     means : tuple of array
-        Mean input in the dense network and now.
+        Mean input and mean output.
     """
 
+    W: Array
     target: Array
-    inputs: InputStatistics | None
+    wanted: OutputStatistics | None = None
+    aside: OutputStatistics | None = None
     means: tuple[Array, Array] | None = None
 
     @classmethod
-    def of(
-        cls, W: Array, statistics: InputStatistics | OutputStatistics | None, shift: bool
-    ) -> _Problem:
-        if statistics is None:
-            return cls(W, None)
-        if isinstance(statistics, InputStatistics):
-            alone = statistics.centered() if shift else statistics
-            return cls(W, alone, (statistics.mean, statistics.mean))
-        paired = statistics.centered() if shift else statistics
-        means = statistics.mean, statistics.inputs.mean
-        return cls(corrected(W, paired), paired.inputs, means)
+    def of(cls, W: Array, fitted: Sums | None, aside: Sums | None, shift: bool) -> _Problem:
+        if fitted is None:
+            return cls(W, W)
+        is_paired = isinstance(fitted, OutputStatistics)
+        wanted, judge = (_with_outputs(each, W) for each in (fitted, aside))
+        assert wanted is not None
+        means = wanted.inputs.mean, wanted.mean
+        if shift:
+            judge = None if judge is None else judge.centered(wanted)
+            wanted = wanted.centered()
+        target = _target(W, wanted, judge) if is_paired else W
+        return cls(W, target, wanted, judge, means)
 
     def shift(self, W: Array, W_hat: Array) -> Array:
         """Return the mean of what outputs have lost."""
         assert self.means is not None
-        dense, now = self.means
-        return backend.wide(W) @ dense - backend.wide(W_hat) @ now
+        inputs, outputs = self.means
+        return outputs - backend.wide(W_hat) @ inputs
+
+
+def _with_outputs(sums: Sums | None, W: Array) -> OutputStatistics | None:
+    """Return the sums of inputs with those of outputs, which `W` makes of them if nothing else."""
+    if sums is None or isinstance(sums, OutputStatistics):
+        return sums
+    return OutputStatistics.of_map(sums, W)
+
+
+def _target(W: Array, wanted: OutputStatistics, aside: OutputStatistics | None) -> Array:
+    """Return `W` corrected for what has become of its inputs, as far as that holds for others."""
+    if aside is None:
+        return corrected(W, wanted)
+    best, least = W, aside.squared_error(W)
+    for target in corrections(W, wanted, CORRECTION_DAMPINGS):
+        error = aside.squared_error(target)
+        if error >= least:
+            break
+        best, least = target, error
+    return best
 
 
 def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> FactorProduct:
@@ -147,12 +184,13 @@ def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> Fa
     their values refitted to the inputs (paper 001, Section 4.3); where entries may be stored
     anywhere, some are chosen anew.
     """
-    W, inputs = problem.target, problem.inputs
+    W, wanted = problem.target, problem.wanted
     # Copies are fitted, and forgotten at once, since factorizers keep what they have found.
-    if inputs is not None and uses_inputs(factorizer):
+    if wanted is None or (adapt == "none" and not uses_inputs(factorizer)):
+        return clone(factorizer).fit(problem.W).operator_
+    inputs = wanted.inputs
+    if uses_inputs(factorizer):
         return clone(factorizer).fit(W, calibration=inputs).operator_
-    if inputs is None or adapt == "none":
-        return clone(factorizer).fit(W).operator_
     xp = backend.namespace(W)
     scale = xp.astype(input_scale(inputs.second_moment), W.dtype)
     scaled = W * scale[None, :]
@@ -174,14 +212,11 @@ def uses_inputs(factorizer: BaseFactorizer) -> bool:
     return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
-def _layer_error(problems: list[_Problem], dense: list[Array]) -> float:
-    """Return the relative error of the outputs of all groups together."""
+def _layer_error(sums: list[OutputStatistics | None], dense: list[Array]) -> float | None:
+    """Return the relative error of the outputs of all groups together, None if there are none."""
     error = total = 0.0
-    for problem, W_hat in zip(problems, dense, strict=True):
-        assert problem.inputs is not None
-        gram = problem.inputs.gram
-        relative = metrics.layer_error(problem.target, W_hat, gram)
-        energy = metrics.output_energy(problem.target, gram)
-        total += energy
-        error += energy * relative**2
-    return math.sqrt(error / total) if total else 0.0
+    for each, W_hat in zip(sums, dense, strict=True):
+        if each is not None:
+            error += each.squared_error(W_hat)
+            total += each.energy
+    return math.sqrt(error / total) if total else None

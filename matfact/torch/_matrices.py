@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.operators import FactorProduct
 from matfact.torch.conv import FactorizedConv, pad, unfold
 from matfact.torch.layers import FactorizedLinear
-
-#: Statistics of the inputs of a layer, one for each of its matrices: of the inputs alone, or
-#: together with what they are in the dense network.
-LayerStatistics = list[InputStatistics] | list[OutputStatistics]
 
 
 class Matricized(ABC):
@@ -51,12 +46,6 @@ class Matricized(ABC):
     def arrays(self) -> list[Array]:
         """Return the matrices for the solvers: NumPy arrays on the CPU, tensors elsewhere."""
         return [as_array(matrix) for matrix in self.matrices()]
-
-    def update(self, statistics: LayerStatistics, x: Tensor, *dense: Tensor) -> None:
-        """Add the layer input `x` to `statistics`, beside that in the dense network for pairs."""
-        for pieces in zip(*(self._inputs(each.detach()) for each in (x, *dense)), strict=True):
-            for running, *arrays in zip(statistics, *pieces, strict=True):
-                running.update(*map(as_array, arrays))
 
 
 class MatricizedLinear(Matricized):

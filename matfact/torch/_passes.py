@@ -17,6 +17,7 @@ from matfact.torch import _memory
 from matfact.torch._batches import forward
 from matfact.torch._cache import repeat_exactly
 from matfact.torch._matrices import Matricized
+from matfact.torch._random import RandomState, drawing
 from matfact.torch.capture import layer_input
 
 #: Called with the name and the input of a layer.
@@ -44,6 +45,8 @@ class Pass:
         The network.
     batch : object
         What it is called with.
+    draws : RandomState
+        Where the random numbers that it draws start. Passes to compare are given the same.
 
     Attributes
     ----------
@@ -55,7 +58,8 @@ class Pass:
 
     _local = threading.local()
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
+    def __init__(self, model: nn.Module, batch: Any, draws: RandomState) -> None:
+        self._draws = draws
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
         self._cancelled = self._trial = False
@@ -105,11 +109,13 @@ class Pass:
 
     def advance(self) -> None:
         """Let the batch run to the next gate or to its end, and raise what went wrong there."""
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._go.release()
-        self._wait()
+        with drawing(self._draws):
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._go.release()
+            self._wait()
+            self._draws = RandomState.now(self._draws.device)
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
         """Let a copy of the batch run through the module where it waits.
@@ -127,7 +133,7 @@ class Pass:
             _memory.page_out(self.offloaded)
             return
         self._trial = True
-        with _hooked(views, visitor):
+        with _hooked(views, visitor), drawing(self._draws):
             self._go.release()
             self._wait()
         self._trial = False
@@ -144,6 +150,41 @@ class Pass:
         self._go.release()
         if self._thread.ident is not None:
             self._thread.join()
+
+
+class WholePass:
+    """A batch that can go through the whole network, again and again, without a stop.
+
+    Parameters
+    ----------
+    model, batch, draws
+        As for :class:`Pass`.
+    """
+
+    at = None
+
+    def __init__(self, model: nn.Module, batch: Any, draws: RandomState) -> None:
+        self._model, self._draws, self.batch = model, draws, batch
+
+    def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
+        """Let the batch run through the network, as :meth:`Pass.visit` does through a module."""
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            repeat_exactly()
+            with contextlib.suppress(Stopped), torch.no_grad():
+                try:
+                    forward(self._model, copy.deepcopy(self.batch))
+                except Exception as error:
+                    errors.append(error)
+            _memory.rest()
+
+        with _hooked(views, visitor), drawing(self._draws):
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            thread.join()
+        if errors:
+            raise errors[0]
 
 
 def _called(run: Callable[..., Any], arguments: Arguments) -> None:
@@ -194,6 +235,7 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
         now = model.get_submodule(name)
         return run(before, *args, **kwargs) if now is before else now(*args, **kwargs)
 
+    forward_at_gate.__wrapped__ = module.forward  # type: ignore[attr-defined]  # its signature
     module.forward = forward_at_gate
     del module
     try:

@@ -91,6 +91,7 @@ def _measures(fitted: Fitted, size: int, itemsize: int) -> dict[str, Any]:
         "relative_error": fitted.relative_error,
         "normalized_error": fitted.normalized_error,
         "layer_error": fitted.layer_error,
+        "fitted_layer_error": fitted.fitted_layer_error,
         "nbytes": fitted.nbytes(itemsize),
         "flops": sum(product.flops for product in products),
         "seconds": fitted.seconds,

@@ -19,9 +19,9 @@ from matfact.factorizers import BaseFactorizer
 from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._fit import fit_layer
-from matfact.torch._matrices import LayerStatistics
 from matfact.torch._plan import Layers, Method, Override, Task, plan
-from matfact.torch.capture import input_statistics, layer_views
+from matfact.torch._statistics import LayerStatistics
+from matfact.torch.capture import captured, layer_views
 
 _METHODS = ("dsf", "lowrank", "monarch", "magnitude")
 _DENSITIES = (0.1, 0.2, 0.35, 0.5)
@@ -104,8 +104,8 @@ def within_budget(
     every = next(iter(planned.values()))
     latency = apply_seconds if budget.cost == "seconds" else None
     found = {task.names[0]: [_dense(task, latency)] for task in every}
-    seen = {} if calibration is None else input_statistics(model, calibration, list(found))
-    calls = {name: statistics[0].count for name, statistics in seen.items()}
+    seen = _captured(model, calibration, list(found))
+    calls = {name: statistics.count for name, statistics in seen.items() if statistics.count}
     least = min(calls.values(), default=1)
     share = {name: calls.get(name, least) / least for name in found}
     dense = math.fsum(getattr(_called(found[n][0], share[n]), budget.cost) for n in found)
@@ -208,7 +208,7 @@ def layer_options(
     planned = {m: plan(model, named[m], None, layers, {}, (False, False)) for m in named}
     every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
-    seen = {} if calibration is None else input_statistics(model, calibration, list(found))
+    seen = _captured(model, calibration, list(found))
     work: list[_Work] = [
         (label, task, densities)
         for label, tasks in planned.items()
@@ -218,6 +218,12 @@ def layer_options(
     for name, options in _measured(work, seen, latency, n_jobs):
         found[name] += options
     return found
+
+
+def _captured(
+    model: nn.Module, calibration: Iterable[Any] | None, layers: list[str]
+) -> dict[str, LayerStatistics]:
+    return {} if calibration is None else captured(model, calibration, layer_views(model, layers))
 
 
 def _measured(
@@ -264,7 +270,8 @@ def _options(
             if "density" not in str(error):  # too small for the structure
                 raise
             continue
-        loss = fitted.relative_error if fitted.layer_error is None else fitted.layer_error
+        measured = (fitted.layer_error, fitted.fitted_layer_error, fitted.relative_error)
+        loss = next(error for error in measured if error is not None)
         flops = sum(product.flops for product in fitted.products)
         seconds = _seconds(fitted.products, latency)
         asked = math.nan if density is None else density

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matfact.calibration import InputStatistics
-from matfact.torch._batches import attended, checked, eval_mode, forward
+from matfact.torch._batches import attended, checked, device_of, eval_mode, forward
 from matfact.torch._matrices import Matricized, matricized
+from matfact.torch._random import batch_states, drawing
+from matfact.torch._statistics import LayerStatistics, is_aside
 
 
 def input_statistics(
@@ -46,30 +49,72 @@ def input_statistics(
     >>> statistics["0"][0].count, statistics["0"][0].mean
     (9, array([1., 1., 1.]))
     """
-    views = layer_views(model, layers)
-    found: dict[str, list[InputStatistics]] = {}
-    present: Any = None  # the batch that is on its way
+    found = captured(model, batches, layer_views(model, layers), split=False)
+    return {name: statistics.fitted for name, statistics in found.items()}  # type: ignore[misc]
+
+
+def captured(
+    model: nn.Module, batches: Iterable[Any], views: Mapping[str, Matricized], *, split: bool = True
+) -> dict[str, LayerStatistics]:
+    """Return what enters layers in one pass over the batches, every call of a layer counted.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    batches : iterable
+        As for :func:`input_statistics`.
+    views : mapping of str to Matricized
+        The layers.
+    split : bool, default=True
+        Whether some batches are kept aside.
+
+    Raises
+    ------
+    ValueError
+        If what enters a layer is not finite; the layer and the batch are named.
+    """
+    found: dict[str, LayerStatistics] = {}
+    present: tuple[int, Any] = 0, None  # the batch that is on its way
 
     def hook(name: str) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            index, batch = present
+            x = rows_of(views[name], layer_input(args, kwargs), batch, model)
             if name not in found:
-                found[name] = [InputStatistics() for _ in views[name].matrices()]
-            views[name].update(found[name], attended(layer_input(args, kwargs), present))
+                found[name] = LayerStatistics.of(views[name], paired=False)
+            with naming(name, index):
+                found[name].add(views[name], x, aside=split and is_aside(index))
 
         return add
 
-    handles = [
-        view.layer.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, view in views.items()
-    ]
-    try:
-        with eval_mode(model), torch.no_grad():
-            for present in checked(batches):
-                forward(model, present)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as handles:
+        for name, view in views.items():
+            handle = view.layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+            handles.callback(handle.remove)
+        handles.enter_context(eval_mode(model))
+        handles.enter_context(torch.no_grad())
+        states = batch_states(device_of(model))
+        for present in enumerate(checked(batches)):
+            with drawing(next(states)):
+                forward(model, present[1])
     return found
+
+
+def rows_of(view: Matricized, x: Tensor, batch: Any, model: nn.Module) -> Tensor:
+    """Return the input of a layer without padding, where rows are what it multiplies."""
+    return attended(x, batch, model) if view.by_rows else x
+
+
+@contextlib.contextmanager
+def naming(layer: str, batch: int) -> Iterator[None]:
+    """Say of errors in sums of inputs to which layer and batch they belong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"inputs of layer {layer!r} in calibration batch {batch}: {error}"
+        ) from None
 
 
 def layer_views(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Matricized]:

@@ -48,9 +48,13 @@ class LayerReport:
     normalized_error : float or None
         Relative error ÷ that of magnitude pruning with as many stored values.
     layer_error : float or None
-        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` on the calibration inputs `X`, where there are any: less
-        their mean where a bias makes up for it, and with feedback for the matrix `W` that makes
-        up for the layers before.
+        How far the layer's outputs are from those it has in the dense network, relative to these,
+        for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
+        which with sequential calibration are those in the compressed network, and the outputs `U`,
+        less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
+        where no input was kept aside, as of a single batch, or all outputs are zero.
+    fitted_layer_error : float or None
+        The same for the batches that the layer was fitted to, which is mostly less.
     nbytes : int or None
         Bytes of values and positions, in the smaller of CSR and bit masks.
     flops : int or None
@@ -75,6 +79,7 @@ class LayerReport:
     relative_error: float | None = None
     normalized_error: float | None = None
     layer_error: float | None = None
+    fitted_layer_error: float | None = None
     nbytes: int | None = None
     flops: int | None = None
     seconds: float | None = None

@@ -20,19 +20,19 @@ W = np.random.default_rng(1).standard_normal((4, 6))
 
 def test_inputs_as_they_were_change_nothing(inputs):
     dense, _ = inputs
-    np.testing.assert_array_equal(corrected(W, OutputStatistics().update(dense, dense)), W)
+    np.testing.assert_array_equal(corrected(W, OutputStatistics().update(dense, dense @ W.T)), W)
 
 
 def test_without_damping_it_is_the_least_squares_fit(inputs):
     dense, now = inputs
-    found = corrected(W, OutputStatistics().update(now, dense), damping=0.0)
+    found = corrected(W, OutputStatistics().update(now, dense @ W.T), damping=0.0)
     expected = np.linalg.lstsq(now, dense @ W.T, rcond=None)[0].T
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_outputs_come_nearer_and_damping_holds_the_weights(inputs):
     dense, now = inputs
-    statistics = OutputStatistics().update(now, dense)
+    statistics = OutputStatistics().update(now, dense @ W.T)
     found = [corrected(W, statistics, damping=damping) for damping in (0.0, 0.1, 10.0, 1e9)]
     errors = [np.linalg.norm(dense @ W.T - now @ M.T) for M in (*found, W)]
     assert errors == sorted(errors)
@@ -45,7 +45,9 @@ def test_outputs_come_nearer_and_damping_holds_the_weights(inputs):
 def test_the_fewer_samples_the_more_damping(count, damping):
     rng = np.random.default_rng(2)
     dense = rng.standard_normal((count, 6))
-    statistics = OutputStatistics().update(dense + 0.1 * rng.standard_normal(dense.shape), dense)
+    statistics = OutputStatistics().update(
+        dense + 0.1 * rng.standard_normal(dense.shape), dense @ W.T
+    )
     expected = corrected(W, statistics, damping=damping)
     np.testing.assert_array_equal(corrected(W, statistics), expected)
 
@@ -54,17 +56,17 @@ def test_the_fewer_samples_the_more_damping(count, damping):
 def test_dead_inputs_leave_their_weights_alone(dtype, inputs):
     dense, now = (x.astype(dtype) for x in inputs)
     now[:, 2] = 0
-    found = corrected(W.astype(dtype), OutputStatistics().update(now, dense))
+    found = corrected(W.astype(dtype), OutputStatistics().update(now, dense @ W.T))
     assert found.dtype == dtype
     np.testing.assert_array_equal(found[:, 2], W.astype(dtype)[:, 2])
-    nothing = OutputStatistics().update(0 * now, dense)
+    nothing = OutputStatistics().update(0 * now, dense @ W.T)
     np.testing.assert_array_equal(corrected(W, nothing), W)
 
 
 def test_any_array_library_will_do(inputs):
     dense, now = inputs
-    expected = corrected(W, OutputStatistics().update(now, dense))
-    statistics = OutputStatistics().update(asarray(now), asarray(dense))
+    expected = corrected(W, OutputStatistics().update(now, dense @ W.T))
+    statistics = OutputStatistics().update(asarray(now), asarray(dense @ W.T))
     np.testing.assert_allclose(np.asarray(corrected(asarray(W), statistics)), expected, rtol=1e-9)
 
 

@@ -52,8 +52,13 @@ def test_a_walk_sees_what_replaced_layers_put_out(batches):
             model.first.weight.zero_()
             assert torch.is_grad_enabled()
         else:
-            X = np.concatenate([batch["x"].reshape(-1, 6).numpy() for batch in batches])
-            np.testing.assert_allclose(statistics[0].gram, X.T @ X, rtol=1e-5, atol=1e-5)
+            with torch.no_grad():
+                h = torch.cat([batch["x"].reshape(-1, 6) for batch in batches])
+                X = torch.cat([h, model.second(h)]).numpy()
+            ((fitted, aside),) = statistics.by_matrix()
+            assert (fitted.count, aside.count) == (2 * 27, 2 * 6)  # called twice
+            both = fitted.gram + aside.gram
+            np.testing.assert_allclose(both, X.T @ X, rtol=1e-5, atol=1e-5)
     assert order == ["first", "second"]
     assert model.training
 
@@ -64,12 +69,13 @@ def test_a_walk_through_a_convolution_sees_patches_of_each_group():
     model = nn.Sequential(nn.ReLU(), conv)
     (_, statistics), *_ = walk(model, ["1"], [(x, torch.zeros(5))])
     patches = nn.functional.unfold(torch.relu(x), (3, 2), padding=1, stride=2).chunk(2, dim=1)
-    for group, found in zip(patches, statistics, strict=True):
+    for group, (found, aside) in zip(patches, statistics.by_matrix(), strict=True):
+        assert aside is None  # there is one batch only
         X = group.transpose(1, 2).reshape(-1, 12).double().numpy()
         np.testing.assert_allclose(found.gram, X.T @ X, rtol=1e-6, atol=1e-6)
 
 
-def test_layers_with_the_same_input_share_their_statistics():
+def test_layers_with_the_same_input_are_seen_in_one_go():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -78,10 +84,17 @@ def test_layers_with_the_same_input_share_their_statistics():
         def forward(self, x):
             return self.out(self.query(x) * self.key(x))
 
-    names = ["0.query", "0.key", "0.out"]
-    found = dict(walk(nn.Sequential(Attention()), names, [torch.randn(5, 4)] * 2))
-    assert found["0.query"] is found["0.key"]
-    assert found["0.out"] is not found["0.key"]
+    names, calls = ["0.query", "0.key", "0.out"], []
+    model = nn.Sequential(Attention())
+    stops = walk(model, names, [torch.randn(5, 4)] * 2)
+    query = next(stops)
+    model[0].query.register_forward_hook(lambda *_: calls.append("query"))
+    key = next(stops)
+    assert not calls
+    out = next(stops)
+    assert calls
+    assert [query[0], key[0], out[0]] == names
+    np.testing.assert_array_equal(query[1].fitted[0].gram, key[1].fitted[0].gram)
 
 
 def test_threads_and_patched_methods_are_gone_after_errors_and_early_ends(batches):
@@ -132,26 +145,34 @@ def test_padding_does_not_count():
     batch = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": mask}
     X = model.embed.weight.detach()[[0, 1, 3]].double().numpy()
     (_, walked), *_ = walk(model, ["out"], [batch])
-    for found in (input_statistics(model, [batch])["out"][0], walked[0]):
+    for found in (input_statistics(model, [batch])["out"][0], walked.fitted[0]):
         assert found.count == 3
         np.testing.assert_allclose(found.gram, X.T @ X, rtol=1e-6)
 
 
-def test_pairs_hold_the_inputs_of_the_dense_network_beside_those_now(batches):
+def test_pairs_hold_the_outputs_of_the_dense_network_beside_the_inputs_now(batches):
     torch.manual_seed(0)
     model = Residual()
-    dense = input_statistics(model, batches)["first"][0]
+    before, now = [_entering_second(model, b) for b in batches], []
+    stops = walk(model, ["first", "second"], batches, paired=True)
+    next(stops)
     with torch.no_grad():
-        before = torch.cat([_hidden(model, b) for b in batches]).double().numpy()
-        for name, statistics in walk(model, ["first", "second"], batches, paired=True):
-            if name == "first":
-                np.testing.assert_allclose(statistics[0].cross, dense.gram, rtol=1e-6)
-                model.first = nn.Linear(6, 6)
-        now = torch.cat([_hidden(model, b) for b in batches]).double().numpy()
-    np.testing.assert_allclose(statistics[0].cross, now.T @ before, rtol=1e-5)
-    np.testing.assert_allclose(statistics[0].inputs.gram, now.T @ now, rtol=1e-5)
+        model.first.weight *= 0.8
+        model.first.bias += 0.1
+    _, statistics = next(stops)
+    now = [_entering_second(model, b) for b in batches]
+    W = model.second.weight.detach().double().numpy()
+    ((fitted, aside),) = statistics.by_matrix()
+    for found, chosen in ((fitted, [0, 2]), (aside, [1])):
+        X, Y = (np.concatenate([each[i] for i in chosen]) for each in (now, before))
+        np.testing.assert_allclose(found.inputs.gram, X.T @ X, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.cross, X.T @ Y @ W.T, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.energy, np.sum((Y @ W.T) ** 2), rtol=1e-5)
 
 
-def _hidden(model, batch):
+@torch.no_grad()
+def _entering_second(model, batch):
+    """Return the inputs of both calls."""
     x = batch["x"].reshape(-1, 6)
-    return x + torch.relu(model.first(batch["scale"] * x))
+    h = x + torch.relu(model.first(batch["scale"] * x))
+    return torch.cat([h, model.second(h)]).double().numpy()

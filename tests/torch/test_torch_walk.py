@@ -10,8 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from matfact.calibration import OutputStatistics  # noqa: E402
 from matfact.torch import _offload, input_statistics  # noqa: E402
+from matfact.torch._matrices import matricized  # noqa: E402
 from matfact.torch._walk import walk  # noqa: E402
+from matfact.torch.capture import captured, layer_views  # noqa: E402
 
 
 class Cached(nn.Module):
@@ -108,7 +111,7 @@ def perturbed(layer):
     """Return another layer of the same form."""
     other = copy.deepcopy(layer)
     with torch.no_grad():
-        other.weight.mul_(0.5).add_(0.1)
+        other.weight.mul_(0.9).add_(0.02)
     return other
 
 
@@ -119,15 +122,9 @@ def put(model, old, new):
             setattr(model.get_submodule(parent), child, new)
 
 
-def first_inputs(model, name, batches):
-    """Return the statistics of what enters a layer, None if batches call it more than once."""
-    found = input_statistics(model, batches, [name])
-    calls = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        [model(**b) if isinstance(b, dict) else model(b) for b in batches]
-    handle.remove()
-    return found[name] if len(calls) == len(batches) else None
+def all_inputs(model, name, batches):
+    """Return the statistics of what enters a layer in a plain pass, all calls counted."""
+    return captured(model, batches, layer_views(model, [name]))[name].by_matrix()
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
@@ -145,16 +142,21 @@ def test_statistics_are_those_of_the_network_with_all_that_was_replaced(
     walked = []
     for name, statistics in walk(model, names, batches, paired=paired, folder=folder):
         walked.append(name)
-        now = [s.inputs if paired else s for s in statistics]
-        plain = first_inputs(present, name, batches)
-        for found, wanted in zip(now, plain or [], strict=plain is not None):
-            assert found.count == wanted.count
-            np.testing.assert_allclose(found.gram, wanted.gram, rtol=1e-4, atol=1e-4)
-        before = first_inputs(dense, name, batches)
-        if paired and before is not None:
-            for found, wanted in zip(statistics, before, strict=True):
-                energy = np.trace(wanted.gram)
-                np.testing.assert_allclose(found.energy, energy, rtol=1e-4)
+        now, before = (all_inputs(network, name, batches) for network in (present, dense))
+        matrices = matricized(model.get_submodule(name)).arrays()
+        for found, plain, twins, W in zip(
+            statistics.by_matrix(), now, before, matrices, strict=True
+        ):
+            for sums, wanted, twin in zip(found, plain, twins, strict=True):
+                assert (sums is None) == (wanted is None)
+                if sums is None:  # no batch is kept aside
+                    continue
+                inputs = sums.inputs if paired else sums
+                assert inputs.count == wanted.count
+                np.testing.assert_allclose(inputs.gram, wanted.gram, rtol=1e-4, atol=1e-4)
+                if paired:
+                    energy = OutputStatistics.of_map(twin, W).energy
+                    np.testing.assert_allclose(sums.energy, energy, rtol=1e-4)
         other = perturbed(present.get_submodule(name))
         for each in (model, present):
             put(each, each.get_submodule(name), copy.deepcopy(other))
@@ -202,7 +204,8 @@ def test_offloaded_states_are_not_in_memory(tmp_path):
         return min(found)
 
     assert taken(None) > 0.9 * states
-    assert taken(tmp_path) < 0.3 * states
+    gram = 8 * 1024**2  # of the batches kept aside, beside that of the others
+    assert taken(tmp_path) < 0.3 * states + gram
     assert not list(tmp_path.iterdir())
 
 

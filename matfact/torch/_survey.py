@@ -1,0 +1,115 @@
+"""What a network does with its layers, seen in one pass of each batch before any work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matfact.torch._batches import forward
+from matfact.torch._matrices import Matricized
+from matfact.torch._random import RandomState, drawing
+from matfact.torch.capture import layer_input
+
+#: A module on the stack of calls, and the number of that call.
+_Call = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """How often layers are called, and by what.
+
+    Attributes
+    ----------
+    calls : list of Counter
+        For each batch, how often each layer is called.
+    around : dict of str to list of str
+        For each layer that is called, in the order of first calls: the modules that are called
+        once, by every batch that calls the layer, and that all of its calls are part of, from the
+        outside in: from ``""``, the network, to the layer itself where it is called once.
+    """
+
+    calls: list[Counter[str]]
+    around: dict[str, list[str]]
+
+    @property
+    def repeated(self) -> list[str]:
+        """The layers that some batch calls more than once, in the order of first calls."""
+        return [name for name in self.around if any(calls[name] > 1 for calls in self.calls)]
+
+
+def survey(
+    model: nn.Module, views: Mapping[str, Matricized], batches: Iterable[tuple[Any, RandomState]]
+) -> Survey:
+    """Return how often layers are called in each batch, and which modules are around all calls.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, in eval mode.
+    views : mapping of str to Matricized
+        The layers.
+    batches : iterable of tuple
+        Batches with the states that random numbers are drawn from.
+
+    Raises
+    ------
+    ValueError
+        If what enters a layer is not finite; the layer and the batch are named.
+    """
+    found = Survey([], {})
+    names = {view.layer: name for name, view in views.items()}
+    watched = {module: names.get(module, name) for name, module in model.named_modules()}
+    watch = _Watch()
+    with contextlib.ExitStack() as handles, torch.no_grad():
+        for module, name in watched.items():
+            for handle in watch.hooks(module, name, is_layer=module in names):
+                handles.callback(handle.remove)
+        for batch, state in batches:
+            watch.start(len(found.calls))
+            with drawing(state):
+                forward(model, batch)
+            found.calls.append(Counter({name: watch.calls[name] for name in watch.common}))
+            for name, stack in watch.common.items():
+                around = [each for each, _ in stack if watch.calls[each] == 1]
+                before = found.around.get(name, around)
+                found.around[name] = [each for each in before if each in around]
+    return found
+
+
+class _Watch:
+    """The stack of calls of one batch, and what all calls of each layer have in common there."""
+
+    def start(self, batch: int) -> None:
+        self.batch = batch
+        self.calls: Counter[str] = Counter()
+        self.common: dict[str, list[_Call]] = {}
+        self._stack: list[_Call] = []
+
+    def hooks(self, module: nn.Module, name: str, is_layer: bool) -> Iterable[Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.calls[name] += 1
+            self._stack.append((name, self.calls[name]))
+            if is_layer:
+                before = self.common.get(name, self._stack)
+                self.common[name] = [call for call in before if call in self._stack]
+                self._check(name, layer_input(args, kwargs))
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
+        yield module.register_forward_hook(leave, always_call=True)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        values = x.values() if x.is_nested else x
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"calibration must lead to finite inputs, but those of layer {name!r} are not in "
+                f"batch {self.batch}."
+            )
