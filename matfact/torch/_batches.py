@@ -78,7 +78,7 @@ def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
         names = ["labels"] if getattr(config, "is_encoder_decoder", False) else []
         for name in [*names, *(name for name in entries if name.startswith("decoder_"))]:
             if name in entries:
-                found.pop(tuple(entries[name].shape[:2]), None)  # type: ignore[call-overload]
+                found.pop(tuple(entries[name].shape[:2]), None)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch._matrices import Matricized
-from matfact.torch._passes import Pass, Stopped, WholePass
+from matfact.torch._passes import Stopped
 from matfact.torch._statistics import LayerStatistics, is_aside
 from matfact.torch.capture import naming, rows_of
 
@@ -44,8 +44,8 @@ class Arrived:
 
     index: int
     calls: Counter[str]
-    own: Pass | WholePass
-    twin: Pass | WholePass | None
+    own: Any
+    twin: Any
 
 
 class Collected:
@@ -90,7 +90,7 @@ class Collected:
         elif not any(paired):
             self._add_alone(arrived)
 
-    def _first_called(self, own: Pass | WholePass) -> str | None:
+    def _first_called(self, own: Any) -> str | None:
         """Return the layer that a batch calls first."""
         found: list[str] = []
 
@@ -178,14 +178,13 @@ class Collected:
                 return  # an earlier batch has not given it the same
             self._started = batch.index
             self.statistics[name] = LayerStatistics.of(view, paired=twin is not None)
-        rows = [
-            None if each is None else rows_of(view, each, batch.own.batch, self._model)
-            for each in (x, twin)
-        ]
-        if likeness is not None and twin is not None:
-            likeness.add(*rows, axis=-1 if view.by_rows else 1)
+        x = rows_of(view, x, batch.own.batch, self._model)
+        if twin is not None:
+            twin = rows_of(view, twin, batch.own.batch, self._model)
+            if likeness is not None:
+                likeness.add(x, twin, axis=-1 if view.by_rows else 1)
         with naming(name, batch.index):
-            self.statistics[name].add(view, *rows, aside=is_aside(batch.index))
+            self.statistics[name].add(view, x, twin, aside=is_aside(batch.index))
 
 
 class _Likeness:

@@ -52,8 +52,8 @@ class LayerStatistics:
     def of(cls, view: Matricized, paired: bool) -> LayerStatistics:
         """Return the statistics of nothing."""
         kind: Any = OutputStatistics if paired else InputStatistics
-        n_matrices = len(view.matrices())
-        return cls(*([kind() for _ in range(n_matrices)] for _ in range(2)))
+        fitted, aside = ([kind() for _ in view.matrices()] for _ in range(2))
+        return cls(fitted, aside)
 
     def add(self, view: Matricized, x: Tensor, dense: Tensor | None = None, *, aside: bool) -> None:
         """Add what enters the layer, beside what enters it in the dense network for pairs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from torch import nn
 from matfact.torch import _memory
 from matfact.torch._batches import checked, device_of, eval_mode
 from matfact.torch._cache import forget
-from matfact.torch._collect import Collected, OwnPass
+from matfact.torch._collect import Arrived, Collected
 from matfact.torch._matrices import Matricized
 from matfact.torch._offload import offloading
-from matfact.torch._passes import Pass, gate
-from matfact.torch._random import batch_states
+from matfact.torch._passes import Pass, WholePass, gate
+from matfact.torch._random import RandomState, batch_states
 from matfact.torch._statistics import LayerStatistics
 from matfact.torch._survey import Survey, survey
 from matfact.torch.capture import layer_views
@@ -77,13 +78,112 @@ def walk(
     drawn = list(zip(checked(batches), batch_states(device_of(model)), strict=False))
     with eval_mode(model):
         seen = survey(model, views, drawn)
-        blocks = _blocks(model, views, seen)
-        whole = [
-            Arrived(i, calls, *(WholePass(model, *drawn[i]) if k <= paired else None for k in (0, 1)))
-            for i, calls in enumerate(seen.calls)
-        ]
-        repeated = {name: views[name] for name in seen.repeated}
-        with Walk(model, drawn, seen, blocks, paired, folder) as walk: ...
+        started = _Walk(model, views, seen, paired)
+        whole = started.batches(WholePass, drawn)
+        yield from started.through_blocks(started.batches(Pass, drawn), whole, folder)
+        yield from started.repeated(whole)
+
+
+class _Walk:
+    """Where a walk stands.
+
+    Attributes
+    ----------
+    blocks : dict of str to dict
+        Layers that have not had their turn, by the block in which they have it.
+    pending : dict of str to Matricized
+        Those of them that are called more than once, in no block.
+    dense : dict of str to torch.nn.Module
+        Layers as they were, of those that twins may come to again.
+    """
+
+    def __init__(self, model: nn.Module, views: _Views, seen: Survey, paired: bool) -> None:
+        self._model, self._seen, self._is_paired = model, seen, paired
+        self._turns = {name: i for i, name in enumerate(seen.around)}
+        self.pending = {name: views[name] for name in seen.repeated}
+        once = {name: view for name, view in views.items() if name not in self.pending}
+        self.blocks = _blocks(model, once, seen)
+        self.dense: dict[str, nn.Module] = {}
+
+    def batches(self, kind: Any, drawn: list[tuple[Any, RandomState]]) -> list[Arrived]:
+        """Return all batches, none of which has started."""
+        found = []
+        for i, (each, calls) in enumerate(zip(drawn, self._seen.calls, strict=True)):
+            twin = kind(self._model, *each) if self._is_paired else None
+            found.append(Arrived(i, calls, kind(self._model, *each), twin))
+        return found
+
+    def through_blocks(
+        self, batches: list[Arrived], whole: list[Arrived], folder: Path | None
+    ) -> Stops:
+        """Lead batches from block to block, and stop at the layers of each."""
+        order = {name: i for i, name in enumerate(self.blocks)}
+        every: list[Any] = [each for b in batches for each in (b.own, b.twin) if each is not None]
+        with contextlib.ExitStack() as gates:
+            opened = {name: gates.enter_context(gate(self._model, name)) for name in self.blocks}
+            gates.enter_context(offloading(self._model, self.blocks, folder))
+            try:
+                for each in every if self.blocks else ():
+                    each.advance()
+                while waiting := [each.at for each in every if each.at is not None]:
+                    name = min(waiting, key=order.__getitem__)
+                    turns = (self._turns[layer] for layer in self.blocks[name])
+                    yield from self.repeated(whole, before=min(turns, default=0))
+                    as_dense = self._as_dense(self.blocks[name])
+                    arrived = [batch for batch in batches if batch.own.at == name]
+                    yield from self._at(name, arrived, as_dense)
+                    if not any(self.blocks.values()):  # what comes behind does not matter
+                        break
+                    if arrived:
+                        opened[name].set()
+                    for twin in (batch.twin for batch in batches):
+                        if twin is not None and twin.at == name:
+                            with as_dense():
+                                twin.advance()
+                    for batch in arrived:
+                        batch.own.advance()
+                    forget(self._model.get_submodule(name))
+            finally:
+                for each in every:
+                    each.cancel()
+
+    def _at(self, block: str, arrived: list[Arrived], as_dense: _Mode) -> Stops:
+        """Yield the layers of a block in the order in which its batches call them."""
+        views = self.blocks[block]
+        while views and arrived:
+            found = Collected(self._model, views, arrived, as_dense).statistics
+            if not found:  # no batch calls any of them
+                break
+            forget(self._model.get_submodule(block))
+            for name in list(found):
+                del views[name]
+                yield name, found.pop(name)
+                _memory.trim()  # of what the caller has made of them
+
+    def repeated(self, batches: list[Arrived], before: float = math.inf) -> Stops:
+        """Yield the layers called more than once whose turn is before another's."""
+        while self.pending:
+            name, view = next(iter(self.pending.items()))
+            if self._turns[name] > before:
+                break
+            del self.pending[name]
+            as_dense = self._as_dense({name: view})
+            statistics = Collected(self._model, {name: view}, batches, as_dense).statistics
+            forget(self._model)
+            yield from statistics.items()
+
+    def _as_dense(self, views: _Views) -> _Mode:
+        """Return what makes the network dense, in these layers and those that came before."""
+        if not self._is_paired:
+            return contextlib.nullcontext
+        layers = {view.layer for view in views.values()}
+        modules = self._model.named_modules(remove_duplicate=False)
+        present = {**self.dense, **{name: module for name, module in modules if module in layers}}
+        if self._seen.repeated:
+            self.dense = present
+        return functools.partial(_holding, self._model, present)
+
+
 def _blocks(model: nn.Module, views: Mapping[str, Matricized], seen: Survey) -> dict[str, _Views]:
     """Return the layers of each block that batches come to, by the name of the block."""
     lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -110,31 +210,6 @@ def _around(name: str) -> Iterator[str]:
     while name:
         yield name
         name = _parent(name)
-
-
-def _stops(
-    model: nn.Module,
-    block: str,
-    views: _Views,
-    arrived: Mapping[OwnPass, Pass | None],
-    as_dense: _Mode,
-) -> Stops:
-    """Yield the layers of a block in the order in which the batches that wait there call them."""
-    while views and arrived:
-        found = Collected(model, views, arrived, as_dense).statistics
-        if not found:  # no batch calls any of them
-            break
-        forget(model.get_submodule(block))
-        for name in list(found):
-            del views[name]
-            yield name, found.pop(name)
-            _memory.trim()  # of what the caller has made of them
-
-
-def _present(model: nn.Module, views: _Views) -> dict[str, nn.Module]:
-    """Return the layers that the network has now, by each of their names."""
-    layers = {view.layer for view in views.values()}
-    return {n: m for n, m in model.named_modules(remove_duplicate=False) if m in layers}
 
 
 @contextlib.contextmanager

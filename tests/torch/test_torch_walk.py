@@ -111,7 +111,7 @@ def perturbed(layer):
     """Return another layer of the same form."""
     other = copy.deepcopy(layer)
     with torch.no_grad():
-        other.weight.mul_(0.9).add_(0.02)
+        other.weight.mul_(0.9).add_(0.1 * other.weight.abs().mean())
     return other
 
 
