@@ -25,7 +25,9 @@ def _slabs(batch: Array) -> Iterator[slice]:
 
 
 def _check_size(batch: Array, name: str) -> None:
-    """Raise ``ValueError`` if squares of entries of `batch` could overflow, or if one is NaN."""
+    """Raise ``ValueError`` if `batch` is complex, or squares of its entries are not finite."""
+    if backend.is_complex(batch):
+        raise ValueError(f"{name} must be real, got {batch.dtype}.")
     if not backend.max_abs(batch) < _LARGEST:
         raise ValueError(f"{name} must be finite, with entries smaller than {_LARGEST:g}.")
 
@@ -141,6 +143,14 @@ class InputStatistics:
         result = InputStatistics()
         result.count, result._sum = self.count, xp.take(self._sum, index)
         result.gram = xp.take(xp.take(self.gram, index, axis=0), index, axis=1)
+        return result
+
+    def damped(self, damping: float) -> InputStatistics:
+        """Return the statistics with a share of the diagonal of the Gram matrix added to it."""
+        result = InputStatistics()
+        result.count, result._sum = self.count, self._sum
+        added = damping * backend.namespace(self.gram).linalg.diagonal(self.gram)
+        result.gram = backend.add_diagonal(self.gram, added)
         return result
 
     def centered(self, about: InputStatistics | None = None) -> InputStatistics:

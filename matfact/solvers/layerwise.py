@@ -9,7 +9,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.calibration import OutputStatistics
+from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.constraints import Constraint, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import DAMPING, SparseState, sparse_regression
@@ -19,7 +19,7 @@ from matfact.solvers.least_squares import damped_gram, refit_values
 PENALTIES = (0.1, 1.0)
 #: Conjugate gradient steps on the values once the support is found.
 REFIT_STEPS = 20
-#: Damping of corrections ÷ (number of inputs ÷ number of samples), and its bounds. It is least
+#: Damping without validation ÷ (number of inputs ÷ number of samples), and its bounds. It is least
 #: squares with noise, of which there is the more the fewer samples there are for each input.
 NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.1, 1.0
 #: Changes of outputs below this share of them are rounding.
@@ -72,10 +72,14 @@ def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = Non
     array of shape (rows, columns)
         `Ŵ`, in the dtype of `W`.
     """
-    if damping is None:
-        noise = NOISE * wanted.inputs.n_features / wanted.inputs.count
-        damping = min(max(noise, LEAST_DAMPING), LARGEST_DAMPING)
+    damping = caution(wanted.inputs) if damping is None else damping
     return next(corrections(W, wanted, [damping]))
+
+
+def caution(inputs: InputStatistics) -> float:
+    """Return a damping for least squares by these inputs where no others can tell a better one."""
+    noise = NOISE * inputs.n_features / inputs.count
+    return min(max(noise, LEAST_DAMPING), LARGEST_DAMPING)
 
 
 def corrections(W: Array, wanted: OutputStatistics, dampings: Sequence[float]) -> Iterator[Array]:

@@ -162,6 +162,11 @@ def compress(
     """
     if reestimate_batchnorm and calibration is None:
         raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
+    if reestimate_batchnorm and isinstance(calibration, Iterator):
+        raise ValueError(
+            "calibration must be a collection that can be iterated over twice with "
+            f"reestimate_batchnorm=True, got a {type(calibration).__name__}."
+        )
     if adapt not in get_args(Adaptation):
         raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
     folder = None if offload_folder is None else Path(offload_folder)
@@ -226,10 +231,10 @@ def _fits(
         return
     statistics: Mapping[str, LayerStatistics] = {}
     if calibration is not None:
-        views = layer_views(model, [task.names[0] for task in tasks])
+        views = layer_views(model, [task.names[0] for task in tasks if _is_real(task)])
         statistics = captured(model, calibration, views)
         for task in tasks:
-            _note_unreached(task, statistics.get(task.names[0]))
+            _note_lack(task, statistics.get(task.names[0]))
     run = Parallel(n_jobs=n_jobs, return_as="generator")
     jobs = (delayed(fit)(*task.problem(), statistics.get(task.names[0])) for task in tasks)
     for task, (fitted, message) in zip(tasks, run(jobs), strict=True):
@@ -241,7 +246,8 @@ def _sequential_fits(
     model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any], form: _Form
 ) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
-    stops = walk(model, list(by_name), calibration, paired=form.feedback, folder=form.folder)
+    real = [name for name, task in by_name.items() if _is_real(task)]
+    stops = walk(model, real, calibration, paired=form.feedback, folder=form.folder)
     with contextlib.closing(stops):
         for name, statistics in stops:
             task = by_name.pop(name)
@@ -252,19 +258,24 @@ def _sequential_fits(
 
 
 def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted | None:
-    _note_unreached(task, statistics)
+    _note_lack(task, statistics)
     fitted, message = fit(*task.problem(), statistics)
     task.message = message or task.message
     return fitted
 
 
-def _note_unreached(task: Task, statistics: LayerStatistics | None) -> None:
-    """Say of a layer that no calibration input has reached that it is fitted without."""
-    if statistics is None or statistics.is_empty:
-        task.message = "no calibration input reached it: fitted without"
-        warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
-    elif statistics.note:
+def _is_real(task: Task) -> bool:
+    return not any(matrix.is_complex() for matrix in task.view.matrices())
+
+
+def _note_lack(task: Task, statistics: LayerStatistics | None) -> None:
+    """Say of a layer what its calibration lacks, if anything."""
+    if statistics is not None and not statistics.is_empty:
         task.message = statistics.note
+        return
+    why = "no calibration input reached it" if _is_real(task) else "its inputs are complex"
+    task.message = f"{why}: fitted without"
+    warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
 
 
 def _try(

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from sklearn.base import clone
 
 from matfact import backend, metrics
 from matfact.backend import Array
-from matfact.calibration import OutputStatistics
+from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize, input_scale, reselect, scaled_columns
-from matfact.solvers.layerwise import corrected, corrections
+from matfact.solvers.layerwise import caution, corrected, corrections
 from matfact.torch._statistics import LayerStatistics, Sums
 
 #: How inputs count for factorizers that cannot use them: not at all; in the scale of columns
 #: before the fit; and also in a refit of values after it, of one factor or of all.
 Adaptation = Literal["none", "scale", "finalize_one", "finalize"]
 
-#: Dampings of corrections that are tried where inputs kept aside can tell, the most cautious first.
-CORRECTION_DAMPINGS = (3.0, 1.0, 0.3, 0.1, 0.03)
+#: Dampings of corrections for former layers, and of refits, that are tried as long as the error on
+#: inputs kept aside becomes less, the most cautious first.
+CORRECTION_DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
+#: Dampings for factorizers that use inputs themselves, the boldest first.
+CALIBRATION_DAMPINGS = (0.0, 0.3, 3.0)
+#: Their error on inputs kept aside, relative to that on those fitted, from which they are tried.
+OVERFITTED = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +111,7 @@ def fit_layer(
         _layer_error([problem.aside for problem in problems], dense),
         _layer_error([problem.wanted for problem in problems], dense),
         seconds,
-        [p.shift(W, W_hat) for p, W, W_hat in zip(problems, matrices, dense, strict=True)]
+        [problem.shift(W_hat) for problem, W_hat in zip(problems, dense, strict=True)]
         if shift and problems[0].wanted is not None
         else [],
     )
@@ -147,14 +154,53 @@ class _Problem:
         if shift:
             judge = None if judge is None else judge.centered(wanted)
             wanted = wanted.centered()
+        if judge is not None and not judge.energy:  # nothing can be told from zeros
+            judge = None
         target = _target(W, wanted, judge) if is_paired else W
         return cls(W, target, wanted, judge, means)
 
-    def shift(self, W: Array, W_hat: Array) -> Array:
+    def shift(self, W_hat: Array) -> Array:
         """Return the mean of what outputs have lost."""
         assert self.means is not None
         inputs, outputs = self.means
         return outputs - backend.wide(W_hat) @ inputs
+
+    def improved(self, product: FactorProduct, others: Iterable[FactorProduct]) -> FactorProduct:
+        """Return the last of `others` up to which each lowers the error on inputs kept aside."""
+        best, least = product, self._error(self.aside, product)
+        for other in others:
+            error = self._error(self.aside, other)
+            if error >= least:
+                break
+            best, least = other, error
+        return best
+
+    def is_overfitted(self, product: FactorProduct) -> bool:
+        """Whether inputs kept aside tell that more caution may pay."""
+        if self.aside is None:
+            return False
+        return self._error(self.aside, product) > OVERFITTED * self._error(self.wanted, product)
+
+    def _error(self, sums: OutputStatistics | None, product: FactorProduct) -> float:
+        assert sums is not None
+        W_hat = product.astype(self.W.dtype).toarray()
+        return math.sqrt(sums.squared_error(W_hat) / sums.energy) if sums.energy else 0.0
+
+    def scale(self, inputs: InputStatistics) -> Array:
+        """Return what columns are multiplied by before a fit, nothing if that does not hold up.
+
+        A fit spreads its error over all entries alike; divided by the scale and multiplied by the
+        inputs kept aside, it should become less.
+        """
+        scale = input_scale(inputs.second_moment)
+        if self.aside is None:
+            return scale
+        xp = backend.namespace(scale)
+        energies = xp.sum(backend.wide(self.target) ** 2, axis=0)
+        entering = xp.linalg.diagonal(self.aside.inputs.gram)
+        scaled = float(xp.sum(scale**2 * energies)) * float(xp.sum(entering / scale**2))
+        plain = float(xp.sum(energies)) * float(xp.sum(entering))
+        return scale if scaled <= plain else xp.ones_like(scale)
 
 
 def _with_outputs(sums: Sums | None, W: Array) -> OutputStatistics | None:
@@ -165,7 +211,7 @@ def _with_outputs(sums: Sums | None, W: Array) -> OutputStatistics | None:
 
 
 def _target(W: Array, wanted: OutputStatistics, aside: OutputStatistics | None) -> Array:
-    """Return `W` corrected for what has become of its inputs, as far as that holds for others."""
+    """Return `W` corrected for what has become of its inputs, as far as others bear it out."""
     if aside is None:
         return corrected(W, wanted)
     best, least = W, aside.squared_error(W)
@@ -178,33 +224,65 @@ def _target(W: Array, wanted: OutputStatistics, aside: OutputStatistics | None) 
 
 
 def _fit(factorizer: BaseFactorizer, problem: _Problem, adapt: Adaptation) -> FactorProduct:
-    """Return the fitted product.
-
-    Factorizers that cannot use the inputs are fitted to columns scaled by what enters them, and
-    their values refitted to the inputs (paper 001, Section 4.3); where entries may be stored
-    anywhere, some are chosen anew.
-    """
-    W, wanted = problem.target, problem.wanted
+    """Return the fitted product."""
     # Copies are fitted, and forgotten at once, since factorizers keep what they have found.
-    if wanted is None or (adapt == "none" and not uses_inputs(factorizer)):
-        return clone(factorizer).fit(problem.W).operator_
-    inputs = wanted.inputs
-    if uses_inputs(factorizer):
-        return clone(factorizer).fit(W, calibration=inputs).operator_
-    xp = backend.namespace(W)
-    scale = xp.astype(input_scale(inputs.second_moment), W.dtype)
+    if problem.wanted is not None and uses_inputs(factorizer):
+        return _calibrated(factorizer, problem, problem.wanted.inputs)
+    if problem.wanted is None or adapt == "none":
+        return clone(factorizer).fit(problem.target).operator_
+    return _adapted(factorizer, problem, problem.wanted.inputs, adapt).rescaled(1.0)
+
+
+def _calibrated(
+    factorizer: BaseFactorizer, problem: _Problem, inputs: InputStatistics
+) -> FactorProduct:
+    """Return the fit of a factorizer that uses inputs, with more caution where it has to be."""
+
+    def fits() -> Iterator[FactorProduct]:
+        for damping in CALIBRATION_DAMPINGS:
+            damped = inputs.damped(damping) if damping else inputs
+            yield clone(factorizer).fit(problem.target, calibration=damped).operator_
+        yield clone(factorizer).fit(problem.W).operator_
+
+    found = fits()
+    first = next(found)
+    return problem.improved(first, found) if problem.is_overfitted(first) else first
+
+
+def _adapted(
+    factorizer: BaseFactorizer, problem: _Problem, inputs: InputStatistics, adapt: Adaptation
+) -> FactorProduct:
+    """Return the fit of a factorizer that cannot use inputs.
+
+    It is fitted to columns scaled by what enters them, and its values are refitted to the inputs
+    (paper 001, Section 4.3); where entries may be stored anywhere, some are chosen anew.
+    """
+    W, xp = problem.target, backend.namespace(problem.target)
+    scale = xp.astype(problem.scale(inputs), W.dtype)
     scaled = W * scale[None, :]
     unit = backend.unit(scaled)
     scaled *= 1 / unit  # in place, so that the factorizer makes no copy of its own
     product = scaled_columns(clone(factorizer).fit(scaled).operator_, unit / scale)
     del scaled
     if adapt == "scale":
-        return product.rescaled(1.0)
+        return product
+    refit: Callable[..., FactorProduct] = finalize
     if adapt == "finalize_one":
-        return finalize(product, W, inputs.gram, n_factors=1).rescaled(1.0)
-    anywhere = isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None
-    refit = reselect if anywhere else finalize
-    return refit(product, W, inputs.gram).rescaled(1.0)
+        refit = functools.partial(finalize, n_factors=1)
+    elif isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None:
+        refit = reselect
+    if problem.aside is None:
+        return refit(product, W, inputs.gram, damping=caution(inputs))
+    if refit is reselect:
+        refit = functools.partial(reselect, n_rounds=1)
+
+    def refits() -> Iterator[FactorProduct]:
+        present = product
+        for damping in REFIT_DAMPINGS:
+            present = refit(present, W, inputs.gram, damping=damping)
+            yield present
+
+    return problem.improved(product, refits())
 
 
 def uses_inputs(factorizer: BaseFactorizer) -> bool:
