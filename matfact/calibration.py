@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 from typing import Self
 
-from matfact import backend
+from matfact import backend, metrics
 from matfact.backend import Array
 
 #: Rows converted to double precision at a time at least, which bounds the extra memory.
@@ -286,25 +289,6 @@ class OutputStatistics:
         result._sum = xp.zeros_like(outputs) if about is None else self._sum - count * outputs
         return result
 
-    @classmethod
-    def of_map(cls, inputs: InputStatistics, W: Array) -> OutputStatistics:
-        """Return the statistics of `inputs` with what `W` makes of them.
-
-        Parameters
-        ----------
-        inputs : InputStatistics
-            Those of the inputs.
-        W : array of shape (n_outputs, n_features)
-            The linear map.
-        """
-        xp, wide = backend.namespace(W), backend.wide(W)
-        result = cls()
-        result.inputs = inputs
-        result.cross = xp.matmul(inputs.gram, xp.matrix_transpose(wide))
-        result.energy = max(0.0, float(xp.sum(result.cross * xp.matrix_transpose(wide))))
-        result._sum = xp.matmul(wide, inputs._sum)
-        return result
-
     def squared_error(self, W: Array) -> float:
         """Return ``‖U − X Wᵀ‖_F²`` for the linear map `W`.
 
@@ -320,3 +304,44 @@ class OutputStatistics:
             image -= 2.0 * xp.matrix_transpose(self.cross[:, rows])
             total += float(xp.sum(image * slab))
         return max(0.0, total)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MapStatistics:
+    """Statistics of inputs with the outputs that a linear map makes of them.
+
+    They tell what :class:`OutputStatistics` do, and hold the map instead of sums over outputs.
+
+    Parameters
+    ----------
+    inputs : InputStatistics
+        Those of the inputs.
+    W : array of shape (n_outputs, n_features)
+        The map.
+    """
+
+    inputs: InputStatistics
+    W: Array
+
+    @property
+    def mean(self) -> Array:
+        """Mean output, of shape (n_outputs,)."""
+        return backend.wide(self.W) @ self.inputs.mean
+
+    @functools.cached_property
+    def energy(self) -> float:
+        """``‖U‖_F²``."""
+        return metrics.output_energy(self.W, self.inputs.gram)
+
+    def squared_error(self, W: Array) -> float:
+        """Return ``‖U − X Wᵀ‖_F²`` for the linear map `W`."""
+        gram, slabs = self.inputs.gram, backend.slabs(W.shape[0])
+        wide = backend.wide
+        return math.fsum(
+            metrics.output_energy(wide(self.W[rows, :]) - wide(W[rows, :]), gram) for rows in slabs
+        )
+
+    def centered(self, about: MapStatistics | None = None) -> MapStatistics:
+        """Return the statistics of the deviations from the means, as of :class:`OutputStatistics`."""
+        inputs = self.inputs.centered(None if about is None else about.inputs)
+        return MapStatistics(inputs, self.W)

@@ -13,7 +13,7 @@ from sklearn.base import clone
 
 from matfact import backend, metrics
 from matfact.backend import Array
-from matfact.calibration import InputStatistics, OutputStatistics
+from matfact.calibration import InputStatistics, MapStatistics, OutputStatistics
 from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize, input_scale, reselect, scaled_columns
@@ -32,6 +32,7 @@ REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
 CALIBRATION_DAMPINGS = (0.0, 0.3, 3.0)
 #: Their error on inputs kept aside, relative to that on those fitted, from which they are tried.
 OVERFITTED = 1.1
+_Outputs = OutputStatistics | MapStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +128,10 @@ class _Problem:
         The matrix.
     target : array
         The matrix, corrected for what has become of its inputs.
-    wanted : OutputStatistics or None
+    wanted : OutputStatistics, MapStatistics or None
         Inputs with the outputs of the dense network, without their means where a bias makes up for
         those.
-    aside : OutputStatistics or None
+    aside : OutputStatistics, MapStatistics or None
         The same for the batches kept aside, less the means of the others; None where there are
         none.
     means : tuple of array
@@ -139,25 +140,23 @@ class _Problem:
 
     W: Array
     target: Array
-    wanted: OutputStatistics | None = None
-    aside: OutputStatistics | None = None
+    wanted: _Outputs | None = None
+    aside: _Outputs | None = None
     means: tuple[Array, Array] | None = None
 
     @classmethod
     def of(cls, W: Array, fitted: Sums | None, aside: Sums | None, shift: bool) -> _Problem:
         if fitted is None:
             return cls(W, W)
-        is_paired = isinstance(fitted, OutputStatistics)
-        wanted, judge = (_with_outputs(each, W) for each in (fitted, aside))
-        assert wanted is not None
+        wanted = _with_outputs(fitted, W)
+        judge = None if aside is None else _with_outputs(aside, W)
         means = wanted.inputs.mean, wanted.mean
         if shift:
-            judge = None if judge is None else judge.centered(wanted)
+            judge = judge and judge.centered(wanted)  # type: ignore[arg-type]  # of the same kind
             wanted = wanted.centered()
         if judge is not None and not judge.energy:  # nothing can be told from zeros
             judge = None
-        target = _target(W, wanted, judge) if is_paired else W
-        return cls(W, target, wanted, judge, means)
+        return cls(W, _target(W, wanted, judge), wanted, judge, means)
 
     def shift(self, W_hat: Array) -> Array:
         """Return the mean of what outputs have lost."""
@@ -181,7 +180,7 @@ class _Problem:
             return False
         return self._error(self.aside, product) > OVERFITTED * self._error(self.wanted, product)
 
-    def _error(self, sums: OutputStatistics | None, product: FactorProduct) -> float:
+    def _error(self, sums: _Outputs | None, product: FactorProduct) -> float:
         assert sums is not None
         W_hat = product.astype(self.W.dtype).toarray()
         return math.sqrt(sums.squared_error(W_hat) / sums.energy) if sums.energy else 0.0
@@ -203,15 +202,15 @@ class _Problem:
         return scale if scaled <= plain else xp.ones_like(scale)
 
 
-def _with_outputs(sums: Sums | None, W: Array) -> OutputStatistics | None:
+def _with_outputs(sums: Sums, W: Array) -> _Outputs:
     """Return the sums of inputs with those of outputs, which `W` makes of them if nothing else."""
-    if sums is None or isinstance(sums, OutputStatistics):
-        return sums
-    return OutputStatistics.of_map(sums, W)
+    return sums if isinstance(sums, OutputStatistics) else MapStatistics(sums, W)
 
 
-def _target(W: Array, wanted: OutputStatistics, aside: OutputStatistics | None) -> Array:
+def _target(W: Array, wanted: _Outputs, aside: _Outputs | None) -> Array:
     """Return `W` corrected for what has become of its inputs, as far as others bear it out."""
+    if isinstance(wanted, MapStatistics):
+        return W
     if aside is None:
         return corrected(W, wanted)
     best, least = W, aside.squared_error(W)
@@ -290,7 +289,7 @@ def uses_inputs(factorizer: BaseFactorizer) -> bool:
     return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
-def _layer_error(sums: list[OutputStatistics | None], dense: list[Array]) -> float | None:
+def _layer_error(sums: list[_Outputs | None], dense: list[Array]) -> float | None:
     """Return the relative error of the outputs of all groups together, None if there are none."""
     error = total = 0.0
     for each, W_hat in zip(sums, dense, strict=True):

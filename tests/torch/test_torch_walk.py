@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact.calibration import OutputStatistics  # noqa: E402
+from matfact.calibration import MapStatistics  # noqa: E402
 from matfact.torch import _offload, input_statistics  # noqa: E402
 from matfact.torch._matrices import matricized  # noqa: E402
 from matfact.torch._walk import walk  # noqa: E402
@@ -155,7 +155,7 @@ def test_statistics_are_those_of_the_network_with_all_that_was_replaced(
                 assert inputs.count == wanted.count
                 np.testing.assert_allclose(inputs.gram, wanted.gram, rtol=1e-4, atol=1e-4)
                 if paired:
-                    energy = OutputStatistics.of_map(twin, W).energy
+                    energy = MapStatistics(twin, W).energy
                     np.testing.assert_allclose(sums.energy, energy, rtol=1e-4)
         other = perturbed(present.get_submodule(name))
         for each in (model, present):
