@@ -342,6 +342,6 @@ class MapStatistics:
         )
 
     def centered(self, about: MapStatistics | None = None) -> MapStatistics:
-        """Return the statistics of the deviations from the means, as of :class:`OutputStatistics`."""
+        """Return the statistics of the deviations, as :class:`OutputStatistics` do."""
         inputs = self.inputs.centered(None if about is None else about.inputs)
         return MapStatistics(inputs, self.W)
