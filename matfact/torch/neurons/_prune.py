@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection
 from matfact.torch._batches import device_of, eval_mode
 from matfact.torch._random import RandomState, drawing
+from matfact.torch._tensors import first_filled
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._check import objection
 from matfact.torch.neurons._cut import cut_units, modules_of, way_back
 from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._statistics import paired_statistics
-from matfact.torch.neurons._trial import Trial, tensors_in
+from matfact.torch.neurons._trial import Trial
 
 Method = Literal["least_squares", "gradient", "ispasp"]
 
@@ -144,7 +145,7 @@ def prune_neurons(
     """
     if method not in _SOLVERS:
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
-    first = _first_filled(batches)
+    first = first_filled(batches)
     if blocks is None:
         blocks = find_blocks(model, first)
     else:
@@ -191,19 +192,6 @@ def _prune(
     selection = _select(fitted, block, count, max_error, method, max_iter)
     _shrink(model, block, statistics, selection, with_bias)
     return PrunedBlock(block, selection.support, selection.error**0.5)
-
-
-def _first_filled(batches: Any) -> Any:
-    """Return the first batch that is not empty, of batches that can be iterated over again."""
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            "batches must be something that can be iterated over for each block, such as a list "
-            f"or a DataLoader, got a {type(batches).__name__}."
-        )
-    for batch in batches:
-        if any(tensor.numel() for tensor in tensors_in(batch)):
-            return batch
-    raise ValueError("batches must hold at least one batch with samples, got none.")
 
 
 def _check_blocks(model: nn.Module, blocks: Sequence[NeuronBlock], batch: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import OutputStatistics
-from matfact.torch._batches import checked, device_of, eval_mode, forward
+from matfact.torch._batches import attended, checked, device_of, eval_mode, forward
 from matfact.torch._matrices import as_array, matricized
 from matfact.torch._random import batch_states, drawing
 from matfact.torch.capture import layer_input
@@ -38,16 +38,19 @@ def paired_statistics(
     assert view is not None
     statistics = OutputStatistics()
     written: list[Tensor] = []  # by the dense network, for the present batch
-    index = 0
+    index, batch = 0, None
+
+    def counted(x: Tensor) -> Tensor:
+        return attended(x, batch) if view.by_rows else x
 
     def write(layer: Any, args: Any, output: Tensor) -> None:
-        written.append(_without_bias(layer, output))
+        written.append(_without_bias(layer, counted(output)))
 
     def read(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        own = _without_bias(layer, output)
+        own = _without_bias(layer, counted(output))
         dense_rows = written.pop(0) if written else None
         rows = dense_rows if dense_rows is not None and _are_pairs(own, dense_rows) else own
-        x = layer_input(args, kwargs)
+        x = counted(layer_input(args, kwargs))
         if not (bool(torch.isfinite(x).all()) and bool(torch.isfinite(rows).all())):
             raise ValueError(
                 f"batches must be such that inputs and outputs of layers are finite, but batch "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from matfact.torch._batches import device_of, forward
 from matfact.torch._matrices import matricized
 from matfact.torch._random import RandomState, drawing
+from matfact.torch._tensors import tensors_in
 from matfact.torch.capture import layer_input
 
 
@@ -129,23 +130,6 @@ def _nan_places(x: Any, axis: int) -> set[int]:
         return set()
     marked = torch.isnan(x).movedim(axis, 0).flatten(1).any(dim=1)
     return set(torch.nonzero(marked).flatten().tolist())
-
-
-def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in batches or outputs of any kind, numbers included."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (bool, int, float, complex)):
-        yield torch.tensor(value)
-    elif id(value) not in seen and not isinstance(value, (str, nn.Module)):
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        elif not isinstance(value, (list, tuple, set)):
-            value = list(getattr(value, "__dict__", {}).values())
-        for item in value:
-            yield from tensors_in(item, seen)
 
 
 @contextlib.contextmanager
