@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in `value`, numbers included: in containers, or attributes of objects."""
+    """Yield the tensors in `value`, in containers or attributes of objects.
+
+    Numbers are among them, and the samples of nested tensors one by one.
+    """
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
-        yield value
+        yield from value.unbind() if value.is_nested else [value]
     elif isinstance(value, (bool, int, float, complex)):
         yield torch.tensor(value)
     elif id(value) not in seen and not isinstance(value, (str, nn.Module)):
@@ -24,6 +27,15 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
             value = list(getattr(value, "__dict__", {}).values())
         for item in value:
             yield from tensors_in(item, seen)
+
+
+def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return what `function` makes of `x`, of each of its samples where they are nested."""
+    if not x.is_nested:
+        return function(x)
+    return torch.nested.as_nested_tensor(
+        [function(sample) for sample in x.unbind()], layout=x.layout
+    )
 
 
 def first_filled(batches: Iterable[Any]) -> Any:

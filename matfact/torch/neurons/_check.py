@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch._matrices import matricized
+from matfact.torch._tensors import samplewise, tensors_in
 from matfact.torch.capture import layer_input
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_on
@@ -115,11 +116,14 @@ def _ignore_units(model: nn.Module, block: NeuronBlock, kept: Tensor, inputs: li
 
     def ignore(layer: Any, args: Any, kwargs: Any) -> Any:
         x = layer_input(args, kwargs)
-        axis = channel_axis(layer, x)
         each = block.width // math.prod(getattr(layer, "kernel_size", ()))
         places = (kept[:, None] * each + torch.arange(each)).flatten().to(x.device)
-        inputs.append(x.index_select(axis, places))
-        return (torch.zeros_like(x).index_copy(axis, places, inputs[-1]), *args[1:]), {}
+
+        def ignored(y: Tensor) -> Tensor:
+            inputs.append(y.index_select(channel_axis(layer), places))
+            return torch.zeros_like(y).index_copy(channel_axis(layer), places, inputs[-1])
+
+        return (samplewise(ignored, x), *args[1:]), {}
 
     return consumer.register_forward_pre_hook(ignore, with_kwargs=True)
 
@@ -129,7 +133,7 @@ def _cut_units(model: nn.Module, block: NeuronBlock, kept: Tensor, inputs: list[
     cut_units(model, block, kept, weight_on(model, block, kept))
     consumer = model.get_submodule(block.consumer)
     return consumer.register_forward_pre_hook(
-        lambda layer, args, kwargs: inputs.append(layer_input(args, kwargs).clone()),
+        lambda _, args, kwargs: inputs.extend(tensors_in(layer_input(args, kwargs).clone())),
         with_kwargs=True,
     )
 
@@ -139,11 +143,15 @@ def _randomized(model: nn.Module, block: NeuronBlock, kept: Tensor, cut: bool) -
     source = torch.Generator().manual_seed(0)
 
     def write(layer: Any, args: Any, output: Tensor) -> Tensor:
-        axis = channel_axis(layer, output)
-        shape = [*output.shape]
-        shape[axis] = block.n_units
-        values = torch.randn(shape, generator=source).to(output)
-        return values.index_select(axis, kept.to(output.device)) if cut else values
+        axis = channel_axis(layer)
+
+        def random(y: Tensor) -> Tensor:
+            shape = [*y.shape]
+            shape[axis] = block.n_units
+            values = torch.randn(shape, generator=source).to(y)
+            return values.index_select(axis, kept.to(y.device)) if cut else values
+
+        return samplewise(random, output)
 
     return [model.get_submodule(name).register_forward_hook(write) for name in block.producers]
 

@@ -41,6 +41,8 @@ def paired_statistics(
     index, batch = 0, None
 
     def counted(x: Tensor) -> Tensor:
+        if x.is_nested:
+            return torch.cat([sample.reshape(-1, sample.shape[-1]) for sample in x.unbind()])
         return attended(x, batch) if view.by_rows else x
 
     def write(layer: Any, args: Any, output: Tensor) -> None:
@@ -78,7 +80,7 @@ def paired_statistics(
 
 def _without_bias(layer: Any, output: Tensor) -> Tensor:
     """Return outputs as rows, in a tensor that code behind the layer does not write to."""
-    rows = output.movedim(channel_axis(layer, output), -1)
+    rows = output.movedim(channel_axis(layer), -1)
     rows = rows.clone() if layer.bias is None else rows - layer.bias
     return rows.reshape(-1, rows.shape[-1])
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from matfact.torch._batches import device_of, forward
 from matfact.torch._matrices import matricized
 from matfact.torch._random import RandomState, drawing
-from matfact.torch._tensors import tensors_in
+from matfact.torch._tensors import samplewise, tensors_in
 from matfact.torch.capture import layer_input
 
 
@@ -76,16 +76,17 @@ class Trial:
         trace = Trace()
 
         def mark(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-            axis = channel_axis(layer, output)
-            return output.index_fill(axis, units.to(output.device), torch.nan)
+            axis, places = channel_axis(layer), units.to(output.device)
+            return samplewise(lambda y: y.index_fill(axis, places, torch.nan), output)
 
         def read(layer: nn.Module, args: Any, kwargs: Any, *, name: str) -> Any:
             x = layer_input(args, kwargs)
-            places = _nan_places(x, channel_axis(layer, x))
+            places = _nan_places(x, channel_axis(layer))
             if not places:
                 return None
             trace.read.setdefault(name, set()).update(places)
-            return (torch.where(torch.isnan(x), 0.0, x), *args[1:]), {}
+            without = samplewise(lambda y: torch.where(torch.isnan(y), 0.0, y), x)
+            return (without, *args[1:]), {}
 
         def passing(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
             if places := _nan_places(layer_input(args, kwargs), 1):
@@ -103,9 +104,9 @@ class Trial:
         return trace
 
 
-def channel_axis(layer: Any, x: Tensor) -> int:
-    """Return the axis of the outputs, or inputs, of `layer` that counts channels."""
-    return x.ndim - 1 - (len(layer.kernel_size) if hasattr(layer, "kernel_size") else 0)
+def channel_axis(layer: Any) -> int:
+    """Return the axis of the outputs, and inputs, of `layer` that counts channels, from the end."""
+    return -1 - len(getattr(layer, "kernel_size", ()))
 
 
 def is_between(module: nn.Module) -> bool:
@@ -126,10 +127,12 @@ def _named(hook: Any, name: str) -> Any:
 
 def _nan_places(x: Any, axis: int) -> set[int]:
     """Return the places along `axis` where `x` has NaN."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return set()
-    marked = torch.isnan(x).movedim(axis, 0).flatten(1).any(dim=1)
-    return set(torch.nonzero(marked).flatten().tolist())
+    found: set[int] = set()
+    for y in tensors_in(x):
+        if y.is_floating_point():
+            marked = torch.isnan(y).movedim(axis, 0).flatten(1).any(dim=1)
+            found.update(torch.nonzero(marked).flatten().tolist())
+    return found
 
 
 @contextlib.contextmanager

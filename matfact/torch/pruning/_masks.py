@@ -123,10 +123,9 @@ class Prunable:
         """The mask, which this puts into place where there is none yet."""
         if self.name not in _masked_names(self.module):
             present = self.module._buffers.get(f"{self.name}_mask")
-            original = self.original
-            mask = torch.ones_like(original, dtype=torch.bool) if present is None else present
+            mask = torch.ones_like(self.original, dtype=torch.bool) if present is None else present
             for module, name in self.holders:
-                _put_mask(module, name, original, mask)
+                _put_mask(module, name, mask)
         return self.module.get_buffer(f"{self.name}_mask")
 
     @property
@@ -138,11 +137,10 @@ class Prunable:
     def unmask(self) -> None:
         """Remove the mask, and leave zeros where it pruned."""
         self.settle()
-        original = self.original
         for module, name in self.holders:
             _set_names(module, tuple(n for n in _masked_names(module) if n != name))
-            del module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
-            module.register_parameter(name, original)  # type: ignore[arg-type]
+            del module._buffers[f"{name}_mask"]
+            _rename(module._parameters, f"{name}_orig", name)
 
     @torch.no_grad()
     def restrict(self, mask: Tensor) -> None:
@@ -161,16 +159,22 @@ def _masked_names(module: nn.Module) -> tuple[str, ...]:
     return module._names if isinstance(module, _Masked) else ()
 
 
-def _put_mask(module: nn.Module, name: str, original: Tensor, mask: Tensor) -> None:
+def _put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     """Let a module read its parameter `name` through a mask, its own or one that it gets now."""
     if f"{name}_orig" in module._parameters:
         _drop_hook(module, name)
     else:
-        del module._parameters[name]
-        module.register_parameter(f"{name}_orig", original)  # type: ignore[arg-type]
+        _rename(module._parameters, name, f"{name}_orig")
     module.register_buffer(f"{name}_mask", mask)
     if name not in _masked_names(module):
         _set_names(module, (*_masked_names(module), name))
+
+
+def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
+    """Give a parameter another name in its place, so that optimizers find all in their order."""
+    renamed = {new if name == old else name: value for name, value in parameters.items()}
+    parameters.clear()
+    parameters.update(renamed)
 
 
 def _drop_hook(module: nn.Module, name: str) -> None:
