@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import OutputStatistics
-from matfact.torch._batches import attended, checked, device_of, eval_mode, forward
+from matfact.torch._batches import as_written, attended, checked, device_of, eval_mode, forward
 from matfact.torch._matrices import as_array, matricized
 from matfact.torch._random import batch_states, drawing
 from matfact.torch.capture import layer_input
@@ -71,7 +71,7 @@ def paired_statistics(
         for batch in checked(batches):
             state = next(states)
             for network in (dense, model):
-                with drawing(state):
+                with drawing(state), as_written():
                     forward(network, batch)
             written.clear()
             index += 1

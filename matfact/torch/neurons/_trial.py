@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from matfact.torch._batches import device_of, forward
+from matfact.torch._batches import as_written, device_of, forward
 from matfact.torch._matrices import matricized
 from matfact.torch._random import RandomState, drawing
 from matfact.torch._tensors import samplewise, tensors_in
@@ -54,7 +54,7 @@ class Trial:
 
     def run(self) -> list[Tensor]:
         """Return all tensors in the outputs."""
-        with drawing(self._state):
+        with drawing(self._state), as_written():
             return list(tensors_in(forward(self.model, self.batch)))
 
     def call_order(self) -> list[str]:

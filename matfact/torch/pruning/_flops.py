@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from matfact.torch._batches import eval_mode, forward
+from matfact.torch._batches import as_written, eval_mode, forward
 from matfact.torch._factors import FactorModule
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.layers import FactorizedLinear
@@ -101,7 +101,7 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
         layer.register_forward_hook(hook(labels), with_kwargs=True) for layer, labels in callers
     ]
     try:
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model), as_written(), torch.no_grad():
             forward(model, batch)
     finally:
         for handle in handles:
