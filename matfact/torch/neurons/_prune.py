@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from matfact import backend, metrics
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
-from matfact.solvers.quadratic import Selection
+from matfact.solvers.quadratic import Selection, quadratic
 from matfact.torch._batches import device_of, eval_mode
+from matfact.torch._matrices import as_array
 from matfact.torch._random import RandomState, drawing
 from matfact.torch._tensors import first_filled
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._check import objection
-from matfact.torch.neurons._cut import cut_units, modules_of, way_back
+from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_on
 from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
@@ -47,7 +48,8 @@ class PrunedBlock:
         Which of them are left.
     error : float
         Relative error of the consumer's outputs on the calibration batches, against those of the
-        dense network. NaN where no batch has reached it, so that all units are left.
+        dense network. NaN where no batch has reached it, or none has made anything but zeros, so
+        that all units are left.
     """
 
     block: NeuronBlock
@@ -185,11 +187,13 @@ def _prune(
     max_iter: int,
 ) -> PrunedBlock:
     """Cut one block, if anything has been seen of it."""
-    if not statistics.inputs.count:
+    if not (statistics.inputs.count and statistics.energy):
         return PrunedBlock(block, np.arange(block.n_units), np.nan)
     with_bias = method == "least_squares" and _bias(model, block) is not None
     fitted = statistics.centered() if with_bias else statistics
     selection = _select(fitted, block, count, max_error, method, max_iter)
+    if method == "least_squares":
+        selection = _completed(model, block, fitted, selection)
     _shrink(model, block, statistics, selection, with_bias)
     return PrunedBlock(block, selection.support, selection.error**0.5)
 
@@ -260,6 +264,22 @@ def _select(
         return cosamp.smallest_selection(statistics, max_error**2, max_iter, width=block.width)
     except ValueError:  # of all units together
         return cosamp.least_squares(statistics, count, max_iter, width=block.width)
+
+
+def _completed(
+    model: nn.Module, block: NeuronBlock, statistics: OutputStatistics, selection: Selection
+) -> Selection:
+    """Return a selection whose weights are those of `model` where no input tells another.
+
+    Few samples leave directions without any input; other samples have some there.
+    """
+    problem, norms = quadratic(statistics, block.width).normalized()
+    columns = problem.columns(selection.support)
+    present = as_array(weight_on(model, block, torch.from_numpy(selection.support)).double())
+    xp = backend.namespace(norms)
+    norms = xp.take(norms, backend.like(columns, norms), axis=0)[:, None]
+    missing = problem.unseen(selection.support, xp.matrix_transpose(present) * norms)
+    return dataclasses.replace(selection, weights=selection.weights + missing / norms)
 
 
 def _shrink(
