@@ -281,6 +281,7 @@ def test_batches_may_be_empty_and_come_from_a_loader_with_labels():
             prune_neurons(net, refused, 6)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
 def test_nested_tensors_are_rows_of_all_samples():
     net, parts = layers(), [torch.randn(5, 8), torch.randn(60, 8)]
     nested = prune_neurons(net, [torch.nested.nested_tensor(parts)], 12)
