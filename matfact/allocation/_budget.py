@@ -149,6 +149,9 @@ def _costs(layers: Mapping[str, Sequence[Option]], cost: str) -> list[list[float
     costs = [[float(getattr(option, cost)) for option in options] for options in layers.values()]
     if any(math.isnan(value) for values in costs for value in values):
         raise ValueError(f"cost={cost!r} must have been measured for all options.")
+    for name, options in layers.items():
+        if not all(math.isfinite(option.error) for option in options):
+            raise ValueError(f"layers must hold options with finite errors, unlike {name!r}.")
     return costs
 
 
@@ -158,4 +161,7 @@ def _weights(
     given = weights or {}
     if unknown := sorted(set(given) - set(layers)):
         raise ValueError(f"weights must be of layers, got {', '.join(map(repr, unknown))}.")
+    for name, value in given.items():
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"weights must be finite and not negative, got {value} for {name!r}.")
     return {name: float(given.get(name, 1.0)) for name in layers}

@@ -83,8 +83,8 @@ def rank_triples(
     Raises
     ------
     ValueError
-        If names or numbers of blocks of `scores` and `costs` differ, or the budget holds no
-        triple.
+        If names or numbers of blocks of `scores` and `costs` differ, a score is not finite, or
+        the budget holds no triple.
 
     References
     ----------
@@ -102,6 +102,7 @@ def rank_triples(
     lengths = {name: len(blocks) for name, blocks in scores.items()}
     if lengths != {name: len(c) for name, c in costs.items()}:
         raise ValueError(f"costs must hold one value for each block of scores, {lengths}.")
+    _check_finite(scores, "scores")
     every = np.concatenate([np.asarray(costs[name]) for name in scores])
     if budget < every.min():
         raise ValueError(f"budget must be at least {every.min()}, one triple, got {budget}.")
@@ -230,7 +231,7 @@ def alds_ranks(
     Raises
     ------
     ValueError
-        If the budget is too small for rank one everywhere.
+        If the budget is too small for rank one everywhere, or an error is not finite.
 
     References
     ----------
@@ -248,6 +249,7 @@ def alds_ranks(
     >>> {name: r.rank for name, r in ranks.items()}, round(error, 3)
     ({'easy': 1, 'hard': 4}, 0.011)
     """
+    _check_finite({name: list(curves.values()) for name, curves in errors.items()}, "errors")
     rng = check_random_state(random_state)
     least = sum(min(_cost(k, shapes[name]) for k in options) for name, options in errors.items())
     if budget < least:
@@ -270,6 +272,13 @@ def alds_ranks(
         best = _bisect(errors, shapes, {n: min(options) for n, options in errors.items()}, budget)
     assert best is not None  # rank one fits
     return best
+
+
+def _check_finite(found: Mapping[str, Sequence[np.ndarray]], what: str) -> None:
+    """Raise ``ValueError`` for values of a layer that cannot be ranked."""
+    for name, blocks in found.items():
+        if not all(np.isfinite(block).all() for block in blocks):
+            raise ValueError(f"{what} must be finite, but those of {name!r} are not.")
 
 
 def _cost(strips: int, shape: tuple[int, int]) -> int:

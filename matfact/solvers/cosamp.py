@@ -118,7 +118,7 @@ def smallest_selection(
     """
     search = _Search(statistics, max_iter, callback, width)
     best = search.selection(search.fit(np.arange(search.scaled.n_hidden)))
-    if best.error > max_error:
+    if not best.error <= max_error:
         raise ValueError(
             f"max_error={max_error**0.5:g} is less than the error {best.error**0.5:.4g} "
             "of all hidden units."

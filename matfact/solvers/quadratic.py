@@ -99,10 +99,23 @@ class Quadratic:
         """Return the weights on `support` of smallest error, and of smallest norm among those."""
         gram, cross = self.on(support)
         xp = backend.namespace(gram)
-        eigenvalues, Q = xp.linalg.eigh(gram)
-        sound = eigenvalues > eigenvalues[-1] * _RANK_TOLERANCE
+        eigenvalues, Q, sound = _spectrum(gram)
         inverse = xp.where(sound, 1.0 / xp.where(sound, eigenvalues, 1.0), 0.0)
         return xp.matmul(Q * inverse, xp.matmul(xp.matrix_transpose(Q), cross))
+
+    def unseen(self, support: np.ndarray, weights: Array) -> Array:
+        """Return the part of `weights` on `support` that no sample of `H` makes anything of."""
+        gram, _ = self.on(support)
+        xp = backend.namespace(gram)
+        _, Q, sound = _spectrum(gram)
+        idle = Q * xp.astype(~sound, Q.dtype)
+        return xp.matmul(idle, xp.matmul(xp.matrix_transpose(Q), weights))
+
+
+def _spectrum(gram: Array) -> tuple[Array, Array, Array]:
+    """Return eigenvalues, eigenvectors, and which of them are more than rounding."""
+    eigenvalues, Q = backend.namespace(gram).linalg.eigh(gram)
+    return eigenvalues, Q, eigenvalues > eigenvalues[-1] * _RANK_TOLERANCE
 
 
 def quadratic(statistics: OutputStatistics, width: int = 1) -> Quadratic:

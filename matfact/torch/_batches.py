@@ -134,3 +134,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module = reference()
             if module is not None:
                 module.training = training
+
+
+def as_written() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled networks as they are written: what is compiled calls no new hooks."""
+    return torch.compiler.set_stance("force_eager")

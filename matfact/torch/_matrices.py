@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from matfact import backend
 from matfact.backend import Array
 from matfact.operators import FactorProduct
+from matfact.torch._weights import effective, others
 from matfact.torch.conv import FactorizedConv, pad, unfold
 from matfact.torch.layers import FactorizedLinear
 
@@ -30,6 +32,12 @@ class Matricized(ABC):
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight the layer computes with."""
+        weight: Tensor = effective(self.layer, "weight")
+        return weight.detach()
 
     @abstractmethod
     def matrices(self) -> list[Tensor]:
@@ -54,7 +62,7 @@ class MatricizedLinear(Matricized):
     by_rows = True
 
     def matrices(self) -> list[Tensor]:
-        return [self.layer.weight.detach()]
+        return [self.weight]
 
     def replacement(self, products: Sequence[FactorProduct], copy: bool) -> nn.Module:
         return FactorizedLinear(products[0], self.layer.bias, copy=copy)
@@ -67,15 +75,14 @@ class MatricizedTransposed(MatricizedLinear):
     """A linear layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
 
     def matrices(self) -> list[Tensor]:
-        return [self.layer.weight.detach().T]
+        return [self.weight.T]
 
 
 class MatricizedConv(Matricized):
     """A convolution: the kernel of each group, flattened to (out, in · kernel size)."""
 
     def matrices(self) -> list[Tensor]:
-        weight = self.layer.weight.detach()
-        return list(weight.flatten(1).chunk(self.layer.groups))
+        return list(self.weight.flatten(1).chunk(self.layer.groups))
 
     def replacement(self, products: Sequence[FactorProduct], copy: bool) -> nn.Module:
         return FactorizedConv.from_products(self.layer, products, copy=copy)
@@ -88,14 +95,92 @@ class MatricizedConv(Matricized):
             yield list(patches[0].chunk(conv.groups, dim=1))
 
 
+#: Classes of linear maps, and those of them as matrices.
+_VIEWS: dict[type, type[Matricized]] = {
+    nn.Linear: MatricizedLinear,
+    FactorizedLinear: MatricizedLinear,
+    nn.Conv1d: MatricizedConv,
+    nn.Conv2d: MatricizedConv,
+    nn.Conv3d: MatricizedConv,
+    FactorizedConv: MatricizedConv,
+}
+#: What makes a module compute what it does.
+_METHODS = ("__call__", "_call_impl", "forward", "_conv_forward")
+_DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
+)  # fmt: skip
+_TENSORS = (Tensor, nn.Parameter, nn.UninitializedParameter)
+
+
 def matricized(layer: nn.Module) -> Matricized | None:
-    """Return `layer` as matrices, or None if it is of a class that has none."""
-    if isinstance(layer, (nn.Linear, FactorizedLinear)):
-        return MatricizedLinear(layer)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, FactorizedConv)):
-        return MatricizedConv(layer)
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
-        return MatricizedTransposed(layer)
+    """Return `layer` as matrices, or None if it is no linear map that can be taken."""
+    if refusal(layer) is not None:
+        return None
+    return _VIEWS.get(_family(layer), MatricizedTransposed)(layer)  # type: ignore[arg-type]
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether `layer` is by its class a linear layer or a convolution, taken or not."""
+    return _family(layer) is not None
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Return why `layer` is not taken as matrices, or None if it is.
+
+    It is taken if it computes what its class in torch does, by a weight of a floating or complex
+    dtype. What stands in the weight does not matter, not even whether it is in memory.
+    """
+    base = _family(layer)
+    if base is None:
+        return "it is no linear layer or convolution"
+    if base not in _VIEWS and base.__module__.partition(".")[0] != "transformers":
+        return "its class is not the Conv1D of transformers"
+    if changed := [name for name in _METHODS if _differs(layer, base, name)]:
+        return f"it has a {changed[0]} of its own"
+    if issubclass(base, (FactorizedLinear, FactorizedConv)):
+        return None
+    if held := [name for name in others(layer) if name != "parametrizations"]:
+        return f"it holds more than a weight and a bias: {', '.join(held)}"
+    return _odd(effective(layer, "weight"), 2 + len(getattr(layer, "kernel_size", ())))
+
+
+def _family(layer: nn.Module) -> type | None:
+    """Return the class of linear maps that `layer` comes from."""
+    for base in type(layer).__mro__:
+        if base in _VIEWS or (base.__name__ == "Conv1D" and hasattr(layer, "nf")):
+            return base
+    return None
+
+
+def _differs(layer: nn.Module, base: type, name: str) -> bool:
+    """Whether a method of `layer` is not that of the class it comes from."""
+    own = getattr(type(layer), name, None) is getattr(base, name, None)
+    return not own or (name in vars(layer) and not is_moved_by_accelerate(layer))
+
+
+def is_moved_by_accelerate(layer: nn.Module) -> bool:
+    """Whether accelerate has replaced ``forward``, for no more than to move what it is given."""
+    held = vars(layer)
+    kind, own = type(held.get("_hf_hook")), held.get("_old_forward")
+    return (
+        (kind.__module__, kind.__name__) == ("accelerate.hooks", "AlignDevicesHook")
+        and getattr(own, "__func__", None) is type(layer).forward
+        and getattr(held.get("forward"), "__wrapped__", None) == own
+    )
+
+
+def _odd(weight: Any, n_axes: int) -> str | None:
+    """Return what about a weight cannot be factorized, if there is anything."""
+    if not isinstance(weight, Tensor):
+        return "it has no weight"
+    if type(weight) not in _TENSORS:
+        return f"its weight is a {type(weight).__name__}"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is of {weight.dtype}"
+    if weight.layout != torch.strided:
+        return f"its weight is of {weight.layout}"
+    if not is_lazy(weight) and weight.ndim != n_axes:
+        return f"its weight has {weight.ndim} axes instead of {n_axes}"
     return None
 
 

@@ -142,6 +142,8 @@ def test_times_are_of_the_operator_where_it_lives(library):
         ({"cost": "watts"}, "cost must be one of"),
         ({"weights": {"other": 1.0}}, "weights must be of layers, got 'other'"),
         ({"weights": {"noise": -1.0}}, "not negative"),
+        ({"weights": {"noise": math.nan}}, r"finite .* 'noise'"),
+        ({"layers": {"l": [Option("dense", 1.0, math.nan, 8, 8)]}}, "finite errors, unlike 'l'"),
         ({"budget": 10}, "budget=10 must be at least"),
         ({"layers": {}}, "at least one layer"),
     ],

@@ -145,3 +145,12 @@ def test_alds_refuses_what_does_not_fit():
 def test_bad_budgets_are_refused(costs, budget, message):
     with pytest.raises(ValueError, match=message):
         rank_triples({"a": [np.ones(2)]}, costs, budget)
+
+
+def test_what_cannot_be_ranked_is_refused_by_name():
+    scores = {"good": [np.ones(2)], "bad": [np.array([1.0, np.nan])]}
+    with pytest.raises(ValueError, match="scores must be finite, but those of 'bad'"):
+        rank_triples(scores, {"good": np.array([4]), "bad": np.array([4])}, 8)
+    errors = {"bad": {1: np.array([np.nan, 0.5, 0.0])}}
+    with pytest.raises(ValueError, match="errors must be finite, but those of 'bad'"):
+        alds_ranks(errors, {"bad": (2, 2)}, 8)

@@ -38,6 +38,8 @@ class Network(nn.Module):
 class Conv1D(nn.Module):
     """A layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
 
+    __module__ = "transformers.pytorch_utils"  # whose class is meant, and taken
+
     def __init__(self, n_outputs, n_inputs):
         super().__init__()
         self.nf = n_outputs

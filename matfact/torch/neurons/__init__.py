@@ -1,6 +1,7 @@
 """Remove hidden units and channels from networks, and re-solve the layers that read them."""
 
-from matfact.torch.neurons._blocks import NeuronBlock, find_blocks
+from matfact.torch.neurons._blocks import NeuronBlock
+from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._prune import NeuronPruning, PrunedBlock, prune_neurons
 
 __all__ = ["NeuronBlock", "NeuronPruning", "PrunedBlock", "find_blocks", "prune_neurons"]

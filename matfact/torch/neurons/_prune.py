@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from matfact import backend, metrics
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
-from matfact.solvers.quadratic import Selection
-from matfact.torch._batches import checked, eval_mode, forward
-from matfact.torch._matrices import as_array, matricized
-from matfact.torch.capture import layer_input
-from matfact.torch.neurons._blocks import NeuronBlock, channel_axis, cut_units, find_blocks, removed
+from matfact.solvers.quadratic import Selection, quadratic
+from matfact.torch._batches import device_of, eval_mode
+from matfact.torch._matrices import as_array
+from matfact.torch._random import RandomState, drawing
+from matfact.torch._tensors import first_filled
+from matfact.torch.neurons._blocks import NeuronBlock
+from matfact.torch.neurons._check import objection
+from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_on
+from matfact.torch.neurons._find import find_blocks
+from matfact.torch.neurons._statistics import paired_statistics
+from matfact.torch.neurons._trial import Trial
 
 Method = Literal["least_squares", "gradient", "ispasp"]
 
@@ -42,7 +48,8 @@ class PrunedBlock:
         Which of them are left.
     error : float
         Relative error of the consumer's outputs on the calibration batches, against those of the
-        dense network.
+        dense network. NaN where no batch has reached it, or none has made anything but zeros, so
+        that all units are left.
     """
 
     block: NeuronBlock
@@ -68,7 +75,7 @@ class NeuronPruning:
 
 def prune_neurons(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     n_neurons: float | Mapping[str, float] | None = None,
     *,
     max_error: float | None = None,
@@ -88,9 +95,11 @@ def prune_neurons(
     ----------
     model : torch.nn.Module
         The trained network.
-    batches : sequence
-        What the network is called with: tensors, tuples (labels behind the inputs are ignored) or
-        mappings. Iterated over once for each block.
+    batches : iterable
+        What the network is called with: tensors, tuples or lists (labels behind the inputs are
+        ignored) or mappings. Iterated over for each block, so that generators are refused. A
+        batch finds the random number generators in the same state in every pass, and the state
+        before is put back.
     n_neurons : int, float, mapping or None, default=None
         Units to keep in each block: a number, a fraction in (0, 1] (rounded down, at least one),
         or None for half of them, or for as few as `max_error` allows. A mapping gives it by the
@@ -100,13 +109,14 @@ def prune_neurons(
         ``"least_squares"`` alone. Where earlier blocks have lost more than later ones can make
         up for, all units stay.
     blocks : sequence of NeuronBlock, optional
-        What to prune, in the order of calls; by default all that :func:`find_blocks` finds.
+        What to prune, in the order of calls; by default all that :func:`find_blocks` finds. Those
+        given are tried as it tries them.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
         As for :class:`~matfact.CoSaMPNeuronSelector`. The first also re-solves biases.
     max_iter : int, default=50
         Most iterations of the selection.
     inplace : bool, default=False
-        Whether `model` itself shrinks, or a copy.
+        Whether `model` itself shrinks, or a copy. It stays as it was if anything fails.
     progress : callable, optional
         Called with what has become of each block.
 
@@ -114,6 +124,12 @@ def prune_neurons(
     -------
     NeuronPruning
         The smaller network, in ``model``, and the blocks.
+
+    Raises
+    ------
+    ValueError
+        If an argument is invalid, or what enters a layer is not finite; the layer and the batch
+        are named.
 
     Examples
     --------
@@ -131,30 +147,74 @@ def prune_neurons(
     """
     if method not in _SOLVERS:
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
-    if not len(batches):
-        raise ValueError("batches must hold at least one batch, got none.")
+    first = first_filled(batches)
     if blocks is None:
-        blocks = find_blocks(model, batches[0])
+        blocks = find_blocks(model, first)
+    else:
+        _check_blocks(model, blocks, first)
     if max_error is None:
         counts = _counts(0.5 if n_neurons is None else n_neurons, blocks)
     else:
         _check_target(max_error, n_neurons, method)
         counts = {block.consumer: block.n_units for block in blocks}
-    dense = copy.deepcopy(model)
-    model = model if inplace else copy.deepcopy(model)
+    smaller = copy.deepcopy(model)
+    model, dense = (model, smaller) if inplace else (smaller, model)
+    chosen = [block for block in blocks if block.consumer in counts]
+    restore = way_back({m for block in chosen for m in modules_of(model, block)})
     pruned: list[PrunedBlock] = []
-    for block in blocks:
-        if block.consumer not in counts:
-            continue
-        statistics = _statistics(model, dense, block, batches)
-        with_bias = method == "least_squares" and _bias(model, block) is not None
-        fitted = statistics.centered() if with_bias else statistics
-        selection = _select(fitted, block, counts[block.consumer], max_error, method, max_iter)
-        _shrink(model, block, statistics, selection, with_bias)
-        pruned.append(PrunedBlock(block, selection.support, selection.error**0.5))
-        if progress is not None:
-            progress(pruned[-1])
+    state = RandomState.now(device_of(model))
+    try:
+        for block in chosen:
+            with drawing(state):
+                statistics = paired_statistics(model, dense, block, batches)
+            count = counts[block.consumer]
+            pruned.append(_prune(model, block, statistics, count, max_error, method, max_iter))
+            if progress is not None:
+                progress(pruned[-1])
+    except BaseException:
+        restore()
+        raise
     return NeuronPruning(model, pruned)
+
+
+def _prune(
+    model: nn.Module,
+    block: NeuronBlock,
+    statistics: OutputStatistics,
+    count: int,
+    max_error: float | None,
+    method: Method,
+    max_iter: int,
+) -> PrunedBlock:
+    """Cut one block, if anything has been seen of it."""
+    if not (statistics.inputs.count and statistics.energy):
+        return PrunedBlock(block, np.arange(block.n_units), np.nan)
+    with_bias = method == "least_squares" and _bias(model, block) is not None
+    fitted = statistics.centered() if with_bias else statistics
+    selection = _select(fitted, block, count, max_error, method, max_iter)
+    if method == "least_squares":
+        selection = _completed(model, block, fitted, selection)
+    _shrink(model, block, statistics, selection, with_bias)
+    return PrunedBlock(block, selection.support, selection.error**0.5)
+
+
+def _check_blocks(model: nn.Module, blocks: Sequence[NeuronBlock], batch: Any) -> None:
+    """Raise ``ValueError`` for blocks that the network does not have."""
+    names = {name for name, _ in model.named_modules()}
+    with eval_mode(model), torch.no_grad():
+        for block in blocks:
+            reason = (
+                "it names modules that are not there"
+                if not names.issuperset([*block.producers, *block.between, block.consumer])
+                else objection(Trial(model, batch), block)
+            )
+            if reason:
+                raise ValueError(f"blocks must be those of the network, got {block}: {reason}.")
+
+
+def _bias(model: nn.Module, block: NeuronBlock) -> Any:
+    """Return the bias of the consumer of a block, None if it has none."""
+    return getattr(model.get_submodule(block.consumer), "bias", None)
 
 
 def _counts(
@@ -189,41 +249,6 @@ def _check_target(max_error: float, n_neurons: Any, method: Method) -> None:
         raise ValueError(f"method must be 'least_squares' with max_error, got {method!r}.")
 
 
-def _statistics(
-    model: nn.Module, dense: nn.Module, block: NeuronBlock, batches: Iterable[Any]
-) -> OutputStatistics:
-    """Return moments of what the consumer reads in `model` and writes in `dense`, sans bias."""
-    view = matricized(model.get_submodule(block.consumer))
-    original: Any = dense.get_submodule(block.consumer)
-    assert view is not None
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def read(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs.append(layer_input(args, kwargs))
-
-    def write(layer: nn.Module, args: Any, output: Tensor) -> None:
-        output = output.movedim(channel_axis(layer, output), -1)
-        output = output if original.bias is None else output - original.bias
-        outputs.append(output.reshape(-1, output.shape[-1]))
-
-    handles = [
-        view.layer.register_forward_pre_hook(read, with_kwargs=True),
-        original.register_forward_hook(write),
-    ]
-    statistics = OutputStatistics()
-    with removed(handles), eval_mode(model), eval_mode(dense), torch.no_grad():
-        for batch in checked(batches):
-            forward(model, batch)
-            forward(dense, batch)
-            while inputs:
-                rows = outputs.pop()
-                for (piece,) in view._inputs(inputs.pop()):
-                    statistics.update(as_array(piece), as_array(rows[: len(piece)]))
-                    rows = rows[len(piece) :]
-    return statistics
-
-
 def _select(
     statistics: OutputStatistics,
     block: NeuronBlock,
@@ -237,13 +262,24 @@ def _select(
         return _SOLVERS[method](statistics, count, max_iter, width=block.width)
     try:
         return cosamp.smallest_selection(statistics, max_error**2, max_iter, width=block.width)
-    except ValueError:
+    except ValueError:  # of all units together
         return cosamp.least_squares(statistics, count, max_iter, width=block.width)
 
 
-def _bias(model: nn.Module, block: NeuronBlock) -> Any:
-    """Return the bias of the consumer of a block, None if it has none."""
-    return getattr(model.get_submodule(block.consumer), "bias", None)
+def _completed(
+    model: nn.Module, block: NeuronBlock, statistics: OutputStatistics, selection: Selection
+) -> Selection:
+    """Return a selection whose weights are those of `model` where no input tells another.
+
+    Few samples leave directions without any input; other samples have some there.
+    """
+    problem, norms = quadratic(statistics, block.width).normalized()
+    columns = problem.columns(selection.support)
+    present = as_array(weight_on(model, block, torch.from_numpy(selection.support)).double())
+    xp = backend.namespace(norms)
+    norms = xp.take(norms, backend.like(columns, norms), axis=0)[:, None]
+    missing = problem.unseen(selection.support, xp.matrix_transpose(present) * norms)
+    return dataclasses.replace(selection, weights=selection.weights + missing / norms)
 
 
 def _shrink(
@@ -255,10 +291,10 @@ def _shrink(
 ) -> None:
     """Cut a block to the units of a selection."""
     support, weight = selection.support, backend.to_numpy(selection.weights).T
+    bias: Tensor | None = None
     if with_bias:
         means = backend.to_numpy(statistics.inputs.mean).reshape(block.n_units, block.width)
         shift = backend.to_numpy(statistics.mean) - weight @ means[support].reshape(-1)
-        bias = _bias(model, block)
-        with torch.no_grad():
-            bias += torch.from_numpy(shift).to(bias)
-    cut_units(model, block, torch.from_numpy(support), torch.from_numpy(weight))
+        present = _bias(model, block)
+        bias = present.detach() + torch.from_numpy(shift).to(present)
+    cut_units(model, block, torch.from_numpy(support), torch.from_numpy(weight), bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from matfact.torch._batches import eval_mode, forward
+from matfact.torch._batches import as_written, eval_mode, forward
+from matfact.torch._factors import FactorModule
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.layers import FactorizedLinear
-from matfact.torch.pruning._masks import Predicate, Prunable, prunable_parameters
+from matfact.torch.pruning._masks import Predicate, Prunable, is_layer, prunable_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,9 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
     batch : tensor, tuple or mapping
         What it is called with.
     prunable : callable, optional
-        Parameters to count instead of all weights, see :func:`prunable_parameters`. Those of
-        modules of other kinds are taken to work once on every row of the first input.
+        Parameters to count instead of all weights, see :func:`prunable_parameters`; weights of
+        layers with a forward of their own count as those of others do. Those of modules of other
+        kinds are taken to work once on every row of the first input.
 
     Returns
     -------
@@ -81,8 +84,9 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
     >>> count_flops(torch.nn.Conv2d(1, 4, 3, bias=False), torch.ones(1, 1, 5, 5)).total
     648
     """
-    parameters = prunable_parameters(model, prunable)
-    callers = _callers(model, parameters)
+    counted = _is_counted if prunable is None else prunable
+    parameters = prunable_parameters(model, counted)
+    callers = _callers(model, parameters, counted)
     uses = dict.fromkeys((p.label for p in parameters), 0)
 
     def hook(labels: list[str]) -> Callable[..., None]:
@@ -97,7 +101,7 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
         layer.register_forward_hook(hook(labels), with_kwargs=True) for layer, labels in callers
     ]
     try:
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model), as_written(), torch.no_grad():
             forward(model, batch)
     finally:
         for handle in handles:
@@ -109,7 +113,16 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
     )
 
 
-def _callers(model: nn.Module, parameters: list[Prunable]) -> list[tuple[nn.Module, list[str]]]:
+def _is_counted(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is a weight of a layer, or the values of a factor."""
+    if isinstance(module, FactorModule):
+        return name == "values"
+    return name == "weight" and is_layer(module)
+
+
+def _callers(
+    model: nn.Module, parameters: list[Prunable], counted: Predicate
+) -> list[tuple[nn.Module, list[str]]]:
     """Return the layers whose calls use parameters, with the labels of these.
 
     Factorized layers use their factors in ways of their own, not always by calling them.
@@ -121,8 +134,9 @@ def _callers(model: nn.Module, parameters: list[Prunable]) -> list[tuple[nn.Modu
                 owner.setdefault(id(part), layer)
     callers: dict[int, tuple[nn.Module, list[str]]] = {}
     for p in parameters:
-        layer = owner.get(id(p.module), p.module)
-        callers.setdefault(id(layer), (layer, []))[1].append(p.label)
+        for module, _ in [holder for holder in p.holders if counted(*holder)]:
+            layer = owner.get(id(module), module)
+            callers.setdefault(id(layer), (layer, []))[1].append(p.label)
     return list(callers.values())
 
 
@@ -131,5 +145,7 @@ def _positions(layer: nn.Module, x: Tensor, output: Any) -> int:
     if isinstance(layer, _ConvTransposeNd):
         return x.numel() // layer.in_channels
     if isinstance(layer, (_ConvNd, FactorizedConv)):
-        return output.numel() // layer.out_channels
-    return x.numel() // x.shape[-1]
+        return output.numel() // max(1, layer.out_channels)
+    if x.is_nested:
+        return sum(_positions(layer, sample, None) for sample in x.unbind())
+    return math.prod(x.shape[:-1])

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from matfact.torch.pruning._masks import Predicate, collapsed_layers, prunable_parameters
+from matfact.torch.pruning._masks import (
+    Predicate,
+    check_weights,
+    collapsed_layers,
+    prunable_parameters,
+)
 from matfact.torch.pruning._prune import Scope, _check, prune_lowest_magnitudes
 
 
@@ -71,6 +76,7 @@ class GradualMagnitude:
         self.keep, self.steps, self.every, self.start = keep, steps, every, start
         self.scope: Scope = scope
         self._parameters = prunable_parameters(model, prunable)
+        check_weights(self._parameters)
         self._n_steps = 0
         for parameter in self._parameters:
             _ = parameter.mask  # put in place now, while the optimizer may still be made

@@ -9,22 +9,33 @@ is read outside the ``forward`` of its module, as convolutions of factors and at
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
 from matfact.torch._factors import FactorModule
-from matfact.torch._matrices import matricized
+from matfact.torch._matrices import is_linear, refusal
+from matfact.torch.conv import FactorizedConv
+from matfact.torch.layers import FactorizedLinear
 
 #: Which parameters to prune, from a module and the name of one of its parameters.
 Predicate = Callable[[nn.Module, str], bool]
+
+_TRANSPOSED: tuple[type[nn.Module], ...] = (
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
+#: Those with the arithmetic that scores take.
+_DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
+)  # fmt: skip
 
 
 class LayerCollapseWarning(UserWarning):
@@ -82,11 +93,14 @@ class Prunable:
         The module it belongs to.
     name : str
         Its name there.
+    sharers : tuple of (torch.nn.Module, str)
+        Other modules that hold the same parameter, and its names there. They share the mask.
     """
 
     label: str
     module: nn.Module
     name: str
+    sharers: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def masked(self) -> bool:
@@ -107,43 +121,69 @@ class Prunable:
     @property
     def mask(self) -> Tensor:
         """The mask, which this puts into place where there is none yet."""
-        module: Any = self.module
-        names = module._names if isinstance(module, _Masked) else ()
-        if self.name not in names:
-            if self.masked:
-                self._drop_hook()
-            else:
-                original = module._parameters.pop(self.name)
-                module.register_parameter(f"{self.name}_orig", original)
-                mask = torch.ones_like(original, dtype=torch.bool)
-                module.register_buffer(f"{self.name}_mask", mask)
-            _set_names(module, (*names, self.name))
-        return module.get_buffer(f"{self.name}_mask")
+        if self.name not in _masked_names(self.module):
+            present = self.module._buffers.get(f"{self.name}_mask")
+            mask = torch.ones_like(self.original, dtype=torch.bool) if present is None else present
+            for module, name in self.holders:
+                _put_mask(module, name, mask)
+        return self.module.get_buffer(f"{self.name}_mask")
 
-    def _drop_hook(self) -> None:
-        """Take over a mask of :mod:`torch.nn.utils.prune`."""
-        hooks = self.module._forward_pre_hooks
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "_tensor_name", None) == self.name:
-                del hooks[key]
-        vars(self.module).pop(self.name, None)
+    @property
+    def holders(self) -> list[tuple[nn.Module, str]]:
+        """All modules that hold it, and its names there."""
+        return [(self.module, self.name), *self.sharers]
 
     @torch.no_grad()
     def unmask(self) -> None:
         """Remove the mask, and leave zeros where it pruned."""
-        mask, original, module = self.mask, self.original, self.module
-        assert isinstance(module, _Masked)
-        _set_names(module, tuple(name for name in module._names if name != self.name))
-        del module._parameters[f"{self.name}_orig"], module._buffers[f"{self.name}_mask"]
-        module.register_parameter(self.name, original)  # type: ignore[arg-type]
-        original.mul_(mask)
+        self.settle()
+        for module, name in self.holders:
+            _set_names(module, tuple(n for n in _masked_names(module) if n != name))
+            del module._buffers[f"{name}_mask"]
+            _rename(module._parameters, f"{name}_orig", name)
 
     @torch.no_grad()
     def restrict(self, mask: Tensor) -> None:
-        """Replace the mask, and set pruned values to zero."""
+        """Replace the mask."""
         self.mask.copy_(mask)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Set pruned values to zero."""
         # In place: whatever was derived from the parameter sees that it has changed.
-        self.original.mul_(self.mask)
+        self.original.masked_fill_(~self.mask.bool(), 0)
+
+
+def _masked_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the parameters of a module that read as masked ones."""
+    return module._names if isinstance(module, _Masked) else ()
+
+
+def _put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Let a module read its parameter `name` through a mask, its own or one that it gets now."""
+    if f"{name}_orig" in module._parameters:
+        _drop_hook(module, name)
+    else:
+        _rename(module._parameters, name, f"{name}_orig")
+    module.register_buffer(f"{name}_mask", mask)
+    if name not in _masked_names(module):
+        _set_names(module, (*_masked_names(module), name))
+
+
+def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
+    """Give a parameter another name in its place, so that optimizers find all in their order."""
+    renamed = {new if name == old else name: value for name, value in parameters.items()}
+    parameters.clear()
+    parameters.update(renamed)
+
+
+def _drop_hook(module: nn.Module, name: str) -> None:
+    """Take over a mask of :mod:`torch.nn.utils.prune`."""
+    hooks = module._forward_pre_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "_tensor_name", None) == name:
+            del hooks[key]
+    vars(module).pop(name, None)
 
 
 def prunable_parameters(model: nn.Module, prunable: Predicate | None = None) -> list[Prunable]:
@@ -155,7 +195,8 @@ def prunable_parameters(model: nn.Module, prunable: Predicate | None = None) -> 
         The network.
     prunable : callable, optional
         Says whether to prune a parameter, from its module and its name there. By default the
-        weights of linear and convolutional layers, and the values of factorized ones.
+        weights of linear and convolutional layers whose forward is torch's own, and the values of
+        factorized ones.
 
     Returns
     -------
@@ -163,31 +204,86 @@ def prunable_parameters(model: nn.Module, prunable: Predicate | None = None) -> 
         A parameter that several modules share comes once.
     """
     predicate = _is_weight if prunable is None else prunable
-    found: list[Prunable] = []
-    seen: set[int] = set()
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = parameter_name.removesuffix("_orig")
             if f"{name}_mask" not in module._buffers:
                 name = parameter_name
-            if id(parameter) not in seen and predicate(module, name):
-                seen.add(id(parameter))
-                found.append(Prunable(f"{prefix}.{name}" if prefix else name, module, name))
+            label = f"{prefix}.{name}" if prefix else name
+            holders.setdefault(id(parameter), []).append((label, module, name))
+    found: list[Prunable] = []
+    for held in holders.values():
+        wanted = [holder for holder in held if predicate(holder[1], holder[2])]
+        if wanted:
+            sharers = tuple((m, n) for label, m, n in held if label != wanted[0][0])
+            found.append(Prunable(*wanted[0], sharers))
     if not found:
         raise ValueError("prunable must name at least one parameter of the model, got none.")
     return found
+
+
+def check_weights(parameters: Iterable[Prunable]) -> None:
+    """Raise ``ValueError`` for parameters that cannot be scored and masked."""
+    for p in parameters:
+        original = p.original
+        if original.is_meta or original.dtype not in _DTYPES:
+            what = "on the meta device" if original.is_meta else f"of {original.dtype}"
+            raise ValueError(
+                f"prunable must name parameters in memory, of ordinary floating or complex dtypes; "
+                f"{p.label} is {what}."
+            )
+
+
+@contextlib.contextmanager
+def unchanged_on_failure(parameters: Iterable[Prunable]) -> Iterator[None]:
+    """Put masks back to what they are now if anything fails before weights are set to zero."""
+    before = [(p, p.mask.clone() if p.masked else None) for p in parameters]
+    try:
+        yield
+    except BaseException:
+        for p, mask in before:
+            if mask is not None:
+                p.restrict(mask)
+            elif p.masked:
+                p.restrict(torch.ones_like(p.mask))
+                p.unmask()
+        raise
+
+
+def unprunable_layers(model: nn.Module) -> dict[str, str]:
+    """Return the linear and convolutional layers whose weights are no default, and why."""
+    layers = ((name, module) for name, module in model.named_modules() if is_layer(module))
+    return {name: reason for name, module in layers if (reason := _refusal(module)) is not None}
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution, dense or factorized."""
+    return isinstance(module, _ConvTransposeNd) or is_linear(module)
 
 
 def _is_weight(module: nn.Module, name: str) -> bool:
     """Whether a parameter is the weight of a layer, or the values of a factor."""
     if isinstance(module, FactorModule):
         return name == "values"
-    return name == "weight" and (isinstance(module, _ConvNd) or matricized(module) is not None)
+    return name == "weight" and is_layer(module) and _refusal(module) is None
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Return why the weight of a layer is not pruned unless asked for, None if it is."""
+    if isinstance(module, (FactorizedLinear, FactorizedConv)):
+        return None  # whose factors are
+    if "weight" not in module._parameters and "weight_mask" not in module._buffers:
+        return "its weight is computed from other parameters"
+    if not isinstance(module, _ConvTransposeNd):
+        return refusal(module)
+    own = any(type(module).forward is kind.forward for kind in _TRANSPOSED)
+    return None if own and "forward" not in vars(module) else "it has a forward of its own"
 
 
 def collapsed_layers(parameters: Iterable[Prunable]) -> list[str]:
     """Return the labels of parameters of which nothing is kept, and warn if there are any."""
-    labels = [p.label for p in parameters if not bool(p.mask.any())]
+    labels = [p.label for p in parameters if p.mask.numel() and not bool(p.mask.any())]
     if labels:
         warnings.warn(
             f"Nothing is kept of {', '.join(labels)}: the network has collapsed there. Keep more, "
@@ -239,5 +335,6 @@ def to_torch_prune(model: nn.Module) -> nn.Module:
     for parameter in masked_parameters(model):
         mask = parameter.mask
         parameter.unmask()
-        prune.custom_from_mask(parameter.module, parameter.name, mask)
+        for module, name in parameter.holders:
+            prune.custom_from_mask(module, name, mask)
     return model

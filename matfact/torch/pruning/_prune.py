@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,10 +13,13 @@ from matfact import metrics
 from matfact.torch.pruning._masks import (
     Predicate,
     Prunable,
+    check_weights,
     collapsed_layers,
     prunable_parameters,
+    unchanged_on_failure,
+    unprunable_layers,
 )
-from matfact.torch.pruning._scores import Loss, Method, scorer
+from matfact.torch.pruning._scores import Loss, Method, check_finite, scorer
 
 Scope = Literal["global", "layer"]
 
@@ -36,24 +39,28 @@ class PruningReport:
         Weights kept of each parameter, and all of them.
     collapsed : list of str
         Parameters of which nothing is kept.
+    left_out : dict of str to str
+        Linear and convolutional layers whose weights are not pruned by default, and why: those
+        with a forward of their own, for example. Empty where the caller chose the parameters.
     """
 
     asked: float
     kept: dict[str, int]
     sizes: dict[str, int]
     collapsed: list[str]
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def share(self) -> float:
         """Share of the weights that is kept, at most `asked`."""
-        return sum(self.kept.values()) / sum(self.sizes.values())
+        return sum(self.kept.values()) / max(1, sum(self.sizes.values()))
 
 
 def prune_network(
     model: nn.Module,
     method: Method = "synflow",
     keep: float = 0.1,
-    batches: Sequence[Any] = (),
+    batches: Iterable[Any] = (),
     *,
     loss: Loss | None = None,
     scope: Scope = "global",
@@ -69,14 +76,15 @@ def prune_network(
         The network, changed in place: a pruned ``weight`` is computed from the parameter
         ``weight_orig`` and the mask ``weight_mask``, until :func:`make_permanent`. Values of
         factorized layers are pruned as weights are. What is masked already, also by
-        :mod:`torch.nn.utils.prune`, stays so.
+        :mod:`torch.nn.utils.prune`, stays so. Nothing is changed if scores fail.
     method : {"random", "magnitude", "snip", "grasp", "synflow"}, default="synflow"
         Score of the weights, see :func:`pruning_scores`.
     keep : float, default=0.1
         Share of the weights to keep, in (0, 1], of all that may be pruned; never exceeded.
-    batches : sequence, default=()
+    batches : iterable, default=()
         What the network is called with, with whatever `loss` needs: for SNIP and GraSP. Of the
-        first, SynFlow takes the shape.
+        first, SynFlow takes the shape. Iterated over in each round, so that generators are
+        refused.
     loss : callable, optional
         From the output for a batch and the batch, for SNIP and GraSP, which use the network as in
         training.
@@ -96,6 +104,12 @@ def prune_network(
     PruningReport
         What is kept of each layer.
 
+    Raises
+    ------
+    ValueError
+        If an argument is invalid, or a loss or a score is not finite; the batch or the parameter
+        is named.
+
     Warns
     -----
     LayerCollapseWarning
@@ -112,21 +126,26 @@ def prune_network(
     """
     _check(method, keep, scope, rounds)
     parameters = prunable_parameters(model, prunable)
-    score = scorer(model, parameters, method, batches, loss, prunable, random_state)
-    n_rounds = _ROUNDS.get(method, 1) if rounds is None else rounds
-    groups = [parameters] if scope == "global" else [[p] for p in parameters]
-    for k in range(1, n_rounds + 1):
-        wanted = [_budget(group, keep ** (k / n_rounds)) for group in groups]
-        while any(_kept(group) > n for group, n in zip(groups, wanted, strict=True)):
-            by_label = dict(zip([p.label for p in parameters], score(), strict=True))
-            for group, n in zip(groups, wanted, strict=True):
-                scores = [by_label[p.label] for p in group]
-                _remove_lowest(group, scores, n, gently=method == "synflow")
+    check_weights(parameters)
+    with unchanged_on_failure(parameters):
+        score = scorer(model, parameters, method, batches, loss, prunable, random_state)
+        n_rounds = _ROUNDS.get(method, 1) if rounds is None else rounds
+        groups = [parameters] if scope == "global" else [[p] for p in parameters]
+        for k in range(1, n_rounds + 1):
+            wanted = [_budget(group, keep ** (k / n_rounds)) for group in groups]
+            while any(_kept(group) > n for group, n in zip(groups, wanted, strict=True)):
+                by_label = dict(zip([p.label for p in parameters], score(), strict=True))
+                for group, n in zip(groups, wanted, strict=True):
+                    scores = [by_label[p.label] for p in group]
+                    _remove_lowest(group, scores, n, gently=method == "synflow")
+    for p in parameters:
+        p.settle()
     return PruningReport(
         asked=keep,
         kept={p.label: int(p.mask.sum()) for p in parameters},
         sizes={p.label: p.values.numel() for p in parameters},
         collapsed=collapsed_layers(parameters),
+        left_out=unprunable_layers(model) if prunable is None else {},
     )
 
 
@@ -217,6 +236,11 @@ def _lowest(values: Tensor, count: int) -> Tensor:
 def prune_lowest_magnitudes(parameters: list[Prunable], keep: float, scope: Scope) -> None:
     """Keep the share `keep` of largest magnitude, of all weights or of each layer."""
     groups = [parameters] if scope == "global" else [[p] for p in parameters]
-    for group in groups:
+    magnitudes = [[p.values.detach().abs() for p in group] for group in groups]
+    for group, scores in zip(groups, magnitudes, strict=True):
+        check_finite(group, scores, "magnitude")
+    for group, scores in zip(groups, magnitudes, strict=True):
         if _kept(group) > (wanted := _budget(group, keep)):
-            _remove_lowest(group, [p.values.detach().abs() for p in group], wanted)
+            _remove_lowest(group, scores, wanted)
+    for p in parameters:
+        p.settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _NormBase
 
-from matfact.torch._batches import eval_mode, forward
-from matfact.torch.pruning._masks import Predicate, Prunable, prunable_parameters
+from matfact.torch._batches import device_of, eval_mode, forward
+from matfact.torch._random import RandomState, batch_states, drawing
+from matfact.torch._tensors import first_filled
+from matfact.torch.pruning._masks import (
+    Predicate,
+    Prunable,
+    check_weights,
+    prunable_parameters,
+    unchanged_on_failure,
+)
 
 Method = Literal["random", "magnitude", "snip", "grasp", "synflow"]
 #: Loss of an output and the batch it is for.
@@ -34,7 +42,7 @@ _ACTIVATIONS = tuple(
 def pruning_scores(
     model: nn.Module,
     method: Method,
-    batches: Sequence[Any] = (),
+    batches: Iterable[Any] = (),
     *,
     loss: Loss | None = None,
     prunable: Predicate | None = None,
@@ -60,6 +68,11 @@ def pruning_scores(
     dict of str to Tensor
         Of the shape of each parameter.
 
+    Raises
+    ------
+    ValueError
+        If an argument is invalid, or a loss or a score is not finite.
+
     References
     ----------
     .. [1] N. Lee, T. Ajanthan, P. Torr, "SNIP: single-shot network pruning based on connection
@@ -70,7 +83,9 @@ def pruning_scores(
        by iteratively conserving synaptic flow", NeurIPS 2020.
     """
     parameters = prunable_parameters(model, prunable)
-    scores = scorer(model, parameters, method, batches, loss, prunable, random_state)()
+    check_weights(parameters)
+    with unchanged_on_failure(parameters):
+        scores = scorer(model, parameters, method, batches, loss, prunable, random_state)()
     return {p.label: score for p, score in zip(parameters, scores, strict=True)}
 
 
@@ -78,25 +93,53 @@ def scorer(
     model: nn.Module,
     parameters: list[Prunable],
     method: Method,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss: Loss | None,
     prunable: Predicate | None,
     random_state: Any,
 ) -> Scores:
     """Return the function that scores `parameters` under their present masks."""
+    score = _scorer(model, parameters, method, batches, loss, prunable, random_state)
+
+    def checked() -> list[Tensor]:
+        scores = score()
+        check_finite(parameters, scores, method)
+        return scores
+
+    return checked
+
+
+def _scorer(
+    model: nn.Module,
+    parameters: list[Prunable],
+    method: Method,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    prunable: Predicate | None,
+    random_state: Any,
+) -> Scores:
     if method == "random":
         random = check_random_state(random_state)
         return lambda: [_random(p.values, random) for p in parameters]
     if method == "magnitude":
         return lambda: [p.values.detach().abs() for p in parameters]
-    if not len(batches):
-        raise ValueError(f"batches must hold at least one batch for {method!r}, got none.")
+    first = first_filled(batches)
     if method == "synflow":
-        return _SynFlow(model, parameters, batches[0], prunable)
+        return _SynFlow(model, parameters, first, prunable)
     if loss is None:
         raise ValueError(f"loss must be given for {method!r}, got None.")
     score = {"snip": snip, "grasp": grasp}[method]
     return lambda: score(model, parameters, batches, loss)
+
+
+def check_finite(parameters: Iterable[Prunable], scores: Iterable[Tensor], method: str) -> None:
+    """Raise ``ValueError`` for scores that cannot be ranked."""
+    for parameter, score in zip(parameters, scores, strict=True):
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(
+                f"scores of method={method!r} must be finite, but those of {parameter.label} are "
+                "not: weights, batches or gradients are too large or hold NaN."
+            )
 
 
 def _random(values: Tensor, random: np.random.RandomState) -> Tensor:
@@ -104,44 +147,62 @@ def _random(values: Tensor, random: np.random.RandomState) -> Tensor:
 
 
 def snip(
-    model: nn.Module, parameters: list[Prunable], batches: Sequence[Any], loss: Loss
+    model: nn.Module, parameters: list[Prunable], batches: Iterable[Any], loss: Loss
 ) -> list[Tensor]:
     """Return ``|g ⊙ θ|``, with the gradient of the sum of losses over `batches`."""
     with _as_in_training(model, parameters) as originals:
         gradients = [torch.zeros_like(original) for original in originals]
-        for batch in batches:
-            value = loss(forward(model, batch), batch)
+        for value in _losses(model, batches, loss):
             _add(gradients, torch.autograd.grad(value, originals, allow_unused=True))
     return [
-        (gradient * original.detach()).abs()
+        _times(gradient, original.detach()).abs()
         for gradient, original in zip(gradients, originals, strict=True)
     ]
 
 
 def grasp(
-    model: nn.Module, parameters: list[Prunable], batches: Sequence[Any], loss: Loss
+    model: nn.Module, parameters: list[Prunable], batches: Iterable[Any], loss: Loss
 ) -> list[Tensor]:
     """Return ``θ ⊙ Hg``, with the sum of losses over `batches`."""
 
-    def flattened_loss(batch: Any) -> Tensor:
-        output = forward(model, batch)
+    def flattened(output: Any, batch: Any) -> Tensor:
         return loss(output / _TEMPERATURE if isinstance(output, Tensor) else output, batch)
 
     with _as_in_training(model, parameters) as originals:
         total = [torch.zeros_like(original) for original in originals]
-        for batch in batches:
-            _add(total, torch.autograd.grad(flattened_loss(batch), originals, allow_unused=True))
+        for value in _losses(model, batches, flattened):
+            _add(total, torch.autograd.grad(value, originals, allow_unused=True))
         products = [torch.zeros_like(original) for original in originals]
-        for batch in batches:
-            value = flattened_loss(batch)
+        for value in _losses(model, batches, flattened):
             gradients = torch.autograd.grad(
                 value, originals, create_graph=True, allow_unused=True, materialize_grads=True
             )
-            flow: Any = sum((g * t).sum() for g, t in zip(gradients, total, strict=True))
+            flow: Any = sum(_times(g, t).sum() for g, t in zip(gradients, total, strict=True))
             _add(products, torch.autograd.grad(flow, originals, allow_unused=True))
     return [
-        product * original.detach() for product, original in zip(products, originals, strict=True)
+        _times(product, original.detach())
+        for product, original in zip(products, originals, strict=True)
     ]
+
+
+def _losses(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[Tensor]:
+    """Yield the loss of each batch, for which the network draws the same numbers every time."""
+    for index, (batch, state) in enumerate(
+        zip(batches, batch_states(device_of(model)), strict=False)
+    ):
+        with drawing(state):
+            value = loss(forward(model, batch), batch)
+        if value.numel() != 1 or not bool(torch.isfinite(value)):
+            found = value.item() if value.numel() == 1 else f"shape {tuple(value.shape)}"
+            raise ValueError(
+                f"loss must be one finite number for each batch, got {found} for batch {index}."
+            )
+        yield value
+
+
+def _times(gradient: Tensor, values: Tensor) -> Tensor:
+    """Return by how much a loss changes with each value, to first order; complex ones too."""
+    return (gradient.conj() * values).real if values.is_complex() else gradient * values
 
 
 def _add(totals: list[Tensor], terms: Sequence[Tensor | None]) -> None:
@@ -167,8 +228,9 @@ def _as_in_training(model: nn.Module, parameters: list[Prunable]) -> Iterator[li
         finally:
             for original, flag in zip(originals, flags, strict=True):
                 original.requires_grad_(flag)
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 class _SynFlow:
@@ -179,10 +241,15 @@ class _SynFlow:
     ) -> None:
         self._parameters = parameters
         for parameter in parameters:
+            if parameter.original.is_complex():
+                raise ValueError(
+                    f"method must not be 'synflow' for complex weights, as {parameter.label} is."
+                )
             _ = parameter.mask  # so that the copy has masks too
         self._copy = copy.deepcopy(model).double().eval()
         self._copied = prunable_parameters(self._copy, prunable)
         self._batch = _ones(batch)
+        self._state = RandomState.now(device_of(model))
         with torch.no_grad():
             for name, values in self._copy.named_parameters():
                 values.copy_(torch.zeros_like(values) if name.endswith("bias") else values.abs())
@@ -196,7 +263,7 @@ class _SynFlow:
         for copied, parameter in zip(self._copied, self._parameters, strict=True):
             copied.mask.copy_(parameter.mask)
             copied.original.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), drawing(self._state):
             flow = _first_tensor(forward(self._copy, self._batch)).sum()
             gradients = torch.autograd.grad(
                 flow, originals, allow_unused=True, materialize_grads=True

@@ -1,0 +1,51 @@
+"""The tensors in batches and outputs of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors in `value`, in containers or attributes of objects.
+
+    Numbers are among them, and the samples of nested tensors one by one.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield from value.unbind() if value.is_nested else [value]
+    elif isinstance(value, (bool, int, float, complex)):
+        yield torch.tensor(value)
+    elif id(value) not in seen and not isinstance(value, (str, nn.Module)):
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        elif not isinstance(value, (list, tuple, set)):
+            value = list(getattr(value, "__dict__", {}).values())
+        for item in value:
+            yield from tensors_in(item, seen)
+
+
+def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return what `function` makes of `x`, of each of its samples where they are nested."""
+    if not x.is_nested:
+        return function(x)
+    return torch.nested.as_nested_tensor(
+        [function(sample) for sample in x.unbind()], layout=x.layout
+    )
+
+
+def first_filled(batches: Iterable[Any]) -> Any:
+    """Return the first batch that is not empty, of batches that can be iterated over again."""
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "batches must be something to iterate over more than once, such as a list or a "
+            f"DataLoader, got a {type(batches).__name__}."
+        )
+    for batch in batches:
+        if any(tensor.numel() for tensor in tensors_in(batch)):
+            return batch
+    raise ValueError("batches must hold at least one batch with samples, got none.")

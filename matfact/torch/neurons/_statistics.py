@@ -1,0 +1,96 @@
+"""What a consumer reads in the network that shrinks, beside what it writes in the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matfact.calibration import OutputStatistics
+from matfact.torch._batches import as_written, attended, checked, device_of, eval_mode, forward
+from matfact.torch._matrices import as_array, matricized
+from matfact.torch._random import batch_states, drawing
+from matfact.torch.capture import layer_input
+from matfact.torch.neurons._blocks import NeuronBlock
+from matfact.torch.neurons._trial import channel_axis, removed
+
+
+def paired_statistics(
+    model: nn.Module, dense: nn.Module, block: NeuronBlock, batches: Iterable[Any]
+) -> OutputStatistics:
+    """Return moments of what the consumer reads in `model` and writes in `dense`, sans bias.
+
+    All of its calls count. A call that has no equal in the dense network, as where other tokens
+    are routed to an expert now, is held to what the consumer makes of its own inputs.
+
+    Parameters
+    ----------
+    model, dense : torch.nn.Module
+        The network as it is now, whose consumer still has its weight, and as it was.
+    block : NeuronBlock
+        Names the consumer.
+    batches : iterable
+        What both are called with, from the same state of the random number generators.
+    """
+    view = matricized(model.get_submodule(block.consumer))
+    assert view is not None
+    statistics = OutputStatistics()
+    written: list[Tensor] = []  # by the dense network, for the present batch
+    index, batch = 0, None
+
+    def counted(x: Tensor) -> Tensor:
+        if x.is_nested:
+            return torch.cat([sample.reshape(-1, sample.shape[-1]) for sample in x.unbind()])
+        return attended(x, batch) if view.by_rows else x
+
+    def write(layer: Any, args: Any, output: Tensor) -> None:
+        written.append(_without_bias(layer, counted(output)))
+
+    def read(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        own = _without_bias(layer, counted(output))
+        dense_rows = written.pop(0) if written else None
+        rows = dense_rows if dense_rows is not None and _are_pairs(own, dense_rows) else own
+        x = counted(layer_input(args, kwargs))
+        if not (bool(torch.isfinite(x).all()) and bool(torch.isfinite(rows).all())):
+            raise ValueError(
+                f"batches must be such that inputs and outputs of layers are finite, but batch "
+                f"{index} has others at {block.consumer!r}."
+            )
+        for (piece,) in view._inputs(x) if x.numel() else ():
+            statistics.update(as_array(piece), as_array(rows[: len(piece)]))
+            rows = rows[len(piece) :]
+
+    handles = [
+        dense.get_submodule(block.consumer).register_forward_hook(write),
+        model.get_submodule(block.consumer).register_forward_hook(read, with_kwargs=True),
+    ]
+    states = batch_states(device_of(model))
+    with removed(handles), eval_mode(model), eval_mode(dense), torch.no_grad():
+        for batch in checked(batches):
+            state = next(states)
+            for network in (dense, model):
+                with drawing(state), as_written():
+                    forward(network, batch)
+            written.clear()
+            index += 1
+    return statistics
+
+
+def _without_bias(layer: Any, output: Tensor) -> Tensor:
+    """Return outputs as rows, in a tensor that code behind the layer does not write to."""
+    rows = output.movedim(channel_axis(layer), -1)
+    rows = rows.clone() if layer.bias is None else rows - layer.bias
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _are_pairs(own: Tensor, dense: Tensor) -> bool:
+    """Whether rows are of the same inputs: closer to each other than to their mean."""
+    if own.shape != dense.shape:
+        return False
+    difference = own.double() - dense.double()
+    spread = dense.double()
+    if len(own) > 1:
+        difference, spread = difference - difference.mean(0), spread - spread.mean(0)
+    return float(difference.norm()) <= float(spread.norm())
