@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -17,8 +16,10 @@ from torch import nn
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.torch._fit import Adaptation, Fitted, fit_layer
-from matfact.torch._matrices import LayerStatistics, other_matrices, replace
+from matfact.torch._inherit import copied
+from matfact.torch._matrices import LayerStatistics, is_linear, other_matrices, replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
+from matfact.torch._undo import Replaced, undone_on_error
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.budget import Budget, named_methods, within_budget
@@ -166,8 +167,17 @@ def compress(
     folder = None if offload_folder is None else Path(offload_folder)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
+    is_layer = is_linear(model)
+    if is_layer and inplace and not dry_run:
+        raise ValueError(
+            f"inplace must be False where the network itself is one layer, here a "
+            f"{type(model).__name__}: nothing can take its place in itself."
+        )
+    given = model
     if not (inplace or dry_run):
-        model = copy.deepcopy(model)
+        model = copied(model)
+    if is_layer:
+        model = nn.Sequential(model)  # in which it can be replaced
     keep = keep_first, keep_last
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     metadata["untouched"] = other_matrices(model)
@@ -185,23 +195,51 @@ def compress(
     rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
             for task in tasks}  # fmt: skip
     if dry_run:
-        return Compressed(model, CompressionReport(rows.values(), metadata))
+        return Compressed(given, CompressionReport(rows.values(), metadata))
+    _warn_of_none(tasks)
     fit = functools.partial(_try, adapt=adapt, shift_bias=shift_bias)
     form = _Form(sequential, feedback, folder)
-    modes = {task.names[0]: task.view.layer.training for task in todo}
-    for row in _installed(model, _fits(model, todo, fit, calibration, form, n_jobs)):
-        rows[row.layer] = row
-        _log.info("%s: %s, %d layers in all", row.layer, row.status, len(todo))
-        if progress is not None:
-            progress(row, len(todo))
+    with undone_on_error(model, folder) if inplace else contextlib.nullcontext() as replaced:
+        fits = _fits(model, todo, fit, calibration, form, n_jobs)
+        for row in _finished(model, todo, fits, replaced, progress):
+            rows[row.layer] = row
+        if calibration is not None:
+            metadata["steps"].append(_calibration_step(sequential, adapt, feedback, shift_bias))
+        if reestimate_batchnorm:
+            n_layers = reestimate_batch_norm(model, calibration or ())
+            metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
+    model = model.get_submodule("0") if is_layer else model
+    return Compressed(model, CompressionReport(rows.values(), metadata))
+
+
+def _warn_of_none(tasks: list[Task]) -> None:
+    """Say so where nothing can be compressed of what has been selected."""
+    if all(task.view is None for task in tasks):
+        first = tasks[0]
+        message = f"no selected layer can be compressed; {first.names[0]} is {first.message}."
+        warnings.warn(message, CompressionWarning, stacklevel=3)
+
+
+def _finished(
+    model: nn.Module,
+    tasks: list[Task],
+    fits: _Results,
+    replaced: Replaced | None,
+    progress: Callable[[LayerReport, int], None] | None,
+) -> list[LayerReport]:
+    """Return the rows of all tasks, whose layers have been replaced, in the modes they had."""
+    modes = {name: model.get_submodule(name).training for task in tasks for name in task.names[:1]}
+    rows = []
+    # Closed also where `progress` fails, so that no batch is left waiting in the network.
+    with contextlib.closing(_installed(model, fits, replaced)) as done:
+        for row in done:
+            rows.append(row)
+            _log.info("%s: %s, %d layers in all", row.layer, row.status, len(tasks))
+            if progress is not None:
+                progress(row, len(tasks))
     for name, training in modes.items():
         model.get_submodule(name).train(training)
-    if calibration is not None:
-        metadata["steps"].append(_calibration_step(sequential, adapt, feedback, shift_bias))
-    if reestimate_batchnorm:
-        n_layers = reestimate_batch_norm(model, calibration or ())
-        metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
-    return Compressed(model, CompressionReport(rows.values(), metadata))
+    return rows
 
 
 def _calibration_step(sequential: bool, adapt: Adaptation, feedback: bool, shift_bias: bool) -> str:
@@ -284,19 +322,27 @@ def _try(
     return fitted, ""
 
 
-def _installed(model: nn.Module, fits: _Results) -> Iterator[LayerReport]:
+def _installed(
+    model: nn.Module, fits: _Results, replaced: Replaced | None
+) -> Generator[LayerReport]:
     """Put factorized layers in place of dense ones as they come, and report."""
     with contextlib.closing(fits):
         for task, fitted in fits:
             if fitted is None:
                 message = f"{task.names[0]}: {task.message}"
-                warnings.warn(message, CompressionWarning, stacklevel=3)
+                warnings.warn(message, CompressionWarning, stacklevel=4)
                 row = task.report("kept")
             else:
+                assert task.view is not None
+                if replaced is not None:
+                    replaced.add(task.names, task.view.layer)
                 replace(model, task.names, task.view, fitted.products, fitted.shifts)
+                if replaced is not None:
+                    replaced.page_out()
                 row = task.report("compressed", fitted)
             # With the layer as it was, and all that is in the new one by now.
-            del fitted, task.view
+            task.view = None
+            del fitted
             yield row
 
 

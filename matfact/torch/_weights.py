@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import (
     SpectralNorm,
@@ -67,9 +67,3 @@ def others(layer: nn.Module) -> Iterator[str]:
     known = {f"{name}{suffix}" for name in ("weight", "bias") for suffix in _SUFFIXES}
     for held in (layer._parameters, layer._buffers, layer._modules):
         yield from (n for n, value in held.items() if value is not None and n not in known)
-
-
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether somebody is told of the gradients of `tensor`."""
-    found: Any = tensor
-    return bool(found._backward_hooks or getattr(found, "_post_accumulate_grad_hooks", None))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import joblib
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +16,13 @@ from matfact import metrics
 from matfact.allocation import Allocation, Option, allocate, apply_seconds, interpolate
 from matfact.allocation._budget import Cost
 from matfact.allocation._curves import DENSE
+from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._fit import fit_layer
-from matfact.torch._matrices import LayerStatistics
-from matfact.torch._plan import Layers, Method, Override, Task, plan
+from matfact.torch._matrices import Dimensions, LayerStatistics, distinct_layers, is_linear
+from matfact.torch._plan import Layers, Method, Override, Task, near, plan
 from matfact.torch.capture import input_statistics, layer_views
 
 _METHODS = ("dsf", "lowrank", "monarch", "magnitude")
@@ -102,9 +104,10 @@ def within_budget(
     """
     planned = {m: plan(model, methods[m], None, layers, overrides or {}, keep) for m in methods}
     every = next(iter(planned.values()))
+    _check_weights(model, budget.weights or {})
     latency = apply_seconds if budget.cost == "seconds" else None
     found = {task.names[0]: [_dense(task, latency)] for task in every}
-    seen = {} if calibration is None else input_statistics(model, calibration, list(found))
+    seen = {} if calibration is None else input_statistics(model, calibration, _taken(every))
     calls = {name: statistics[0].count for name, statistics in seen.items()}
     least = min(calls.values(), default=1)
     share = {name: calls.get(name, least) / least for name in found}
@@ -208,7 +211,7 @@ def layer_options(
     planned = {m: plan(model, named[m], None, layers, {}, (False, False)) for m in named}
     every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
-    seen = {} if calibration is None else input_statistics(model, calibration, list(found))
+    seen = {} if calibration is None else input_statistics(model, calibration, _taken(every))
     work: list[_Work] = [
         (label, task, densities)
         for label, tasks in planned.items()
@@ -235,12 +238,33 @@ def _measured(
     return found
 
 
+def _taken(tasks: Iterable[Task]) -> list[str]:
+    """Return the names of layers that are taken as matrices."""
+    return [task.names[0] for task in tasks if task.view is not None]
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Raise ``ValueError`` where a weight is that of no layer, be it selected or not."""
+    known = [name for names, layer in distinct_layers(model) if is_linear(layer) for name in names]
+    for name in weights:
+        if name not in known:
+            raise ValueError(
+                f"weights of the budget must be those of layers, but {name!r} is none"
+                f"{near(name, known)}."
+            )
+
+
 def _dense(task: Task, latency: Callable[[FactorProduct], float] | None) -> Option:
-    matrices = task.view.matrices()
-    size = sum(matrix.numel() for matrix in matrices)
-    products = [FactorProduct([DenseFactor(matrix)]) for matrix in task.view.arrays()]
-    nbytes = size * matrices[0].element_size()
-    return Option(DENSE, 1.0, 0.0, nbytes, 2 * size, _seconds(products, latency))
+    shape, size = task.dimensions, task.dimensions.size
+    arrays = task.view.arrays() if task.view is not None else _alike(shape)
+    products = [FactorProduct([DenseFactor(array)]) for array in arrays] if latency else []
+    return Option(DENSE, 1.0, 0.0, size * shape.itemsize, 2 * size, _seconds(products, latency))
+
+
+def _alike(shape: Dimensions) -> list[Array]:
+    """Return matrices to time in place of those that no operator takes."""
+    each = np.zeros((shape.rows, shape.columns), np.float32)
+    return [each] * shape.groups if each.size else []
 
 
 def _options(
@@ -254,7 +278,6 @@ def _options(
     options = []
     factorizer: Any
     factorizer, matrices, has_bias = task.problem()
-    itemsize = task.view.matrices()[0].element_size()
     for density in densities:
         if density is not None:
             factorizer.set_params(density=density)
@@ -268,7 +291,9 @@ def _options(
         flops = sum(product.flops for product in fitted.products)
         seconds = _seconds(fitted.products, latency)
         asked = math.nan if density is None else density
-        options.append(Option(method, asked, loss, fitted.nbytes(itemsize), flops, seconds))
+        options.append(
+            Option(method, asked, loss, fitted.nbytes(task.dimensions.itemsize), flops, seconds)
+        )
     return task.names[0], options
 
 
