@@ -72,7 +72,10 @@ def compress(
     """Factorize the linear layers and convolutions of a trained network.
 
     Works on any :class:`torch.nn.Module`: layers are found by their class, replaced by name, and
-    their inputs are seen through hooks while the network's own code runs.
+    their inputs are seen through hooks while the network's own code runs. A layer is taken only
+    where it computes what its class in torch does, by a weight of a floating or complex dtype: the
+    weight it computes with, if hooks or parametrizations make that from others. Other linear
+    layers and convolutions are kept, with the reason in the report.
 
     Parameters
     ----------
@@ -90,7 +93,7 @@ def compress(
         densities first, so that layers which lose much can be given more.
     layers : str, collection of str or callable, optional
         A regular expression searched in layer names, the names themselves, or a function of name
-        and module. By default all linear layers and 1-D and 2-D convolutions.
+        and module. By default all linear layers and convolutions in one to three dimensions.
     overrides : mapping of str to object, optional
         For layers of that name, or else the first regular expression found in their name: another
         method, another density, a pair of both, or None to keep the layer.
@@ -131,7 +134,9 @@ def compress(
         Layers fitted at a time, by joblib; −1 for one on each core. Sequential calibration fits
         one after the other.
     inplace : bool, default=False
-        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned.
+        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned. Old
+        layers are held until nothing can fail any more, their weights in files where there is an
+        `offload_folder`; after an error the network is as it was.
     dry_run : bool, default=False
         Whether to report only which layers would be compressed, and how. With a budget the
         trials are made.
@@ -141,14 +146,16 @@ def compress(
     Returns
     -------
     model : torch.nn.Module
-        The compressed network, with the training modes of the old.
+        The compressed network, with the training modes, hooks and frozen parameters of the old.
+        One that is itself a layer is compressed as "0", the only one of a Sequential.
     report : CompressionReport
         One row for each selected layer.
 
     Raises
     ------
     ValueError
-        If a parameter is invalid or no layer is selected. A layer that the method cannot take, as
+        If a parameter is invalid or names no layer, if no layer is selected, or if a weight to be
+        compressed is not in memory. A layer that the method cannot take, as
         where the density is too small for its shape, is kept with a warning instead.
 
     Examples

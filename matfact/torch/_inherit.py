@@ -35,7 +35,7 @@ def inherit(new: Any, old: Any) -> None:
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(not is_frozen(old, "bias" if name == "bias" else "weight"))
     _move_hooks(new, old)
-    if is_moved_by_accelerate(old):
+    if "_hf_hook" in vars(old):  # of a kind that only moves inputs, or it had not been taken
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, old._hf_hook)
