@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -15,11 +14,10 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.operators import FactorProduct
-from matfact.torch._inherit import has_hooks, inherit, is_moved_by_accelerate
+from matfact.torch._inherit import inherit, is_moved_by_accelerate
 from matfact.torch._weights import effective, others
 from matfact.torch.conv import FactorizedConv, pad, unfold
 from matfact.torch.layers import FactorizedLinear
-from matfact.torch.report import CompressionWarning
 
 #: Statistics of the inputs of a layer, one for each of its matrices: of the inputs alone, or
 #: together with what they are in the dense network.
@@ -259,18 +257,10 @@ def replace(
     """Put `products` in place of the layer that `model` has under each of `names`.
 
     The `shifts`, one for each product if there are any, are added to its bias. Values
-    are copied, or shared with the products. What else the layer has goes over to the new one, and
-    a warning names what cannot.
+    are copied, or shared with the products. What else the layer has goes over to the new one.
     """
-    old: Any = view.layer
     new: Any = view.replacement(products, copy)
-    inherit(new, old)
-    if lost := [name for name, parameter in old.named_parameters() if has_hooks(parameter)]:
-        warnings.warn(
-            f"{names[0]}: hooks of its parameters are lost, those of {', '.join(lost)}.",
-            CompressionWarning,
-            stacklevel=4,
-        )
+    inherit(new, view.layer, names[0])
     if shifts:
         with torch.no_grad():
             new.bias += torch.cat([torch.as_tensor(shift) for shift in shifts]).to(new.bias)

@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from sklearn.base import clone
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from matfact import metrics
@@ -28,6 +27,7 @@ from matfact.torch._matrices import (
     matricized,
     refusal,
 )
+from matfact.torch._weights import is_finite, place, tied_places
 from matfact.torch.report import CompressionWarning, LayerReport
 
 #: Factorizers by name: those compared on weights alone, and those that need inputs to differ.
@@ -137,11 +137,11 @@ def plan(
     """
     metrics.check_density(density)
     found = [(names, layer) for names, layer in distinct_layers(model) if is_linear(layer)]
-    _check_names(layers, overrides, [name for names, _ in found for name in names])
+    check_names(layers, overrides, [name for names, _ in found for name in names])
     tasks = [
         _task(names, layer, _factorizer(names, method, density, overrides))
         for names, layer in found
-        if any(_selected(name, layer, layers) for name in names)
+        if any(is_selected(name, layer, layers) for name in names)
     ]
     if not tasks:
         raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
@@ -183,21 +183,12 @@ def _check_values(task: Task) -> None:
             "the meta device: never loaded, or offloaded. Load it, or leave the layer out by "
             "layers or overrides."
         )
-    if not _is_finite(weight):
+    if not is_finite(weight):
         task.keep("kept: its weight has values that are not finite")
         warnings.warn(f"{name}: {task.message}.", CompressionWarning, stacklevel=4)
 
 
-def _is_finite(weight: Tensor) -> bool:
-    if not weight.numel():
-        return True
-    ends = torch.aminmax(torch.view_as_real(weight) if weight.is_complex() else weight)
-    return all(bool(torch.isfinite(end)) for end in ends)
-
-
-def _check_names(
-    layers: Layers | None, overrides: Mapping[str, Override], known: list[str]
-) -> None:
+def check_names(layers: Layers | None, overrides: Mapping[str, Override], known: list[str]) -> None:
     """Raise ``ValueError`` where a name or a regular expression is that of no layer."""
     if layers is not None and not callable(layers):
         is_pattern = isinstance(layers, str)
@@ -232,7 +223,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; there are {', '.join(every[:5])}{', …' if len(every) > 5 else ''}" if every else ""
 
 
-def _selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
+def is_selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
     if layers is None:
         return True
     if isinstance(layers, str):
@@ -275,22 +266,12 @@ def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Overr
 
 def _keep_shared(model: nn.Module, tasks: list[Task]) -> None:
     """Keep layers of which another module uses a parameter, which replacing them would split."""
-    owners: dict[tuple[Any, ...], set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(_place(parameter), set()).add(module)
+    tied = tied_places(model)
     for task in tasks:
         if task.view is None or task.factorizer is None:
             continue
         for name, parameter in task.view.layer.named_parameters():
-            if len(owners[_place(parameter)]) > 1:
+            if place(parameter) in tied:
                 what = "weight" if name.startswith("weight") else name
                 task.keep(f"kept: its {what} is shared with another module")
                 break
-
-
-def _place(parameter: Tensor) -> tuple[Any, ...]:
-    """Return where `parameter` stands in memory, which is the same for those that are tied."""
-    if parameter.is_meta or is_lazy(parameter) or not parameter.numel():
-        return (id(parameter),)
-    return parameter.device, parameter.data_ptr()
