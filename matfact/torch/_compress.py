@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -167,13 +167,10 @@ def compress(
     >>> small[0].to_product().nnz, [row.status for row in report]
     (1024, ['compressed', 'kept'])
     """
-    if reestimate_batchnorm and calibration is None:
-        raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
-    if adapt not in get_args(Adaptation):
-        raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
+    if budget is not None and calibration is not None:
+        calibration = list(calibration)  # used twice
+    _check(adapt, budget, density, calibration if reestimate_batchnorm else (), offload_folder)
     folder = None if offload_folder is None else Path(offload_folder)
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
     is_layer = is_linear(model)
     if is_layer and inplace and not dry_run:
         raise ValueError(
@@ -189,9 +186,6 @@ def compress(
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     metadata["untouched"] = other_matrices(model)
     if budget is not None:
-        if density is not None:
-            raise ValueError(f"density must be None with a budget, got {density}.")
-        calibration = None if calibration is None else list(calibration)  # used twice
         overrides, metadata["budget"] = _shared_out(
             model, method, budget, layers=layers, overrides=overrides or {}, keep=keep,
             calibration=calibration, n_jobs=n_jobs,
@@ -217,6 +211,25 @@ def compress(
             metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
     model = model.get_submodule("0") if is_layer else model
     return Compressed(model, CompressionReport(rows.values(), metadata))
+
+
+def _check(
+    adapt: Any, budget: Any, density: Any, repeated: Iterable[Any] | None, folder: Any
+) -> None:
+    """Raise ``ValueError`` if a parameter is invalid; `repeated` are batches needed twice."""
+    if repeated is None:
+        raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
+    if isinstance(repeated, Iterator):
+        raise ValueError(
+            "calibration must be a collection with reestimate_batchnorm, as its batches are used "
+            f"twice, got a {type(repeated).__name__}: make a list of it."
+        )
+    if adapt not in get_args(Adaptation):
+        raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
+    if budget is not None and density is not None:
+        raise ValueError(f"density must be None with a budget, got {density}.")
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
 
 
 def _warn_of_none(tasks: list[Task]) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from matfact.torch._factors import FactorModule
 
+#: Attribute of a module: names of its parameters that were frozen before there were adapters.
+_FROZEN = "_frozen_before_adapters"
+
 
 class _Adapted:
     """What the class of a factor becomes: its values are sums of those it has and an update."""
@@ -67,15 +70,15 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     factors = [module for module in model.modules() if isinstance(module, FactorModule)]
     if any(isinstance(factor, _Adapted) for factor in factors):
         raise ValueError("model must have no adapters yet: merge them first.")
-    rng = check_random_state(random_state)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapters: list[nn.Parameter] = []
-    for factor in factors:
-        adapters += _adapt(factor, rank, rng)
-    if not adapters:
+    if not any("values" in factor._parameters for factor in factors):
         raise ValueError("model must have compressed layers to adapt, got none.")
-    return adapters
+    rng = check_random_state(random_state)
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        vars(module)[_FROZEN] = [name for name, p in own.items() if p in frozen]
+    model.requires_grad_(False)
+    return [parameter for factor in factors for parameter in _adapt(factor, rank, rng)]
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
@@ -84,14 +87,16 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Parameters
     ----------
     model : torch.nn.Module
-        The network, changed in place: it computes the same, and all its parameters are trained
-        again.
+        The network, changed in place: it computes the same, and its parameters are trained again,
+        but for those that were frozen before.
     """
     for module in model.modules():
         if isinstance(module, _Adapted):
             _merge(module)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    for module in model.modules():
+        frozen = vars(module).pop(_FROZEN, ())
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in frozen)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import joblib
@@ -21,7 +21,13 @@ from matfact.factorizers import BaseFactorizer
 from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._fit import fit_layer
-from matfact.torch._matrices import Dimensions, LayerStatistics, distinct_layers, is_linear
+from matfact.torch._matrices import (
+    Dimensions,
+    LayerStatistics,
+    Matricized,
+    distinct_layers,
+    is_linear,
+)
 from matfact.torch._plan import Layers, Method, Override, Task, near, plan
 from matfact.torch.capture import input_statistics, layer_views
 
@@ -334,18 +340,15 @@ def output_sensitivity(
     """
     views = layer_views(model, layers)
     totals = dict.fromkeys(views, 0.0)
+    outputs: list[tuple[str, Tensor]] = []
     count = 0
 
-    def hook(name: str) -> Callable[..., None]:
-        def watch(layer: nn.Module, args: Any, output: Tensor) -> None:
-            axis = 1 if hasattr(layer, "kernel_size") else -1
-            power = output.detach().double().square().sum(axis) / output.shape[axis]
-
-            def add(gradient: Tensor) -> None:
-                totals[name] += float((power * gradient.double().square().sum(axis)).sum())
-
-            if output.requires_grad:
-                output.register_hook(add)
+    def hook(name: str) -> Callable[..., Tensor]:
+        def watch(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # Disturbances matter as much where nothing is trained.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            outputs.append((name, output))
+            return output.clone()  # which activations may overwrite
 
         return watch
 
@@ -354,9 +357,29 @@ def output_sensitivity(
         with eval_mode(model), torch.enable_grad():
             for batch in checked(batches):
                 count += 1
-                inputs = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.grad(loss(forward(model, batch), batch), inputs, allow_unused=True)
+                outputs.clear()
+                value = loss(forward(model, batch), batch)
+                for name, found in _sensitivities(value, outputs, views):
+                    totals[name] += found
     finally:
         for handle in handles:
             handle.remove()
+    for name, total in totals.items():
+        if not math.isfinite(total):
+            raise ValueError(f"loss must have finite gradients, unlike those in layer {name!r}.")
     return {name: total / count for name, total in totals.items()}
+
+
+def _sensitivities(
+    value: Tensor, outputs: Sequence[tuple[str, Tensor]], views: Mapping[str, Matricized]
+) -> Iterator[tuple[str, float]]:
+    """Yield, for each call of a layer, how much the loss of a batch changes with its output."""
+    tensors = [output for _, output in outputs]
+    slopes = torch.autograd.grad(value, tensors, allow_unused=True) if tensors else ()
+    for (name, output), slope in zip(outputs, slopes, strict=True):
+        if slope is not None:
+            axis = 1 if hasattr(views[name].layer, "kernel_size") else -1
+            energy, steepness = (
+                each.detach().abs().double().square().sum(axis) for each in (output, slope)
+            )
+            yield name, float((energy / output.shape[axis] * steepness).sum())

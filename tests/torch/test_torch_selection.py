@@ -323,3 +323,13 @@ def test_layers_that_accelerate_moves_inputs_for_are_taken():
     assert isinstance(small[0]._hf_hook, hooks.AlignDevicesHook)
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
     assert compress(small, "magnitude").report[0].status == "compressed"
+
+
+def test_batches_that_can_be_used_once_are_refused_before_any_work():
+    model, done = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), []
+    with pytest.raises(ValueError, match="must be a collection"):
+        compress(
+            model, "magnitude", calibration=(torch.ones(2, 4) for _ in range(2)),
+            reestimate_batchnorm=True, progress=lambda *row: done.append(row),
+        )  # fmt: skip
+    assert not done
