@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from matfact.torch._factors import FactorModule
 
-#: Attribute of a module: names of its parameters that were frozen before there were adapters.
-_FROZEN = "_frozen_before_adapters"
-
 
 class _Adapted:
     """What the class of a factor becomes: its values are sums of those it has and an update."""
@@ -73,12 +70,11 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     if not any("values" in factor._parameters for factor in factors):
         raise ValueError("model must have compressed layers to adapt, got none.")
     rng = check_random_state(random_state)
-    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-    for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        vars(module)[_FROZEN] = [name for name, p in own.items() if p in frozen]
-    model.requires_grad_(False)
-    return [parameter for factor in factors for parameter in _adapt(factor, rank, rng)]
+    _freeze(model)
+    adapters: list[nn.Parameter] = []
+    for factor in factors:
+        adapters += _adapt(factor, rank, rng)
+    return adapters
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
@@ -93,10 +89,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, _Adapted):
             _merge(module)
-    for module in model.modules():
-        frozen = vars(module).pop(_FROZEN, ())
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.requires_grad_(name not in frozen)
+    _thaw(model)
     return model
 
 
@@ -123,3 +116,24 @@ def _merge(factor: Any) -> None:
     del factor.base, factor.left, factor.right, factor.places
     factor.__class__ = type(factor).__bases__[1]
     factor.values = merged
+
+
+#: Attribute of a module: names of its parameters that were frozen before there were adapters.
+_FROZEN = "_frozen_before_adapters"
+
+
+def _freeze(model: nn.Module) -> None:
+    """Let no parameter be trained, and remember which were not before."""
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for module in model.modules():
+        own = module.named_parameters(recurse=False)
+        vars(module)[_FROZEN] = [name for name, parameter in own if parameter in frozen]
+    model.requires_grad_(False)
+
+
+def _thaw(model: nn.Module) -> None:
+    """Let all parameters be trained that were before :func:`_freeze`."""
+    for module in model.modules():
+        frozen = vars(module).pop(_FROZEN, ())
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in frozen)
