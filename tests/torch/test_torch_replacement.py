@@ -106,16 +106,17 @@ def test_handles_remove_hooks_that_have_moved():
 
 @pytest.mark.parametrize("feedback", [False, True])
 def test_hooks_that_change_values_count_once_in_calibration(feedback):
-    model = network().eval()
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 12), nn.ReLU(), nn.Linear(12, 4)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(600, 8)
     model[0].register_forward_hook(lambda layer, args, output: 2 * output)
     model[2].register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
     model[2].register_forward_hook(lambda layer, args, output: output - 3)
-    batches = X[:20], X[20:]
     small, report = compress(
-        model, "magnitude", density=1.0, calibration=batches, feedback=feedback
+        model, "magnitude", density=1.0, calibration=x.split(100), feedback=feedback
     )
-    assert all(row.relative_error < 1e-4 for row in report)
-    torch.testing.assert_close(small(X), model(X), rtol=1e-4, atol=1e-4)
+    assert all(row.relative_error < 1e-3 for row in report)  # nothing was to be made up for
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_that_cannot_move_are_named():
