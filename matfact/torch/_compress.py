@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import warnings
@@ -17,9 +16,11 @@ from torch import nn
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.torch._fit import Adaptation, Fitted, fit_layer
-from matfact.torch._matrices import other_matrices, replace
+from matfact.torch._inherit import copied
+from matfact.torch._matrices import is_linear, other_matrices, replace
 from matfact.torch._plan import Layers, Method, Override, Task, plan
 from matfact.torch._statistics import LayerStatistics
+from matfact.torch._undo import Replaced, undone_on_error
 from matfact.torch._walk import walk
 from matfact.torch.batchnorm import reestimate_batch_norm
 from matfact.torch.budget import Budget, named_methods, within_budget
@@ -72,7 +73,10 @@ def compress(
     """Factorize the linear layers and convolutions of a trained network.
 
     Works on any :class:`torch.nn.Module`: layers are found by their class, replaced by name, and
-    their inputs are seen through hooks while the network's own code runs.
+    their inputs are seen through hooks while the network's own code runs. A layer is taken only
+    where it computes what its class in torch does, by a weight of a floating or complex dtype: the
+    weight it computes with, if hooks or parametrizations make that from others. Other linear
+    layers and convolutions are kept, with the reason in the report.
 
     Parameters
     ----------
@@ -90,7 +94,7 @@ def compress(
         densities first, so that layers which lose much can be given more.
     layers : str, collection of str or callable, optional
         A regular expression searched in layer names, the names themselves, or a function of name
-        and module. By default all linear layers and 1-D and 2-D convolutions.
+        and module. By default all linear layers and convolutions in one to three dimensions.
     overrides : mapping of str to object, optional
         For layers of that name, or else the first regular expression found in their name: another
         method, another density, a pair of both, or None to keep the layer.
@@ -131,7 +135,9 @@ def compress(
         Layers fitted at a time, by joblib; −1 for one on each core. Sequential calibration fits
         one after the other.
     inplace : bool, default=False
-        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned.
+        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned. Old
+        layers are held until nothing can fail any more, their weights in files where there is an
+        `offload_folder`; after an error the network is as it was.
     dry_run : bool, default=False
         Whether to report only which layers would be compressed, and how. With a budget the
         trials are made.
@@ -141,14 +147,16 @@ def compress(
     Returns
     -------
     model : torch.nn.Module
-        The compressed network, with the training modes of the old.
+        The compressed network, with the training modes, hooks and frozen parameters of the old.
+        One that is itself a layer is compressed as "0", the only one of a Sequential.
     report : CompressionReport
         One row for each selected layer.
 
     Raises
     ------
     ValueError
-        If a parameter is invalid or no layer is selected. A layer that the method cannot take, as
+        If a parameter is invalid or names no layer, if no layer is selected, or if a weight to be
+        compressed is not in memory. A layer that the method cannot take, as
         where the density is too small for its shape, is kept with a warning instead.
 
     Examples
@@ -160,27 +168,25 @@ def compress(
     >>> small[0].to_product().nnz, [row.status for row in report]
     (1024, ['compressed', 'kept'])
     """
-    if reestimate_batchnorm and calibration is None:
-        raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
-    if reestimate_batchnorm and isinstance(calibration, Iterator):
-        raise ValueError(
-            "calibration must be a collection that can be iterated over twice with "
-            f"reestimate_batchnorm=True, got a {type(calibration).__name__}."
-        )
-    if adapt not in get_args(Adaptation):
-        raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
+    if budget is not None and calibration is not None:
+        calibration = list(calibration)  # used twice
+    _check(adapt, budget, density, calibration if reestimate_batchnorm else (), offload_folder)
     folder = None if offload_folder is None else Path(offload_folder)
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
+    is_layer = is_linear(model)
+    if is_layer and inplace and not dry_run:
+        raise ValueError(
+            f"inplace must be False where the network itself is one layer, here a "
+            f"{type(model).__name__}: nothing can take its place in itself."
+        )
+    given = model
     if not (inplace or dry_run):
-        model = copy.deepcopy(model)
+        model = copied(model)
+    if is_layer:
+        model = nn.Sequential(model)  # in which it can be replaced
     keep = keep_first, keep_last
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     metadata["untouched"] = other_matrices(model)
     if budget is not None:
-        if density is not None:
-            raise ValueError(f"density must be None with a budget, got {density}.")
-        calibration = None if calibration is None else list(calibration)  # used twice
         overrides, metadata["budget"] = _shared_out(
             model, method, budget, layers=layers, overrides=overrides or {}, keep=keep,
             calibration=calibration, n_jobs=n_jobs,
@@ -191,23 +197,70 @@ def compress(
     rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
             for task in tasks}  # fmt: skip
     if dry_run:
-        return Compressed(model, CompressionReport(rows.values(), metadata))
+        return Compressed(given, CompressionReport(rows.values(), metadata))
+    _warn_of_none(tasks)
     fit = functools.partial(_try, adapt=adapt, shift_bias=shift_bias)
     form = _Form(sequential, feedback, folder)
-    modes = {task.names[0]: task.view.layer.training for task in todo}
-    for row in _installed(model, _fits(model, todo, fit, calibration, form, n_jobs)):
-        rows[row.layer] = row
-        _log.info("%s: %s, %d layers in all", row.layer, row.status, len(todo))
-        if progress is not None:
-            progress(row, len(todo))
+    with undone_on_error(model, folder) if inplace else contextlib.nullcontext() as replaced:
+        fits = _fits(model, todo, fit, calibration, form, n_jobs)
+        for row in _finished(model, todo, fits, replaced, progress):
+            rows[row.layer] = row
+        if calibration is not None:
+            metadata["steps"].append(_calibration_step(sequential, adapt, feedback, shift_bias))
+        if reestimate_batchnorm:
+            n_layers = reestimate_batch_norm(model, calibration or ())
+            metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
+    model = model.get_submodule("0") if is_layer else model
+    return Compressed(model, CompressionReport(rows.values(), metadata))
+
+
+def _check(
+    adapt: Any, budget: Any, density: Any, repeated: Iterable[Any] | None, folder: Any
+) -> None:
+    """Raise ``ValueError`` if a parameter is invalid; `repeated` are batches needed twice."""
+    if repeated is None:
+        raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
+    if isinstance(repeated, Iterator):
+        raise ValueError(
+            "calibration must be a collection with reestimate_batchnorm, as its batches are used "
+            f"twice, got a {type(repeated).__name__}: make a list of it."
+        )
+    if adapt not in get_args(Adaptation):
+        raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
+    if budget is not None and density is not None:
+        raise ValueError(f"density must be None with a budget, got {density}.")
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
+
+
+def _warn_of_none(tasks: list[Task]) -> None:
+    """Say so where nothing can be compressed of what has been selected."""
+    if all(task.view is None for task in tasks):
+        first = tasks[0]
+        message = f"no selected layer can be compressed; {first.names[0]} is {first.message}."
+        warnings.warn(message, CompressionWarning, stacklevel=3)
+
+
+def _finished(
+    model: nn.Module,
+    tasks: list[Task],
+    fits: _Results,
+    replaced: Replaced | None,
+    progress: Callable[[LayerReport, int], None] | None,
+) -> list[LayerReport]:
+    """Return the rows of all tasks, whose layers have been replaced, in the modes they had."""
+    modes = {name: model.get_submodule(name).training for task in tasks for name in task.names[:1]}
+    rows = []
+    # Closed also where `progress` fails, so that no batch is left waiting in the network.
+    with contextlib.closing(_installed(model, fits, replaced)) as done:
+        for row in done:
+            rows.append(row)
+            _log.info("%s: %s, %d layers in all", row.layer, row.status, len(tasks))
+            if progress is not None:
+                progress(row, len(tasks))
     for name, training in modes.items():
         model.get_submodule(name).train(training)
-    if calibration is not None:
-        metadata["steps"].append(_calibration_step(sequential, adapt, feedback, shift_bias))
-    if reestimate_batchnorm:
-        n_layers = reestimate_batch_norm(model, calibration or ())
-        metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
-    return Compressed(model, CompressionReport(rows.values(), metadata))
+    return rows
 
 
 def _calibration_step(sequential: bool, adapt: Adaptation, feedback: bool, shift_bias: bool) -> str:
@@ -265,6 +318,7 @@ def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted
 
 
 def _is_real(task: Task) -> bool:
+    assert task.view is not None  # of what is fitted
     return not any(matrix.is_complex() for matrix in task.view.matrices())
 
 
@@ -296,19 +350,27 @@ def _try(
     return fitted, ""
 
 
-def _installed(model: nn.Module, fits: _Results) -> Iterator[LayerReport]:
+def _installed(
+    model: nn.Module, fits: _Results, replaced: Replaced | None
+) -> Generator[LayerReport]:
     """Put factorized layers in place of dense ones as they come, and report."""
     with contextlib.closing(fits):
         for task, fitted in fits:
             if fitted is None:
                 message = f"{task.names[0]}: {task.message}"
-                warnings.warn(message, CompressionWarning, stacklevel=3)
+                warnings.warn(message, CompressionWarning, stacklevel=4)
                 row = task.report("kept")
             else:
+                assert task.view is not None
+                if replaced is not None:
+                    replaced.add(task.names, task.view.layer)
                 replace(model, task.names, task.view, fitted.products, fitted.shifts)
+                if replaced is not None:
+                    replaced.page_out()
                 row = task.report("compressed", fitted)
             # With the layer as it was, and all that is in the new one by now.
-            del fitted, task.view
+            task.view = None
+            del fitted
             yield row
 
 

@@ -29,7 +29,8 @@ def page(report: CompressionReport) -> str:
         f"density {report.density:.3f}."
     )
     rows = (_cells(row, largest) for row in report)
-    return _html.page("Compression report", lead, report.metadata, _html.table(headings, rows))
+    facts = {**report.metadata, "untouched": "; ".join(report.untouched(most=20)) or "nothing"}
+    return _html.page("Compression report", lead, facts, _html.table(headings, rows))
 
 
 def _largest(report: CompressionReport, name: str) -> float:

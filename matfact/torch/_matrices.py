@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from matfact import backend
 from matfact.backend import Array
 from matfact.operators import FactorProduct
+from matfact.torch._inherit import inherit, is_moved_by_accelerate
 from matfact.torch._weights import effective, others
 from matfact.torch.conv import FactorizedConv, pad, unfold
 from matfact.torch.layers import FactorizedLinear
@@ -106,6 +107,7 @@ _VIEWS: dict[type, type[Matricized]] = {
 }
 #: What makes a module compute what it does.
 _METHODS = ("__call__", "_call_impl", "forward", "_conv_forward")
+#: Of weights that solvers take.
 _DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
 )  # fmt: skip
@@ -158,17 +160,6 @@ def _differs(layer: nn.Module, base: type, name: str) -> bool:
     return not own or (name in vars(layer) and not is_moved_by_accelerate(layer))
 
 
-def is_moved_by_accelerate(layer: nn.Module) -> bool:
-    """Whether accelerate has replaced ``forward``, for no more than to move what it is given."""
-    held = vars(layer)
-    kind, own = type(held.get("_hf_hook")), held.get("_old_forward")
-    return (
-        (kind.__module__, kind.__name__) == ("accelerate.hooks", "AlignDevicesHook")
-        and getattr(own, "__func__", None) is type(layer).forward
-        and getattr(held.get("forward"), "__wrapped__", None) == own
-    )
-
-
 def _odd(weight: Any, n_axes: int) -> str | None:
     """Return what about a weight cannot be factorized, if there is anything."""
     if not isinstance(weight, Tensor):
@@ -198,15 +189,49 @@ def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return [(found, module) for module, found in names.items()]
 
 
-def other_matrices(model: nn.Module) -> list[str]:
-    """Return the parameters of two or more axes that are in no layer seen as matrices.
+def other_matrices(model: nn.Module) -> dict[str, float]:
+    """Return the parameters of two or more axes that are in no linear layer or convolution.
 
-    Embeddings are among them, and the joint projection of queries, keys and values in
-    :class:`torch.nn.MultiheadAttention`.
+    Embeddings are among them, the weights of recurrent layers, and the joint projection of queries,
+    keys and values in :class:`torch.nn.MultiheadAttention`.
+
+    Returns
+    -------
+    dict of str to float
+        The share of each in all parameters of the network.
     """
-    layers = [module for _, module in distinct_layers(model) if matricized(module) is not None]
+    layers = [module for module in model.modules() if is_linear(module)]
     seen = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in seen]
+    every = [(n, p) for n, p in model.named_parameters() if not is_lazy(p)]
+    total = sum(parameter.numel() for _, parameter in every)
+    return {n: p.numel() / total for n, p in every if p.ndim > 1 and id(p) not in seen}
+
+
+class Dimensions(NamedTuple):
+    """The shape of a layer's matrices, how many they are, and the bytes of an entry."""
+
+    rows: int
+    columns: int
+    groups: int
+    itemsize: int
+
+    @property
+    def size(self) -> int:
+        """Entries of all matrices."""
+        return self.rows * self.columns * self.groups
+
+
+def dimensions(layer: nn.Module) -> Dimensions:
+    """Return the dimensions of a linear layer or convolution, whether it is taken or not."""
+    view = matricized(layer)
+    if view is not None:
+        matrix, *rest = view.matrices()
+        rows, columns = matrix.shape
+        return Dimensions(rows, columns, 1 + len(rest), matrix.element_size())
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim == 0:
+        return Dimensions(0, 0, 1, 0)
+    return Dimensions(weight.shape[0], weight[:1].numel(), 1, weight.element_size())
 
 
 def replace(
@@ -221,12 +246,10 @@ def replace(
     """Put `products` in place of the layer that `model` has under each of `names`.
 
     The `shifts`, one for each product if there are any, are added to its bias. Values
-    are copied, or shared with the products.
+    are copied, or shared with the products. What else the layer has goes over to the new one.
     """
-    old: Any = view.layer
     new: Any = view.replacement(products, copy)
-    device = None if old.weight.is_meta else old.weight.device  # which weights without storage lack
-    new.to(device=device, dtype=old.weight.dtype).train(old.training)
+    inherit(new, view.layer, names[0])
     if shifts:
         with torch.no_grad():
             new.bias += torch.cat([torch.as_tensor(shift) for shift in shifts]).to(new.bias)

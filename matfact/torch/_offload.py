@@ -83,17 +83,22 @@ def _offloaded(output: Any, entered: Collection[int], present: Pass, folder: Pat
     """Return `output` with its large tensors in files, but for those that came in."""
     if type(output) is tuple:
         return tuple(_offloaded(each, entered, present, folder) for each in output)
-    if type(output) is not Tensor or output.device.type != "cpu" or output.requires_grad:
+    if type(output) is not Tensor or output.requires_grad:
         return output
-    is_plain = output.layout == torch.strided and output.is_contiguous()
-    if not is_plain or output.nbytes < _LEAST or _place(output) in entered:
+    if not is_worth_a_file(output) or _place(output) in entered:
         return output
-    mapped = _written(output, folder)
+    mapped = written(output, folder)
     present.offloaded.add(mapped.untyped_storage())
     return mapped
 
 
-def _written(tensor: Tensor, folder: Path) -> Tensor:
+def is_worth_a_file(tensor: Tensor) -> bool:
+    """Whether `tensor` is large, and plain enough for a file to hold it."""
+    is_plain = tensor.layout == torch.strided and tensor.is_contiguous()
+    return is_plain and tensor.device.type == "cpu" and tensor.nbytes >= _LEAST
+
+
+def written(tensor: Tensor, folder: Path) -> Tensor:
     """Return the tensor in a file of its own."""
     handle, path = tempfile.mkstemp(dir=folder, prefix="matfact-")
     try:

@@ -233,7 +233,8 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
         if comer is not None and not opened.is_set():
             comer.halt(name, functools.partial(run, before), (args, kwargs))
         now = model.get_submodule(name)
-        return run(before, *args, **kwargs) if now is before else now(*args, **kwargs)
+        # Without the hooks of a replacement: they are those of the layer that is being called.
+        return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
 
     forward_at_gate.__wrapped__ = module.forward  # type: ignore[attr-defined]  # its signature
     module.forward = forward_at_gate

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import (
     SpectralNorm,
@@ -69,7 +71,25 @@ def others(layer: nn.Module) -> Iterator[str]:
         yield from (n for n, value in held.items() if value is not None and n not in known)
 
 
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether somebody is told of the gradients of `tensor`."""
-    found: Any = tensor
-    return bool(found._backward_hooks or getattr(found, "_post_accumulate_grad_hooks", None))
+def place(parameter: Tensor) -> tuple[Any, ...]:
+    """Return where `parameter` stands in memory, which is the same for those that are tied."""
+    if parameter.is_meta or is_lazy(parameter) or not parameter.numel():
+        return (id(parameter),)
+    return parameter.device, parameter.data_ptr()
+
+
+def tied_places(model: nn.Module) -> set[tuple[Any, ...]]:
+    """Return the places of parameters that several modules hold."""
+    owners: dict[tuple[Any, ...], set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(place(parameter), set()).add(module)
+    return {at for at, modules in owners.items() if len(modules) > 1}
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all entries of `weight` are finite."""
+    if not weight.numel():
+        return True
+    ends = torch.aminmax(torch.view_as_real(weight) if weight.is_complex() else weight)
+    return all(bool(torch.isfinite(end)) for end in ends)

@@ -67,14 +67,13 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     factors = [module for module in model.modules() if isinstance(module, FactorModule)]
     if any(isinstance(factor, _Adapted) for factor in factors):
         raise ValueError("model must have no adapters yet: merge them first.")
+    if not any("values" in factor._parameters for factor in factors):
+        raise ValueError("model must have compressed layers to adapt, got none.")
     rng = check_random_state(random_state)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    _freeze(model)
     adapters: list[nn.Parameter] = []
     for factor in factors:
         adapters += _adapt(factor, rank, rng)
-    if not adapters:
-        raise ValueError("model must have compressed layers to adapt, got none.")
     return adapters
 
 
@@ -84,14 +83,13 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Parameters
     ----------
     model : torch.nn.Module
-        The network, changed in place: it computes the same, and all its parameters are trained
-        again.
+        The network, changed in place: it computes the same, and its parameters are trained again,
+        but for those that were frozen before.
     """
     for module in model.modules():
         if isinstance(module, _Adapted):
             _merge(module)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    _thaw(model)
     return model
 
 
@@ -118,3 +116,24 @@ def _merge(factor: Any) -> None:
     del factor.base, factor.left, factor.right, factor.places
     factor.__class__ = type(factor).__bases__[1]
     factor.values = merged
+
+
+#: Attribute of a module: names of its parameters that were frozen before there were adapters.
+_FROZEN = "_frozen_before_adapters"
+
+
+def _freeze(model: nn.Module) -> None:
+    """Let no parameter be trained, and remember which were not before."""
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for module in model.modules():
+        own = module.named_parameters(recurse=False)
+        vars(module)[_FROZEN] = [name for name, parameter in own if parameter in frozen]
+    model.requires_grad_(False)
+
+
+def _thaw(model: nn.Module) -> None:
+    """Let all parameters be trained that were before :func:`_freeze`."""
+    for module in model.modules():
+        frozen = vars(module).pop(_FROZEN, ())
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in frozen)

@@ -26,7 +26,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     Returns
     -------
     int
-        Number of layers re-estimated.
+        Number of layers re-estimated. Where a batch fails, the statistics are those of before.
     """
     norms: list[Any] = [
         module
@@ -36,6 +36,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
+    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     with eval_mode(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
@@ -44,6 +45,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         try:
             for batch in checked(batches):
                 forward(model, batch)
+        except BaseException:
+            for norm, buffers in zip(norms, before, strict=True):
+                for buffer, old in zip(norm.buffers(), buffers, strict=True):
+                    buffer.copy_(old)
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

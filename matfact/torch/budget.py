@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import joblib
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +16,13 @@ from matfact import metrics
 from matfact.allocation import Allocation, Option, allocate, apply_seconds, interpolate
 from matfact.allocation._budget import Cost
 from matfact.allocation._curves import DENSE
+from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._fit import fit_layer
-from matfact.torch._plan import Layers, Method, Override, Task, plan
+from matfact.torch._matrices import Dimensions, Matricized, distinct_layers, is_linear
+from matfact.torch._plan import Layers, Method, Override, Task, near, plan
 from matfact.torch._statistics import LayerStatistics
 from matfact.torch.capture import captured, layer_views
 
@@ -102,9 +105,10 @@ def within_budget(
     """
     planned = {m: plan(model, methods[m], None, layers, overrides or {}, keep) for m in methods}
     every = next(iter(planned.values()))
+    _check_weights(model, budget.weights or {})
     latency = apply_seconds if budget.cost == "seconds" else None
     found = {task.names[0]: [_dense(task, latency)] for task in every}
-    seen = _captured(model, calibration, list(found))
+    seen = _captured(model, calibration, _taken(every))
     calls = {name: statistics.count for name, statistics in seen.items() if statistics.count}
     least = min(calls.values(), default=1)
     share = {name: calls.get(name, least) / least for name in found}
@@ -208,7 +212,7 @@ def layer_options(
     planned = {m: plan(model, named[m], None, layers, {}, (False, False)) for m in named}
     every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
-    seen = _captured(model, calibration, list(found))
+    seen = _captured(model, calibration, _taken(every))
     work: list[_Work] = [
         (label, task, densities)
         for label, tasks in planned.items()
@@ -241,12 +245,33 @@ def _measured(
     return found
 
 
+def _taken(tasks: Iterable[Task]) -> list[str]:
+    """Return the names of layers that are taken as matrices."""
+    return [task.names[0] for task in tasks if task.view is not None]
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Raise ``ValueError`` where a weight is that of no layer, be it selected or not."""
+    known = [name for names, layer in distinct_layers(model) if is_linear(layer) for name in names]
+    for name in weights:
+        if name not in known:
+            raise ValueError(
+                f"weights of the budget must be those of layers, but {name!r} is none"
+                f"{near(name, known)}."
+            )
+
+
 def _dense(task: Task, latency: Callable[[FactorProduct], float] | None) -> Option:
-    matrices = task.view.matrices()
-    size = sum(matrix.numel() for matrix in matrices)
-    products = [FactorProduct([DenseFactor(matrix)]) for matrix in task.view.arrays()]
-    nbytes = size * matrices[0].element_size()
-    return Option(DENSE, 1.0, 0.0, nbytes, 2 * size, _seconds(products, latency))
+    shape, size = task.dimensions, task.dimensions.size
+    arrays = task.view.arrays() if task.view is not None else _alike(shape)
+    products = [FactorProduct([DenseFactor(array)]) for array in arrays] if latency else []
+    return Option(DENSE, 1.0, 0.0, size * shape.itemsize, 2 * size, _seconds(products, latency))
+
+
+def _alike(shape: Dimensions) -> list[Array]:
+    """Return matrices to time in place of those that no operator takes."""
+    each = np.zeros((shape.rows, shape.columns), np.float32)
+    return [each] * shape.groups if each.size else []
 
 
 def _options(
@@ -260,7 +285,6 @@ def _options(
     options = []
     factorizer: Any
     factorizer, matrices, has_bias = task.problem()
-    itemsize = task.view.matrices()[0].element_size()
     for density in densities:
         if density is not None:
             factorizer.set_params(density=density)
@@ -275,7 +299,9 @@ def _options(
         flops = sum(product.flops for product in fitted.products)
         seconds = _seconds(fitted.products, latency)
         asked = math.nan if density is None else density
-        options.append(Option(method, asked, loss, fitted.nbytes(itemsize), flops, seconds))
+        options.append(
+            Option(method, asked, loss, fitted.nbytes(task.dimensions.itemsize), flops, seconds)
+        )
     return task.names[0], options
 
 
@@ -316,18 +342,15 @@ def output_sensitivity(
     """
     views = layer_views(model, layers)
     totals = dict.fromkeys(views, 0.0)
+    outputs: list[tuple[str, Tensor]] = []
     count = 0
 
-    def hook(name: str) -> Callable[..., None]:
-        def watch(layer: nn.Module, args: Any, output: Tensor) -> None:
-            axis = 1 if hasattr(layer, "kernel_size") else -1
-            power = output.detach().double().square().sum(axis) / output.shape[axis]
-
-            def add(gradient: Tensor) -> None:
-                totals[name] += float((power * gradient.double().square().sum(axis)).sum())
-
-            if output.requires_grad:
-                output.register_hook(add)
+    def hook(name: str) -> Callable[..., Tensor]:
+        def watch(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # Disturbances matter as much where nothing is trained.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            outputs.append((name, output))
+            return output.clone()  # which activations may overwrite
 
         return watch
 
@@ -336,9 +359,29 @@ def output_sensitivity(
         with eval_mode(model), torch.enable_grad():
             for batch in checked(batches):
                 count += 1
-                inputs = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.grad(loss(forward(model, batch), batch), inputs, allow_unused=True)
+                outputs.clear()
+                value = loss(forward(model, batch), batch)
+                for name, found in _sensitivities(value, outputs, views):
+                    totals[name] += found
     finally:
         for handle in handles:
             handle.remove()
+    for name, total in totals.items():
+        if not math.isfinite(total):
+            raise ValueError(f"loss must have finite gradients, unlike those in layer {name!r}.")
     return {name: total / count for name, total in totals.items()}
+
+
+def _sensitivities(
+    value: Tensor, outputs: Sequence[tuple[str, Tensor]], views: Mapping[str, Matricized]
+) -> Iterator[tuple[str, float]]:
+    """Yield, for each call of a layer, how much the loss of a batch changes with its output."""
+    tensors = [output for _, output in outputs]
+    slopes = torch.autograd.grad(value, tensors, allow_unused=True) if tensors else ()
+    for (name, output), slope in zip(outputs, slopes, strict=True):
+        if slope is not None:
+            axis = 1 if hasattr(views[name].layer, "kernel_size") else -1
+            energy, steepness = (
+                each.detach().abs().double().square().sum(axis) for each in (output, slope)
+            )
+            yield name, float((energy / output.shape[axis] * steepness).sum())

@@ -9,6 +9,7 @@ from torch import nn
 
 from matfact import metrics
 from matfact.torch._compress import Compressed, compress
+from matfact.torch._matrices import is_linear
 from matfact.torch._plan import Method
 
 
@@ -85,8 +86,7 @@ def compress_gradually(
         That of the last stage, against the layers as they were before it.
     """
     for stage, stage_density in enumerate(cubic_densities(density, n_stages, initial_density)):
-        model, report = compress(
-            model, method, density=stage_density, inplace=inplace or stage > 0, **options
-        )
+        in_place = inplace or (stage > 0 and not is_linear(model))
+        model, report = compress(model, method, density=stage_density, inplace=in_place, **options)
         train(model, stage)
     return Compressed(model, report)

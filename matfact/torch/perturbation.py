@@ -92,16 +92,19 @@ def triple_scores(
             if not n_samples:
                 probes = _probes(outputs, n_probes, check_random_state(random_state))
             n_samples += len(outputs)
-            tensors = [output for _, output in record.values()]
+            calls = [(name, *call) for name, called in record.items() for call in called]
+            tensors = [output for *_, output in calls]
             for i, probe in enumerate(probes):
                 slopes = torch.autograd.grad(
                     (outputs * probe).sum(), tensors, retain_graph=i + 1 < len(probes),
                     allow_unused=True,
                 )  # fmt: skip
-                for (name, (inner, _)), slope in zip(record.items(), slopes, strict=True):
-                    if slope is None:
-                        continue
-                    change = triples[name].changes(inner, slope)
+                changes: dict[str, Any] = {}
+                for (name, inner, _), slope in zip(calls, slopes, strict=True):
+                    if slope is not None:  # a layer that is called again changes by all its calls
+                        change = triples[name].changes(inner, slope)
+                        changes[name] = changes.get(name, 0.0) + change
+                for name, change in changes.items():
                     squares[name] = squares[name] + (change**2).sum(0)
                     sums[name][i] = sums[name].get(i, 0.0) + change.sum(0)
     scores = {}
@@ -201,24 +204,25 @@ def _checked_views(
     for name, view in views.items():
         layer = view.layer
         plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-        if not plain:
+        if not (plain and "weight" in layer._parameters):
             raise ValueError(
-                "layers must name linear layers or ungrouped 2-D convolutions, got "
-                f"{name!r}, a {type(layer).__name__}."
+                "layers must name linear layers or ungrouped 2-D convolutions that hold their "
+                f"weight as it is, got {name!r}, a {type(layer).__name__}."
             )
     return views
 
 
 @contextmanager
-def _recorded(triples: Mapping[str, _Triples]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record the projected input and the output of each layer that is called in the block."""
-    record: dict[str, tuple[Tensor, Tensor]] = {}
+def _recorded(triples: Mapping[str, _Triples]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Record the projected input and the output of each call of a layer in the block."""
+    record: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def hook(name: str) -> Any:
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             # Gradients are wanted even where no parameter needs one.
             output = output if output.requires_grad else output.detach().requires_grad_()
-            record[name] = (triples[name].project(layer_input(args, kwargs).detach()), output)
+            inner = triples[name].project(layer_input(args, kwargs).detach())
+            record.setdefault(name, []).append((inner, output))
             return output.clone()  # which activations may overwrite
 
         return keep

@@ -153,10 +153,23 @@ class CompressionReport(Sequence[LayerReport]):
 
     def _remarks(self) -> list[str]:
         """Return what was done besides, and which matrices are in no layer of the report."""
-        untouched = list(self.metadata.get("untouched", ()))
-        names = ", ".join([*untouched[:3], "…"] if len(untouched) > 3 else untouched)
-        left = [f"in no layer that can be factorized: {names}"] if untouched else []
-        return [*self.metadata.get("steps", ()), *left]
+        return [*self.metadata.get("steps", ()), *self.untouched()]
+
+    def untouched(self, most: int = 3) -> list[str]:
+        """Return a sentence on the matrices that are in no layer, with their shares, if any are.
+
+        Parameters
+        ----------
+        most : int, default=3
+            How many to name, the largest ones.
+        """
+        shares = dict(self.metadata.get("untouched", {}))
+        if not shares:
+            return []
+        names = [f"{n} ({s:.1%})" for n, s in sorted(shares.items(), key=lambda i: -i[1])[:most]]
+        names += ["…"] if len(shares) > most else []
+        share = f"{sum(shares.values()):.1%} of all parameters"
+        return [f"in no layer that can be factorized, {share}: {', '.join(names)}"]
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file, blank where there is no value."""

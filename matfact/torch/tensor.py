@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -12,10 +11,15 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from matfact.backend import to_numpy
 from matfact.metrics import part_of
+from matfact.torch._inherit import copied, move_hooks
+from matfact.torch._matrices import distinct_layers, is_linear, refusal
+from matfact.torch._plan import check_names, is_selected
+from matfact.torch._weights import effective, is_finite, is_frozen, place, tied_places
 
 
 def tucker_svd(
@@ -23,7 +27,7 @@ def tucker_svd(
     *,
     ranks: Literal["vbmf"] | float = "vbmf",
     singular_values: float = 0.2,
-    layers: Sequence[str] | None = None,
+    layers: str | Collection[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Decompose convolutions by Tucker and linear layers by a truncated SVD.
@@ -41,9 +45,10 @@ def tucker_svd(
         in (0, 1].
     singular_values : float, default=0.2
         Share of the singular values that linear layers keep, in (0, 1].
-    layers : sequence of str, optional
-        Names of layers; by default all linear ones, and convolutions in one or two dimensions
-        without groups.
+    layers : str or collection of str, optional
+        A regular expression searched in names of linear layers, or of convolutions in one or two
+        dimensions without groups, or their names; all of them by default. What is complex, shares
+        a parameter with another module or has a forward of its own is none of them.
     inplace : bool, default=False
         Whether `model` itself is changed, or a copy.
 
@@ -63,15 +68,22 @@ def tucker_svd(
         raise ValueError(f"ranks must be 'vbmf' or a number in (0, 1], got {ranks!r}.")
     if not 0.0 < singular_values <= 1.0:
         raise ValueError(f"singular_values must be in (0, 1], got {singular_values}.")
-    model = model if inplace else copy.deepcopy(model)
-    for name in _names(model, layers):
-        layer = model.get_submodule(name)
+    if is_linear(model):
+        if inplace:
+            raise ValueError("inplace must be False where the network itself is one layer.")
+        whole = nn.Sequential(model)
+        return tucker_svd(whole, ranks=ranks, singular_values=singular_values).get_submodule("0")
+    model = model if inplace else copied(model)
+    for names, layer in _chosen(model, layers):
         if isinstance(layer, nn.Linear):
             parts = _svd_parts(layer, singular_values)
         else:
             parts = _tucker_parts(layer, ranks)
         if sum(part.weight.numel() for part in parts) < layer.weight.numel():  # type: ignore
-            model.set_submodule(name, nn.Sequential(*parts))
+            new = nn.Sequential(*parts).train(layer.training)
+            move_hooks(new, layer, names[0])
+            for name in names:
+                model.set_submodule(name, new)
     return model
 
 
@@ -80,7 +92,7 @@ def tensor_train(
     max_rank: int = 10,
     *,
     n_cores: int = 4,
-    layers: Sequence[str] | None = None,
+    layers: str | Collection[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Store the weights of layers as tensor trains (Novikov et al. 2015).
@@ -108,12 +120,13 @@ def tensor_train(
     for name, value in (("max_rank", max_rank), ("n_cores", n_cores)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    model = model if inplace else copy.deepcopy(model)
-    for name in _names(model, layers):
-        layer: Any = model.get_submodule(name)
-        train = TensorTrain(layer.weight.shape, max_rank, n_cores)
-        if train.n_values < layer.weight.numel():
+    model = model if inplace else copied(model)
+    for _, layer in _chosen(nn.Sequential(model) if is_linear(model) else model, layers):
+        weight = layer.weight
+        train = TensorTrain(weight.shape, max_rank, n_cores)
+        if train.n_values < weight.numel():
             parametrize.register_parametrization(layer, "weight", train)
+            layer.parametrizations.requires_grad_(weight.requires_grad).train(layer.training)
     return model
 
 
@@ -242,21 +255,35 @@ def energy_rank(matrix: np.ndarray, share: float) -> int:
     return 1 + int(np.sum(energies < share * energies[-1] * (1 - 1e-12)))
 
 
-def _names(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    """Return the names of layers to decompose."""
-    if layers is None:
-        return [name for name, module in model.named_modules() if _is_plain(module)]
-    for name in layers:
-        if not _is_plain(model.get_submodule(name)):
-            raise ValueError(
-                f"layers must name linear layers, or convolutions without groups, got {name!r}."
-            )
-    return list(layers)
+def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tuple[list[str], Any]]:
+    """Return the layers to decompose, each with all of its names."""
+    tied = tied_places(model)
+    found: list[tuple[list[str], Any]] = distinct_layers(model)
+    every = [(names, layer) for names, layer in found if _is_plain(layer, tied)]
+    known = [name for names, _ in every for name in names]
+    check_names(layers, {}, known)
+    chosen = [
+        (names, layer)
+        for names, layer in every
+        if any(is_selected(name, layer, layers) for name in names)
+    ]
+    for (name, *_), layer in chosen:
+        if layer.weight.is_meta or not is_finite(layer.weight.detach()):
+            raise ValueError(f"model must have finite weights in memory, unlike that of {name!r}.")
+    return chosen
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
-    return known and "weight" in layer._parameters and getattr(layer, "groups", 1) == 1
+def _is_plain(layer: Any, tied: set[tuple[Any, ...]]) -> bool:
+    """Whether a layer multiplies by a real weight of its own alone, in one group."""
+    return (
+        isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        and refusal(layer) is None
+        and "weight" in layer._parameters
+        and not is_lazy(layer.weight)
+        and not layer.weight.is_complex()
+        and getattr(layer, "groups", 1) == 1
+        and not any(place(parameter) in tied for parameter in layer.parameters())
+    )
 
 
 def _svd_parts(layer: nn.Linear, share: float) -> list[nn.Module]:
@@ -306,9 +333,10 @@ def _filled(parts: list[nn.Module], weights: Sequence[Tensor], layer: Any) -> li
             part.to(device=layer.weight.device, dtype=layer.weight.dtype)
             target: Any = part.weight
             target.copy_(weight.reshape(target.shape))
-        if layer.bias is not None:
+            target.requires_grad_(layer.weight.requires_grad)
+        if (bias := effective(layer, "bias")) is not None:
             last: Any = parts[-1]
-            last.bias.copy_(layer.bias)
+            last.bias.copy_(bias).requires_grad_(not is_frozen(layer, "bias"))
     return parts
 
 

@@ -167,3 +167,30 @@ def test_other_layers_are_refused(layer):
 def test_bad_parameters_are_named(scores, options, message):
     with pytest.raises(ValueError, match=message):
         scores(nn.Sequential(nn.Linear(3, 2)), [torch.ones(4, 3)], **options)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, and adds what is small to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        with torch.no_grad():
+            self.layer.weight *= 0.05
+
+    def forward(self, x):
+        x = x + self.layer(x)
+        return x[:, :3] + self.layer(2 * x)[:, :3]
+
+
+def test_every_call_of_a_layer_counts():
+    torch.manual_seed(0)
+    model, X = Twice(), torch.randn(64, 8)
+    fast, exact = (flat(f(model, [X])) for f in (triple_scores, exact_triple_scores))
+    np.testing.assert_allclose(fast[:4], exact[:4], rtol=0.2)
+
+
+def test_weights_that_are_computed_are_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match="hold their weight as it is, got '0'"):
+        exact_triple_scores(model, [torch.ones(2, 8)])

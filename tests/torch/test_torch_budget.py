@@ -211,3 +211,21 @@ def test_a_layer_the_loss_does_not_depend_on_may_lose_everything(network, batche
 def test_bad_arguments_are_named(arguments, message, network):
     with pytest.raises(ValueError, match=message):
         layer_options(network, *arguments)
+
+
+def test_layers_of_a_frozen_network_matter_as_much():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    x = torch.randn(20, 6)
+
+    def loss(output, batch):
+        return output.square().sum()
+
+    expected = output_sensitivity(network, [x], loss)
+    assert min(expected.values()) > 0
+    network[0].requires_grad_(False)
+    assert output_sensitivity(network, [x], loss) == pytest.approx(expected)
+    network.requires_grad_(False)
+    assert output_sensitivity(network, [x], loss) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="layer '0'"):
+        output_sensitivity(network, [x.fill_(torch.nan)], loss)

@@ -155,9 +155,24 @@ def test_adapters_restore_accuracy_and_merge_without_loss(request, digits, netwo
     assert all(map(contains, before, positions(small)))
 
 
+def test_what_was_frozen_before_adapters_is_frozen_after(mlp):
+    mlp[3].weight.requires_grad_(False)
+    mlp[5].bias.requires_grad_(False)
+    mlp.append(nn.Linear(10, 10))
+    mlp.append(nn.Linear(10, 10))
+    mlp[7].weight = mlp[6].weight  # which both of them hold
+    small, _ = compress(mlp, "magnitude", density=0.2, layers="[135]")
+    before = {name: p.requires_grad for name, p in small.named_parameters()}
+    assert not all(before.values())
+    add_adapters(small, 2)
+    merge_adapters(small)
+    assert {name: p.requires_grad for name, p in small.named_parameters()} == before
+
+
 def test_adapters_are_refused_where_nothing_can_be_adapted(mlp):
     with pytest.raises(ValueError, match="compressed layers"):
         add_adapters(mlp, 2)
+    assert all(parameter.requires_grad for parameter in mlp.parameters())
     small, _ = compress(mlp, "magnitude", density=0.2)
     with pytest.raises(ValueError, match="rank"):
         add_adapters(small, 0)

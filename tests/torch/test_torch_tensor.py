@@ -144,3 +144,51 @@ def test_factors_multiply_to_the_number(n):
 def test_bad_arguments_of_tensor_baselines_are_refused(mlp, compress, options, message):
     with pytest.raises(ValueError, match=message):
         compress(mlp, **options)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("decompose", [tucker_svd, tensor_train])
+def test_what_is_decomposed_computes_what_its_class_does_alone(decompose):
+    torch.manual_seed(0)
+    layers = (nn.Linear(64, 64) for _ in range(4))
+    model = nn.Sequential(*layers, Doubled(64, 64), nn.Linear(64, 64, dtype=torch.complex64))
+    model[1].weight = model[0].weight
+    model.append(model[2])
+    before = copy.deepcopy(model)
+    small = decompose(model)
+    assert [type(small[i]) for i in (0, 1, 4, 5)] == [type(before[i]) for i in (0, 1, 4, 5)]
+    assert small[0].weight is small[1].weight
+    assert type(small[3]) is not nn.Linear
+    assert small[6] is small[2]
+    with pytest.raises(ValueError, match="'4' is none"):
+        decompose(model, layers=["4"])
+
+
+@pytest.mark.parametrize("decompose", [tucker_svd, tensor_train])
+def test_decomposed_layers_keep_hooks_modes_and_what_is_frozen(decompose):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 3)).eval()
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    calls = []
+    for layer in model:
+        layer.register_forward_hook(lambda layer, args, output: calls.append(layer))
+    small = decompose(model)
+    assert not any(module.training for module in small.modules())
+    for layer, frozen in zip(small, ("weight", "bias"), strict=True):
+        for name, parameter in layer.named_parameters():
+            assert parameter.requires_grad == (("bias" in name) != (frozen == "bias"))
+    small[0](torch.ones(2, 64))
+    small[1](torch.ones(2, 64, 5))
+    assert calls == list(small)
+
+
+@pytest.mark.parametrize("decompose", [tucker_svd, tensor_train])
+def test_one_layer_can_be_decomposed(decompose):
+    layer = nn.Linear(64, 64)
+    small = decompose(layer)
+    assert small(torch.ones(2, 64)).shape == (2, 64)
+    assert n_values(small) < n_values(layer)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import OutputStatistics
-from matfact.torch._batches import as_written, attended, checked, device_of, eval_mode, forward
+from matfact.torch._batches import as_written, checked, device_of, eval_mode, forward
 from matfact.torch._matrices import as_array, matricized
 from matfact.torch._random import batch_states, drawing
-from matfact.torch.capture import layer_input
+from matfact.torch.capture import layer_input, rows_of
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._trial import channel_axis, removed
 
@@ -41,9 +41,7 @@ def paired_statistics(
     index, batch = 0, None
 
     def counted(x: Tensor) -> Tensor:
-        if x.is_nested:
-            return torch.cat([sample.reshape(-1, sample.shape[-1]) for sample in x.unbind()])
-        return attended(x, batch) if view.by_rows else x
+        return rows_of(view, x, batch, model)
 
     def write(layer: Any, args: Any, output: Tensor) -> None:
         written.append(_without_bias(layer, counted(output)))
