@@ -136,7 +136,7 @@ class SparseFactorModule(FactorModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        loaded = state_dict.get(f"{prefix}values")
+        loaded = state_dict.get(f"{prefix}values") if "values" in self._parameters else None
         if loaded is not None and loaded.shape != self.values.shape and loaded.ndim == 1:
             self.values = nn.Parameter(self.values.detach().new_empty(loaded.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
