@@ -50,7 +50,7 @@ class FactorModule(nn.Module):
         return self(torch.eye(self.columns, dtype=self.values.dtype, device=self.values.device)).T
 
     def to_factor(self) -> Factor:
-        """Return the factor, which shares the memory of the values."""
+        """Return the factor, which shares the memory of the values, but not of the positions."""
         raise NotImplementedError
 
     @property
@@ -183,7 +183,7 @@ class SparseFactorModule(FactorModule):
         return indices is not None and indices.dtype == torch.uint8 and self._holds(x)
 
     def to_factor(self) -> SparseFactor:
-        indices, indptr = self.indices.cpu().numpy(), self.indptr.cpu().numpy()
+        indices, indptr = _own(self.indices), _own(self.indptr)
         if indices.dtype == np.uint8:
             indices = indices.view("<u2")[:, 0]
         return SparseFactor(self.values.detach(), indices, indptr, self.columns)
@@ -224,18 +224,20 @@ class BlockFactorModule(FactorModule):
         self._read_spans()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x.new_zeros(*x.shape[:-1], self.rows)
-        start = 0
+        out, start = None, 0
         for r0, r1, c0, c1 in self._blocks:
             stop = start + (r1 - r0) * (c1 - c0)
             block = self.values[start:stop].reshape(r1 - r0, c1 - c0)
-            out[..., r0:r1] += functional.linear(x[..., c0:c1], block)
+            part = functional.linear(x[..., c0:c1], block)
+            if out is None:  # of the dtype that autocast computes in, mapped over what values are
+                out = part.new_zeros(*x.shape[:-1], self.rows)
+            out[..., r0:r1] += part
             start = stop
-        return out
+        return x.new_zeros(*x.shape[:-1], self.rows) if out is None else out
 
     def to_factor(self) -> BlockSparseFactor:
         dimensions = np.asarray([self.rows, self.columns], dtype=np.int64)
-        return BlockSparseFactor(self.values.detach(), self.spans.cpu().numpy(), dimensions)
+        return BlockSparseFactor(self.values.detach(), _own(self.spans), dimensions)
 
 
 class SelectionFactorModule(FactorModule):
@@ -260,7 +262,7 @@ class SelectionFactorModule(FactorModule):
         return True
 
     def to_factor(self) -> SelectionFactor:
-        return SelectionFactor(self.values.detach(), self.index.cpu().numpy(), self.columns)
+        return SelectionFactor(self.values.detach(), _own(self.index), self.columns)
 
 
 _MODULES: dict[type[Factor], Any] = {
@@ -360,6 +362,11 @@ def dense_product(chain: Sequence[FactorModule]) -> Tensor:
     for module in reversed(left):
         product = module(product.T).T
     return product
+
+
+def _own(positions: Tensor) -> np.ndarray:
+    """Return positions in memory of their own: torch frees that of buffers which it shares."""
+    return np.array(positions.numpy(force=True))
 
 
 def _tensor(values: Any, copy: bool) -> Tensor:

@@ -168,7 +168,9 @@ class FactorizedConv(nn.Module):
             for i, kernel in enumerate(self._groups())
         ]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return out if self.bias is None else out + self.bias.reshape(-1, *[1] * (x.ndim - 2))
+        if self.bias is None:
+            return out
+        return out + self.bias.to(out.dtype).reshape(-1, *[1] * (x.ndim - 2))
 
     def _kept_kernel(self) -> Tensor | None:
         """Return the dense kernel that is kept for inference, None where that cannot be used."""
@@ -204,7 +206,7 @@ class FactorizedConv(nn.Module):
         return convolve(x, weight, bias, self.stride, 0, self.dilation, groups)
 
     def to_products(self) -> list[FactorProduct]:
-        """Return the products of the groups, which share their memory."""
+        """Return the products of the groups, which share the memory of the values."""
         return [kernel.to_product() for kernel in self._groups()]
 
     def to_dense(self) -> Convolution:

@@ -126,7 +126,8 @@ class FactorizedLinear(nn.Module):
             if out is not None:
                 return out
         x = self.apply_factors(x)
-        return x if self.bias is None else x + self.bias
+        # In the dtype that autocast computes in.
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output by what is kept for inference, None where that cannot be used."""
@@ -187,6 +188,7 @@ class FactorizedLinear(nn.Module):
             and any(v.dtype == x.dtype and v.device == x.device for v in values[:1])
             and any(type(module) is not DenseFactorModule for module in self.factors)
             and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
             and is_plain(x)
         )
 
@@ -225,7 +227,7 @@ class FactorizedLinear(nn.Module):
         )
 
     def to_product(self) -> FactorProduct:
-        """Return the product of the factors, which shares their memory."""
+        """Return the product of the factors, which shares the memory of their values."""
         return FactorProduct([factor.to_factor() for factor in self.chain])
 
     def to_dense(self) -> nn.Linear:
