@@ -57,17 +57,13 @@ class Derived(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._is_frozen = False
+        self.is_checked = True  #: whether the bits are compared, or what torch counts alone
         self.clear()
 
     def clear(self) -> None:
         """Keep nothing until it is wanted again."""
         # In one piece, which other threads see whole.
         self._kept: tuple[list[Copy], T] | None = None
-
-    def freeze(self) -> None:
-        """Look from now on only for changes that torch counts, which takes no time."""
-        self._is_frozen = True
 
     def get(
         self,
@@ -85,7 +81,7 @@ class Derived(Generic[T]):
         state = [*parameters, *positions]
         if self._kept is not None:
             copies, value = self._kept
-            same = (c.equals(t, self._is_frozen) for c, t in zip(copies, state, strict=False))
+            same = (c.equals(t, self.is_checked) for c, t in zip(copies, state, strict=False))
             if len(copies) == len(state) and all(same):
                 return value
         with torch.inference_mode(False), torch.no_grad():
@@ -112,11 +108,11 @@ class Copy:
         # Python compares such bytes with those of an array as fast as they come from memory.
         self._bits: Any = bits.clone() if isinstance(bits, Tensor) else bytearray(bits.tobytes())
 
-    def equals(self, tensor: Tensor, is_frozen: bool = False) -> bool:
-        """Whether `tensor` has these bits, or has not been written to as far as torch knows."""
+    def equals(self, tensor: Tensor, is_checked: bool) -> bool:
+        """Whether `tensor` has these bits, or else torch knows of no write to it."""
         if (tensor.dtype, tensor.shape, tensor.device) != self._kind:
             return False
-        if is_frozen and self._place is not None and _place(tensor) == self._place:
+        if not is_checked and self._place is not None and _place(tensor) == self._place:
             return True
         bits = _bits(tensor)
         if isinstance(self._bits, Tensor):
@@ -153,22 +149,38 @@ def _bits(tensor: Tensor) -> Any:
     return tensor.numpy() if tensor.is_cpu else tensor
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Let layers trust that nobody writes to their values behind autograd's back.
+def keep_unchecked(model: nn.Module) -> nn.Module:
+    """Let layers trust that nobody writes to their values behind the back of autograd.
 
-    Layers in eval mode keep what they have made of their values, and compare these at each pass
-    with a copy. That takes little against the product with a batch, and up to half as long as the
-    product with one sample. Without it, they still notice what torch counts: optimizers, loading,
-    moves and all operations in place, but neither writes through ``.data`` nor through arrays that
-    share the memory of a parameter.
+    In eval mode, layers keep what they have made of their values, and compare these at each pass
+    with a copy. That takes little against a product with many samples, and up to as long as one
+    with a single sample. Without it, they still notice what torch counts: optimizers, loading,
+    moves and operations in place, but not what is written through ``.data``, through
+    ``.detach().numpy()`` or through DLPack.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A compressed network. Its copies are not frozen.
+        A factorized layer or a network of such, whose copies will compare again.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model`, changed in place.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from matfact.torch import SparseProductLinear, keep_unchecked
+    >>> layer = keep_unchecked(SparseProductLinear(64, 32, random_state=0).eval())
+    >>> with torch.no_grad():
+    ...     before = layer(torch.ones(64))
+    ...     layer.factors[0].values.mul_(2)  # noticed
+    ...     torch.allclose(layer(torch.ones(64)), 2 * before)
+    True
     """
     for derived in _derived(model):
-        derived.freeze()
+        derived.is_checked = False
     return model
 
 
