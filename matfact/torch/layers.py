@@ -49,7 +49,8 @@ class FactorizedLinear(nn.Module):
         memory. "factors" keeps nothing. "auto" takes what is fastest: on the CPU the kernels of
         :class:`~matfact.operators.FactorProduct`, which keep the values in their own order;
         elsewhere it keeps the product where the factors take more work, as torch has no fast
-        kernel for scattered values.
+        kernel for scattered values. What is kept is compared with the values at each pass, see
+        :func:`keep_unchecked`.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
