@@ -38,6 +38,7 @@ __all__ = [
     "find_blocks",
     "fine_tune",
     "input_statistics",
+    "keep_unchecked",
     "layer_options",
     "load_network",
     "make_permanent",
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from matfact.torch._cache import keep_unchecked
     from matfact.torch._compress import Compressed, compress
     from matfact.torch.adapters import add_adapters, merge_adapters
     from matfact.torch.batchnorm import reestimate_batch_norm
@@ -118,6 +120,7 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
+            "_cache": ("keep_unchecked",),
             "_compress": ("Compressed", "compress"),
             "adapters": ("add_adapters", "merge_adapters"),
             "batchnorm": ("reestimate_batch_norm",),

@@ -37,6 +37,9 @@ class FactorModule(nn.Module):
         Whether the values are copied.
     """
 
+    has_values = True  #: whether there is anything to train
+    positions = ""  #: name of the buffer that says where the values stand, if there is one
+
     def __init__(self, factor: Factor, copy: bool = True) -> None:
         super().__init__()
         self.rows, self.columns = factor.shape
@@ -47,7 +50,7 @@ class FactorModule(nn.Module):
         return self(torch.eye(self.columns, dtype=self.values.dtype, device=self.values.device)).T
 
     def to_factor(self) -> Factor:
-        """Return the factor, which shares the memory of the values."""
+        """Return the factor, which shares the memory of the values, but not of the positions."""
         raise NotImplementedError
 
     @property
@@ -88,10 +91,12 @@ class DenseFactorModule(FactorModule):
 class SparseFactorModule(FactorModule):
     """A factor with scattered values: one bit an entry says where they stand.
 
-    The bits are kept and saved; their expansion to indices is neither. A state dict with another
-    support, of any size, replaces the support.
+    The bits are kept and saved; their expansion to indices is kept, and not saved. Column numbers
+    that 16 bits can hold are kept as two bytes, the lower one first: torch sends no integers of 16
+    bits between processes. A state dict with another support, of any size, replaces the support.
     """
 
+    positions = "mask"
     mask: Tensor
     indices: Tensor
     indptr: Tensor
@@ -115,17 +120,23 @@ class SparseFactorModule(FactorModule):
 
     def _keep(self, factor: SparseFactor) -> None:
         """Keep the places of the values in a `factor`."""
-        indices = factor.indices
-        if indices.dtype == np.uint16:  # which torch cannot save
-            indices = indices.view(np.int16)
+        if self.columns <= 1 << 16:
+            indices = factor.indices.astype("<u2", copy=False).view(np.uint8).reshape(-1, 2)
+        else:
+            indices = factor.indices.astype(np.int32, copy=False)
         for name, positions in (("indices", indices), ("indptr", factor.indptr)):
             tensor = torch.from_numpy(positions).to(self.values.device)
             self.register_buffer(name, tensor, persistent=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.indices.dtype == torch.int16:  # of an earlier version
+            self._buffers["indices"] = self.indices[:, None].view(torch.uint8)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        loaded = state_dict.get(f"{prefix}values")
+        loaded = state_dict.get(f"{prefix}values") if "values" in self._parameters else None
         if loaded is not None and loaded.shape != self.values.shape and loaded.ndim == 1:
             self.values = nn.Parameter(self.values.detach().new_empty(loaded.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -138,12 +149,17 @@ class SparseFactorModule(FactorModule):
 
     def _locations(self) -> Tensor:
         """Return where each value stands in the flattened matrix."""
-        indices = self.indices.long()
-        if self.indices.dtype == torch.int16:
-            indices = indices & 0xFFFF
+        indices = self._column_numbers().long()
         nnz, begins = len(indices), self.indptr[1:-1]  # of all rows but the first
         steps = indices.new_zeros(nnz + 1).scatter_add(0, begins, torch.ones_like(begins))
         return indices + self.columns * steps[:nnz].cumsum(0)
+
+    def _column_numbers(self) -> Tensor:
+        """Return the column of each value."""
+        if self.indices.dtype != torch.uint8:
+            return self.indices
+        lower, upper = self.indices.int().unbind(1)  # no view of them as numbers can be exported
+        return lower + 256 * upper
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
@@ -153,11 +169,8 @@ class SparseFactorModule(FactorModule):
 
         It takes no compiler and, in single precision, a third of the time of SciPy's.
         """
-        indices = self.indices.int()
-        if self.indices.dtype == torch.int16 and self.columns > 1 << 15:
-            indices &= 0xFFFF
         return functional.embedding_bag(
-            indices, X, self.indptr.int(), mode="sum",
+            self._column_numbers(), X, self.indptr.int(), mode="sum",
             per_sample_weights=self.values, include_last_offset=True,
         )  # fmt: skip
 
@@ -167,12 +180,12 @@ class SparseFactorModule(FactorModule):
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
         indices = self._buffers["indices"]
-        return indices is not None and indices.dtype == torch.int16 and self._holds(x)
+        return indices is not None and indices.dtype == torch.uint8 and self._holds(x)
 
     def to_factor(self) -> SparseFactor:
-        indices, indptr = self.indices.cpu().numpy(), self.indptr.cpu().numpy()
-        if indices.dtype == np.int16:
-            indices = indices.view(np.uint16)
+        indices, indptr = _own(self.indices), _own(self.indptr)
+        if indices.dtype == np.uint8:
+            indices = indices.view("<u2")[:, 0]
         return SparseFactor(self.values.detach(), indices, indptr, self.columns)
 
 
@@ -194,6 +207,7 @@ class KroneckerFactorModule(FactorModule):
 class BlockFactorModule(FactorModule):
     """A factor of dense blocks anywhere."""
 
+    positions = "spans"
     spans: Tensor
 
     def __init__(self, factor: BlockSparseFactor, copy: bool = True) -> None:
@@ -210,23 +224,26 @@ class BlockFactorModule(FactorModule):
         self._read_spans()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x.new_zeros(*x.shape[:-1], self.rows)
-        start = 0
+        out, start = None, 0
         for r0, r1, c0, c1 in self._blocks:
             stop = start + (r1 - r0) * (c1 - c0)
             block = self.values[start:stop].reshape(r1 - r0, c1 - c0)
-            out[..., r0:r1] += functional.linear(x[..., c0:c1], block)
+            part = functional.linear(x[..., c0:c1], block)
+            if out is None:  # of the dtype that autocast computes in, mapped over what values are
+                out = part.new_zeros(*x.shape[:-1], self.rows)
+            out[..., r0:r1] += part
             start = stop
-        return out
+        return x.new_zeros(*x.shape[:-1], self.rows) if out is None else out
 
     def to_factor(self) -> BlockSparseFactor:
         dimensions = np.asarray([self.rows, self.columns], dtype=np.int64)
-        return BlockSparseFactor(self.values.detach(), self.spans.cpu().numpy(), dimensions)
+        return BlockSparseFactor(self.values.detach(), _own(self.spans), dimensions)
 
 
 class SelectionFactorModule(FactorModule):
     """A permutation, padding or cropping, which has nothing to train."""
 
+    has_values, positions = False, "index"
     index: Tensor
 
     def __init__(self, factor: SelectionFactor, copy: bool = True) -> None:
@@ -245,7 +262,7 @@ class SelectionFactorModule(FactorModule):
         return True
 
     def to_factor(self) -> SelectionFactor:
-        return SelectionFactor(self.values.detach(), self.index.cpu().numpy(), self.columns)
+        return SelectionFactor(self.values.detach(), _own(self.index), self.columns)
 
 
 _MODULES: dict[type[Factor], Any] = {
@@ -345,6 +362,11 @@ def dense_product(chain: Sequence[FactorModule]) -> Tensor:
     for module in reversed(left):
         product = module(product.T).T
     return product
+
+
+def _own(positions: Tensor) -> np.ndarray:
+    """Return positions in memory of their own: torch frees that of buffers which it shares."""
+    return np.array(positions.numpy(force=True))
 
 
 def _tensor(values: Any, copy: bool) -> Tensor:

@@ -9,11 +9,17 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
-from matfact.torch._factors import FactorModule
+from matfact.torch._factors import (
+    BlockFactorModule,
+    DenseFactorModule,
+    FactorModule,
+    KroneckerFactorModule,
+    SparseFactorModule,
+)
 
 
-class _Adapted:
-    """What the class of a factor becomes: its values are sums of those it has and an update."""
+class _Adapted(FactorModule):
+    """What a factor becomes: its values are sums of those it has and an update."""
 
     base: nn.Parameter
     left: nn.Parameter
@@ -21,10 +27,35 @@ class _Adapted:
     places: Tensor
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         """The entries of ``left @ right`` where values stand, added to them."""
         update = (self.left @ self.right).flatten()[self.places]
         return self.base + update.reshape(self.base.shape)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.places = _places(self)  # of the support that was loaded
+
+
+class _AdaptedDense(_Adapted, DenseFactorModule): ...
+
+
+class _AdaptedSparse(_Adapted, SparseFactorModule): ...
+
+
+class _AdaptedKronecker(_Adapted, KroneckerFactorModule): ...
+
+
+class _AdaptedBlock(_Adapted, BlockFactorModule): ...
+
+
+# By name and not made on the way, so that networks with adapters can be pickled.
+_CLASSES: dict[type[FactorModule], type[_Adapted]] = {
+    DenseFactorModule: _AdaptedDense,
+    SparseFactorModule: _AdaptedSparse,
+    KroneckerFactorModule: _AdaptedKronecker,
+    BlockFactorModule: _AdaptedBlock,
+}
 
 
 def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> list[nn.Parameter]:
@@ -64,17 +95,14 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    factors = [module for module in model.modules() if isinstance(module, FactorModule)]
+    factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.has_values]
+    if not factors:
+        raise ValueError("model must have compressed layers to adapt, got none.")
     if any(isinstance(factor, _Adapted) for factor in factors):
         raise ValueError("model must have no adapters yet: merge them first.")
-    if not any("values" in factor._parameters for factor in factors):
-        raise ValueError("model must have compressed layers to adapt, got none.")
     rng = check_random_state(random_state)
     _freeze(model)
-    adapters: list[nn.Parameter] = []
-    for factor in factors:
-        adapters += _adapt(factor, rank, rng)
-    return adapters
+    return [adapter for factor in factors for adapter in _adapt(factor, rank, rng)]
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
@@ -95,19 +123,21 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 def _adapt(factor: Any, rank: int, rng: np.random.RandomState) -> list[nn.Parameter]:
     """Turn `factor` into an adapted one, and return what is to be trained."""
-    if "values" not in factor._parameters:  # a selection, whose values are fixed
-        return []
-    base = factor.values
+    base, places = factor.values, _places(factor)
     rank = min(rank, factor.rows, factor.columns)
     right = rng.standard_normal((rank, factor.columns)) / np.sqrt(factor.columns)
-    places = torch.as_tensor(np.ravel(factor.to_factor().locations), device=base.device)
     del factor.values
     factor.base = base
     factor.left = nn.Parameter(base.new_zeros(factor.rows, rank))
     factor.right = nn.Parameter(base.new_tensor(right))
     factor.register_buffer("places", places, persistent=False)
-    factor.__class__ = type(type(factor).__name__, (_Adapted, type(factor)), {})
+    factor.__class__ = _CLASSES[type(factor)]
     return [factor.left, factor.right]
+
+
+def _places(factor: FactorModule) -> Tensor:
+    """Return where the values of `factor` stand in the flattened matrix."""
+    return torch.as_tensor(np.ravel(factor.to_factor().locations), device=factor.values.device)
 
 
 @torch.no_grad()

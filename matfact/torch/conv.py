@@ -157,8 +157,7 @@ class FactorizedConv(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """Return the output for padded, batched inputs."""
         if not self.training and self.keeps_product():
-            values = [value for kernel in self._groups() for value in kernel.values()]
-            kernel = self._kernel.get(values, lambda: self.weight.detach())
+            kernel = self._kept_kernel()
             if kernel is not None:
                 return self._conv(x, kernel, self.bias, self.groups)
         elif self._computes_product(x):
@@ -169,7 +168,19 @@ class FactorizedConv(nn.Module):
             for i, kernel in enumerate(self._groups())
         ]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return out if self.bias is None else out + self.bias.reshape(-1, *[1] * (x.ndim - 2))
+        if self.bias is None:
+            return out
+        return out + self.bias.to(out.dtype).reshape(-1, *[1] * (x.ndim - 2))
+
+    def _kept_kernel(self) -> Tensor | None:
+        """Return the dense kernel that is kept for inference, None where that cannot be used."""
+        if torch.compiler.is_compiling():
+            return None
+        values, positions = [], []
+        for group in self._groups():
+            values += group.values()
+            positions += group.positions()
+        return self._kernel.get(values, lambda _: self.weight.detach(), positions)
 
     def _computes_product(self, x: Tensor) -> bool:
         """Whether to compute the dense kernel for this call."""
@@ -195,7 +206,7 @@ class FactorizedConv(nn.Module):
         return convolve(x, weight, bias, self.stride, 0, self.dilation, groups)
 
     def to_products(self) -> list[FactorProduct]:
-        """Return the products of the groups, which share their memory."""
+        """Return the products of the groups, which share the memory of the values."""
         return [kernel.to_product() for kernel in self._groups()]
 
     def to_dense(self) -> Convolution:

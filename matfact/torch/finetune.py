@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,12 +33,16 @@ class FineTuning:
     scores : list of float
         What `validate` returned after each epoch, if it was given.
     best_epoch : int
-        The epoch, from 1, whose network was kept: the last one without `validate`.
+        The epoch, from 1, whose network was kept, or 0 for the network as it was given: the last
+        one without `validate`.
+    first_score : float or None
+        What `validate` returned before the first epoch.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     scores: list[float] = dataclasses.field(default_factory=list)
     best_epoch: int = 0
+    first_score: float | None = None
 
 
 def fine_tune(
@@ -81,7 +86,8 @@ def fine_tune(
     distillation : float, default=0.5
         Weight of `distance`, against that of `loss`; 1 where there is no loss.
     validate : callable, optional
-        Score of the network, in eval mode; higher is better.
+        Score of the network, in eval mode; higher is better. It is called before the first epoch
+        and after each. A score that is NaN is worse than any other.
     patience : int, optional
         Stop after so many epochs without a better score.
     progress : callable, optional
@@ -90,7 +96,15 @@ def fine_tune(
     Returns
     -------
     FineTuning
-        Losses and scores. The network ends in the mode it had, with the values of the best epoch.
+        Losses and scores. The network ends in the mode it had. With `validate`, also where
+        training fails, it ends in the best state seen, buffers and the state before the first
+        epoch included.
+
+    Raises
+    ------
+    ValueError
+        If a loss or a trained parameter becomes infinite or NaN without `validate`, with which
+        this is a warning that training ends; if `validate` returns nothing but NaN.
     """
     if loss is None and teacher is None:
         raise ValueError("loss must be given where there is no teacher, got None for both.")
@@ -98,29 +112,72 @@ def fine_tune(
         raise ValueError(f"distillation must lie between 0 and 1, got {distillation}.")
     if patience is not None and validate is None:
         raise ValueError(f"patience needs validate, got patience={patience} without it.")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}.")
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
     objective = _objective(loss, teacher, distance, distillation)
-    result, best_state, training = FineTuning(), None, model.training
-    for epoch in range(1, epochs + 1):
-        model.train()
-        losses = [_step(model, optimizer, schedule, objective, batch) for batch in checked(batches)]
-        result.losses.append(math.fsum(losses) / len(losses))
-        score = None
-        if validate is None:
-            result.best_epoch = epoch
-        else:
-            score = float(validate(model.eval()))
-            result.scores.append(score)
-            if score > max(result.scores[:-1], default=-math.inf):
-                result.best_epoch, best_state = epoch, copy.deepcopy(model.state_dict())
-        if progress is not None:
-            progress(epoch, result.losses[-1], score)
-        if patience is not None and epoch - result.best_epoch >= patience:
-            break
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    model.train(training)
+    result = FineTuning()
+    with eval_mode(model):  # in which each module has its own mode again after
+        best = None if validate is None else _Best(model, validate, result)
+        try:
+            for epoch in range(1, epochs + 1):
+                result.losses.append(_train(model, batches, optimizer, schedule, objective, epoch))
+                if best is None:
+                    result.best_epoch = epoch
+                else:
+                    best.look(epoch)
+                if progress is not None:
+                    score = None if best is None else result.scores[-1]
+                    progress(epoch, result.losses[-1], score)
+                if patience is not None and epoch - result.best_epoch >= patience:
+                    break
+        except DivergenceError as error:
+            if best is None:
+                raise
+            warnings.warn(f"Training ends, and the best network is kept: {error}", stacklevel=2)
+        finally:
+            if best is not None:
+                best.restore()
+    if best is not None and math.isnan(best.score):
+        raise ValueError("validate must return a number, got NaN for the network in every state.")
     return result
+
+
+class _Best:
+    """The best state of a network in training, from before the first epoch on."""
+
+    def __init__(
+        self, model: nn.Module, validate: Callable[[nn.Module], float], result: FineTuning
+    ) -> None:
+        self._model, self._validate, self._result = model, validate, result
+        result.first_score = self.score = float(validate(model))
+        self._state = copy.deepcopy(model.state_dict())
+
+    def look(self, epoch: int) -> None:
+        """Take the network as it is after an epoch if it is better than all before."""
+        score = float(self._validate(self._model.eval()))
+        self._result.scores.append(score)
+        if score > self.score or (math.isnan(self.score) and not math.isnan(score)):
+            self.score, self._result.best_epoch = score, epoch
+            self._state = copy.deepcopy(self._model.state_dict())
+
+    def restore(self) -> None:
+        """Give the network its best state back."""
+        self._model.load_state_dict(self._state)
+
+
+class DivergenceError(ValueError):
+    """Training has broken a network."""
+
+
+def check_finite(model: nn.Module, when: str) -> None:
+    """Refuse a network that has been trained until it broke."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise DivergenceError(
+                f"training must keep parameters finite, but {when} {name!r} has values that are "
+                "not: a lower learning rate may help."
+            )
 
 
 def _objective(
@@ -146,22 +203,32 @@ def _objective(
     )
 
 
-def _step(
+def _train(
     model: nn.Module,
+    batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None,
     objective: Callable[[Any, Any], Tensor],
-    batch: Any,
+    epoch: int,
 ) -> float:
-    """Take one step of the optimizer and return the loss before it."""
-    batch = moved(batch, device_of(model))
-    loss = objective(forward(model, batch), batch)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if schedule is not None:
-        schedule.step()
-    return float(loss.detach())
+    """Take a step of the optimizer with each batch and return the mean of the losses before."""
+    model.train()
+    losses = []
+    for number, batch in enumerate(checked(batches), 1):
+        batch = moved(batch, device_of(model))
+        loss = objective(forward(model, batch), batch)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise DivergenceError(
+                f"loss must be finite, got {losses[-1]} for batch {number} of epoch {epoch}."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+    check_finite(model, f"after epoch {epoch}")
+    return math.fsum(losses) / len(losses)
 
 
 def soft_cross_entropy(temperature: float = 2.0) -> Distance:

@@ -11,6 +11,7 @@ from matfact import metrics
 from matfact.torch._compress import Compressed, compress
 from matfact.torch._matrices import is_linear
 from matfact.torch._plan import Method
+from matfact.torch.finetune import check_finite
 
 
 def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list[float]:
@@ -84,9 +85,15 @@ def compress_gradually(
         The network after the last training.
     report : CompressionReport
         That of the last stage, against the layers as they were before it.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is infinite or NaN after training.
     """
     for stage, stage_density in enumerate(cubic_densities(density, n_stages, initial_density)):
         in_place = inplace or (stage > 0 and not is_linear(model))
         model, report = compress(model, method, density=stage_density, inplace=in_place, **options)
         train(model, stage)
+        check_finite(model, f"after stage {stage}")
     return Compressed(model, report)

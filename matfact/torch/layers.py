@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
 from matfact.operators._plan import doing_without_kernels, loading_is_too_early
-from matfact.torch._cache import Derived, are_plain, is_plain, is_repeatable, is_untransformed
+from matfact.torch._cache import Copy, Derived, are_plain, is_plain, is_repeatable, is_untransformed
 from matfact.torch._factors import (
     DenseFactorModule,
     FactorModule,
@@ -48,7 +49,8 @@ class FactorizedLinear(nn.Module):
         memory. "factors" keeps nothing. "auto" takes what is fastest: on the CPU the kernels of
         :class:`~matfact.operators.FactorProduct`, which keep the values in their own order;
         elsewhere it keeps the product where the factors take more work, as torch has no fast
-        kernel for scattered values.
+        kernel for scattered values. What is kept is compared with the values at each pass, see
+        :func:`keep_unchecked`.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
@@ -125,7 +127,8 @@ class FactorizedLinear(nn.Module):
             if out is not None:
                 return out
         x = self.apply_factors(x)
-        return x if self.bias is None else x + self.bias
+        # In the dtype that autocast computes in.
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output by what is kept for inference, None where that cannot be used."""
@@ -137,12 +140,12 @@ class FactorizedLinear(nn.Module):
                 out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
                 return out if self.bias is None else out.add_(self.bias)
         if by_kernels or self.keeps_product():
-            product = self._product.get(values, lambda: self.weight.detach())
+            product = self._product.get(values, lambda _: self.weight.detach(), self.positions())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
 
-    def _apply_on_host(self, X: Tensor, values: list[nn.Parameter]) -> Tensor | None:
+    def _apply_on_host(self, X: Tensor, values: list[Tensor]) -> Tensor | None:
         """Return the product with columns in memory, None where nothing can be kept for it."""
         if loading_is_too_early() and self._has_sums() and are_plain(values):
             with doing_without_kernels():
@@ -150,7 +153,7 @@ class FactorizedLinear(nn.Module):
                 for factor in reversed(self.chain):
                     X = cast(SparseFactorModule, factor).weighted_sums(X)
                 return X
-        operator = self._operator.get(values, self._to_host)
+        operator = self._operator.get(values, self._to_host, self.positions())
         return None if operator is None else torch.from_numpy(operator @ X.numpy())
 
     def _has_sums(self) -> bool:
@@ -162,13 +165,23 @@ class FactorizedLinear(nn.Module):
             for factor in self.factors
         )
 
-    def values(self) -> list[nn.Parameter]:
-        """Return the parameters of the factors."""
-        # Not by name, which takes longer than small products: inference asks at each call.
-        modules = [module._parameters for module in self.factors._modules.values() if module]
-        return [cast(nn.Parameter, held["values"]) for held in modules if "values" in held]
+    def values(self) -> list[Tensor]:
+        """Return the values of the factors: parameters, unless code has put others in place."""
+        values: list[Tensor] = []
+        for module in self.factors._modules.values():
+            factor = cast(FactorModule, module)
+            if factor.has_values:
+                # Not by name, which takes longer than small products: inference asks at each call.
+                parameter = factor._parameters.get("values")
+                values.append(factor.values if parameter is None else parameter)
+        return values
 
-    def _has_kernels(self, x: Tensor, values: list[nn.Parameter]) -> bool:
+    def positions(self) -> list[Tensor]:
+        """Return the buffers that say where the values of the factors stand."""
+        factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
+        return [cast(Tensor, f._buffers[f.positions]) for f in factors if f.positions]
+
+    def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
         """Whether products on the host are faster than anything torch has."""
         return (
             x.device.type == "cpu"
@@ -176,13 +189,19 @@ class FactorizedLinear(nn.Module):
             and any(v.dtype == x.dtype and v.device == x.device for v in values[:1])
             and any(type(module) is not DenseFactorModule for module in self.factors)
             and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
             and is_plain(x)
         )
 
-    def _to_host(self) -> FactorProduct:
-        """Return the product with NumPy values, which share the memory of the parameters."""
-        factors = self.to_product().factors
-        return FactorProduct([factor.with_values(factor.values.numpy()) for factor in factors])
+    def _to_host(self, copies: Sequence[Copy]) -> FactorProduct:
+        """Return the product with values in NumPy arrays that nobody writes to."""
+        left, factors = iter(copies), []
+        for module in self.chain:
+            factor = module.to_factor()
+            dtype = factor.values.numpy().dtype
+            values = next(left).array(dtype) if module.has_values else factor.values.numpy()
+            factors.append(factor.with_values(values))
+        return FactorProduct(factors)
 
     def apply_factors(self, x: Tensor) -> Tensor:
         """Return the output without bias."""
@@ -209,7 +228,7 @@ class FactorizedLinear(nn.Module):
         )
 
     def to_product(self) -> FactorProduct:
-        """Return the product of the factors, which shares their memory."""
+        """Return the product of the factors, which shares the memory of their values."""
         return FactorProduct([factor.to_factor() for factor in self.chain])
 
     def to_dense(self) -> nn.Linear:

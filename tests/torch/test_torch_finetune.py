@@ -80,7 +80,7 @@ def test_schedules_follow_the_steps(mlp, digits):
 
 def test_training_stops_when_scores_no_longer_rise_and_keeps_the_best(mlp, digits):
     small, _ = compress(mlp, "magnitude", density=0.3)
-    states, scores = [], iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    states, scores = [], iter([0.05, 0.1, 0.5, 0.4, 0.3, 0.9])
 
     def validate(model):
         states.append(copy.deepcopy(model.state_dict()))
@@ -92,8 +92,78 @@ def test_training_stops_when_scores_no_longer_rise_and_keeps_the_best(mlp, digit
         progress=lambda *facts: calls.append(facts),
     )  # fmt: skip
     assert (result.best_epoch, result.scores) == (2, [0.1, 0.5, 0.4, 0.3])
-    assert all(torch.equal(v, states[1][k]) for k, v in small.state_dict().items())
+    assert result.first_score == 0.05
+    assert all(torch.equal(v, states[2][k]) for k, v in small.state_dict().items())
     assert [(epoch, score) for epoch, _, score in calls] == list(enumerate(result.scores, 1))
+
+
+def test_no_epoch_is_kept_that_is_worse_than_the_start(cnn, digits):
+    """The start is restored bit by bit, the statistics of batch norms included."""
+    before = copy.deepcopy(cnn.state_dict())
+    rule = torch.optim.SGD(cnn.parameters(), 0.3)
+    scores = iter([0.5, 0.4, float("nan"), 0.3])
+    cnn[1].train()
+    result = fine_tune(
+        cnn, digits.batches[:2], loss, optimizer=rule, epochs=3, validate=lambda _: next(scores)
+    )
+    assert (result.best_epoch, result.first_score) == (0, 0.5)
+    assert all(torch.equal(v, before[k]) for k, v in cnn.state_dict().items())
+    modes = [m.training for m in cnn.modules()]
+    assert (sum(modes), cnn[1].training) == (1, True)
+
+
+def test_any_score_is_better_than_nan(mlp, digits):
+    def tune(scores):
+        left = iter(scores)
+        batches = digits.batches[:1]
+        return fine_tune(mlp, batches, loss, epochs=2, validate=lambda _: next(left))
+
+    nan = float("nan")
+    assert tune([nan, nan, -1.0]).best_epoch == 2
+    assert tune([nan, -1.0, nan]).best_epoch == 1
+    with pytest.raises(ValueError, match="validate must return a number"):
+        tune([nan, nan, nan])
+
+
+@pytest.mark.parametrize("broken", ["loss", "step"])
+def test_a_network_that_training_breaks_is_never_returned(broken, mlp, digits):
+    def train(**options):
+        rule = torch.optim.SGD(mlp.parameters(), lr=1e38 if broken == "step" else 0.1)
+
+        def failing(output, batch):
+            calls.append(1)
+            factor = float("nan") if broken == "loss" and len(calls) == 3 else 1.0
+            return factor * loss(output, batch)
+
+        calls = []
+        return fine_tune(mlp, digits.batches[:2], failing, optimizer=rule, epochs=2, **options)
+
+    before, where = copy.deepcopy(mlp.state_dict()), r"batch \d of epoch \d|after epoch 1"
+    with pytest.warns(UserWarning, match=where):
+        result = train(validate=lambda _: float(len(list(mlp.parameters()))))
+    assert result.best_epoch == 0
+    assert all(torch.equal(v, before[k]) for k, v in mlp.state_dict().items())
+    with pytest.raises(ValueError, match=where):
+        train()
+
+
+def test_an_interrupted_training_leaves_the_best_network(mlp, digits):
+    before = copy.deepcopy(mlp.state_dict())
+
+    def stop(epoch, *_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(mlp, digits.batches[:1], loss, validate=lambda _: 0.0, progress=stop)
+    assert all(torch.equal(v, before[k]) for k, v in mlp.state_dict().items())
+
+
+def test_gradual_compression_refuses_a_network_that_training_broke(mlp):
+    def train(model, stage):
+        torch.nn.init.constant_(next(model.parameters()), float("nan"))
+
+    with pytest.raises(ValueError, match="after stage 0"):
+        compress_gradually(mlp, "magnitude", density=0.5, n_stages=1, train=train)
 
 
 def test_a_teacher_alone_is_enough(mlp, digits):

@@ -83,7 +83,7 @@ def test_sparse_layers_do_without_the_compiler_at_first(columns, n_samples, monk
         layer.factors[0].values.mul_(2)
         torch.testing.assert_close(layer(x), 2 * expected + 1, rtol=1e-5, atol=1e-4)
     assert _plan._waited > 0
-    assert not layer._operator._storage
+    assert layer._operator._kept is None
     assert layer(x).requires_grad
 
 
