@@ -1,0 +1,176 @@
+"""Networks that nobody here has written: compressed, calibrated, stored and trained."""
+
+import copy
+import functools
+import os
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may be downloaded
+
+from architectures import ARCHITECTURES  # noqa: E402
+from torch import nn  # noqa: E402
+
+from matfact.factorizers import DoubleSparseFactorizer  # noqa: E402
+from matfact.torch import compress, load_network, save_network  # noqa: E402
+
+#: Float32, and a few layers behind each other that pass rounding errors on.
+TOLERANCE = 1e3 * torch.finfo(torch.float32).eps
+#: What calibration may lose by chance: it lowers errors of layers, one at a time, on the batches
+#: it has, and the error measured is that of the whole network on others.
+CHANCE = 1.05
+
+
+class Wild:
+    """One network, batches for it, and what was made of it, each once."""
+
+    def __init__(self, name):
+        self.name = name
+        self.architecture = ARCHITECTURES[name]
+        torch.manual_seed(0)
+        self.model = self.architecture.build().eval()
+        self.calibration = [self.batch(seed) for seed in range(6)]
+        self.fresh = [self.batch(seed) for seed in range(100, 104)]
+
+    def batch(self, seed):
+        return self.architecture.batch(torch.Generator().manual_seed(seed))
+
+    @functools.cached_property
+    def outputs(self):
+        return answers(self.model, self.fresh)
+
+    @functools.cache  # noqa: B019
+    def compressed(self, method, density, calibrated):
+        if method == "dsf":
+            method = DoubleSparseFactorizer(density=density, max_iter=10)
+        torch.manual_seed(1)
+        calibration = self.calibration if calibrated else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # layers that are kept, which the report tells too
+            return compress(self.model, method, density=density, calibration=calibration)
+
+    def error(self, model):
+        return float((answers(model, self.fresh) - self.outputs).norm() / self.outputs.norm())
+
+
+def called(model, batch):
+    torch.manual_seed(7)  # for networks that draw in eval mode too
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def answer(model, batch):
+    """Return the output for what is no padding."""
+    output = called(model, batch)
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(output, name, output)
+    masks = ("decoder_attention_mask", "attention_mask", "padding") if isinstance(batch, dict) else ()
+    name = next((name for name in masks if name in batch), None)
+    if name is None or batch[name].shape != output.shape[:2]:
+        return output.flatten(0, -2)
+    mask = batch[name].bool()
+    return output[~mask if name == "padding" else mask]
+
+
+@torch.no_grad()
+def answers(model, batches):
+    return torch.cat([answer(model, batch) for batch in batches])
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def wild(request):
+    return Wild(request.param)
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["alone", "calibrated"])
+def test_all_entries_stored_change_nothing(wild, calibrated):
+    assert wild.error(wild.compressed("magnitude", 1.0, calibrated).model) < TOLERANCE
+
+
+def test_calibration_does_no_harm(wild):
+    alone, calibrated = (
+        wild.error(wild.compressed("dsf", 0.5, calibrated).model) for calibrated in (False, True)
+    )
+    assert calibrated <= CHANCE * alone
+
+
+def test_every_matrix_is_in_the_report_or_listed_as_untouched(wild):
+    report = wild.compressed("dsf", 0.5, True).report
+    untouched = set(report.metadata["untouched"])
+    layers = {row.layer for row in report}
+    names = {}
+    for name, parameter in wild.model.named_parameters(remove_duplicate=False):
+        if parameter.ndim > 1:
+            names.setdefault(parameter, set()).add(name)
+    missed = [
+        found
+        for found in names.values()
+        if not found & untouched and not {name.rpartition(".")[0] for name in found} & layers
+    ]
+    assert not missed
+
+
+def test_kept_layers_say_why_and_all_others_are_compressed(wild):
+    rows = wild.compressed("dsf", 0.5, True).report
+    assert {row.status for row in rows} <= {"compressed", "kept"}
+    assert all(row.message for row in rows if row.status == "kept")
+    assert sum(row.status == "compressed" for row in rows) > len(rows) / 3
+    assert all(row.layer_error > 0 for row in rows if row.layer_error is not None)
+
+
+@pytest.mark.parametrize("is_built", [False, True], ids=["instance", "builder"])
+def test_saved_and_loaded_networks_answer_the_same(wild, is_built, tmp_path):
+    model = wild.compressed("dsf", 0.5, True).model
+    save_network(model, tmp_path / "network")
+    torch.manual_seed(2)  # weights of its own
+    build = wild.architecture.build
+    loaded = load_network(build if is_built else build(), tmp_path / "network").eval()
+    difference = answers(loaded, wild.fresh) - answers(model, wild.fresh)
+    assert float(difference.abs().max()) == 0.0
+
+
+def test_a_training_step_leaves_supports(wild):
+    model = copy.deepcopy(wild.compressed("dsf", 0.5, True).model).train()
+    before, weights = positions(model), [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss = answer(model, wild.calibration[0]).square().mean()
+    loss.backward()
+    optimizer.step()
+    after = positions(model)
+    assert torch.isfinite(loss)
+    assert before
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = [not torch.equal(*pair) for pair in zip(weights, model.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def positions(model):
+    """Return the buffers of factorized layers, which say where values are."""
+    layers = [m for m in model.modules() if type(m).__module__.startswith("matfact.")]
+    return {
+        (i, name): buffer.clone()
+        for i, layer in enumerate(layers)
+        for name, buffer in layer.named_buffers()
+    }
+
+
+@pytest.mark.parametrize("name", ["vit_mae", "always_dropping"])
+def test_networks_that_draw_are_compressed_reproducibly(name):
+    states = []
+    for _ in range(2):
+        wild = Wild(name)
+        states.append(wild.compressed("dsf", 0.5, True).model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_no_layer_class_is_left_out():
+    """Layers that torch has itself are all seen, whatever network they are in."""
+    assert {"Linear", "Conv1D", "Conv1d", "Conv2d"} <= {
+        type(module).__name__
+        for name in ("gpt2", "mamba", "resnet", "llama")
+        for module in ARCHITECTURES[name].build().modules()
+        if not isinstance(module, nn.ModuleList)
+    }
