@@ -21,10 +21,11 @@ COMMON = {
 
 
 class Architecture(NamedTuple):
-    """How a network is built, and a batch for it drawn."""
+    """How a network is built, a batch for it drawn, and what its users ask of a compression."""
 
     build: Callable[[], nn.Module]
     batch: Callable[[torch.Generator], Any]
+    options: dict[str, Any] = {}  # noqa: RUF012
 
 
 def of_transformers(name: str, head: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -100,8 +101,7 @@ def rows(rng: torch.Generator) -> torch.Tensor:
 
 def padded_rows(rng: torch.Generator) -> Any:
     x = correlated(rng, SAMPLES * TOKENS, WIDTH).reshape(SAMPLES, TOKENS, WIDTH)
-    padding = tokens(rng)["attention_mask"] == 0
-    return {"x": x, "padding": padding}
+    return {"x": x, "attention_mask": tokens(rng)["attention_mask"]}
 
 
 class Encoder(nn.Module):
@@ -112,8 +112,8 @@ class Encoder(nn.Module):
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2)
 
-    def forward(self, x, padding):
-        return self.encoder(x, src_key_padding_mask=padding)
+    def forward(self, x, attention_mask):
+        return self.encoder(x, src_key_padding_mask=attention_mask == 0)
 
 
 class Recurrent(nn.Module):
@@ -140,9 +140,9 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.after = nn.Linear(WIDTH, 12)
 
-    def forward(self, x, padding):
+    def forward(self, x, attention_mask):
         x = self.before(x)
-        mixed, _ = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)
+        mixed, _ = self.attention(x, x, x, attention_mask == 0, need_weights=False)
         return self.after(self.norm(x + mixed))
 
 
@@ -212,7 +212,9 @@ ARCHITECTURES = {
     "opt": Architecture(_causal("OPT", ffn_dim=48, word_embed_proj_dim=16), tokens),
     "mixtral": Architecture(_causal("Mixtral", **_EXPERTS), tokens),
     "qwen2_moe": Architecture(_causal("Qwen2Moe", **_EXPERTS), tokens),
-    "mamba": Architecture(_causal("Mamba", state_size=4, time_step_rank=4), tokens),
+    "mamba": Architecture(
+        _causal("Mamba", state_size=4, time_step_rank=4, num_hidden_layers=1), tokens
+    ),
     "rwkv": Architecture(_causal("Rwkv", attention_hidden_size=WIDTH), tokens),
     "bert": Architecture(of_transformers("Bert", "ForMaskedLM"), tokens),
     "albert": Architecture(of_transformers("Albert", "Model", embedding_size=16), tokens),
@@ -225,7 +227,7 @@ ARCHITECTURES = {
     ),
     "t5": Architecture(
         of_transformers(
-            "T5", "ForConditionalGeneration", d_kv=8, d_ff=48, num_hidden_layers=1
+            "T5", "ForConditionalGeneration", d_kv=8, d_ff=48, num_layers=1
         ),
         two_texts,
     ),
@@ -270,11 +272,12 @@ ARCHITECTURES = {
         with_statistics(
             of_transformers(
                 "MobileNetV2", "ForImageClassification", depth_multiplier=0.1,
-                depth_divisible_by=4, min_depth=4, finegrained_output=False, expand_ratio=2,
+                depth_divisible_by=4, min_depth=4, finegrained_output=False,
             ),
             size=32,
         ),
         functools.partial(images, size=32),
+        {"overrides": {"conv_3x3": None}},  # kernels of nine entries, hundreds of them
     ),
     "whisper": Architecture(
         of_transformers(

@@ -49,7 +49,10 @@ class Wild:
         calibration = self.calibration if calibrated else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # layers that are kept, which the report tells too
-            return compress(self.model, method, density=density, calibration=calibration)
+            return compress(
+                self.model, method, density=density, calibration=calibration,
+                **self.architecture.options,
+            )  # fmt: skip
 
     def error(self, model):
         return float((answers(model, self.fresh) - self.outputs).norm() / self.outputs.norm())
@@ -67,12 +70,11 @@ def answer(model, batch):
     output = called(model, batch)
     for name in ("logits", "last_hidden_state"):
         output = getattr(output, name, output)
-    masks = ("decoder_attention_mask", "attention_mask", "padding") if isinstance(batch, dict) else ()
-    name = next((name for name in masks if name in batch), None)
-    if name is None or batch[name].shape != output.shape[:2]:
+    masks = batch if isinstance(batch, dict) else {}
+    mask = masks.get("decoder_attention_mask", masks.get("attention_mask"))
+    if mask is None or mask.shape != output.shape[:2]:
         return output.flatten(0, -2)
-    mask = batch[name].bool()
-    return output[~mask if name == "padding" else mask]
+    return output[mask.bool()]
 
 
 @torch.no_grad()
@@ -87,7 +89,8 @@ def wild(request):
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["alone", "calibrated"])
 def test_all_entries_stored_change_nothing(wild, calibrated):
-    assert wild.error(wild.compressed("magnitude", 1.0, calibrated).model) < TOLERANCE
+    error = wild.error(wild.compressed("magnitude", 1.0, calibrated).model)
+    assert error < TOLERANCE
 
 
 def test_calibration_does_no_harm(wild):
@@ -100,7 +103,7 @@ def test_calibration_does_no_harm(wild):
 def test_every_matrix_is_in_the_report_or_listed_as_untouched(wild):
     report = wild.compressed("dsf", 0.5, True).report
     untouched = set(report.metadata["untouched"])
-    layers = {row.layer for row in report}
+    layers = tuple(f"{row.layer}." for row in report)  # which parametrizations may be inside of
     names = {}
     for name, parameter in wild.model.named_parameters(remove_duplicate=False):
         if parameter.ndim > 1:
@@ -108,7 +111,7 @@ def test_every_matrix_is_in_the_report_or_listed_as_untouched(wild):
     missed = [
         found
         for found in names.values()
-        if not found & untouched and not {name.rpartition(".")[0] for name in found} & layers
+        if not any(name in untouched or name.startswith(layers) for name in found)
     ]
     assert not missed
 
@@ -136,7 +139,8 @@ def test_a_training_step_leaves_supports(wild):
     model = copy.deepcopy(wild.compressed("dsf", 0.5, True).model).train()
     before, weights = positions(model), [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    loss = answer(model, wild.calibration[0]).square().mean()
+    output = answer(model, wild.calibration[0])
+    loss = nn.functional.mse_loss(output, torch.linspace(-1, 1, output.numel()).view_as(output))
     loss.backward()
     optimizer.step()
     after = positions(model)
@@ -164,13 +168,3 @@ def test_networks_that_draw_are_compressed_reproducibly(name):
         wild = Wild(name)
         states.append(wild.compressed("dsf", 0.5, True).model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
-def test_no_layer_class_is_left_out():
-    """Layers that torch has itself are all seen, whatever network they are in."""
-    assert {"Linear", "Conv1D", "Conv1d", "Conv2d"} <= {
-        type(module).__name__
-        for name in ("gpt2", "mamba", "resnet", "llama")
-        for module in ARCHITECTURES[name].build().modules()
-        if not isinstance(module, nn.ModuleList)
-    }
