@@ -42,21 +42,6 @@ def of_transformers(name: str, head: str, **settings: Any) -> Callable[[], nn.Mo
     return build
 
 
-def with_statistics(build: Callable[[], nn.Module], size: int) -> Callable[[], nn.Module]:
-    """Return what builds a network for images and lets its batch normalizations see some."""
-
-    def built() -> nn.Module:
-        model = build()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0
-        with torch.no_grad():
-            model.train()(**images(torch.Generator().manual_seed(0), size))
-        return model
-
-    return built
-
-
 def tokens(rng: torch.Generator, names: tuple[str, str] = ("input_ids", "attention_mask")) -> Any:
     """Return tokens of a few kinds, as texts have, and a mask of the padding behind them."""
     lengths = torch.randint(TOKENS // 2, TOKENS + 1, (SAMPLES, 1), generator=rng)
@@ -259,22 +244,16 @@ ARCHITECTURES = {
         images,
     ),
     "resnet": Architecture(
-        with_statistics(
-            of_transformers(
-                "ResNet", "ForImageClassification", embedding_size=8, hidden_sizes=[16, 24],
-                depths=[1, 1], layer_type="basic",
-            ),
-            size=16,
+        of_transformers(
+            "ResNet", "ForImageClassification", embedding_size=8, hidden_sizes=[16, 24],
+            depths=[1, 1], layer_type="basic",
         ),
         images,
     ),
     "mobilenet_v2": Architecture(
-        with_statistics(
-            of_transformers(
-                "MobileNetV2", "ForImageClassification", depth_multiplier=0.1,
-                depth_divisible_by=4, min_depth=4, finegrained_output=False,
-            ),
-            size=32,
+        of_transformers(
+            "MobileNetV2", "ForImageClassification", depth_multiplier=0.1,
+            depth_divisible_by=4, min_depth=4, finegrained_output=False,
         ),
         functools.partial(images, size=32),
         {"overrides": {"conv_3x3": None}},  # kernels of nine entries, hundreds of them

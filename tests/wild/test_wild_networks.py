@@ -30,9 +30,9 @@ class Wild:
         self.name = name
         self.architecture = ARCHITECTURES[name]
         torch.manual_seed(0)
-        self.model = self.architecture.build().eval()
         self.calibration = [self.batch(seed) for seed in range(6)]
         self.fresh = [self.batch(seed) for seed in range(100, 104)]
+        self.model = with_statistics(self.architecture.build(), self.calibration[0])
 
     def batch(self, seed):
         return self.architecture.batch(torch.Generator().manual_seed(seed))
@@ -56,6 +56,17 @@ class Wild:
 
     def error(self, model):
         return float((answers(model, self.fresh) - self.outputs).norm() / self.outputs.norm())
+
+
+@torch.no_grad()
+def with_statistics(model, batch):
+    """Return `model` in eval mode, its batch normalizations with statistics of a batch."""
+    norms = [m for m in model.train().modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # means of all batches
+    if norms:
+        called(model, batch)
+    return model.eval()
 
 
 def called(model, batch):
