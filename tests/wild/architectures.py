@@ -29,14 +29,18 @@ class Architecture(NamedTuple):
 
 
 def of_transformers(name: str, head: str, **settings: Any) -> Callable[[], nn.Module]:
-    """Return what builds the network `name` + `head` from its configuration."""
+    """Return what builds the network `name` + `head` from its configuration.
+
+    A setting of ``...`` leaves one out that is common to others.
+    """
 
     def build() -> nn.Module:
         transformers = pytest.importorskip("transformers")
         for needed in (f"{name}Config", name + head):
             if not hasattr(transformers, needed):
                 pytest.skip(f"this version of transformers has no {needed}")
-        config = getattr(transformers, f"{name}Config")(**COMMON | settings)
+        given = {key: value for key, value in (COMMON | settings).items() if value is not ...}
+        config = getattr(transformers, f"{name}Config")(**given)
         return getattr(transformers, name + head)(config)
 
     return build
@@ -181,6 +185,10 @@ _EXPERTS = {
     **_GROUPED, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
 }  # fmt: skip
+_BACKBONE = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1],
+    "layer_type": "basic", "out_features": ["stage2"],
+}  # fmt: skip
 _VISION = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1}
 
 ARCHITECTURES = {
@@ -195,6 +203,7 @@ ARCHITECTURES = {
     ),
     "gpt_neox": Architecture(_causal("GPTNeoX"), tokens),
     "opt": Architecture(_causal("OPT", ffn_dim=48, word_embed_proj_dim=16), tokens),
+    "falcon": Architecture(_causal("Falcon", num_hidden_layers=1), tokens),
     "mixtral": Architecture(_causal("Mixtral", **_EXPERTS), tokens),
     "qwen2_moe": Architecture(_causal("Qwen2Moe", **_EXPERTS), tokens),
     "mamba": Architecture(
@@ -207,6 +216,22 @@ ARCHITECTURES = {
         of_transformers(
             "DebertaV2", "Model", relative_attention=True, pos_att_type=["c2p", "p2c"],
             position_buckets=8, type_vocab_size=0,
+        ),
+        tokens,
+    ),
+    "squeezebert": Architecture(
+        of_transformers(
+            "SqueezeBert", "Model", num_hidden_layers=1, embedding_size=WIDTH, q_groups=2,
+            k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2,
+            output_groups=2,
+        ),
+        tokens,
+    ),
+    "reformer": Architecture(
+        of_transformers(
+            "Reformer", "Model", attn_layers=["lsh", "local"], attention_head_size=8,
+            feed_forward_size=48, lsh_attn_chunk_length=5, local_attn_chunk_length=5,
+            num_buckets=4, num_hashes=2, axial_pos_embds=False,
         ),
         tokens,
     ),
@@ -249,6 +274,22 @@ ARCHITECTURES = {
             depths=[1, 1], layer_type="basic",
         ),
         images,
+    ),
+    "bit": Architecture(
+        of_transformers(
+            "Bit", "ForImageClassification", embedding_size=8, hidden_sizes=[8, 16],
+            depths=[1, 1], num_groups=2, layer_type="bottleneck", num_hidden_layers=...,
+        ),
+        images,
+    ),
+    "detr": Architecture(
+        of_transformers(
+            "Detr", "Model", encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4,
+            num_queries=4, use_timm_backbone=False, use_pretrained_backbone=False,
+            backbone=None, backbone_config=_BACKBONE,
+        ),
+        functools.partial(images, size=32),
     ),
     "mobilenet_v2": Architecture(
         of_transformers(
