@@ -203,7 +203,9 @@ ARCHITECTURES = {
     ),
     "gpt_neox": Architecture(_causal("GPTNeoX"), tokens),
     "opt": Architecture(_causal("OPT", ffn_dim=48, word_embed_proj_dim=16), tokens),
-    "falcon": Architecture(_causal("Falcon", num_hidden_layers=1, tie_word_embeddings=False), tokens),
+    "falcon": Architecture(
+        _causal("Falcon", num_hidden_layers=1, tie_word_embeddings=False), tokens
+    ),
     "mixtral": Architecture(_causal("Mixtral", **_EXPERTS), tokens),
     "qwen2_moe": Architecture(_causal("Qwen2Moe", **_EXPERTS), tokens),
     "mamba": Architecture(

@@ -27,8 +27,8 @@ class Wild:
     """One network, batches for it, and what was made of it, each once."""
 
     def __init__(self, name):
-        self.name = name
         self.architecture = ARCHITECTURES[name]
+        self._made = {}
         torch.manual_seed(0)
         self.calibration = [self.batch(seed) for seed in range(6)]
         self.fresh = [self.batch(seed) for seed in range(100, 104)]
@@ -41,18 +41,20 @@ class Wild:
     def outputs(self):
         return answers(self.model, self.fresh)
 
-    @functools.cache  # noqa: B019
     def compressed(self, method, density, calibrated):
-        if method == "dsf":
-            method = DoubleSparseFactorizer(density=density, max_iter=10)
-        torch.manual_seed(1)
-        calibration = self.calibration if calibrated else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # layers that are kept, which the report tells too
-            return compress(
-                self.model, method, density=density, calibration=calibration,
-                **self.architecture.options,
-            )  # fmt: skip
+        key = method, density, calibrated
+        if key not in self._made:
+            torch.manual_seed(1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # layers that are kept, which the report tells too
+                self._made[key] = compress(
+                    self.model,
+                    DoubleSparseFactorizer(max_iter=10) if method == "dsf" else method,
+                    density=density,
+                    calibration=self.calibration if calibrated else None,
+                    **self.architecture.options,
+                )
+        return self._made[key]
 
     def error(self, model):
         return float((answers(model, self.fresh) - self.outputs).norm() / self.outputs.norm())
