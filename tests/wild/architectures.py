@@ -68,8 +68,8 @@ def correlated(rng: torch.Generator, *shape: int, rank: int = 5) -> torch.Tensor
     return (x + 0.1 * torch.randn(x.shape, generator=rng)).reshape(shape)
 
 
-def images(rng: torch.Generator, size: int = 16) -> Any:
-    return {"pixel_values": correlated(rng, SAMPLES, 3, size, size)}
+def images(rng: torch.Generator, size: int = 16, rank: int = 5) -> Any:
+    return {"pixel_values": correlated(rng, SAMPLES, 3, size, size, rank=rank)}
 
 
 def spectrograms(rng: torch.Generator) -> Any:
@@ -296,9 +296,10 @@ ARCHITECTURES = {
     "mobilenet_v2": Architecture(
         of_transformers(
             "MobileNetV2", "ForImageClassification", depth_multiplier=0.1,
-            depth_divisible_by=4, min_depth=4, finegrained_output=False,
+            depth_divisible_by=4, min_depth=4, finegrained_output=False, output_stride=8,
         ),
-        functools.partial(images, size=32),
+        # Of more kinds, as dozens of layers with random weights tell few kinds ever less apart.
+        functools.partial(images, size=32, rank=16),
         {"overrides": {"conv_3x3": None}},  # kernels of nine entries, hundreds of them
     ),
     "whisper": Architecture(
