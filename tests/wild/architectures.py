@@ -12,7 +12,7 @@ SAMPLES, TOKENS, WIDTH, VOCABULARY = 6, 10, 32, 64
 
 #: Settings that most configurations know, by whichever name; they ignore those of others.
 COMMON = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "d_model": WIDTH, "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "d_model": WIDTH, "num_hidden_layers": 1,
     "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     # Far larger than for training, so that each layer counts in the outputs.
@@ -182,38 +182,38 @@ _ENCODER_DECODER = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
 }  # fmt: skip
 _EXPERTS = {
-    **_GROUPED, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts": 4,
+    **_GROUPED, "num_local_experts": 4, "num_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
 }  # fmt: skip
 _BACKBONE = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1],
     "layer_type": "basic", "out_features": ["stage2"],
 }  # fmt: skip
-_VISION = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1}
+_VISION = {"image_size": 16, "patch_size": 4}
 
 ARCHITECTURES = {
-    "llama": Architecture(_causal("Llama", **_GROUPED), tokens),
+    "llama": Architecture(_causal("Llama", **_GROUPED, num_hidden_layers=2), tokens),
     "qwen2": Architecture(_causal("Qwen2", **_GROUPED), tokens),
     "qwen3": Architecture(_causal("Qwen3", **_GROUPED, tie_word_embeddings=True), tokens),
-    "gemma": Architecture(_causal("Gemma2", **_GROUPED, query_pre_attn_scalar=8), tokens),
+    "gemma": Architecture(_causal("Gemma2", **_GROUPED, num_hidden_layers=2, query_pre_attn_scalar=8), tokens),
     "phi": Architecture(_causal("Phi"), tokens),
     "mistral": Architecture(_causal("Mistral", **_GROUPED, sliding_window=4), tokens),
     "gpt2": Architecture(
-        of_transformers("GPT2", "LMHeadModel"), tokens
+        of_transformers("GPT2", "LMHeadModel", num_hidden_layers=2), tokens
     ),
     "gpt_neox": Architecture(_causal("GPTNeoX"), tokens),
     "opt": Architecture(_causal("OPT", ffn_dim=48, word_embed_proj_dim=16), tokens),
     "falcon": Architecture(
-        _causal("Falcon", num_hidden_layers=1, tie_word_embeddings=False), tokens
+        _causal("Falcon", tie_word_embeddings=False), tokens
     ),
     "mixtral": Architecture(_causal("Mixtral", **_EXPERTS), tokens),
     "qwen2_moe": Architecture(_causal("Qwen2Moe", **_EXPERTS), tokens),
     "mamba": Architecture(
-        _causal("Mamba", state_size=4, time_step_rank=4, num_hidden_layers=1), tokens
+        _causal("Mamba", state_size=4, time_step_rank=4), tokens
     ),
     "rwkv": Architecture(_causal("Rwkv", attention_hidden_size=WIDTH), tokens),
-    "bert": Architecture(of_transformers("Bert", "ForMaskedLM"), tokens),
-    "albert": Architecture(of_transformers("Albert", "Model", embedding_size=16), tokens),
+    "bert": Architecture(of_transformers("Bert", "ForMaskedLM", num_hidden_layers=2), tokens),
+    "albert": Architecture(of_transformers("Albert", "Model", embedding_size=16, num_hidden_layers=3), tokens),
     "deberta": Architecture(
         of_transformers(
             "DebertaV2", "Model", relative_attention=True, pos_att_type=["c2p", "p2c"],
@@ -223,7 +223,7 @@ ARCHITECTURES = {
     ),
     "squeezebert": Architecture(
         of_transformers(
-            "SqueezeBert", "Model", num_hidden_layers=1, embedding_size=WIDTH, q_groups=2,
+            "SqueezeBert", "Model", embedding_size=WIDTH, q_groups=2,
             k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2,
             output_groups=2,
         ),
@@ -313,7 +313,7 @@ ARCHITECTURES = {
         of_transformers(
             "Wav2Vec2", "Model", conv_dim=[16, 16], conv_kernel=[8, 4], conv_stride=[4, 2],
             num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2, num_hidden_layers=1, mask_time_prob=0.0,
+            num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
             layerdrop=0.0,
         ),
         waves,
