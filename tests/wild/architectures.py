@@ -195,7 +195,9 @@ ARCHITECTURES = {
     "llama": Architecture(_causal("Llama", **_GROUPED, num_hidden_layers=2), tokens),
     "qwen2": Architecture(_causal("Qwen2", **_GROUPED), tokens),
     "qwen3": Architecture(_causal("Qwen3", **_GROUPED, tie_word_embeddings=True), tokens),
-    "gemma": Architecture(_causal("Gemma2", **_GROUPED, num_hidden_layers=2, query_pre_attn_scalar=8), tokens),
+    "gemma": Architecture(
+        _causal("Gemma2", **_GROUPED, num_hidden_layers=2, query_pre_attn_scalar=8), tokens
+    ),
     "phi": Architecture(_causal("Phi"), tokens),
     "mistral": Architecture(_causal("Mistral", **_GROUPED, sliding_window=4), tokens),
     "gpt2": Architecture(
@@ -211,9 +213,11 @@ ARCHITECTURES = {
     "mamba": Architecture(
         _causal("Mamba", state_size=4, time_step_rank=4), tokens
     ),
-    "rwkv": Architecture(_causal("Rwkv", attention_hidden_size=WIDTH), tokens),
+    "rwkv": Architecture(_causal("Rwkv", attention_hidden_size=WIDTH, num_hidden_layers=2), tokens),
     "bert": Architecture(of_transformers("Bert", "ForMaskedLM", num_hidden_layers=2), tokens),
-    "albert": Architecture(of_transformers("Albert", "Model", embedding_size=16, num_hidden_layers=3), tokens),
+    "albert": Architecture(
+        of_transformers("Albert", "Model", embedding_size=16, num_hidden_layers=3), tokens
+    ),
     "deberta": Architecture(
         of_transformers(
             "DebertaV2", "Model", relative_attention=True, pos_att_type=["c2p", "p2c"],
@@ -259,7 +263,7 @@ ARCHITECTURES = {
     "convnext": Architecture(
         of_transformers(
             "ConvNext", "ForImageClassification", hidden_sizes=[8, 16], depths=[1, 1],
-            num_stages=2, layer_scale_init_value=0.5, patch_size=2,
+            num_stages=2, num_hidden_layers=..., layer_scale_init_value=0.5, patch_size=2,
         ),
         images,
     ),
