@@ -39,10 +39,12 @@ class _Product(torch.autograd.Function):
         ctx.chain = chain
         ctx.save_for_backward(x, *values)
         X, steps = _samples(x), _steps(chain, values)
-        out = np.empty((len(X), chain[0].rows), X.dtype)
+        # A tensor of its own, as autograd lets nobody write to a view that an operation returns.
+        result = x.new_empty(*x.shape[:-1], chain[0].rows)
+        out = _samples(result)
         parts = _parts(len(X), values)
         _run([partial(gradients.forward, steps, X[part], out[part]) for part in parts])
-        return torch.from_numpy(out).reshape(*x.shape[:-1], out.shape[1])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -128,6 +128,17 @@ def test_kernels_have_the_gradients_of_torch(layer, batch):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_can_be_written_to_before_gradients_are_asked_for(layer, training):
+    """As those of torch's own layers: by sums with what skips a layer, and activations in place."""
+    layer.bias = None
+    layer.train(training)
+    parameters = [p for p in layer.parameters() if p.numel()]
+    apart = torch.autograd.grad(layer(inputs(layer, 4)).tanh().sum(), parameters)
+    in_place = torch.autograd.grad(layer(inputs(layer, 4)).tanh_().sum(), parameters)
+    torch.testing.assert_close(in_place, apart)
+
+
 def test_threads_change_gradients_by_rounding_alone(monkeypatch):
     monkeypatch.setattr("matfact.torch._training._WORK", 1)
     monkeypatch.setattr("matfact.torch._training.allowed_threads", lambda: 3)
