@@ -141,9 +141,7 @@ def _found(layers: str, weights: Source) -> list[str]:
     try:
         pattern = re.compile(layers)
     except re.error as error:
-        raise ValueError(
-            f"layers must be a regular expression, got {layers!r}: {error}."
-        ) from None
+        raise ValueError(f"layers must be a regular expression, got {layers!r}: {error}.") from None
     return [name for name in weights.specs if pattern.search(name)]
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matfact._layers import matrix_shape
 from matfact._safetensors import TensorSpec
 from matfact.backend import Array
 from matfact.checkpoint._manifest import Manifest, StoredTensor
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
-from matfact._layers import matrix_shape
 from matfact.operators import FactorProduct
 from matfact.operators._encoding import stored_array
 from matfact.operators._storage import pack
