@@ -18,6 +18,7 @@ from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection
 from matfact.torch._batches import checked, eval_mode, forward
 from matfact.torch._matrices import as_array, matricized
+from matfact.torch._narrowed import remember
 from matfact.torch.capture import layer_input
 from matfact.torch.neurons._blocks import NeuronBlock, channel_axis, cut_units, find_blocks, removed
 
@@ -154,6 +155,7 @@ def prune_neurons(
         pruned.append(PrunedBlock(block, selection.support, selection.error**0.5))
         if progress is not None:
             progress(pruned[-1])
+    remember(model, dense)
     return NeuronPruning(model, pruned)
 
 
