@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from matfact._layers import matrix_shape
 from matfact.operators import DenseFactor, Factor, FactorProduct, SparseFactor
 from matfact.torch._factors import FactorModule
-from matfact.torch.pruning._masks import Prunable, masked_parameters
+from matfact.torch.pruning._masks import Prunable
 
 #: Bytes that a file of its own takes besides its tensors, about.
 _FILE = 512
@@ -64,9 +65,13 @@ def stored_product(chain: list[FactorModule]) -> FactorProduct:
 
 
 def masked_parameters_of(model: nn.Module) -> Iterator[Prunable]:
-    """Yield the masked parameters of a network, which may have no parameters at all."""
-    if any(True for _ in model.parameters()):
-        yield from masked_parameters(model)
+    """Yield the masked parameters of a network, also those that others read without the mask."""
+    for prefix, module in model.named_modules():
+        for buffer in module._buffers:
+            parameter = Prunable("", module, buffer.removesuffix("_mask"))
+            if buffer.endswith("_mask") and parameter.masked:
+                label = joined(prefix, parameter.name)
+                yield dataclasses.replace(parameter, label=label)
 
 
 def _values(parameter: Prunable) -> tuple[Tensor, Tensor]:
