@@ -63,6 +63,21 @@ def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the real matrices of a file that are worth a study: weights, and tables of numbers.
+
+    Where no tensor is named as a weight, the names are those of whoever wrote the file, and all
+    matrices are taken.
+    """
+    real = [
+        name for name, spec in specs.items() if is_floating_matrix(spec) and spec.dtype != "C64"
+    ]
+    if not any(is_weight_name(name) for name in specs):
+        return real
+    kept = kept_tensors(specs)
+    return [name for name in real if name not in kept or kept[name].is_guess]
+
+
 def is_floating_matrix(spec: TensorSpec) -> bool:
     """Whether a tensor can be seen as a matrix of numbers, its trailing axes taken together."""
     return spec.dtype in FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
