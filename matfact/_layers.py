@@ -92,18 +92,18 @@ def _reason(name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str]) 
     """Return why one tensor is kept, None where it is a weight."""
     spec = specs[name]
     if spec.dtype not in FLOATS:
-        return Kept(f"{spec.dtype} holds whole, packed or scaled numbers")
+        return Kept(f"dtype {spec.dtype}")
     if not is_floating_matrix(spec):
-        return Kept("it is neither a matrix nor a kernel")
+        return Kept("no matrix and no kernel")
     if not is_weight_name(name):
-        return Kept("it is not named weight, as those of linear layers and convolutions are")
+        return Kept("not named weight")
     if other := _other_in_layer(name, ordered):
-        return Kept(f"its layer also holds {other}, unlike linear layers and convolutions")
+        return Kept(f"its layer also holds {other}")
     bias = specs.get(f"{name.removesuffix('weight')}bias")
     widths = {spec.shape[0], spec.shape[-1] if len(spec.shape) == 2 else spec.shape[0]}
     if bias is not None and (len(bias.shape) != 1 or bias.shape[0] not in widths):
         shape = "×".join(map(str, bias.shape)) or "()"
-        return Kept(f"a bias of shape {shape} is not that of a linear layer or a convolution")
+        return Kept(f"its bias has shape {shape}")
     return None if bias is not None else _guess(name, spec)
 
 
@@ -111,9 +111,9 @@ def _guess(name: str, spec: TensorSpec) -> Kept | None:
     """Return what the name of a layer without bias tells."""
     layer = next((part for part in reversed(name.split(".")[:-1]) if not part.isdigit()), "")
     if len(spec.shape) == 2 and _TABLE.search(layer):
-        return Kept("by its name it is a table of embeddings", is_guess=True)
+        return Kept("embeddings, by its name", is_guess=True)
     if _NORM.search(layer):
-        return Kept("by its name it is a normalization", is_guess=True)
+        return Kept("normalization, by its name", is_guess=True)
     return None
 
 

@@ -32,7 +32,7 @@ from matfact.operators._storage import pack
 _log = logging.getLogger(__name__)
 
 #: How the notes of tensors begin that were asked for and cannot be factorized.
-ASKED = "was asked for, but"
+ASKED = "asked for, but"
 
 #: Called with each file's entry and the number of files, those of an earlier run first.
 Progress = Callable[[Shard, int], None]
@@ -86,6 +86,11 @@ def compress(
         If there is no such file.
     ValueError
         If an option is invalid, a file is damaged, or the folder holds anything else.
+
+    Warns
+    -----
+    UnreadIndexWarning
+        Where `source` holds ``model.safetensors`` and an index of other files.
     """
     weights = Source(source)
     names, notes = _chosen(weights, layers)
@@ -128,7 +133,7 @@ def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, s
     if layers is not None:
         refused = [n for n in asked if n in kept and len(weights.specs[n].shape) > 1]
         notes |= {name: f"{ASKED} {notes[name]}" for name in refused}
-        notes = dict.fromkeys(weights.specs, "it was not asked for") | notes
+        notes = dict.fromkeys(weights.specs, "not asked for") | notes
     if not chosen and not any(name in weights.shared for name in asked):
         raise ValueError(f"layers={layers!r} names no weight. {_alternatives(weights, notes)}")
     for name in chosen:
@@ -147,7 +152,7 @@ def _found(layers: str, weights: Source) -> list[str]:
 
 def _alternatives(weights: Source, notes: Mapping[str, str]) -> str:
     """Return what was asked for and why it is not taken, and what could be."""
-    refused = [f"{name}: it {note}. " for name, note in notes.items() if note.startswith(ASKED)]
+    refused = [f"{name}: {note}. " for name, note in notes.items() if note.startswith(ASKED)]
     names = weights.matrices()
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     there_are = f"There are {len(names)}: {shown}." if names else "The source has none."

@@ -18,6 +18,10 @@ _LIMIT = 1 << 24
 SINGLE_FILE = "model.safetensors"
 
 
+class UnreadIndexWarning(UserWarning):
+    """A folder holds one file of weights and an index of others, which are not read."""
+
+
 class Source:
     """Tensors by name, in whichever file they are.
 
@@ -71,7 +75,7 @@ class Source:
     @functools.cached_property
     def kept(self) -> dict[str, Kept]:
         """All other tensors, and why they are kept as they are."""
-        shared = {name: Kept(f"it is shared with {o}") for name, o in self.shared.items()}
+        shared = {name: Kept(f"shared with {o}") for name, o in self.shared.items()}
         return kept_tensors(self.specs) | shared
 
     @functools.cached_property
@@ -115,6 +119,7 @@ def _found(path: Path) -> Path:
             warnings.warn(
                 f"{path} holds {present[0]} and {present[1]}: the first is read, and no file that "
                 "the second names. Give the index itself as the source to read these.",
+                UnreadIndexWarning,
                 stacklevel=4,
             )
         path = path / present[0] if present else path

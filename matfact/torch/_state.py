@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matfact._safetensors import FLOAT8
 from matfact.checkpoint import Checkpoint
 from matfact.torch._masked import joined, masked_parameters_of
 
 #: Dtypes that NumPy lacks, by their names in safetensors files.
-_BEYOND_NUMPY = {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-}
+_BEYOND_NUMPY = {stored: name for name, stored in FLOAT8.items()}
 
 
 class State:

@@ -37,7 +37,8 @@ def save_network(
     Parameters
     ----------
     model : torch.nn.Module
-        The network. Parameters that several modules share are written once.
+        The network. Parameters that several modules share are written once, and of masked weights
+        only what their masks leave.
     path : str or Path
         The folder, which must not exist or be empty. All of it is written or nothing.
     settings : mapping, optional
@@ -87,12 +88,14 @@ def load_network(
         A folder written by :func:`save_network` or by ``matfact compress``.
     strict : bool, default=True
         Whether the checkpoint must hold every tensor of the network and no other, as for
-        ``load_state_dict``.
+        ``load_state_dict``. Of tensors that the network shares one name is enough, and buffers
+        that it makes itself, with the same values, may be there.
 
     Returns
     -------
     torch.nn.Module
-        The same `model`, or the one built.
+        The same `model`, or the one built. Layers pruned by a mask have sparse factors, those from
+        which :func:`prune_neurons` has removed units are narrower; no other layer is resized.
 
     Raises
     ------

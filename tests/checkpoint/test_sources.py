@@ -10,7 +10,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from matfact import MagnitudePruner
-from matfact.checkpoint import compress
+from matfact.checkpoint import UnreadIndexWarning, compress
 
 HALF = MagnitudePruner(density=0.5)
 
@@ -104,7 +104,7 @@ def test_a_single_file_is_read_before_an_index_and_this_is_said(sharded, tmp_pat
     folder, places = sharded
     index = write_index(folder, places)
     save_file({"a.weight": torch.full((24, 16), 7.0)}, folder / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"model\.safetensors and .*index.* the first is read"):
+    with pytest.warns(UnreadIndexWarning, match=r"safetensors and .*the first is read"):
         network = compress(folder, tmp_path / "single", HALF)
     assert set(network) == {"a.weight"}
     np.testing.assert_array_equal(np.unique(network["a.weight"].toarray()), [0, 7])
@@ -127,8 +127,8 @@ class LanguageModel(nn.Module):
 def test_weights_that_modules_share_are_kept_as_in_memory(tmp_path):
     save_model(LanguageModel(), str(tmp_path / "noted.safetensors"))
     network = compress(tmp_path / "noted.safetensors", tmp_path / "noted", HALF)
-    assert network.tensors["lm_head.weight"].note == "it is shared with tokens.weight"
-    assert network.tensors["again.weight"].note == "it is shared with up.weight"
+    assert network.tensors["lm_head.weight"].note == "shared with tokens.weight"
+    assert network.tensors["again.weight"].note == "shared with up.weight"
     assert not any(tensor.is_product for tensor in network.tensors.values())
 
 
