@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from matfact._layers import matrix_shape
 from matfact.operators import DenseFactor, Factor, FactorProduct, SparseFactor
 from matfact.torch._factors import FactorModule
+from matfact.torch._matrices import MatricizedTransposed, matricized
 from matfact.torch.pruning._masks import Prunable
 
 #: Bytes that a file of its own takes besides its tensors, about.
@@ -33,12 +34,16 @@ class Masked(NamedTuple):
 
 
 def masked_tensors(model: nn.Module) -> dict[str, Masked]:
-    """Return the masked parameters of a network, by the names that they have without masks."""
-    return {
-        p.label: _stored(p)
-        for p in masked_parameters_of(model)
-        if not isinstance(p.module, FactorModule)
-    }
+    """Return the masked parameters of a network, by the names that they have without masks.
+
+    What modules share, mask included, comes once.
+    """
+    distinct: dict[tuple[int, int], Prunable] = {}
+    for p in masked_parameters_of(model):
+        if not isinstance(p.module, FactorModule):
+            mask = p.module.get_buffer(f"{p.name}_mask")
+            distinct.setdefault((id(p.original), id(mask)), p)
+    return {p.label: _stored(p) for p in distinct.values()}
 
 
 def mask_names(model: nn.Module) -> set[str]:
@@ -77,7 +82,7 @@ def masked_parameters_of(model: nn.Module) -> Iterator[Prunable]:
 def _values(parameter: Prunable) -> tuple[Tensor, Tensor]:
     """Return masked values and the mask, without a change of the module."""
     mask = parameter.module.get_buffer(f"{parameter.name}_mask").detach()
-    return parameter.original.detach() * mask, mask != 0
+    return (parameter.original.detach() * mask).masked_fill(mask == 0, 0), mask != 0
 
 
 def _stored(parameter: Prunable) -> Masked:
@@ -95,8 +100,8 @@ def _stored(parameter: Prunable) -> Masked:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether a module, masked or not, is a linear layer that keeps its weight transposed."""
-    return hasattr(module, "nf") and any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+    """Whether a module is a linear layer that keeps its weight transposed."""
+    return isinstance(matricized(module), MatricizedTransposed)
 
 
 def _stored_factor(module: FactorModule) -> Factor:

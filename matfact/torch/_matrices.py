@@ -105,7 +105,7 @@ def matricized(layer: nn.Module) -> Matricized | None:
         return MatricizedLinear(layer)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, FactorizedConv)):
         return MatricizedConv(layer)
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+    if hasattr(layer, "nf") and any(c.__name__ == "Conv1D" for c in type(layer).__mro__):
         return MatricizedTransposed(layer)
     return None
 

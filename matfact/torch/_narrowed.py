@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from matfact._safetensors import is_sizes
 
 _Shape = tuple[int, ...]
+#: Tensors of a module that have an entry for each unit, or places for each.
+_LEAVES = ("weight", "bias", "running_mean", "running_var")
 #: Attribute of the network in which shapes are remembered.
 _MARK = "_narrowed"
 
@@ -32,7 +34,7 @@ def remember(model: nn.Module, dense: nn.Module) -> None:
     known: dict[str, Narrowed] = dict(vars(model).get(_MARK, {}))
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
-        if before.get(name, shape) != shape:
+        if name.rpartition(".")[2] in _LEAVES and before.get(name, shape) != shape:
             full = known[name].full if name in known else before[name]
             known[name] = Narrowed(full, shape)
     vars(model)[_MARK] = known
@@ -51,7 +53,7 @@ def parsed(record: Any) -> dict[str, Narrowed]:
     """Return what a checkpoint says of narrowed tensors, or raise ``ValueError``."""
     try:
         found = {name: Narrowed(*shapes) for name, shapes in (record or {}).items()}
-        fits = all(
+        fits = all(name.rpartition(".")[2] in _LEAVES for name in found) and all(
             is_sizes(full)
             and is_sizes(kept)
             and all(k <= n for k, n in zip(kept, full, strict=True))

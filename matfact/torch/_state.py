@@ -35,7 +35,7 @@ class State:
         self._masked = [
             parameter
             for parameter in masked_parameters_of(model)
-            if parameter.label in network and f"{parameter.label}_orig" not in network
+            if f"{parameter.label}_orig" not in network  # as earlier versions wrote them
         ]
         self._own = dict(self._named(model.state_dict(keep_vars=True)))
         self._together: dict[Any, list[str]] = {}
@@ -119,7 +119,9 @@ class State:
     def unmask(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the masks from parameters that get all of their values."""
         for parameter in self._masked:
-            if parameter.label in tensors and not self._is_replaced(parameter.label):
+            names = self._together[place(parameter.original)]
+            is_loaded = any(name in tensors for name in names)
+            if is_loaded and not self._is_replaced(parameter.label):
                 parameter.unmask()
 
 

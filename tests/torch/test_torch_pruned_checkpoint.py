@@ -17,6 +17,8 @@ from matfact.torch.pruning import prune_network, to_torch_prune  # noqa: E402
 class Conv1D(nn.Module):
     """A layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
 
+    __module__ = "transformers.pytorch_utils"  # whose class is meant
+
     def __init__(self, n_outputs, n_inputs):
         super().__init__()
         self.nf, self.nx = n_outputs, n_inputs
@@ -136,14 +138,34 @@ def test_a_masked_weight_that_is_also_read_elsewhere_keeps_both_values(tmp_path)
         return model
 
     model = made(build)
-    prune_network(model, "magnitude", keep=0.5)
-    with torch.no_grad():
-        model["table"].weight += 1.0  # beyond the mask of the layer
+    torch_prune.l1_unstructured(model["head"], "weight", amount=0.5)  # and not the table
     save_network(model, tmp_path / "pruned")
     loaded = load_network(made(build, 1), tmp_path / "pruned")
+    assert model["table"].weight.all()
     assert torch.equal(loaded["table"].weight, model["table"].weight)
     x = torch.randn(3, 32)
     torch.testing.assert_close(loaded["head"](x), model["head"](x))
+
+
+@pytest.mark.parametrize("first", ["table", "head"])
+def test_a_mask_that_modules_share_is_stored_once(first, tmp_path):
+    def build():
+        layers = {"table": nn.Embedding(60, 32), "head": nn.Linear(32, 60, bias=False)}
+        layers["head"].weight = layers["table"].weight
+        return nn.ModuleDict({first: layers.pop(first)} | layers)
+
+    model = made(build)
+    torch_prune.l1_unstructured(model["table"], "weight", amount=0.5)
+    del model["head"]._parameters["weight"]  # both read the same, through the same mask
+    model["head"].register_parameter("weight_orig", model["table"].weight_orig)
+    model["head"].register_buffer("weight_mask", model["table"].weight_mask)
+    model["head"].weight = model["table"].weight
+    save_network(model, tmp_path / "pruned")
+    assert list(Checkpoint(tmp_path / "pruned")) == [f"{first}.weight"]
+    loaded = load_network(made(build, 1), tmp_path / "pruned")
+    expected = model["table"].weight
+    torch.testing.assert_close(loaded["table"].weight, expected)
+    torch.testing.assert_close(loaded["head"](torch.eye(32)), expected.T)
 
 
 def neurons(build, model=None, keep=0.5):
@@ -219,9 +241,16 @@ def test_no_other_network_is_ever_resized(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "record", [[], {"0.weight": 3}, {"0.weight": [[1], [2]]}, {"0.weight": [[2, 2], [1]]}]
+    "record",
+    [
+        [],
+        {"0.weight": 3},
+        {"0.weight": [[1], [2]]},
+        {"0.weight": [[2, 2], [1]]},
+        {"0.values": [[2], [1]]},
+    ],
 )
 def test_records_of_narrowed_tensors_that_lie_are_refused(record, tmp_path):
-    save_network(made(mlp), tmp_path / "lying", settings={"narrowed": record or [1]})
+    save_network(made(mlp), tmp_path / "lying", settings={"narrowed": record})
     with pytest.raises(ValueError, match="how tensors were narrowed"):
         load_network(made(mlp), tmp_path / "lying")
