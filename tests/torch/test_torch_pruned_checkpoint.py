@@ -243,7 +243,7 @@ def test_no_other_network_is_ever_resized(tmp_path):
 @pytest.mark.parametrize(
     "record",
     [
-        [],
+        [1],
         {"0.weight": 3},
         {"0.weight": [[1], [2]]},
         {"0.weight": [[2, 2], [1]]},
