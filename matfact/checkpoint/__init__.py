@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["Checkpoint", "Shard", "StoredTensor", "compress", "decompress", "save"]
+__all__ = [
+    "Checkpoint",
+    "Shard",
+    "StoredTensor",
+    "UnreadIndexWarning",
+    "compress",
+    "decompress",
+    "save",
+]
 
 if TYPE_CHECKING:
     from matfact.checkpoint._compress import compress
@@ -15,6 +23,7 @@ if TYPE_CHECKING:
     from matfact.checkpoint._manifest import Shard, StoredTensor
     from matfact.checkpoint._reader import Checkpoint
     from matfact.checkpoint._save import save
+    from matfact.checkpoint._source import UnreadIndexWarning
 else:
     from matfact._lazy import lazily
 
@@ -26,5 +35,6 @@ else:
             "_manifest": ("Shard", "StoredTensor"),
             "_reader": ("Checkpoint",),
             "_save": ("save",),
+            "_source": ("UnreadIndexWarning",),
         },
     )

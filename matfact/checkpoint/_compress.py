@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sklearn.base import clone
 
 import matfact
 from matfact import metrics
+from matfact._layers import matrix_shape
 from matfact._parallel import pool, reuse_memory
 from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
 from matfact._threads import single_threaded
@@ -23,15 +24,15 @@ from matfact.checkpoint._journal import Journal
 from matfact.checkpoint._manifest import Manifest, Shard, StoredTensor
 from matfact.checkpoint._reader import Checkpoint
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
-from matfact.checkpoint._source import Source, matrix_shape
+from matfact.checkpoint._source import Source
 from matfact.factorizers import BaseFactorizer
 from matfact.operators import FactorProduct
 from matfact.operators._storage import pack
 
 _log = logging.getLogger(__name__)
 
-#: Tables of embeddings look up rows instead of multiplying; by default they stay as they are.
-_EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e\.|(^|\.)shared\.", re.IGNORECASE)
+#: How the notes of tensors begin that were asked for and cannot be factorized.
+ASKED = "asked for, but"
 
 #: Called with each file's entry and the number of files, those of an earlier run first.
 Progress = Callable[[Shard, int], None]
@@ -55,14 +56,17 @@ def compress(
     Parameters
     ----------
     source : str or Path
-        A ``.safetensors`` file, an index of several, or a folder with either.
+        A ``.safetensors`` file, an index of several, or a folder with either: where both are
+        there, ``model.safetensors`` is read.
     folder : str or Path
         Where to write: a new or empty folder, or one with work to be taken up.
     factorizer : BaseFactorizer
         What is fitted to each layer; it is cloned and, where it needs one, given seed 0.
     layers : str, optional
-        Regular expression to be found in the names of the weights to factorize. By default all
-        floating-point matrices and convolutions whose names do not tell of embeddings.
+        Regular expression to be found in the names of the weights to factorize. By default those
+        of all linear layers and 1-D, 2-D and 3-D convolutions. What is none of these, as far as
+        names, shapes and the other tensors of a layer tell, is copied in any case; what only its
+        name tells to be a table of embeddings or a normalization is taken where it is asked for.
     n_jobs : int, optional
         Layers factorized at a time, -1 for one on each core. None means 1, or what an enclosing
         ``joblib.parallel_config`` says, which may also hand the work to Dask or Ray: workers read
@@ -73,8 +77,8 @@ def compress(
     Returns
     -------
     Checkpoint
-        The result. Layers that cannot be factorized, or would take more bytes, are kept as they
-        are, with a note.
+        The result. The note of each tensor that is kept as it is says why: that it is no weight,
+        cannot be factorized, or would take more bytes.
 
     Raises
     ------
@@ -82,9 +86,14 @@ def compress(
         If there is no such file.
     ValueError
         If an option is invalid, a file is damaged, or the folder holds anything else.
+
+    Warns
+    -----
+    UnreadIndexWarning
+        Where `source` holds ``model.safetensors`` and an index of other files.
     """
     weights = Source(source)
-    names = _chosen(weights, layers)
+    names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
     settings = _settings(weights, factorizer, layers)
     output = Path(folder).absolute()  # workers may be elsewhere
@@ -94,7 +103,7 @@ def compress(
     ]
     with Journal(Path(folder), settings) as journal:
         if not journal.is_complete:
-            shards = _run(weights, tasks, journal, n_jobs, progress)
+            shards = _run(weights, tasks, notes, journal, n_jobs, progress)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))
     return Checkpoint(folder)
 
@@ -115,23 +124,39 @@ class _Task:
         return self.folder / shard_name(self.index)
 
 
-def _chosen(weights: Source, layers: str | None) -> list[str]:
-    """Return the names of the layers to factorize."""
-    matrices = weights.matrices()
-    if layers is None:
-        chosen = [name for name in matrices if not _EMBEDDING.search(name)]
-    else:
-        try:
-            pattern = re.compile(layers)
-        except re.error as error:
-            raise ValueError(
-                f"layers must be a regular expression, got {layers!r}: {error}."
-            ) from None
-        chosen = [name for name in matrices if pattern.search(name)]
-    if not chosen:
-        shown = ", ".join(matrices[:3]) + (", …" if len(matrices) > 3 else "")
-        raise ValueError(f"layers={layers!r} names no weight. There are {len(matrices)}: {shown}.")
-    return chosen
+def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the layers to factorize, and why each other tensor is kept."""
+    kept = weights.kept
+    asked = list(weights.specs) if layers is None else _found(layers, weights)
+    chosen = [n for n in asked if n not in kept or (kept[n].is_guess and layers is not None)]
+    notes = {name: why.reason for name, why in kept.items()}
+    if layers is not None:
+        refused = [n for n in asked if n in kept and len(weights.specs[n].shape) > 1]
+        notes |= {name: f"{ASKED} {notes[name]}" for name in refused}
+        notes = dict.fromkeys(weights.specs, "not asked for") | notes
+    if not chosen and not any(name in weights.shared for name in asked):
+        raise ValueError(f"layers={layers!r} names no weight. {_alternatives(weights, notes)}")
+    for name in chosen:
+        notes.pop(name, None)
+    return chosen, notes
+
+
+def _found(layers: str, weights: Source) -> list[str]:
+    """Return the names that `layers` is found in."""
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise ValueError(f"layers must be a regular expression, got {layers!r}: {error}.") from None
+    return [name for name in weights.specs if pattern.search(name)]
+
+
+def _alternatives(weights: Source, notes: Mapping[str, str]) -> str:
+    """Return what was asked for and why it is not taken, and what could be."""
+    refused = [f"{name}: {note}. " for name, note in notes.items() if note.startswith(ASKED)]
+    names = weights.matrices()
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    there_are = f"There are {len(names)}: {shown}." if names else "The source has none."
+    return "".join(refused[:3]) + there_are
 
 
 def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
@@ -161,13 +186,13 @@ def _settings(weights: Source, factorizer: BaseFactorizer, layers: str | None) -
 def _run(
     weights: Source,
     tasks: Sequence[_Task],
+    notes: Mapping[str, str],
     journal: Journal,
     n_jobs: int | None,
     progress: Progress | None,
 ) -> list[Shard]:
     """Write all files that are not yet there, and return all of them in order."""
-    others = [name for name in weights.specs if name not in {task.name for task in tasks}]
-    names = [shard_name(0)] * bool(others) + [task.path.name for task in tasks]
+    names = [shard_name(0)] * bool(notes) + [task.path.name for task in tasks]
 
     def tell(shard: Shard) -> None:
         _log.info("%s: %s is complete, %d files in all", journal.folder, shard.file, len(names))
@@ -176,7 +201,7 @@ def _run(
 
     for shard in journal.finished.values():
         tell(shard)
-    for shard in _written(weights, others, tasks, journal, n_jobs):
+    for shard in _written(weights, tasks, notes, journal, n_jobs):
         journal.add(shard)
         tell(shard)
     return [journal.finished[name] for name in names]
@@ -184,15 +209,16 @@ def _run(
 
 def _written(
     weights: Source,
-    others: Sequence[str],
     tasks: Sequence[_Task],
+    notes: Mapping[str, str],
     journal: Journal,
     n_jobs: int | None,
 ) -> Iterator[Shard]:
     """Yield the files that are not in the journal as they are written."""
-    if others and shard_name(0) not in journal.finished:
+    if notes and shard_name(0) not in journal.finished:
+        others = [name for name in weights.specs if name in notes]
         pieces = {n: (weights.specs[n], weights.file(n).chunks(n)) for n in others}
-        yield write_plain(journal.folder / shard_name(0), pieces)
+        yield write_plain(journal.folder / shard_name(0), pieces, notes)
     left = [task for task in tasks if task.path.name not in journal.finished]
     # The largest first, so that no worker is left with one while the others are idle.
     left.sort(key=lambda task: -math.prod(task.spec.shape))
@@ -211,7 +237,7 @@ def _factorize(task: _Task) -> Shard:
             return _kept(task, str(error))
         if is_bfloat16 := task.spec.dtype == "BF16":
             product = _rounded(product)
-        work = np.float64 if W.dtype == np.float64 else np.float32
+        work = np.result_type(W.dtype, np.float32)
         error_of_stored = metrics.relative_error(W, product.astype(work).toarray())
     kinds, chunks = pack(product.factors, "BF16" if is_bfloat16 else None)
     content = list(chunks)

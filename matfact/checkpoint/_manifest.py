@@ -43,7 +43,7 @@ class StoredTensor(NamedTuple):
     relative_error : float or None
         ``‖W − Ŵ‖_F / ‖W‖_F``, of factors as they are stored.
     note : str
-        Why a tensor that was to be factorized is kept as it is.
+        Why a tensor is kept as it is, where that is known.
     """
 
     name: str

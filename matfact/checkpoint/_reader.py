@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from matfact._layers import matrix_shape
 from matfact._safetensors import SafetensorsFile
 from matfact.checkpoint._manifest import Manifest, Shard
 from matfact.checkpoint._shards import check_shard, checked_pages
-from matfact.checkpoint._source import matrix_shape
 from matfact.operators import FactorProduct, _storage
 
 

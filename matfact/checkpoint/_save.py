@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matfact._safetensors import TensorSpec
+from matfact._layers import matrix_shape
+from matfact._safetensors import Stored, TensorSpec
 from matfact.backend import Array
 from matfact.checkpoint._manifest import Manifest, StoredTensor
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
-from matfact.checkpoint._source import matrix_shape
 from matfact.operators import FactorProduct
 from matfact.operators._encoding import stored_array
 from matfact.operators._storage import pack
@@ -48,13 +48,13 @@ def save(
     FileExistsError
         If there is something at `path`.
     ValueError
-        If a shape does not fit its product.
+        If a shape does not fit its product, or files cannot hold a dtype.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"path must name a new or an empty folder, got {path}.")
     products = {k: v for k, v in tensors.items() if isinstance(v, FactorProduct)}
-    arrays = {k: stored_array(v) for k, v in tensors.items() if k not in products}
+    arrays = {k: _stored(k, v) for k, v in tensors.items() if k not in products}
     specs = {name: _spec(name, product, shapes or {}) for name, product in products.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -72,6 +72,13 @@ def save(
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stored(name: str, array: Array) -> Stored:
+    try:
+        return stored_array(array)
+    except ValueError as error:
+        raise ValueError(f"tensors must be such as files can hold, but {name!r}: {error}") from None
 
 
 def _spec(name: str, product: FactorProduct, shapes: Mapping[str, tuple[int, ...]]) -> TensorSpec:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from matfact._json import parse_json
+from matfact._layers import Kept, kept_tensors
 from matfact._safetensors import SafetensorsFile, TensorSpec
 from matfact.checkpoint._shards import file_digest
 
 INDEX_SUFFIX = ".index.json"
 #: Longest index read, in bytes: room for more than 100 000 tensors.
 _LIMIT = 1 << 24
-_FLOATS = ("F16", "BF16", "F32", "F64")
+SINGLE_FILE = "model.safetensors"
+
+
+class UnreadIndexWarning(UserWarning):
+    """A folder holds one file of weights and an index of others, which are not read."""
 
 
 class Source:
@@ -22,7 +29,8 @@ class Source:
     ----------
     path : str or Path
         A ``.safetensors`` file, an index (``model.safetensors.index.json``) of several beside
-        it, or a folder with either under the names that Hugging Face gives them.
+        it, of which all tensors are read, or a folder with either under the names that Hugging
+        Face gives them; where both are there the index, which may be stale, is not read.
 
     Attributes
     ----------
@@ -61,39 +69,68 @@ class Source:
         return {path.name: file_digest(path) for path in paths}
 
     def matrices(self) -> list[str]:
-        """Return the names of weights: floating-point matrices and convolutions, not empty."""
-        return [name for name, spec in self.specs.items() if is_weight(spec)]
+        """Return the names of the weights that may be factorized."""
+        return [name for name in self.specs if name not in self.kept]
 
+    @functools.cached_property
+    def kept(self) -> dict[str, Kept]:
+        """All other tensors, and why they are kept as they are."""
+        shared = {name: Kept(f"shared with {o}") for name, o in self.shared.items()}
+        return kept_tensors(self.specs) | shared
 
-def is_weight(spec: TensorSpec) -> bool:
-    """Whether a tensor can be factorized, its trailing dimensions taken together."""
-    return spec.dtype in _FLOATS and len(spec.shape) in (2, 4) and math.prod(spec.shape) > 0
+    @functools.cached_property
+    def shared(self) -> dict[str, str]:
+        """Tensors that several modules use, with another name of each.
 
+        Files hold them once, and note the other names, or once for each.
+        """
+        return dict(self._equal_to_tables()) | dict(self._noted_as_shared())
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of a weight as a matrix: (out, in·kh·kw) for a convolution."""
-    return (shape[0], math.prod(shape[1:]))
+    def _noted_as_shared(self) -> Iterator[tuple[str, str]]:
+        """Yield tensors that modules share, with another name, which safetensors has left out."""
+        for file in dict.fromkeys(self._files.values()):
+            for dropped, name in file.metadata.items():
+                if name in self.specs and dropped not in self.specs:
+                    yield name, dropped
+
+    def _equal_to_tables(self) -> Iterator[tuple[str, str]]:
+        """Yield weights with the very numbers of a table of embeddings, and these, in pairs."""
+        kept = kept_tensors(self.specs)
+        tables: dict[TensorSpec, list[str]] = {}
+        for name, reason in kept.items():
+            if reason.is_guess:
+                tables.setdefault(self.specs[name], []).append(name)
+        for name, spec in self.specs.items():
+            for table in tables.get(spec, ()) if name not in kept else ():
+                if self._are_equal(name, table):
+                    yield from ((name, table), (table, name))
+                    break
+
+    def _are_equal(self, *names: str) -> bool:
+        pieces = (self.file(name).chunks(name) for name in names)
+        return all(first == second for first, second in zip(*pieces, strict=True))
 
 
 def _found(path: Path) -> Path:
+    """Return the file or the index; in a folder the single file, as transformers does."""
     if path.is_dir():
-        names = ("model.safetensors" + INDEX_SUFFIX, "model.safetensors")
-        path = next((path / name for name in names if (path / name).is_file()), path)
+        present = [f for f in (SINGLE_FILE, SINGLE_FILE + INDEX_SUFFIX) if (path / f).is_file()]
+        if len(present) == 2:
+            warnings.warn(
+                f"{path} holds {present[0]} and {present[1]}: the first is read, and no file that "
+                "the second names. Give the index itself as the source to read these.",
+                UnreadIndexWarning,
+                stacklevel=4,
+            )
+        path = path / present[0] if present else path
     if not path.is_file():
         raise FileNotFoundError(f"path must name a file of weights, but there is none at {path}.")
     return path
 
 
 def _indexed(path: Path) -> dict[str, SafetensorsFile]:
-    """Return the file of each tensor in the index."""
-    if path.stat().st_size > _LIMIT:
-        raise ValueError(f"{path} must be an index of at most {_LIMIT} bytes.")
-    try:
-        places = parse_json(path.read_bytes()).get("weight_map")
-    except ValueError as error:
-        raise ValueError(f"{path} must be an index in JSON: {error}.") from None
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise ValueError(f"{path} must hold a weight_map from names of tensors to names of files.")
+    """Return the file of each tensor: those in the index, and what else their files hold."""
+    places = _places(path)
     files: dict[str, SafetensorsFile] = {}
     for name in sorted(set(places.values())):
         if not name or Path(name).name != name or "\\" in name or "\0" in name:
@@ -102,4 +139,25 @@ def _indexed(path: Path) -> dict[str, SafetensorsFile]:
     for name, place in places.items():
         if name not in files[place].specs:
             raise ValueError(f"{path} names {name!r}, which is not in {place!r}.")
-    return {name: files[place] for name, place in places.items()}
+    held = {name: files[place] for name, place in places.items()}
+    for place, file in files.items():
+        for name in file.specs:
+            if held.setdefault(name, file) is not file:
+                raise ValueError(
+                    f"{path} must name files that hold each tensor once, but {name!r} is in "
+                    f"{held[name].path.name!r} and in {place!r}."
+                )
+    return held
+
+
+def _places(path: Path) -> dict[str, str]:
+    """Return the name of the file of each tensor in an index."""
+    if path.stat().st_size > _LIMIT:
+        raise ValueError(f"{path} must be an index of at most {_LIMIT} bytes.")
+    try:
+        places = parse_json(path.read_bytes()).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{path} must be an index in JSON: {error}.") from None
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise ValueError(f"{path} must hold a weight_map from names of tensors to names of files.")
+    return places

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,9 @@ def compress(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A .safetensors file, a .safetensors.index.json, or a folder with either; 'demo' "
-            "is the trained transformer of matfact\\[demo]."
+            help="A .safetensors file, a .safetensors.index.json, or a folder with "
+            "model.safetensors or else its index; 'demo' is the trained transformer of "
+            "matfact\\[demo]."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="New folder, or one with work to be taken up.")],
@@ -35,8 +37,9 @@ def compress(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Regular expression to be found in names of layers; by default all matrices and "
-            "convolutions but embeddings."
+            help="Regular expression to be found in names of weights; by default those of all "
+            "linear layers and 1-D, 2-D and 3-D convolutions. What is no such weight is copied, "
+            "with the reason."
         ),
     ] = None,
     jobs: Annotated[
@@ -159,15 +162,28 @@ def _compressed(
         bar = progress.add_task("starting", total=None)
 
         def advance(shard: Shard, total: int) -> None:
-            for tensor in shard.tensors:
-                if tensor.note:
-                    _print(console, f"Kept {_shown(tensor.name)}: {tensor.note}")
+            for line in _kept(shard):
+                _print(console, line)
             tensor = shard.tensors[-1]
             error = "copied" if tensor.relative_error is None else f"{tensor.relative_error:.3f}"
             description = f"{_shown(tensor.name)}: {error}".replace("[", "\\[")
             progress.update(bar, advance=1, total=total, description=description)
 
         return run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=advance)
+
+
+def _kept(shard: Shard) -> Iterator[str]:
+    """Yield a line for each reason why tensors of a file are kept as they are."""
+    from matfact.checkpoint._compress import ASKED
+
+    names: dict[str, list[str]] = {}
+    for tensor in shard.tensors:
+        if tensor.note:
+            names.setdefault(tensor.note, []).append(_shown(tensor.name))
+    for reason, held in names.items():
+        shown = held if reason.startswith(ASKED) or len(held) < 5 else held[:3]
+        more = f" and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
+        yield f"Kept {', '.join(shown)}{more}: {reason}"
 
 
 def _print_totals(checkpoint: Checkpoint) -> None:

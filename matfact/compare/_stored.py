@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from matfact._layers import AXES, chosen_weights, matrix_shape
 from matfact._safetensors import SafetensorsFile
 
 _FLOATS = {"F16": np.float32, "BF16": np.float32, "F32": np.float32, "F64": np.float64}
@@ -55,11 +55,11 @@ class StoredMatrix:
     ) -> None:
         self.path, self.name, self._window = Path(path).absolute(), name, (rows, columns)
         spec = SafetensorsFile(path).specs.get(name)
-        if spec is None or len(spec.shape) not in (2, 4) or spec.dtype not in _FLOATS:
+        if spec is None or len(spec.shape) not in AXES or spec.dtype not in _FLOATS:
             raise ValueError(
                 f"name must be that of a floating-point weight in {path}, got {name!r}."
             )
-        self._sides = (spec.shape[0], math.prod(spec.shape[1:]))
+        self._sides = matrix_shape(spec.shape)
         chosen = [range(n)[part] for n, part in zip(self._sides, self._window, strict=True)]
         self.shape = (len(chosen[0]), len(chosen[1]))
         self.dtype = np.dtype(_FLOATS[spec.dtype] if dtype is None else dtype)
@@ -89,6 +89,5 @@ def _composed(length: int, outer: slice, inner: slice) -> slice:
 
 def stored_matrices(path: Path) -> Iterator[tuple[str, StoredMatrix]]:
     """Yield the weights in a file by name; none of them is read."""
-    for name, spec in sorted(SafetensorsFile(path).specs.items()):
-        if len(spec.shape) in (2, 4) and spec.dtype in _FLOATS and spec.nbytes:
-            yield name, StoredMatrix(path, name)
+    for name in sorted(chosen_weights(SafetensorsFile(path).specs)):
+        yield name, StoredMatrix(path, name)

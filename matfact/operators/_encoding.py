@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from matfact import backend
-from matfact._safetensors import Stored, is_sizes, stored
+from matfact._safetensors import FLOAT8, Stored, TensorSpec, is_sizes, stored
 from matfact.backend import Array
 from matfact.operators._block import BlockSparseFactor
 from matfact.operators._csr import SparseFactor
@@ -109,6 +109,9 @@ def _stored_values(values: Array, dtype: str | None) -> Stored:
 def stored_array(array: Array, dtype: str | None = None) -> Stored:
     """Return an array of any library to be written bit by bit, ``dtype="BF16"`` rounded to it."""
     name = str(array.dtype).rpartition(".")[2]
+    if name in FLOAT8:
+        bits = backend.to_numpy(array.view(backend.namespace(array).uint8))
+        return TensorSpec(FLOAT8[name], bits.shape), bits.tobytes()
     host = backend.to_numpy(array)
     if name == "float16":  # which arrives as float32, as does bfloat16
         host = host.astype(np.float16)

@@ -11,6 +11,7 @@ from matfact.constraints import Constraint, GlobalSparsity, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import SparseState, sparse_regression
 from matfact.solvers.least_squares import refit_values
+from matfact.solvers.svd import truncated_svd
 
 #: Penalty of the first ADMM step of a sweep, in the first and the last sweep; geometric between.
 EXPLORE = (0.04, 0.6)
@@ -132,6 +133,28 @@ def pruned(W: Array, n_values: int) -> tuple[Array, Array]:
     right = GlobalSparsity(kept).project(W)
     used = xp.astype(xp.any(right != 0, axis=1), W.dtype)
     return xp.eye(W.shape[0], dtype=W.dtype, device=backend.device(W)) * used, right
+
+
+def thin(W: Array, n_left: int, n_right: int) -> list[Array]:
+    """Return the best factors of low rank in place of sparse ones: thin ones beside zeros.
+
+    Parameters
+    ----------
+    W : array of shape (rows, columns)
+        The matrix.
+    n_left, n_right : int
+        Most nonzeros of either factor; where they hold no column or no row, the factors are 0.
+    """
+    xp = backend.namespace(W)
+    rank = min(n_left // W.shape[0], n_right // W.shape[1], *W.shape)
+    left, right = truncated_svd(W, max(1, rank))
+    rank = min(rank, left.shape[1])
+    rest = (W.shape[0], W.shape[0] - rank), (W.shape[0] - rank, W.shape[1])
+    zeros = [xp.zeros(shape, dtype=W.dtype, device=backend.device(W)) for shape in rest]
+    return [
+        xp.concat([left[:, :rank], zeros[0]], axis=1),
+        xp.concat([right[:rank, :], zeros[1]], axis=0),
+    ]
 
 
 def _rescaled(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
+from matfact.torch._building import built, without_assigned
+from matfact.torch._masked import joined, mask_names, masked_tensors, stored_product
 from matfact.torch._matrices import (
     Matricized,
     MatricizedTransposed,
@@ -20,6 +20,8 @@ from matfact.torch._matrices import (
     matricized,
     replace,
 )
+from matfact.torch._narrowed import narrowed, narrowed_tensors, parsed
+from matfact.torch._state import State, misfit, place, raise_if, stored_tensor
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.layers import FactorizedLinear
 
@@ -35,7 +37,8 @@ def save_network(
     Parameters
     ----------
     model : torch.nn.Module
-        The network. Parameters that several modules share are written once.
+        The network. Parameters that several modules share are written once, and of masked weights
+        only what their masks leave.
     path : str or Path
         The folder, which must not exist or be empty. All of it is written or nothing.
     settings : mapping, optional
@@ -46,22 +49,27 @@ def save_network(
     FileExistsError
         If there is something at `path`.
     """
-    products: dict[str, FactorProduct] = {}
+    content: dict[str, FactorProduct | Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     inside: list[str] = []
     for (name, *_), layer in distinct_layers(model):
         if isinstance(layer, FactorizedLinear):
-            products[f"{name}.weight"] = layer.to_product()
-            inside.append(f"{name}.factors.")
+            content[joined(name, "weight")] = stored_product(layer.chain)
+            inside.append(joined(name, "factors."))
         elif isinstance(layer, FactorizedConv):
             names = _kernel_names(name, layer.groups)
-            products |= dict(zip(names, layer.to_products(), strict=True))
-            inside.append(f"{name}.kernels.")
+            products = [stored_product(kernel.chain) for kernel in _linears(layer)]
+            content |= dict(zip(names, products, strict=True))
+            inside.append(joined(name, "kernels."))
             if layer.groups == 1:
                 kernel = (layer.in_channels, *map(int, layer.kernel_size))
                 shapes[names[0]] = (layer.out_channels, *kernel)
-    arrays = {name: tensor for name, tensor in _unshared(model) if not _begins(name, inside)}
-    save(path, products | arrays, shapes=shapes, settings=dict(settings or {}) | _BY_LAYER)
+    for name, masked in masked_tensors(model).items():
+        content[name], shapes[name] = masked
+    content |= _unshared(model, tuple(inside), mask_names(model))
+    record = narrowed_tensors(model)
+    narrowing = {"narrowed": record} if record else {}
+    save(path, content, shapes=shapes, settings=dict(settings or {}) | _BY_LAYER | narrowing)
 
 
 def load_network(
@@ -80,12 +88,14 @@ def load_network(
         A folder written by :func:`save_network` or by ``matfact compress``.
     strict : bool, default=True
         Whether the checkpoint must hold every tensor of the network and no other, as for
-        ``load_state_dict``.
+        ``load_state_dict``. Of tensors that the network shares one name is enough, and buffers
+        that it makes itself, with the same values, may be there.
 
     Returns
     -------
     torch.nn.Module
-        The same `model`, or the one built.
+        The same `model`, or the one built. Layers pruned by a mask have sparse factors, those from
+        which :func:`prune_neurons` has removed units are narrower; no other layer is resized.
 
     Raises
     ------
@@ -96,76 +106,30 @@ def load_network(
     """
     network = Checkpoint(path)
     with network.mapping_ahead():
-        model = model if isinstance(model, nn.Module) else _built(model)
-        found = list(_replacements(model, network))
-        used = {key for replacement in found for key in replacement.keys}
-        rest = {name: _tensor(network, name) for name in network if name not in used}
-    own = model.state_dict(keep_vars=True)
-    if strict:
-        _check_names(own, rest, [name for replacement in found for name in replacement.names])
-    _check_sizes(own, rest)
-    for replacement in found:
-        replace(model, replacement.names, replacement.view, replacement.products, copy=False)
-    rest = _without_assigned(model, rest)
-    if rest:
-        model.load_state_dict(rest, strict=False)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    _raise_if("lacks", missing)
+        model = model if isinstance(model, nn.Module) else built(model)
+        with narrowed(model, parsed(network.settings.get("narrowed"))):
+            _load(model, network, strict)
     return model
 
 
-def _built(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return what `build` makes, its parameters without storage, as they are to be loaded."""
-
-    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    registration = register_module_parameter_registration_hook(cast(Any, emptied))
-    try:
-        with _Undrawn():
-            return build()
-    finally:
-        registration.remove()
-
-
-class _Undrawn(TorchFunctionMode):
-    """Leaves out the initialization of tensors without storage: it takes most of building."""
-
-    _NAMES = frozenset(
-        {"normal_", "uniform_"} | {name for name in dir(nn.init) if name[0] != "_" == name[-1]}
-    )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # By name, since functions of nn.init may have been replaced by others that call them.
-        if getattr(func, "__name__", "") in self._NAMES:
-            target = args[0] if args else kwargs["tensor"]
-            if target.is_meta:
-                return target
-        return func(*args, **kwargs)
-
-
-def _without_assigned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give parameters without storage what `state` holds, and return the rest of it."""
-    empty = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_meta
-    }
-    filled = {
-        parameter: nn.Parameter(state[name].to(parameter.dtype), parameter.requires_grad)
-        for name, parameter in empty.items()
-        if name in state
-    }
-    for name, parameter in empty.items():
-        if parameter in filled:
-            module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, filled[parameter])
-    return {name: tensor for name, tensor in state.items() if name not in empty}
+def _load(model: nn.Module, network: Checkpoint, strict: bool) -> None:
+    """Load a checkpoint into a network with layers of the same widths."""
+    found = list(_replacements(model, network))
+    state = State(model, network, [name for replacement in found for name in replacement.names])
+    used = {key for replacement in found for key in replacement.keys}
+    names = state.checked([name for name in network if name not in used], strict)
+    tensors = {name: stored_tensor(network, name) for name in names}
+    weights = {joined(name, "weight"): r.weight for r in found for name in r.names}
+    state.check_shared(tensors, weights)
+    tensors |= state.tied(tensors, weights)
+    for replacement in found:
+        replace(model, replacement.names, replacement.view, replacement.products, copy=False)
+    state.unmask(tensors)
+    tensors = without_assigned(model, tensors)
+    if tensors:
+        model.load_state_dict(tensors, strict=False)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    raise_if("lacks", missing)
 
 
 class _Replacement(NamedTuple):
@@ -175,6 +139,12 @@ class _Replacement(NamedTuple):
     keys: list[str]
     view: Matricized
     products: list[FactorProduct]
+
+    def weight(self) -> Tensor:
+        """Return the dense weight."""
+        dense = torch.cat([torch.from_numpy(product.toarray()) for product in self.products])
+        dense = dense.T if isinstance(self.view, MatricizedTransposed) else dense
+        return dense.reshape(self.view.layer.weight.shape)
 
 
 def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacement]:
@@ -198,73 +168,26 @@ def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacemen
 def _kernel_names(name: str, groups: int) -> list[str]:
     """Return the names under which a layer's products are stored, one for each group."""
     if groups == 1:
-        return [f"{name}.weight"]
-    return [f"{name}.kernels.{i}.weight" for i in range(groups)]
+        return [joined(name, "weight")]
+    return [joined(name, f"kernels.{i}.weight") for i in range(groups)]
 
 
-def _unshared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the state, each once."""
-    seen: set[tuple[Any, ...]] = set()
+def _linears(conv: FactorizedConv) -> list[FactorizedLinear]:
+    return cast(list[FactorizedLinear], list(conv.kernels))
+
+
+def _unshared(
+    model: nn.Module, inside: tuple[str, ...], masks: Collection[str]
+) -> dict[str, Tensor]:
+    """Return the tensors of the state that are in no factors and no masked ones, each once."""
+    found: dict[Any, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if place not in seen or not tensor.numel():
-            seen.add(place)
-            yield name, tensor
-
-
-def _begins(name: str, prefixes: list[str]) -> bool:
-    return any(name.startswith(prefix) for prefix in prefixes)
-
-
-def _tensor(network: Checkpoint, name: str) -> Tensor:
-    """Return a tensor of the state; factors of what is no layer are multiplied."""
-    if network.tensors[name].is_product:
-        dense = torch.from_numpy(network.product(name).toarray())
-        return dense.reshape(network.tensors[name].spec.shape)
-    return torch.from_numpy(network.file(name).mapped(name))
+        if name not in masks:
+            found.setdefault(place(tensor), (name, tensor))
+    return {name: tensor for name, tensor in found.values() if not name.startswith(inside)}
 
 
 def _check_shapes(name: str, view: Matricized, products: list[FactorProduct]) -> None:
     for matrix, product in zip(view.matrices(), products, strict=True):
         if tuple(matrix.shape) != product.shape:
-            raise ValueError(
-                f"path must name a checkpoint of this network, but {name!r} has shape "
-                f"{product.shape} there and {tuple(matrix.shape)} here."
-            )
-
-
-def _check_names(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], replaced: list[str]
-) -> None:
-    """Raise ``ValueError`` unless `state` and what is replaced make up all of the model's `own`."""
-    loaded = {_place(own[name]) for name in state if name in own}
-    inside = tuple(f"{name}." for name in replaced)
-    missing = [
-        name
-        for name, tensor in own.items()
-        if name not in state
-        and _place(tensor) not in loaded
-        and (not name.startswith(inside) or name.endswith(".bias"))
-    ]
-    _raise_if("lacks", missing)
-    _raise_if("also has", [name for name in state if name not in own])
-
-
-def _raise_if(what: str, names: list[str]) -> None:
-    if names:
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
-
-
-def _place(tensor: Tensor) -> int:
-    """Return what tells tensors apart that share no memory."""
-    return id(tensor) if tensor.is_meta else tensor.data_ptr()
-
-
-def _check_sizes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        if name in own and tensor.shape != own[name].shape:
-            raise ValueError(
-                f"path must name a checkpoint of this network, but {name!r} has shape "
-                f"{tuple(tensor.shape)} there and {tuple(own[name].shape)} here."
-            )
+            raise misfit(name, product.shape, matrix.shape)

@@ -55,6 +55,7 @@ def test_layers_are_factorized_and_the_rest_is_copied(source, tmp_path):
         name for name in tensors() if name.startswith("layers") and "bias" not in name
     }
     assert network.tensors["tiny.weight"].note == "its factors would take more bytes"
+    assert all(tensor.is_product != bool(tensor.note) for tensor in network.tensors.values())
     decompress(tmp_path / "out", tmp_path / "dense.safetensors")
     before, after = tensors(), load_file(tmp_path / "dense.safetensors")
     assert set(before) == set(after)
@@ -87,6 +88,25 @@ def test_a_pattern_chooses_the_layers(source, tmp_path):
     network = compress(source, tmp_path / "out", HALF, layers=r"embed|\.3\.")
     factorized = {name for name, tensor in network.tensors.items() if tensor.is_product}
     assert factorized == {"embed_tokens.weight", "layers.3.fc.weight"}
+    assert network.tensors["layers.0.fc.weight"].note == "not asked for"
+
+
+def test_what_is_asked_for_and_is_no_weight_is_named(source, tmp_path):
+    save_file(tensors() | {"attn.bias": torch.ones(9, 9), "fc.scale": torch.ones(3)}, source)
+    network = compress(source, tmp_path / "out", HALF, layers="attn|scale|steps|3.fc")
+    assert network.tensors["layers.3.fc.weight"].is_product
+    assert "asked for, but not named weight" in network.tensors["attn.bias"].note
+    assert "asked" not in network.tensors["fc.scale"].note + network.tensors["steps"].note
+    with pytest.raises(ValueError, match=r"no weight. attn.bias: asked for, but .* are 5: "):
+        compress(source, tmp_path / "none", HALF, layers="attn")
+
+
+def test_complex_weights_are_kept_by_methods_that_cannot_take_them(tmp_path):
+    W = torch.randn(32, 32, dtype=torch.complex64)
+    save_file({"fc.weight": W, "up.weight": torch.randn(32, 32)}, tmp_path / "m.safetensors")
+    network = compress(tmp_path / "m.safetensors", tmp_path / "out", HALF)
+    assert "Complex" in network.tensors["fc.weight"].note
+    np.testing.assert_array_equal(network["fc.weight"], W.numpy())
 
 
 def test_a_layer_that_cannot_be_factorized_is_kept_with_the_reason(tmp_path):
@@ -96,43 +116,6 @@ def test_a_layer_that_cannot_be_factorized_is_kept_with_the_reason(tmp_path):
     assert "NaN" in network.tensors["bad.weight"].note
     assert np.isnan(network["bad.weight"]).all()
     assert network.tensors["good.weight"].is_product
-
-
-def test_sharded_weights_give_the_same_tensors(source, tmp_path):
-    folder, places = tmp_path / "sharded", {}
-    folder.mkdir()
-    for i, name in enumerate(tensors()):
-        file = f"model-{i % 3}.safetensors"
-        places[name] = file
-        save_file({n: tensors()[n] for n, f in places.items() if f == file}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    one = compress(source, tmp_path / "one", HALF)
-    for given in (folder, index):
-        many = compress(given, tmp_path / "many", HALF)
-        assert one.tensors == many.tensors
-        for name, value in one.items():
-            dense = [v if isinstance(v, np.ndarray) else v.toarray() for v in (value, many[name])]
-            np.testing.assert_array_equal(*dense)
-
-
-@pytest.mark.parametrize(
-    "places",
-    [
-        {"w": "../model.safetensors"},
-        {"w": "/etc/passwd"},
-        {"w": "..\\model.safetensors"},
-        {"missing": "model.safetensors"},
-        {"steps": 3},
-        ["steps"],
-    ],
-)
-def test_an_index_that_lies_is_refused(places, source, tmp_path):
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        compress(index, tmp_path / "out", HALF)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_source_leaves_nothing(source, tmp_path):

@@ -53,6 +53,33 @@ def test_matrices_and_flattened_convolutions_are_read(tmp_path, suffix):
     assert loaded.source == str(path)
 
 
+@pytest.mark.parametrize("suffix", SAVERS)
+def test_masks_scales_and_what_is_no_weight_are_left_out(tmp_path, suffix):
+    arrays = {
+        "h.0.attn.bias": np.ones((1, 1, 9, 9), np.float32),
+        "h.0.attn.c_attn.weight": W,
+        "q.weight": W,
+        "q.weight_zero_point": np.ones(6, np.int8),
+        "norm.weight": W,
+        "norm.bias": W,
+        "embed.weight": W,
+        "conv.weight": np.ones((4, 3, 2), np.float32),
+        "volume.weight": np.ones((4, 3, 2, 2, 2), np.float32),
+    }
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.asarray(array) for name, array in arrays.items()}, path)
+    else:
+        (save_file if suffix == ".safetensors" else lambda a, p: np.savez(p, **a))(arrays, path)
+    loaded = load_weights(path)
+    assert {name: array.shape for name, array in loaded.items()} == {
+        "h.0.attn.c_attn": (6, 4), "embed": (6, 4), "conv": (4, 6), "volume": (4, 24),
+    }  # fmt: skip
+    if suffix == ".safetensors":
+        assert set(load_weights(path, stored=True)) == set(loaded)
+
+
 def test_one_array_is_named_by_its_file(tmp_path):
     np.save(tmp_path / "query.npy", W)
     np.testing.assert_array_equal(load_weights(tmp_path / "query.npy")["query"], W)

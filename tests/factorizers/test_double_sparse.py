@@ -202,3 +202,12 @@ def test_settings_of_two_factors_are_refused_for_more(rng, options):
     model = DoubleSparseFactorizer(n_factors=3, **options)
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be .* with n_factors=3"):
         model.fit(rng.standard_normal((20, 20)))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40), (40, 24)])
+def test_matrices_of_low_rank_are_found_exactly_in_few_sweeps(shape):
+    rng = np.random.RandomState(0)
+    for W in (np.full(shape, 7.0), rng.randn(shape[0], 2) @ rng.randn(2, shape[1])):
+        fitted = DoubleSparseFactorizer(density=0.5, max_iter=5).fit(W)
+        assert fitted.reconstruction_err_ < 1e-12
+        assert fitted.density_ <= 0.5

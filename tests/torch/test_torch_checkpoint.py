@@ -235,3 +235,25 @@ def test_a_network_that_is_built_needs_all_of_its_parameters(network, tmp_path):
     with pytest.raises(ValueError, match="it lacks"):
         load_network(lambda: make(1), tmp_path / "part", strict=False)
     assert not next(make(1).parameters()).is_meta
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint16"])
+def test_packed_numbers_are_kept_bit_by_bit(dtype, tmp_path):
+    def build(fill):
+        layer = nn.Linear(4, 4)
+        bits = (torch.arange(16) * fill).to(torch.uint16 if dtype == "uint16" else torch.uint8)
+        layer.register_buffer("packed", bits.view(getattr(torch, dtype)).reshape(4, 4).T)
+        return nn.Sequential(layer)
+
+    model = build(1)
+    save_network(model, tmp_path / "network")
+    loaded = load_network(build(0), tmp_path / "network")
+    raw = torch.int16 if dtype == "uint16" else torch.uint8
+    assert torch.equal(loaded[0].packed.view(raw), model[0].packed.view(raw))
+
+
+def test_a_tensor_that_no_file_can_hold_is_named(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"'0\.weight': .*complex128"):
+        save_network(model, tmp_path / "network")
+    assert os.listdir(tmp_path) == []

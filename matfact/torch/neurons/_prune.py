@@ -18,6 +18,7 @@ from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection, quadratic
 from matfact.torch._batches import device_of, eval_mode
 from matfact.torch._matrices import as_array
+from matfact.torch._narrowed import remember
 from matfact.torch._random import RandomState, drawing
 from matfact.torch._tensors import first_filled
 from matfact.torch.neurons._blocks import NeuronBlock
@@ -174,6 +175,7 @@ def prune_neurons(
     except BaseException:
         restore()
         raise
+    remember(model, dense)
     return NeuronPruning(model, pruned)
 
 
