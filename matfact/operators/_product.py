@@ -16,10 +16,10 @@ from matfact import backend
 from matfact._safetensors import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _storage
-from matfact.operators._advice import Advice
+from matfact.operators._advice import Advice, measure
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
-from matfact.operators._plan import COMPUTED, Plan, measure, versions
+from matfact.operators._plan import COMPUTED, Plan, versions
 from matfact.operators._selection import SelectionFactor
 
 if TYPE_CHECKING:
@@ -193,14 +193,10 @@ class FactorProduct:
     def advise(self, batch_size: int) -> Advice:
         """Tell whether the factors or the dense matrix are faster for a batch.
 
-        ``product @ X`` follows the advice by itself for NumPy arrays and for torch tensors on the
-        CPU that take no gradient, where the times are predicted from rates measured once on each
-        machine (a few seconds, kept in the user's cache folder) with weights that come from
-        memory, as in a network. Where the prediction is close, products of this kind are timed
-        too, once on each machine. For other array libraries and products of at most 16,384
-        entries, both ways are timed at each call, with weights that may be in the cache; such
-        small products become dense when they are applied a second time, unless the factors save
-        many operations.
+        Both are timed at each call, on this machine as it is now, with weights that may be in the
+        cache. ``product @ X`` does not ask: which way it takes follows from shapes and stored
+        values alone, so that its results repeat to the bit. Where the dense matrix is the faster
+        one here, use ``product.toarray()``.
 
         Parameters
         ----------
@@ -216,7 +212,7 @@ class FactorProduct:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         batch_size = int(batch_size)
         if self._plan:
-            return self._plan.advise(batch_size, self._plan.dtype)
+            return self._plan.advise(batch_size)
         return measure(self._apply_factors, self.toarray(), batch_size)
 
     def __rmatmul__(self, X: Array) -> Array:
