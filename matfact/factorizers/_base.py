@@ -77,7 +77,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         ----------
         W : array-like of shape (out_features, in_features)
             The matrix, laid out as ``torch.nn.Linear.weight``. NumPy, CuPy and torch arrays stay
-            on their device.
+            on their device. Long doubles are rounded to float64, integers become float64.
         y : None
             Ignored; present for API consistency.
         calibration : array-like of shape (n_samples, in_features) or InputStatistics, optional

@@ -198,6 +198,20 @@ def test_wider_operands_are_computed_with_in_their_dtype(sparse_pair, batch, by_
     assert error(found, sparse_pair, X) < 1
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">c16", np.longdouble])
+@pytest.mark.parametrize("side", [60, 200])
+def test_operands_of_foreign_byte_order_and_width_are_converted(dtype, side):
+    rng = np.random.default_rng(1)
+    product = FactorProduct([random_factor("csr", side, side, rng, np.float32)])
+    X = rng.standard_normal((side, 5)).astype(dtype)
+    native = X.astype(np.float64 if X.dtype == np.longdouble else X.dtype.newbyteorder("="))
+    found, expected = product @ X, product @ native
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    stored = FactorProduct([f.with_values(f.values.astype(">f4")) for f in product])
+    np.testing.assert_allclose(stored @ native, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(200,), (200, 1), (200, 7), (200, 0)])
 def test_prepared_calls_do_what_calls_do(shape, sparse_pair):
     program = sparse_pair._plan._program(np.dtype(np.float32))
