@@ -2,7 +2,7 @@
 
 Weights rotate over enough layers to come from memory, as in a network; repeats are interleaved,
 so that a slow moment of the machine falls on all; medians and their ratios to dense are reported.
-The break-even table is what the library itself predicts with ``FactorProduct.advise``.
+The break-even table is what the library itself measures with ``FactorProduct.advise``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.applied import METHODS, STRUCTURES, Method, Structure
 from matfact._files import write_atomically
-from matfact.kernels import cost
 from matfact.operators import FactorProduct
 
 Row = dict[str, Any]
@@ -54,8 +53,7 @@ def run(options: argparse.Namespace) -> int:
     rows = json.loads(path.read_text())["rows"] if options.resume and path.exists() else []
     with machine.threads(options.threads):
         conditions = machine.describe(options.threads)
-        cost.rates()  # loads the kernels, without which a process begins
-        predicted = break_even(options)
+        advised = break_even(options)
         absent = [m.name for m in METHODS if not m.is_present()]
         for name, n in itertools.product(options.structures, options.sizes):
             known = {row["batch"] for row in rows if (row["structure"], row["n"]) == (name, n)}
@@ -63,10 +61,10 @@ def run(options: argparse.Namespace) -> int:
             for row in measure(name, STRUCTURES[name], n, missing, options) if missing else ():
                 rows.append(row)
             content = {
-                "conditions": conditions, "absent": absent, "rows": rows, "break_even": predicted
+                "conditions": conditions, "absent": absent, "rows": rows, "break_even": advised
             }  # fmt: skip
             write_atomically(path, json.dumps(content, indent=1, default=str).encode())
-    text = markdown(conditions, absent, rows, predicted)
+    text = markdown(conditions, absent, rows, advised)
     (options.output / "apply.md").write_text(text)
     print(text, end="")
     return 0
@@ -169,7 +167,7 @@ def break_even(options: argparse.Namespace) -> list[Row]:
 
 
 def markdown(
-    conditions: dict[str, Any], absent: list[str], rows: list[Row], predicted: list[Row]
+    conditions: dict[str, Any], absent: list[str], rows: list[Row], advised: list[Row]
 ) -> str:
     lines = [
         f"{conditions['cpu']}, {conditions['threads']} thread(s), float32. Median µs of one layer "
@@ -180,10 +178,10 @@ def markdown(
     for structure in dict.fromkeys(row["structure"] for row in rows):
         chosen = [row for row in rows if row["structure"] == structure]
         lines += ["", f"### {structure}", "", *_times(chosen)]
-    if predicted:
-        lines += ["", "### Break-even of two sparse factors, predicted", ""]
+    if advised:
+        lines += ["", "### Break-even of two sparse factors", ""]
         lines += ["Speed-up over dense; 'dense' where the factors do not pay.", ""]
-        lines += _speedups(predicted)
+        lines += _speedups(advised)
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ a slow moment of the machine falls on all; medians and their ratios to the dense
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -20,7 +21,6 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from matfact.kernels import cost
 from matfact.operators import Factor, FactorProduct, KroneckerSparseFactor
 from matfact.solvers.chains import dyadic_chain
 from matfact.torch import (
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(["nn.Linear", *options.layers]))
     with machine.threads(options.threads):
         conditions = machine.describe(options.threads)
-        cost.rates()  # loads the kernels, without which a process begins
+        importlib.import_module("matfact.kernels.program")  # without which a process begins
         rows = [row for n in options.sizes for row in measure(n, names, options)]
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"conditions": conditions, "training": options.training, "rows": rows}

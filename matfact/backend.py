@@ -15,6 +15,8 @@ import numpy as np
 import scipy.linalg
 
 Array = Any  #: an array of any library that follows the Array API standard
+#: What NumPy's numbers beyond double precision, by character, are rounded to.
+_DOUBLE = {"g": np.float64, "G": np.complex128}
 
 
 def _compat() -> ModuleType:
@@ -115,10 +117,13 @@ def compute_array(array: Array) -> Array:
     """Return `array` in the dtype the solvers work in.
 
     float32, float64 and complex dtypes are kept, 16-bit floats become float32, integers and
-    booleans become float64.
+    booleans become float64. NumPy's numbers of foreign byte order become native ones, and those
+    longer than double precision are rounded to it.
     """
-    if is_numpy(array) and array.dtype.char in "fdFD":
-        return array
+    if is_numpy(array):
+        if array.dtype.char in "fdFD" and array.dtype.isnative:
+            return array
+        array = array.astype(storage_dtype(array), copy=False)
     xp = namespace(array)
     if is_half(array):
         return xp.astype(array, xp.float32)
@@ -128,7 +133,14 @@ def compute_array(array: Array) -> Array:
 
 
 def storage_dtype(array: Array) -> Any:
-    """Return the dtype in which results for `array` are returned: its own, or float64."""
+    """Return the dtype in which results for `array` are returned: its own, or float64.
+
+    NumPy's long numbers become those of double precision, all in native byte order.
+    """
+    if is_numpy(array):
+        if array.dtype.kind in "fc":
+            return np.dtype(_DOUBLE.get(array.dtype.char, array.dtype)).newbyteorder("=")
+        return np.dtype(np.float64)
     xp = namespace(array)
     floating = is_half(array) or xp.isdtype(array.dtype, ("real floating", "complex floating"))
     return array.dtype if floating else xp.float64

@@ -104,6 +104,18 @@ def output_energy(W: Array, gram: Array) -> float:
     return max(0.0, energy)
 
 
+def least_chain(shape: tuple[int, int], n_factors: int) -> int:
+    """Return the fewest values of sparse factors, square but for one, of which all count.
+
+    Two can stand for the largest entries of the matrix alone. More of them need a value for each
+    row or column, as an identity has.
+    """
+    if n_factors <= 2:
+        return n_factors
+    # No more than the matrix itself, which tiny ones cannot have.
+    return max(n_factors, min((n_factors - 1) * min(shape) + max(shape), shape[0] * shape[1]))
+
+
 def magnitude_error(W: Array, nnz: int) -> float:
     """Return the relative error of keeping the `nnz` largest entries of `W`.
 

@@ -38,7 +38,7 @@ def test_every_structure_is_applied_by_every_present_method(result):
     assert all(row["ratio"] == 1 for row in content["rows"] if row["method"] == "dense (BLAS)")
 
 
-def test_break_even_is_predicted_for_every_density_and_batch(result):
+def test_break_even_is_advised_for_every_density_and_batch(result):
     _, content = result
     cells = {(row["stored"], row["batch_size"]) for row in content["break_even"]}
     assert len(cells) == len(content["break_even"]) == len(apply.DENSITIES) * 2

@@ -57,6 +57,16 @@ def test_results_are_those_of_python(weights, invoke, tmp_path):
     assert json.loads((out / "comparison.json").read_text())["summary"]
 
 
+def test_layers_that_are_not_compared_are_named(weights, invoke, tmp_path):
+    result = invoke(weights, "--sizes", 8, "--per-size", 1, "--methods", "magnitude", "--output",
+                    tmp_path)  # fmt: skip
+    left_out = Comparison.from_json(tmp_path / "comparison.json").metadata["left_out"]
+    assert len(left_out) == 2
+    for name, reason in left_out.items():
+        assert name in result.output
+        assert reason in result.output
+
+
 def test_table_and_files_are_shown(weights, invoke, tmp_path):
     pytest.importorskip("matplotlib")
     result = invoke(weights, *COMMON, "--output", tmp_path / "out")

@@ -96,6 +96,7 @@ def _study(
     loaded = load_weights(weights, stored=scheduler is not None)
     matrices = cut_matrices(loaded, **cut)
     console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
+    _tell_left_out(console, matrices.left_out)
     with on_cluster(scheduler):
         comparison = _compare(console, matrices, run)
     comparison.metadata |= {"weights": loaded.source, "cut": cut}
@@ -105,6 +106,18 @@ def _study(
         console.print(f"Failed: {method} at size {size} ({count}×): {message}", markup=False)
     _write(console, comparison, output)
     return comparison
+
+
+def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
+    """Name the layers that are not compared, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        console.print(
+            f"Not compared ({len(names)}; {reason}): {', '.join(names)}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """Methods against each other on real matrices: the study, its table and its figure."""
 
-from matfact.compare._matrices import DEFAULT_SIZES, cut_matrices
+from matfact.compare._matrices import DEFAULT_SIZES, Cut, cut_matrices
 from matfact.compare._methods import METHODS
 from matfact.compare._plot import plot_comparison, plot_history, save_figure
 from matfact.compare._report import summary_table
@@ -14,6 +14,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "ComparisonRow",
+    "Cut",
     "StoredMatrix",
     "SummaryRow",
     "Weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
 
 
 def _rows_of_means(summary: list[SummaryRow]) -> list[list[str]]:
-    largest = {name: max((g.mean.get(name, 0.0) for g in summary), default=0.0) for name in _DRAWN}
+    drawn = {name: [group.mean.get(name, 0.0) for group in summary] for name in _DRAWN}
+    largest = {n: max(filter(math.isfinite, means), default=0.0) for n, means in drawn.items()}
     return [
         [
             escape(label(group.method)),

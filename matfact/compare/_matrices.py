@@ -21,6 +21,18 @@ _EMBEDDING = re.compile("embed")
 _Shapes = Mapping[str, tuple[int, int]]
 
 
+class Cut(dict[str, Any]):
+    """Matrices by name, and what was not taken.
+
+    Attributes
+    ----------
+    left_out : dict of str to str
+        Layers of which no part was taken, with the reason.
+    """
+
+    left_out: dict[str, str]
+
+
 def cut_matrices(
     weights: Mapping[str, M],
     *,
@@ -30,7 +42,7 @@ def cut_matrices(
     full: bool = False,
     random_state: int = 0,
     dtype: Any = np.float32,
-) -> dict[str, M]:
+) -> Cut:
     """Cut square windows, and optionally whole matrices, out of trained weights.
 
     For each size the layers are visited in an order drawn from `random_state` and the size, and
@@ -59,9 +71,10 @@ def cut_matrices(
 
     Returns
     -------
-    dict of str to ndarray or StoredMatrix
-        Matrices by name, such as ``"layer.0[64:128, 0:64]"``; whole ones carry the layer's name.
-        What is stored in `weights` stays so.
+    Cut
+        A dict of matrices by name, such as ``"layer.0[64:128, 0:64]"``; whole ones carry the
+        layer's name. What is stored in `weights` stays so. Its ``left_out`` names the layers of
+        which nothing was taken, with the reason.
 
     Raises
     ------
@@ -83,20 +96,49 @@ def cut_matrices(
     windows = [
         window for size in sizes for window in _windows(chosen, size, per_size, random_state)
     ]
+    candidates = chosen
     if full:
         everything = {name: W.shape for name, W in _select(weights, layers, all_kinds=True).items()}
         windows += _whole(everything, sizes, per_size, random_state)
+        candidates = chosen | everything
     if not windows:
         raise ValueError(
             f"sizes must include one of at most {largest}, the largest square in the layers "
             f"chosen (the default is {DEFAULT_SIZES}); or ask for whole matrices with full."
         )
-    return {
-        _name(layer, rows, columns, weights[layer].shape): _cut(
-            weights[layer], rows, columns, dtype
-        )
-        for layer, rows, columns in windows
+    cut = Cut(
+        {
+            _name(layer, rows, columns, weights[layer].shape): _cut(
+                weights[layer], rows, columns, dtype
+            )
+            for layer, rows, columns in windows
+        }
+    )
+    taken = {layer for layer, _, _ in windows}
+    cut.left_out = {
+        name: _reason(name, candidates, layers, sizes, per_size, full)
+        for name in weights
+        if name not in taken
     }
+    return cut
+
+
+def _reason(
+    name: str, candidates: _Shapes, layers: str | None, sizes: Sequence[int], per_size: int,
+    full: bool,
+) -> str:  # fmt: skip
+    """Return why nothing was taken of a layer."""
+    if name not in candidates:
+        if layers is not None:
+            return f"its name does not match layers={layers!r}"
+        kinds = "no embeddings" if full else "only attention matrices, or no embeddings"
+        return f"by default {kinds} are taken; name it with layers"
+    rows, columns = candidates[name]
+    if full and (rows != columns or rows not in sizes):
+        return f"per_size={per_size} other matrices of shape {rows}×{columns} were taken"
+    if not any(size <= min(rows, columns) for size in sizes):
+        return f"it is smaller than the windows, of sides {', '.join(map(str, sizes))}"
+    return f"the per_size={per_size} windows of each size were cut from other layers"
 
 
 def _cut(W: Any, rows: slice, columns: slice, dtype: Any) -> Any:

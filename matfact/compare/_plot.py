@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,6 +68,8 @@ def plot_comparison(comparison: Comparison) -> Figure:
         rows = [row for row in comparison if row.requested_density == density]
         _draw_panel(axes, rows, sizes, methods)
         axes.set_title("" if density is None else f"density {density:g}", fontsize=11)
+    # At last: the panels share their range, which what is drawn later would no longer widen.
+    panels[0].set_ylim(bottom=0.0)
     panels[0].set_ylabel("error ÷ error of magnitude pruning")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, labelspacing=0.9)
@@ -96,18 +98,32 @@ def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:
     figure = new_figure(6.4, 4.0, dpi=200)
     axes = figure.subplots()
     for i, (name, estimator) in enumerate(fits.items()):
-        color, marker = _STYLES[i % len(_STYLES)]
+        color, marker = _style(i)
         history = estimator.history_
         axes.plot(
             history["seconds"], history["objective"], color=color, marker=marker, markersize=4,
             label=name,
         )  # fmt: skip
-    axes.set_yscale("log")
+    axes.set_yscale(**_scale([line.get_ydata() for line in axes.get_lines()]))
     axes.set_xlabel("seconds")
     axes.set_ylabel("objective")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _style(i: int) -> tuple[str, str]:
+    """Return colour and marker of the `i`-th method or fit, another pair for each of 64."""
+    turns, place = divmod(i, len(_STYLES))
+    return _STYLES[place][0], _STYLES[(place + turns) % len(_STYLES)][1]
+
+
+def _scale(drawn: Sequence[Any]) -> dict[str, Any]:
+    """Return a scale with a place for every number drawn: a logarithm has none for 0."""
+    numbers = np.concatenate([np.ones(1), *map(np.asarray, drawn)])
+    if (numbers > 0).all():
+        return {"value": "log"}
+    return {"value": "symlog", "linthresh": float(numbers[numbers > 0].min())}
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -123,7 +139,7 @@ def _draw_panel(
     axes.axhline(1.0, color="#808080", linestyle="--", linewidth=1.2, label=label(_BASELINE))
     step = _GROUP_WIDTH / max(1, len(methods))
     for i, method in enumerate(methods):
-        color, marker = _STYLES[i % len(_STYLES)]
+        color, marker = _style(i)
         offset = (i - (len(methods) - 1) / 2) * step
         groups = {
             place + offset: errors
@@ -141,7 +157,6 @@ def _draw_panel(
         )  # fmt: skip
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.5, len(sizes) - 0.5)
-    axes.set_ylim(bottom=0.0)
     axes.set_xlabel("matrix size")
     axes.grid(axis="y", color="#E0E0E0", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -54,7 +54,7 @@ def compare_projections(
     ----------
     matrices : mapping of str to array or StoredMatrix, or sequence of such
         Matrices of shape (out_features, in_features), by name; in a sequence they are named by
-        their position.
+        their position. What :func:`cut_matrices` has left out is noted in the metadata.
     methods : sequence of str or (str, estimator), optional
         Names in ``matfact.compare.METHODS``, or names of your own with an unfitted estimator,
         which is cloned and given each density where it has such a parameter. None means all in
@@ -98,6 +98,8 @@ def compare_projections(
     estimators = make_estimators(methods)
     tasks = _tasks(named, estimators, densities, random_state)
     metadata = _describe(named, estimators, densities, random_state)
+    if left_out := getattr(matrices, "left_out", None):
+        metadata["left_out"] = dict(left_out)
     # The largest matrices first, so that no worker is left with one while the others are idle.
     order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
     rows: dict[int, ComparisonRow] = {}

@@ -48,6 +48,8 @@ class FixedSupport(Support):
         mask = backend.to_numpy(mask) if backend.is_array(mask) else np.asarray(mask)
         if mask.ndim != 2:
             raise ValueError(f"support_mask must be 2-D, got {mask.ndim}-D.")
+        if not (mask != 0).any():
+            raise ValueError("support_mask must be true somewhere, got no such entry.")
         object.__setattr__(self, "support_mask", mask != 0)
 
     @classmethod

@@ -19,6 +19,7 @@ from matfact.calibration import InputStatistics
 from matfact.factorizers._validation import check_calibration, check_matrix
 from matfact.operators import Factor, FactorProduct
 from matfact.solvers._callback import History
+from matfact.solvers.coding import coding_error
 
 #: Constraint on the `density` parameter, shared by the factorizers that have one.
 DENSITY = [Interval(Real, 0, 1, closed="right"), None]
@@ -77,7 +78,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         ----------
         W : array-like of shape (out_features, in_features)
             The matrix, laid out as ``torch.nn.Linear.weight``. NumPy, CuPy and torch arrays stay
-            on their device.
+            on their device. Long doubles are rounded to float64, integers become float64.
         y : None
             Ignored; present for API consistency.
         calibration : array-like of shape (n_samples, in_features) or InputStatistics, optional
@@ -149,25 +150,37 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return transpose(self.operator_ @ transpose(X))
 
     def score(self, W: Any, y: Any = None) -> float:
-        """Return minus the relative error of the fitted product as an approximation of `W`.
+        """Return minus the relative error with which the fitted factors represent `W`.
+
+        For the matrix that was fitted this is ``-reconstruction_err_``. Other rows, such as those
+        that K-fold cross-validation holds out, are written anew with the factors after the
+        first, by as many values a row as the first has: a product of low rank projects them on
+        its row space, a single sparse factor keeps the largest of their entries.
 
         Parameters
         ----------
-        W : array-like of shape (out_features, in_features)
-            Matrix to compare with, of the shape fitted.
+        W : array-like of shape (n_rows, in_features)
+            The rows.
         y : None
             Ignored; present for API consistency.
+
+        Returns
+        -------
+        float
+            Between -1 and 0, the higher the better.
         """
         check_is_fitted(self)
         W = backend.compute_array(self._check_input(W, "W", reset=False))
-        if tuple(W.shape) != self.operator_.shape:
-            # K-fold splits hand over rows that were not fitted, which nothing here can predict.
-            raise ValueError(
-                f"W must have the shape that was fitted, {self.operator_.shape}, to be scored; "
-                f"got {tuple(W.shape)}. In a grid search, fit and score the whole matrix with "
-                "cv=[(np.arange(len(W)), np.arange(len(W)))]."
-            )
-        return -metrics.relative_error(W, self.operator_.astype(W.dtype).toarray())
+        operator = self.operator_
+        if not backend.is_complex(operator.factors[0].values) or backend.is_complex(W):
+            operator = operator.astype(W.dtype)
+        errors = []
+        if tuple(W.shape) == operator.shape:
+            errors.append(metrics.relative_error(W, operator.toarray()))
+            if errors[0] == self.reconstruction_err_:  # no other matrix has the same to the bit
+                return -errors[0]
+        errors.append(coding_error(W, operator))
+        return -min(errors)
 
     def _check_input(self, X: Any, name: str, *, reset: bool) -> Array:
         """Validate a matrix against the estimator's features, or set them."""

@@ -252,6 +252,24 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         padded = xp.concat([X, xp.zeros_like(X[:, :1])], axis=1)
         return xp.take(padded, backend.like(source, X), axis=1)
 
+    def score(self, H: Any, y: Any) -> float:
+        """Return minus the relative error of outputs that the kept units rebuild.
+
+        Parameters
+        ----------
+        H : array-like of shape (n_samples, n_hidden)
+            Activations of all hidden units.
+        y : array-like of shape (n_samples, n_outputs) or (n_samples,)
+            The block's outputs.
+        """
+        kept = self.transform(H)
+        y = y if backend.is_array(y) else backend.like(np.asarray(y), kept)
+        y = check_matrix(y if y.ndim == 2 else y[:, None], "y")
+        weights = self.coef_ if self.coef_.ndim == 2 else self.coef_[None, :]
+        return -metrics.relative_error(
+            y, kept @ backend.namespace(weights).matrix_transpose(weights)
+        )
+
     def _get_support_mask(self) -> np.ndarray:
         check_is_fitted(self)
         return self.support_

@@ -43,7 +43,8 @@ class DoubleSparseFactorizer(BaseFactorizer):
     ----------
     density : float or None, default=None
         Stored values of both factors ÷ entries of `W`, in (0, 1]; never exceeded. None means
-        0.25, or two values where that is more.
+        0.25, or two values where that is more (of more factors, one for each of their rows or
+        columns).
     first_factor_density : float or "auto", default="auto"
         Nonzeros of `A` ÷ its entries, in (0, 1]; `B` takes what is left of the budget. "auto"
         halves the budget between the factors of a square `W`, and gives the longer factor of
@@ -52,8 +53,9 @@ class DoubleSparseFactorizer(BaseFactorizer):
         Where `A` and `B` may be nonzero: any sparsity or support of :mod:`matfact.constraints`,
         such as ``NMSparsity(2, 4)``, ``BlockSparsity(k)``, ``RowSparsity(k)`` or
         ``FixedSupport.random(shape, k, seed)``, or the name of one that needs no parameter. A
-        factor with None stores freely what the other leaves of `density`; with two sets
-        `density` must be None.
+        factor with None stores freely what the other leaves of `density`, which must be one value
+        for each of its rows and columns and should be half as many as the other has; with two
+        sets `density` must be None.
     n_factors : int, default=2
         Number of factors. With more than two, one after the other is split off and all are
         refined together by :class:`Palm4MSA`'s solver; they share the budget as two would, and
@@ -137,8 +139,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
             W = xp.matrix_transpose(W)
             sets = [transposed(constraint) for constraint in reversed(sets)]
         *found, n_iter = dsf(W, *sets, max_iter=self.max_iter, callback=history)
-        if self.constraints is None:
-            found = self._best(W, found, sets)
+        found = self._best(W, found, sets) if self.constraints is None else _better(W, found, sets)
         factors = [xp.matrix_transpose(f) for f in reversed(found)] if tall else found
         return Factorization([SparseFactor.from_dense(f) for f in factors], n_iter)
 
@@ -151,7 +152,9 @@ class DoubleSparseFactorizer(BaseFactorizer):
                     f"{getattr(self, name)!r}."
                 )
         short, long = sorted(W.shape)
-        budget = metrics.stored_value_budget(self.density, W.shape, minimum=self.n_factors)
+        budget = metrics.stored_value_budget(
+            self.density, W.shape, minimum=metrics.least_chain(W.shape, self.n_factors)
+        )
         n_square = self.n_factors - 1
         weight = math.sqrt(short) / (n_square * math.sqrt(short) + math.sqrt(long))
         square = min(max(1, round(budget * weight)), (budget - 1) // n_square, short * short)
@@ -203,14 +206,28 @@ class DoubleSparseFactorizer(BaseFactorizer):
         chosen = {i: _resolve(c, i, shapes[i]) for i, c in enumerate(given) if c is not None}
         if len(chosen) == 1:
             ((i, constraint),) = chosen.items()
-            stored, free = constraint.nnz(shapes[i]), 1 - i
-            budget = metrics.stored_value_budget(self.density, shape, minimum=stored + 1)
-            chosen[free] = GlobalSparsity(min(budget - stored, math.prod(shapes[free])))
+            left = self._left(shape, constraint.nnz(shapes[i]), max(shapes[1 - i]))
+            chosen[1 - i] = GlobalSparsity(min(left, math.prod(shapes[1 - i])))
         elif not chosen:
             raise ValueError("constraints must hold a set, got only None.")
         elif self.density is not None:
             raise ValueError(f"density must be None with two constraints, got {self.density}.")
         return [chosen[0], chosen[1]]
+
+    def _left(self, shape: tuple[int, int], stored: int, needed: int) -> int:
+        """Return how many values are left to the factor that may stand anywhere, if it can do."""
+        budget, size = metrics.stored_value_budget(self.density, shape), math.prod(shape)
+        if budget - stored >= needed:
+            return budget - stored
+        asked = f"density={self.density}" + (", which means 0.25," if self.density is None else "")
+        least, good = (math.ceil(1e4 * n / size) / 1e4 for n in (stored + needed, 1.5 * stored))
+        advice = f"a density of at least {least:g}, better {min(1.0, max(least, good)):g}"
+        raise ValueError(
+            f"{asked} allows {budget} stored values for a "
+            f"{shape[0]}×{shape[1]} matrix, but the factor with a constraint takes {stored}, and "
+            f"the other needs {needed}, one for each row and column: choose "
+            f"{advice if least <= 1.0 else 'a constraint that leaves more'}."
+        )
 
     def _budgets(self, shape: tuple[int, int]) -> list[Constraint]:
         """Return how many nonzeros `A` and `B` may have."""
@@ -230,6 +247,24 @@ class DoubleSparseFactorizer(BaseFactorizer):
                 )
         first = min(max(first, 1, budget - side * columns), rows * side, budget - 1)
         return [GlobalSparsity(first), GlobalSparsity(budget - first)]
+
+
+def _better(W: Array, found: list[Array], sets: Sequence[Constraint]) -> list[Array]:
+    """Return the factors found, or a constrained one alone where that comes nearer to `W`.
+
+    The other, if it may hold an identity, then does nothing.
+    """
+    xp = backend.namespace(W)
+    best, error = found, backend.norm(W - xp.matmul(*found))
+    for free, (factor, constraint) in enumerate(zip(found, sets, strict=True)):
+        side, other = factor.shape[0], 1 - free
+        holds = isinstance(constraint, GlobalSparsity) and constraint.k >= side == factor.shape[1]
+        if holds and found[other].shape == W.shape:
+            alone = sets[other].project(W)
+            if (lost := backend.norm(W - alone)) < error:
+                eye = xp.eye(side, dtype=W.dtype, device=backend.device(W))
+                best, error = ([alone, eye] if free else [eye, alone]), lost
+    return best
 
 
 def _resolve(constraint: Constraint | str, i: int, shape: tuple[int, int]) -> Constraint:

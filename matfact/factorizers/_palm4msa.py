@@ -50,7 +50,8 @@ class Palm4MSA(BaseFactorizer):
     density : float or None, default=None
         Stored values ÷ entries of `W`, in (0, 1]; never exceeded. Each factor keeps its share of
         the largest entries, wherever they are. None means 0.25, or one value a factor where that
-        is more; with `constraints` it must be None.
+        is more (of more than two factors, one for each of their rows or columns); with
+        `constraints` it must be None.
     n_factors : int, default=2
         Number of factors, all but that of the longer side of `W` square on the shorter one. One
         gives magnitude pruning. Not used with `constraints`.
@@ -223,7 +224,8 @@ class Palm4MSA(BaseFactorizer):
             raise ValueError(f"init must hold {n_factors} factors, got {len(start)}.")
         shapes = _shapes(W.shape, n_factors) if start is None else [a.shape for a in start]
         if self.constraints is None:
-            budget = metrics.stored_value_budget(self.density, W.shape, minimum=n_factors)
+            least = metrics.least_chain(W.shape, n_factors)
+            budget = metrics.stored_value_budget(self.density, W.shape, minimum=least)
             return _shares(budget, W.shape, n_factors, start), shapes
         for i, (constraint, shape) in enumerate(zip(sets, shapes, strict=True)):
             try:
@@ -277,7 +279,8 @@ def _shares(
         sizes = [budget - sum(rest), *rest]
     else:
         aspect = max(shape) / min(shape)
-        rest = [max(1, int(SQUARE_SHARE * budget / n_factors / aspect**0.5))] * (n_factors - 1)
+        least = 1 if n_factors <= 2 else min(*shape, (budget - 1) // (n_factors - 1))
+        rest = [max(least, int(SQUARE_SHARE * budget / n_factors / aspect**0.5))] * (n_factors - 1)
         last = budget - sum(rest)
         sizes = [last, *rest] if shape[0] > shape[1] else [*rest, last]
     return [GlobalSparsity(k) for k in sizes]

@@ -15,6 +15,8 @@ from matfact.calibration import InputStatistics
 def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
     """Return `W` as a finite, non-empty 2-D array of its own library and floating dtype.
 
+    Numbers of foreign byte order become native ones, and long doubles are rounded to float64.
+
     Parameters
     ----------
     W : array-like of shape (rows, columns)
@@ -27,17 +29,12 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
     Raises
     ------
     TypeError
-        If `W` is a SciPy sparse matrix or array.
+        If `W` is a SciPy sparse matrix or array, or a ``numpy.matrix``.
     ValueError
         If `W` is not 2-D, is empty, or holds NaN, infinite or (unless allowed) complex values.
     """
-    if not backend.is_array(W) or (backend.is_numpy(W) and W.dtype.kind in "OUS"):
-        W = check_array(
-            W, input_name=name, dtype=None, ensure_2d=False, allow_nd=True, ensure_min_samples=0,
-            ensure_all_finite=False,
-        )  # fmt: skip
-        if W.dtype.kind in "OUS":
-            W = W.astype(np.float64)
+    if not backend.is_array(W) or backend.is_numpy(W):
+        W = _plain_array(W, name)
     W = backend.detached(W)
     xp = backend.namespace(W)
     shape = tuple(int(n) for n in W.shape)
@@ -60,6 +57,25 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
     if not bool(xp.all(xp.isfinite(W))):
         what = "NaN" if bool(xp.any(xp.isnan(W))) else "infinity"
         raise ValueError(f"{name} must be finite. Input {name} contains {what}.")
+    return W
+
+
+def _plain_array(W: Any, name: str) -> np.ndarray:
+    """Return a NumPy array of numbers from what is one, or can be read as one."""
+    if np.ma.is_masked(W):
+        raise ValueError(f"{name} must have a value everywhere, got an array with masked entries.")
+    if type(W) is not np.ndarray or W.dtype.kind in "OUS":
+        W = check_array(
+            W, input_name=name, dtype=None, ensure_2d=False, allow_nd=True, ensure_min_samples=0,
+            ensure_all_finite=False,
+        )  # fmt: skip
+    if W.dtype.kind in "OUS":
+        try:
+            W = W.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} must hold real numbers, but {error}.") from error
+    if W.dtype.kind not in "biufc":
+        raise ValueError(f"{name} must hold numbers, got an array of dtype {W.dtype}.")
     return W
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -50,7 +49,7 @@ class Program:
         self._half = half
         self.columns = columns
         self._largest = columns
-        self.counts = {"call": 1, "row": columns, "csr": 0, "pair": 0, "block": 0}
+        self.counts = {"row": columns, "csr": 0, "pair": 0, "block": 0}
         self._steps: list[list[int]] = []
         self._values: list[np.ndarray] = []
         self._indices: list[np.ndarray] = []
@@ -134,16 +133,6 @@ class Program:
         self.counts["row"] += self.rows  # to pack and unpack
         self._n_values = sum(self.counts.values())
         self._values, self._indices, self._table = [], [], []
-        return self._located()
-
-    def copy(self) -> Program:
-        """Return the same program, elsewhere in memory."""
-        other = copy.copy(self)
-        other._arrays = tuple(map(np.copy, self._arrays))
-        return other._located()
-
-    def _located(self) -> Program:
-        """Note where the arrays are."""
         steps, values, indices, table = self._arrays
         self._job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(steps) + 2), np.int64)
         self._job[: fused.TABLE_DATA + 1] = (

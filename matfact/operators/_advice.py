@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+
+_ROUNDS = 5  #: timings of which the fastest counts
 
 
 class Advice(NamedTuple):
@@ -44,3 +53,22 @@ class Advice(NamedTuple):
             f"{self.factors_seconds * 1e6:.3g} µs, the dense matrix "
             f"{self.dense_seconds * 1e6:.3g} µs ({self.speedup:.2g}× speed-up)"
         )
+
+
+def measure(by_factors: Callable[[Array], Array], dense: Array, batch: int) -> Advice:
+    """Time both ways of applying a product on random inputs."""
+    values = np.random.RandomState(0).standard_normal((dense.shape[1], batch))
+    dense = backend.compute_array(dense)
+    X = backend.like(values, dense, dtype=dense.dtype)
+    matmul = backend.namespace(dense).matmul
+    return Advice(batch, _fastest(by_factors, X), _fastest(lambda X: matmul(dense, X), X))
+
+
+def _fastest(call: Callable[[Array], Any], X: Array) -> float:
+    times = []
+    for _ in range(_ROUNDS + 1):
+        start = time.perf_counter()
+        result = call(X)
+        backend.to_numpy(result[:1, :1])  # waits for devices that compute in the background
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import scipy.sparse.linalg
 
 from matfact import backend
 from matfact._safetensors import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _storage
-from matfact.operators._advice import Advice
+from matfact.operators._advice import Advice, measure
+from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
-from matfact.operators._plan import COMPUTED, Plan, measure, versions
+from matfact.operators._plan import COMPUTED, Plan, versions
 from matfact.operators._selection import SelectionFactor
 
 if TYPE_CHECKING:
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 Format = Literal["csr", "bitmask", "smallest", "dense"]
 
 
-class FactorProduct:
+class FactorProduct(ArrayLike):
     """The linear operator ``F_1 F_2 … F_Q``, applied from right to left.
+
+    It is array-like: ``np.asarray`` multiplies it out, ``@`` with another product chains the
+    factors of both, with anything else it gives an array; numbers scale it, and
+    :func:`scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers take it as it is.
 
     Parameters
     ----------
@@ -52,9 +56,6 @@ class FactorProduct:
     array([6., 6., 6., 6.])
     """
 
-    # NumPy must leave ``X @ product`` to __rmatmul__ instead of treating it as a scalar.
-    __array_ufunc__ = None
-
     def __init__(self, factors: Sequence[Factor]) -> None:
         self.factors = tuple(factors)
         if not self.factors:
@@ -71,10 +72,13 @@ class FactorProduct:
         """Rows (out_features) and columns (in_features) of the product."""
         return (self.factors[0].shape[0], self.factors[-1].shape[1])
 
-    @property
+    @functools.cached_property
     def dtype(self) -> Any:
-        """Dtype of the stored values."""
-        return self.factors[0].dtype
+        """Dtype of the stored values, of factors of several the one that holds them all."""
+        dtypes = [factor.dtype for factor in self.factors]
+        if all(dtype == dtypes[0] for dtype in dtypes):
+            return dtypes[0]
+        return backend.namespace(self.factors[0].values).result_type(*dtypes)
 
     @property
     def nnz(self) -> int:
@@ -141,13 +145,20 @@ class FactorProduct:
             product = factor.apply(product)
         return backend.namespace(product).astype(product, self.dtype, copy=False)
 
-    def __matmul__(self, X: Array) -> Array:
-        """Apply the product to a vector of shape (in,) or to the columns of (in, batch)."""
+    def __matmul__(self, X: Any) -> Any:
+        """Apply the product to a vector of shape (in,) or to the columns of (in, batch).
+
+        With another product this is the product of all factors, with a SciPy ``LinearOperator``
+        another such operator, and with a SciPy sparse matrix an array.
+        """
         plan = self._plan
         if plan and type(X) is np.ndarray and (way := plan.ways.get((X.shape, X.dtype))):
             return way(X)  # at once: small products take few microseconds
-        if not backend.is_array(X):
-            X = np.asarray(X)
+        if isinstance(X, FactorProduct):
+            return self._chained(X)
+        if isinstance(X, LinearOperator):
+            return self.to_scipy() @ X
+        X = as_operand(X)
         if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
             raise ValueError(
                 f"X must have shape ({self.shape[1]},) or ({self.shape[1]}, batch) to be "
@@ -167,6 +178,20 @@ class FactorProduct:
         if both_half:
             result = xp.astype(result, self.dtype)
         return result if X.ndim == 2 else xp.reshape(result, (-1,))
+
+    def _chained(self, other: FactorProduct) -> FactorProduct:
+        """Return the product with another one, in the dtype of both."""
+        if self.shape[1] != other.shape[0]:
+            raise ValueError(
+                f"products must chain, but one of shape {self.shape} is followed by one of shape "
+                f"{other.shape}."
+            )
+        libraries = [backend.namespace(p.factors[0].values) for p in (self, other)]
+        if libraries[0] is not libraries[1]:
+            names = " and ".join(library.__name__ for library in libraries)
+            raise TypeError(f"products must be of one array library, got {names}.")
+        product = FactorProduct([*self.factors, *other.factors])
+        return product.astype(product.dtype)
 
     def _apply_factors(self, X: Array) -> Array:
         """Apply one factor after the other, by the operations of the array library."""
@@ -193,14 +218,10 @@ class FactorProduct:
     def advise(self, batch_size: int) -> Advice:
         """Tell whether the factors or the dense matrix are faster for a batch.
 
-        ``product @ X`` follows the advice by itself for NumPy arrays and for torch tensors on the
-        CPU that take no gradient, where the times are predicted from rates measured once on each
-        machine (a few seconds, kept in the user's cache folder) with weights that come from
-        memory, as in a network. Where the prediction is close, products of this kind are timed
-        too, once on each machine. For other array libraries and products of at most 16,384
-        entries, both ways are timed at each call, with weights that may be in the cache; such
-        small products become dense when they are applied a second time, unless the factors save
-        many operations.
+        Both are timed at each call, on this machine as it is now, with weights that may be in the
+        cache. ``product @ X`` does not ask: which way it takes follows from shapes and stored
+        values alone, so that its results repeat to the bit. Where the dense matrix is the faster
+        one here, use ``product.toarray()``.
 
         Parameters
         ----------
@@ -216,15 +237,8 @@ class FactorProduct:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         batch_size = int(batch_size)
         if self._plan:
-            return self._plan.advise(batch_size, self._plan.dtype)
+            return self._plan.advise(batch_size)
         return measure(self._apply_factors, self.toarray(), batch_size)
-
-    def __rmatmul__(self, X: Array) -> Array:
-        """Return ``X @ product`` for X of shape (out,) or (batch, out)."""
-        if not backend.is_array(X):
-            X = np.asarray(X)
-        transpose = backend.namespace(X).matrix_transpose
-        return self.T @ X if X.ndim == 1 else transpose(self.T @ transpose(X))
 
     def rescaled(self, scale: float) -> FactorProduct:
         """Return `scale` times the product, its factors' Frobenius norms balanced.
@@ -245,20 +259,6 @@ class FactorProduct:
         for i, c in zip(scalable, balanced, strict=True):
             factors[i] = factors[i].scaled(float(c))
         return FactorProduct(factors)
-
-    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
-        """Return a SciPy ``LinearOperator`` (NumPy products only)."""
-        if not backend.is_numpy(self.factors[0].values):
-            raise TypeError("to_scipy needs a product of NumPy factors; load or fit it on NumPy.")
-        adjoint = self.T.conj()
-        return scipy.sparse.linalg.LinearOperator(
-            shape=self.shape,
-            dtype=np.dtype(self.dtype),
-            matvec=self.__matmul__,
-            rmatvec=adjoint.__matmul__,
-            matmat=self.__matmul__,
-            rmatmat=adjoint.__matmul__,
-        )
 
     def save(self, path: str | Path) -> None:
         """Write the product to a safetensors file, atomically."""

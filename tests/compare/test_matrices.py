@@ -61,6 +61,37 @@ def test_full_adds_whole_matrices_of_the_other_shapes():
     assert sorted(W.shape for W in whole.values()) == [(8, 8), (40, 40), (80, 40)]
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.none() | st.lists(st.integers(1, 40), min_size=1, max_size=2, unique=True),
+    per_size=st.integers(1, 3),
+    full=st.booleans(),
+    layers=st.sampled_from([None, "attention", "mlp|embed"]),
+)
+def test_every_layer_is_cut_or_named_with_the_reason(sizes, per_size, full, layers):
+    weights = WEIGHTS | {"layer.1.attention.small": np.ones((5, 70)), "head": np.ones((70, 70))}
+    sizes = sizes or [40 if layers else 5]
+    cut = cut_matrices(weights, sizes=sizes, per_size=per_size, full=full, layers=layers)
+    taken = {name.partition("[")[0] for name in cut}
+    assert taken | set(cut.left_out) == set(weights)
+    assert not taken & set(cut.left_out)
+    assert all(cut.left_out.values())
+
+
+def test_reasons_say_what_to_change():
+    weights = WEIGHTS | {"layer.1.attention.small": np.ones((5, 70))}
+    reasons = cut_matrices(weights, sizes=[40], per_size=1).left_out
+    assert "name it with layers" in reasons["embeddings.word"]
+    assert "smaller than the windows" in reasons["layer.1.attention.small"]
+    (other,) = (name for name in reasons if "attention" in name and "small" not in name)
+    assert "per_size=1 windows of each size were cut from other layers" in reasons[other]
+    same = {f"m{i}": np.ones((8, 8)) for i in range(3)}
+    reasons = cut_matrices(same, sizes=[4], per_size=1, full=True).left_out
+    assert {*reasons.values()} == {"per_size=1 other matrices of shape 8×8 were taken"}
+    reasons = cut_matrices(weights, sizes=[8], layers="mlp").left_out
+    assert "does not match layers='mlp'" in reasons["layer.0.attention.key"]
+
+
 def test_layers_are_chosen_by_pattern():
     cut = cut_matrices(WEIGHTS, sizes=[8], layers="mlp")
     assert all(name.startswith("layer.0.mlp.up") for name in cut)

@@ -3,8 +3,14 @@ import sys
 import numpy as np
 import pytest
 
-from matfact import compare_projections
-from matfact.compare import Comparison, plot_comparison, save_figure
+from matfact import LowRank, compare_projections
+from matfact.compare import (
+    Comparison,
+    ComparisonRow,
+    plot_comparison,
+    plot_history,
+    save_figure,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -34,6 +40,29 @@ def test_small_dots_are_fits_and_large_ones_their_means(table):
         np.testing.assert_allclose(means.get_ydata(), [np.mean(e) for e in errors.values()])
         assert means.get_markersize() > dots.get_markersize()
         assert baseline.get_ydata()[0] == 1.0
+
+
+def test_every_panel_shows_every_point():
+    rows = [
+        ComparisonRow("w", 8, 8, "8", "dsf", density, "ok", normalized_error=error)
+        for density, error in ((0.1, 0.5), (0.3, 4.0), (0.5, 0.7))
+    ]
+    for axes in plot_comparison(Comparison(rows)).axes:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0.0
+        assert top > 4.0
+
+
+def test_histories_show_objectives_of_zero():
+    fits = {f"{i}": LowRank(rank=2).fit(np.eye(3)) for i in range(10)}
+    for i, fit in enumerate(fits.values()):
+        fit.history_ = {"objective": [1e-3, i * 1e-6], "seconds": [0.1, 0.2]}
+    axes = plot_history(fits).axes[0]
+    places = axes.transData.transform([(0.2, i * 1e-6) for i in range(10)])
+    assert (places[:, 1] >= axes.bbox.y0).all()
+    assert (np.diff(places[:, 1]) > 0).all()
+    styles = {(line.get_color(), line.get_marker()) for line in axes.get_lines()}
+    assert len(styles) == 10
 
 
 def test_failed_fits_are_left_out():

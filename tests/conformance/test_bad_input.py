@@ -41,6 +41,51 @@ def test_bad_matrices_are_refused(factorizer, bad, message):
     assert not hasattr(factorizer, "operator_")
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (np.ma.masked_less(np.eye(8), 0.5), ValueError, "W must have a value everywhere"),
+        (np.ones((8, 8), "M8[s]"), ValueError, r"W must hold numbers, got .* datetime64"),
+        (np.ones((8, 8), [("a", float)]), ValueError, "W must hold numbers, got an array of dtype"),
+        (np.full((8, 8), 1j, object), TypeError, "W must hold real numbers, but"),
+        (np.matrix(np.eye(8)), TypeError, "matrix"),
+    ],
+    ids=["masked", "dates", "records", "complex-objects", "matrix"],
+)
+def test_what_is_no_array_of_numbers_is_refused(factorizer, bad, error, message):
+    with pytest.raises(error, match=message):
+        factorizer.fit(bad)
+
+
+def _read_only(W):
+    W = W.copy()
+    W.flags.writeable = False
+    return W
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda W: W.astype(">f8"), lambda W: W.astype(">f4"), lambda W: W.astype(">f2"),
+     lambda W: W.astype(np.longdouble), lambda W: W.astype(">i4"), lambda W: W.astype(object),
+     np.asfortranarray, _read_only, lambda W: np.repeat(W, 2, axis=1)[:, ::2], lambda W: W[::-1]],
+    ids=["big-endian", "big-endian-single", "big-endian-half", "long", "big-endian-integers",
+         "objects", "fortran", "read-only", "strided", "reversed"],
+)  # fmt: skip
+def test_numbers_count_however_they_are_stored(factorizer, W, change):
+    W = np.round(4 * W)  # exact in every dtype
+    changed = change(W)
+    found = clone(factorizer).fit(changed)
+    native = np.ascontiguousarray(changed)
+    native = native.astype(np.float64 if native.dtype.kind in "iO" else native.dtype)
+    if native.dtype == np.longdouble:
+        native = native.astype(np.float64)
+    expected = factorizer.fit(native.astype(native.dtype.newbyteorder("=")))
+    assert found.operator_.dtype == expected.operator_.dtype
+    assert found.operator_.dtype.isnative
+    np.testing.assert_array_equal(found.operator_.toarray(), expected.operator_.toarray())
+    np.testing.assert_array_equal(found.transform(changed), expected.transform(native))
+
+
 def test_complex_matrices_are_refused_where_unsupported(factorizer):
     if factorizer._allow_complex:
         pytest.skip("complex matrices are supported")

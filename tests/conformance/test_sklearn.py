@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from estimators import ESTIMATORS
 from sklearn.base import clone
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from matfact import (
+    CoSaMPNeuronSelector,
+    KaleidoscopeFit,
+    LowRank,
+    MagnitudePruner,
+    MonarchProjector,
+)
 
 
 def _expected_failures(estimator):
@@ -79,5 +87,36 @@ def test_grid_search_finds_the_better_density(factorizer, W):
     whole = [(np.arange(24), np.arange(24))]
     search = GridSearchCV(factorizer, {"density": [0.25, 0.6]}, cv=whole, error_score="raise")
     assert search.fit(W).best_params_ == {"density": 0.6}
-    with pytest.raises(ValueError, match="must have the shape that was fitted"):
-        search.best_estimator_.score(W[:10])
+
+
+def test_folds_of_rows_have_finite_scores_that_grow_with_the_density(factorizer, W):
+    for folds in (None, 2):  # of two, one has as many rows as were fitted
+        search = GridSearchCV(factorizer, {"density": [0.3, 0.9]}, cv=folds, error_score="raise")
+        scores = search.fit(W + 5 * np.outer(W[:, 0], W[0])).cv_results_["mean_test_score"]
+        assert np.isfinite(scores).all()
+        assert -1 <= scores[0] < scores[1] <= 0
+
+
+def test_rows_held_out_are_projected_on_the_span_of_low_rank_factors(W):
+    model = LowRank(density=0.5).fit(W)
+    basis = np.linalg.qr(model.factors_[1].toarray().T)[0]
+    new = np.random.default_rng(1).standard_normal((7, 16))
+    lost = np.linalg.norm(new - new @ basis @ basis.T) / np.linalg.norm(new)
+    assert model.score(new) == pytest.approx(-lost)
+    pruned = MagnitudePruner(density=0.5).fit(W)
+    assert pruned.score(new) == pytest.approx(MagnitudePruner(density=0.5).fit(new).score(new))
+
+
+@pytest.mark.parametrize("estimator", [KaleidoscopeFit(max_iter=5), MonarchProjector()])
+def test_complex_rows_are_scored(estimator):
+    W = np.fft.fft(np.eye(12))
+    scores = cross_val_score(estimator, W, error_score="raise")
+    assert ((scores >= -1) & (scores <= 0)).all()
+
+
+def test_selections_of_units_are_scored_on_the_outputs_they_rebuild(W):
+    y = W[:, :2] @ np.ones((2, 3))
+    search = GridSearchCV(CoSaMPNeuronSelector(), {"n_neurons": [1, 2]}, error_score="raise")
+    assert search.fit(W, y).best_params_ == {"n_neurons": 2}
+    assert search.best_score_ == pytest.approx(0, abs=1e-6)
+    assert np.isfinite(cross_val_score(CoSaMPNeuronSelector(), W, y[:, 0])).all()

@@ -1,12 +1,13 @@
 """What is particular to DoubleSparseFactorizer."""
 
+import re
 import tracemalloc
 
 import numpy as np
 import pytest
 import scipy.linalg
 
-from matfact import DoubleSparseFactorizer
+from matfact import DoubleSparseFactorizer, MagnitudePruner, Palm4MSA
 from matfact.constraints import (
     BlockSparsity,
     Diagonal,
@@ -211,3 +212,49 @@ def test_matrices_of_low_rank_are_found_exactly_in_few_sweeps(shape):
         fitted = DoubleSparseFactorizer(density=0.5, max_iter=5).fit(W)
         assert fitted.reconstruction_err_ < 1e-12
         assert fitted.density_ <= 0.5
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 16), (16, 24)])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("density", [None, 0.51])
+def test_a_constraint_that_leaves_next_to_nothing_is_refused_with_a_density_that_works(
+    shape, place, density
+):
+    W = np.random.default_rng(0).standard_normal(shape)
+    sets = [None, None]
+    sets[place] = NMSparsity(3, 4)
+    with pytest.raises(ValueError, match=r"density=.* stored values .* at least 0\.\d") as refused:
+        DoubleSparseFactorizer(density, constraints=sets).fit(W)
+    least, good = map(float, re.findall(r"(?:at least|better) (\d\.?\d*)", str(refused.value)))
+    for works, error in ((least, 0.9), (good, 0.4)):
+        model = DoubleSparseFactorizer(works, constraints=sets, max_iter=20).fit(W)
+        assert model.density_ <= works
+        assert model.reconstruction_err_ < error
+
+
+def test_a_constraint_that_leaves_nothing_at_any_density_is_refused():
+    with pytest.raises(ValueError, match="choose a constraint that leaves more"):
+        DoubleSparseFactorizer(constraints=[NMSparsity(4, 4), None]).fit(np.eye(8))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 32), (32, 48)])
+def test_two_factors_are_never_worse_than_the_constrained_one_alone(shape):
+    W = np.random.default_rng(0).standard_normal(shape)
+    place = int(shape[0] < shape[1])  # of the factor that has the shape of W
+    sets = [None, None]
+    sets[place] = NMSparsity(2, 4)
+    free = 1 - place
+    stored = W.size // 2 + 32
+    model = DoubleSparseFactorizer(stored / W.size, constraints=sets, max_iter=5).fit(W)
+    alone = MagnitudePruner(constraint=NMSparsity(2, 4)).fit(W)
+    assert model.reconstruction_err_ <= alone.reconstruction_err_
+    assert model.factors_[free].nnz <= 32
+
+
+@pytest.mark.parametrize("make", [DoubleSparseFactorizer, Palm4MSA])
+def test_many_factors_have_a_value_for_each_row_or_a_density_that_does_is_named(make):
+    W = np.random.default_rng(0).standard_normal((12, 12))
+    with pytest.raises(ValueError, match=r"at least 108 .* 0\.75"):
+        make(density=0.3, n_factors=9).fit(W)
+    for model in (make(n_factors=9), make(density=0.75, n_factors=9)):
+        assert model.set_params(max_iter=10).fit(W).reconstruction_err_ < 0.8

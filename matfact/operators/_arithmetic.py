@@ -1,0 +1,201 @@
+"""What makes a product of factors array-like: for NumPy, and for SciPy's solvers and matrices."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from abc import abstractmethod
+from collections.abc import Callable
+from numbers import Number
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.operators._factor import Factor
+from matfact.operators._kronecker import KroneckerSparseFactor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matfact.operators._product import FactorProduct
+
+
+class ArrayLike:
+    """The operations of a matrix, each by the factors of a product.
+
+    ``*`` and ``/`` take numbers only. Sums with other products, sparse matrices and operators are
+    SciPy ``LinearOperator`` objects, which store no entry; sums with arrays are arrays.
+    """
+
+    # NumPy must leave ``X @ product`` and ``2 * product`` to the methods here.
+    __array_ufunc__ = None
+
+    factors: Sequence[Factor]
+    ndim = 2  #: number of axes, as of a matrix
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> Any: ...
+
+    @property
+    @abstractmethod
+    def T(self) -> FactorProduct: ...  # noqa: N802
+
+    @abstractmethod
+    def toarray(self) -> Array: ...
+
+    @abstractmethod
+    def astype(self, dtype: Any) -> FactorProduct: ...
+
+    @abstractmethod
+    def __matmul__(self, X: Any) -> Any: ...
+
+    @property
+    def H(self) -> FactorProduct:  # noqa: N802
+        """The conjugate transpose."""
+        return self.T.conj()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the dense matrix, computed anew."""
+        if copy is False:
+            raise ValueError("copy must not be False: a product is multiplied out into a new array")
+        return np.array(backend.to_numpy(self.toarray()), dtype=dtype)
+
+    def matvec(self, x: Array) -> Array:
+        """Return the product with a vector of shape (in,) or (in, 1)."""
+        return self @ x
+
+    def matmat(self, X: Array) -> Array:
+        """Return the product with an array of shape (in, batch)."""
+        return self @ X
+
+    def rmatvec(self, x: Array) -> Array:
+        """Return the product of the conjugate transpose with a vector."""
+        return self._adjoint @ x
+
+    def rmatmat(self, X: Array) -> Array:
+        """Return the product of the conjugate transpose with an array."""
+        return self._adjoint @ X
+
+    def to_scipy(self) -> LinearOperator:
+        """Return a SciPy ``LinearOperator`` (NumPy products only)."""
+        if not backend.is_numpy(self.factors[0].values):
+            raise TypeError("to_scipy needs a product of NumPy factors; load or fit it on NumPy.")
+        return LinearOperator(
+            shape=self.shape,
+            dtype=np.dtype(self.dtype),
+            matvec=self.matvec,
+            rmatvec=self.rmatvec,
+            matmat=self.matmat,
+            rmatmat=self.rmatmat,
+        )
+
+    @property
+    def _adjoint(self) -> FactorProduct:
+        """The conjugate transpose, prepared once for NumPy: solvers ask for it at every step."""
+        return self._numpy_adjoint if backend.is_numpy(self.factors[0].values) else self.H
+
+    @functools.cached_property
+    def _numpy_adjoint(self) -> FactorProduct:
+        return self.H
+
+    def __rmatmul__(self, X: Array) -> Array:
+        """Return ``X @ product`` for X of shape (out,) or (batch, out)."""
+        if isinstance(X, LinearOperator):
+            return X @ self.to_scipy()
+        X = as_operand(X)
+        xp = backend.namespace(X)
+        if backend.is_complex(X):
+            X = xp.conj(X)
+        result = self._adjoint @ (X if X.ndim == 1 else xp.matrix_transpose(X))
+        result = result if X.ndim == 1 else xp.matrix_transpose(result)
+        return xp.conj(result) if backend.is_complex(result) else result
+
+    def __mul__(self, c: Any) -> FactorProduct:
+        """Return `c` times the product, for a number `c`."""
+        return self._scaled(c, operator.mul)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> FactorProduct:
+        """Return the product ÷ a number `c`."""
+        return self._scaled(c, operator.truediv)
+
+    def _scaled(self, c: Any, operation: Callable[[Array, Any], Array]) -> FactorProduct:
+        """Return the product with the values of one factor multiplied or divided by a number."""
+        from matfact.operators._product import FactorProduct
+
+        if not isinstance(c, Number) and not (backend.is_array(c) and c.ndim == 0):
+            raise TypeError(
+                f"a product can be multiplied or divided by a number alone, got {_described(c)}; "
+                "use @ for products of matrices."
+            )
+        factors = list(self.factors)
+        place = next((i for i, factor in enumerate(factors) if factor.nnz), None)
+        if place is None:  # permutations store no value
+            place, ones = 0, np.ones((1, self.shape[0], 1, 1))
+            ones = backend.like(ones, factors[0].values, dtype=self.dtype)
+            factors.insert(0, KroneckerSparseFactor(ones))
+        if isinstance(c, np.generic) and not backend.is_numpy(factors[0].values):
+            c = c.item()
+        factors[place] = factors[place].with_values(operation(factors[place].values, c))
+        product = FactorProduct(factors)
+        return product.astype(product.dtype)
+
+    def __neg__(self) -> FactorProduct:
+        return self * -1
+
+    def __pos__(self) -> FactorProduct:
+        return self * 1
+
+    def __add__(self, other: Any) -> Any:
+        """Return the sum with a product, sparse matrix or operator (lazy), or with an array."""
+        return self._sum(other, 1, 1)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._sum(other, 1, 1)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._sum(other, 1, -1)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._sum(other, -1, 1)
+
+    def _sum(self, other: Any, ours: int, theirs: int) -> Any:
+        """Return `ours` times this plus `theirs` times another matrix, either of them ±1."""
+        shape = tuple(getattr(other, "shape", np.shape(other)))
+        if shape != self.shape:
+            raise ValueError(
+                f"a product of shape {self.shape} can be added to a matrix of that shape alone, "
+                f"got {_described(other)}."
+            )
+        if backend.is_array(other):
+            return ours * self.toarray() + theirs * other
+        if isinstance(other, (list, tuple)):
+            return ours * self.toarray() + theirs * np.asarray(other)
+        mine = self.to_scipy()
+        if isinstance(other, ArrayLike):
+            other = other.to_scipy()
+        other = aslinearoperator(other)
+        return (mine if ours > 0 else -mine) + (other if theirs > 0 else -other)
+
+
+def as_operand(X: Any) -> Array:
+    """Return what a product is multiplied by as an array of its own library."""
+    if scipy.sparse.issparse(X):
+        return X.toarray()  # the result is dense in any case
+    return X if backend.is_array(X) else np.asarray(X)
+
+
+def _described(other: Any) -> str:
+    """Return what an object is, for messages: its class, and its shape if it has one."""
+    shape = getattr(other, "shape", None)
+    return type(other).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
