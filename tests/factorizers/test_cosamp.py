@@ -108,9 +108,8 @@ def test_ispasp_finds_the_only_active_units():
     # Importances are signed: weights and activations that agree make all of them positive.
     rng = np.random.RandomState(0)
     H = np.abs(rng.randn(100, 12)) * np.where(np.arange(12) % 3, 1e-3, 1.0)
-    # Weights that were all alike would leave the choice to rounding.
-    weights = np.repeat(np.where(np.arange(12) % 3, 1.0, 1.5), 3).reshape(12, 3)
-    selector = CoSaMPNeuronSelector(4, method="ispasp").fit(H, H @ weights)
+    weights = np.where(np.arange(12) % 3, 0.9, 1.0)  # not alike, or rounding ranks them
+    selector = CoSaMPNeuronSelector(4, method="ispasp").fit(H, H @ np.outer(weights, np.ones(3)))
     np.testing.assert_array_equal(selector.get_support(indices=True), [0, 3, 6, 9])
 
 
