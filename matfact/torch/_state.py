@@ -16,6 +16,16 @@ from matfact.torch._masked import joined, masked_parameters_of
 _BEYOND_NUMPY = {stored: name for name, stored in FLOAT8.items()}
 
 
+#: Dtypes of torch by the names that safetensors files have for them.
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
+    "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64",
+    "I64": "int64", "F64": "float64", "C64": "complex64", **_BEYOND_NUMPY,
+}  # fmt: skip
+#: Networks may be loaded in whichever of these a caller has chosen.
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
 class State:
     """The tensors of a network, by the names under which a checkpoint may hold them.
 
@@ -68,6 +78,7 @@ class State:
             there, here = self._network.tensors[name].spec.shape, tuple(self._own[name].shape)
             if there != here:
                 raise misfit(name, there, here)
+            check_dtype(self._network, name, self._own[name].dtype)
         return held
 
     def _missing(self, held: set[str]) -> list[str]:
@@ -123,6 +134,27 @@ class State:
             is_loaded = any(name in tensors for name in names)
             if is_loaded and not self._is_replaced(parameter.label):
                 parameter.unmask()
+
+
+def check_dtype(network: Checkpoint, name: str, here: torch.dtype) -> None:
+    """Raise ``ValueError`` if numbers of a tensor would be lost in the network's dtype."""
+    there: torch.dtype = getattr(torch, _DTYPES[network.tensors[name].spec.dtype])
+    if here == there or (here in _CAST and there in _CAST):
+        return
+    numbers = [t.is_floating_point or t.is_complex for t in (there, here)]
+    if numbers[0] == numbers[1] and _widens(there, here):
+        return
+    raise ValueError(
+        f"path must name a checkpoint of this network, but {name!r} is of {there} there and of "
+        f"{here} here, which cannot hold all of its numbers."
+    )
+
+
+def _widens(there: torch.dtype, here: torch.dtype) -> bool:
+    try:
+        return torch.promote_types(there, here) == here
+    except (RuntimeError, TypeError):  # dtypes without arithmetic
+        return False
 
 
 def place(tensor: Tensor) -> Any:

@@ -21,7 +21,7 @@ from matfact.torch._matrices import (
     replace,
 )
 from matfact.torch._narrowed import narrowed, narrowed_tensors, parsed
-from matfact.torch._state import State, misfit, place, raise_if, stored_tensor
+from matfact.torch._state import State, check_dtype, misfit, place, raise_if, stored_tensor
 from matfact.torch.conv import FactorizedConv
 from matfact.torch.layers import FactorizedLinear
 
@@ -102,7 +102,9 @@ def load_network(
     FileNotFoundError
         If there is no checkpoint.
     ValueError
-        If the checkpoint is damaged, or is not of this architecture.
+        If the checkpoint is damaged, or is not of this architecture, or if the network has a
+        dtype that cannot hold the numbers of a tensor; float16, bfloat16 and float32 stand for
+        one another.
     """
     network = Checkpoint(path)
     with network.mapping_ahead():
@@ -161,6 +163,8 @@ def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacemen
                 products = [product.T for product in products]
             assert view is not None
             _check_shapes(keys[0], view, products)
+            for key in keys:
+                check_dtype(network, key, view.layer.weight.dtype)
             yield _Replacement(names, keys, view, products)
             break
 

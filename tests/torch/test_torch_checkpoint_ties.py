@@ -7,7 +7,7 @@ from safetensors.torch import save_file, save_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 from matfact import LowRank, checkpoint  # noqa: E402
-from matfact.torch import load_network, save_network  # noqa: E402
+from matfact.torch import compress, load_network, save_network  # noqa: E402
 
 HALF = LowRank(density=0.5)
 
@@ -143,3 +143,55 @@ def test_a_pretrained_encoder_written_by_the_command_line_loads(tmp_path):
     assert 0 < error < 0.5
     kept = checkpoint.Checkpoint(path).tensors
     assert all("embedding" in kept[n].note for n in kept if n.startswith("embeddings.word"))
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (torch.complex64, torch.float32),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.int64),
+        (torch.int64, torch.float32),
+        (torch.int64, torch.int32),
+        (torch.float8_e4m3fn, torch.float32),
+    ],
+)
+def test_no_number_is_lost_in_another_dtype(there, here, tmp_path):
+    def build(dtype):
+        layer = nn.Linear(2, 2, bias=False)
+        layer.register_buffer("numbers", torch.ones(4).to(dtype))
+        return nn.Sequential(layer)
+
+    save_network(build(there), tmp_path / "network")
+    with pytest.raises(ValueError, match=f"'0.numbers' is of {there} there and of {here} here"):
+        load_network(build(here), tmp_path / "network")
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_networks_may_be_loaded_in_the_dtype_that_is_wanted(there, here, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24)).to(there)
+    model, _ = compress(model, "lowrank", density=0.5, layers="0")
+    save_network(model, tmp_path / "network")
+    full = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24)).to(here)
+    loaded = load_network(full, tmp_path / "network")
+    assert {p.dtype for p in loaded.parameters()} == {here}
+    tolerance = max(torch.finfo(dtype).eps for dtype in (there, here))
+    for name, tensor in model.state_dict().items():
+        found = loaded.state_dict()[name].double()
+        torch.testing.assert_close(found, tensor.double(), rtol=tolerance, atol=1e-7)
+
+
+def test_factors_must_fit_the_dtype_too(tmp_path):
+    double = nn.Sequential(nn.Linear(16, 24)).double()
+    model, _ = compress(double, "lowrank", density=0.5)
+    save_network(model, tmp_path / "network")
+    with pytest.raises(ValueError, match=r"'0\.weight' is of torch.float64"):
+        load_network(nn.Sequential(nn.Linear(16, 24)), tmp_path / "network")
