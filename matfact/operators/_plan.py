@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +26,6 @@ _KEPT = 64  #: shapes of operands for which it is kept what to do, at most
 #: Dtypes of operands that are taken as they are.
 COMPUTED = frozenset(map(np.dtype, (np.float32, np.float64, np.complex64, np.complex128)))
 _STORED = COMPUTED | {np.dtype(np.float16)}  #: dtypes of NumPy values
-_KERNELS = "matfact.kernels.program"
-_LOADING = 0.5  #: seconds that loading the kernels and their compiler takes, about
-_waited = 0.0  #: seconds that products without them have taken
 
 
 class Plan:
@@ -165,24 +159,6 @@ class Plan:
 
 def _columns(X: np.ndarray) -> np.ndarray:
     return X if X.ndim == 2 else X[:, None]
-
-
-def loading_is_too_early() -> bool:
-    """Whether products have taken less time without the kernels than loading these takes.
-
-    A process that applies a network once should not wait for a compiler, and one that applies it
-    often loses no more by this than a second loading.
-    """
-    return _KERNELS not in sys.modules and _waited < _LOADING
-
-
-@contextlib.contextmanager
-def doing_without_kernels() -> Iterator[None]:
-    """Count the time of a product that the kernels might have computed."""
-    global _waited
-    start = time.perf_counter()
-    yield
-    _waited += time.perf_counter() - start
 
 
 def versions(factors: Sequence[Factor]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -12,17 +11,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 T = TypeVar("T")
-_thread = threading.local()
-
-
-def repeat_exactly() -> None:
-    """Have layers that this thread calls compute in a way that no measured time has a say in."""
-    _thread.is_repeatable = True
-
-
-def is_repeatable() -> bool:
-    """Whether this thread has asked for that."""
-    return getattr(_thread, "is_repeatable", False)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -164,16 +164,6 @@ class SparseFactorModule(FactorModule):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
 
-    def weighted_sums(self, X: Tensor) -> Tensor:
-        """Return the product with the columns of `X`, as sums of its rows weighted by values.
-
-        It takes no compiler and, in single precision, a third of the time of SciPy's.
-        """
-        return functional.embedding_bag(
-            self._column_numbers(), X, self.indptr.int(), mode="sum",
-            per_sample_weights=self.values, include_last_offset=True,
-        )  # fmt: skip
-
     @property
     def work(self) -> int:
         return self.rows * self.columns

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from matfact.torch import _memory
 from matfact.torch._batches import forward
-from matfact.torch._cache import repeat_exactly
 from matfact.torch._matrices import Matricized
 from matfact.torch._random import RandomState, drawing
 from matfact.torch.capture import layer_input
@@ -77,7 +76,6 @@ class Pass:
 
     def _run(self, model: nn.Module) -> None:
         self._local.current = self
-        repeat_exactly()  # a fit makes much of the last digit
         try:
             with torch.no_grad():  # each thread has its own mode
                 forward(model, self.batch)
@@ -171,7 +169,6 @@ class WholePass:
         errors: list[BaseException] = []
 
         def run() -> None:
-            repeat_exactly()
             with contextlib.suppress(Stopped), torch.no_grad():
                 try:
                     forward(self._model, copy.deepcopy(self.batch))

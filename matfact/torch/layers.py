@@ -11,12 +11,10 @@ from torch.nn import functional
 
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
-from matfact.operators._plan import doing_without_kernels, loading_is_too_early
-from matfact.torch._cache import Copy, Derived, are_plain, is_plain, is_repeatable, is_untransformed
+from matfact.torch._cache import Copy, Derived, is_plain, is_untransformed
 from matfact.torch._factors import (
     DenseFactorModule,
     FactorModule,
-    SparseFactorModule,
     apply_factors,
     dense_product,
     factor_module,
@@ -134,7 +132,7 @@ class FactorizedLinear(nn.Module):
         """Return the output by what is kept for inference, None where that cannot be used."""
         values = self.values()
         by_kernels = self.inference == "auto" and self._has_kernels(x, values)
-        if by_kernels and not is_repeatable():
+        if by_kernels:
             columns = self._apply_on_host(x.reshape(-1, self.in_features).T, values)
             if columns is not None:
                 out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
@@ -147,23 +145,8 @@ class FactorizedLinear(nn.Module):
 
     def _apply_on_host(self, X: Tensor, values: list[Tensor]) -> Tensor | None:
         """Return the product with columns in memory, None where nothing can be kept for it."""
-        if loading_is_too_early() and self._has_sums() and are_plain(values):
-            with doing_without_kernels():
-                X = X.contiguous()
-                for factor in reversed(self.chain):
-                    X = cast(SparseFactorModule, factor).weighted_sums(X)
-                return X
         operator = self._operator.get(values, self._to_host, self.positions())
         return None if operator is None else torch.from_numpy(operator @ X.numpy())
-
-    def _has_sums(self) -> bool:
-        """Whether torch has a fast kernel for all factors, and counts their values in 32 bits."""
-        return all(
-            type(factor) is SparseFactorModule
-            and factor.values.dtype == torch.float32
-            and factor.values.numel() < 1 << 31
-            for factor in self.factors
-        )
 
     def values(self) -> list[Tensor]:
         """Return the values of the factors: parameters, unless code has put others in place."""

@@ -10,7 +10,6 @@ torch = pytest.importorskip("torch")
 from torch.func import functional_call  # noqa: E402
 
 from matfact import BlockSVD, DoubleSparseFactorizer, MonarchProjector  # noqa: E402
-from matfact.operators import FactorProduct, SparseFactor, _plan  # noqa: E402
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
     ButterflyLinear,
@@ -63,28 +62,6 @@ def test_eval_mode_computes_the_same_and_follows_changes(layer, inference):
             torch.testing.assert_close(layer.eval()(x), expected)
             for parameter in layer.parameters():
                 change(parameter)
-
-
-@pytest.mark.parametrize("n_samples", [1, 5])
-@pytest.mark.parametrize("columns", [30, 40_000, 70_000])
-def test_sparse_layers_do_without_the_compiler_at_first(columns, n_samples, monkeypatch):
-    monkeypatch.setattr(_plan, "_KERNELS", "not loaded")
-    monkeypatch.setattr(_plan, "_waited", 0.0)
-    rng = np.random.default_rng(0)
-    right = np.zeros((20, columns), np.float32)  # with a row and many columns without a value
-    right[1:, rng.choice(columns, 30, replace=False)] = rng.standard_normal((19, 30))
-    left = rng.standard_normal((25, 20)).astype(np.float32) * (rng.random((25, 20)) < 0.3)
-    product = FactorProduct([SparseFactor.from_dense(left), SparseFactor.from_dense(right)])
-    layer = FactorizedLinear(product, torch.ones(25)).eval()
-    x = torch.from_numpy(rng.standard_normal((n_samples, columns)).astype(np.float32))
-    expected = x @ torch.from_numpy(left @ right).T
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected + 1, rtol=1e-5, atol=1e-4)
-        layer.factors[0].values.mul_(2)
-        torch.testing.assert_close(layer(x), 2 * expected + 1, rtol=1e-5, atol=1e-4)
-    assert _plan._waited > 0
-    assert layer._operator._kept is None
-    assert layer(x).requires_grad
 
 
 def test_values_are_shared_with_the_product_on_request(layer):
