@@ -22,6 +22,8 @@ REFIT_STEPS = 20
 #: Damping without validation ÷ (number of inputs ÷ number of samples), and its bounds. It is least
 #: squares with noise, of which there is the more the fewer samples there are for each input.
 NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.1, 1.0
+#: Share of the root mean square of the norms of inputs that is added to each, in squares.
+RARE = 0.3
 #: Changes of outputs below this share of them are rounding.
 ROUNDING = 1e-12
 #: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
@@ -55,7 +57,7 @@ def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = Non
 
     With ``U`` the outputs wanted of the inputs ``X``, such as those that `W` had before its inputs
     changed, it minimizes ``‖U − X Ŵᵀ‖_F² + damping · ‖(W − Ŵ) D‖_F²`` over `Ŵ`, `D` the norms of
-    the inputs.
+    the inputs, each raised by a share of their root mean square.
 
     Parameters
     ----------
@@ -87,6 +89,8 @@ def corrections(W: Array, wanted: OutputStatistics, dampings: Sequence[float]) -
     xp = backend.namespace(W)
     gram, wide = wanted.inputs.gram, backend.wide(xp.matrix_transpose(W))
     norms = _absolute_norms(gram)
+    rare = RARE * backend.norm(norms) / math.sqrt(norms.shape[0])
+    norms = xp.sqrt(norms**2 + rare**2)  # of inputs that few samples know, little is learned
     # Xᵀ(U − X Wᵀ), a slab of inputs at a time
     change = xp.empty(wide.shape, dtype=wide.dtype, device=backend.device(wide))
     for rows in backend.slabs(gram.shape[0]):

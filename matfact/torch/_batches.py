@@ -111,6 +111,11 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def checked(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield `batches`, of which there must be one at least."""
+    if isinstance(batches, (Tensor, str)) or hasattr(batches, "keys"):
+        raise ValueError(
+            f"the batches must be a collection of batches, got one {type(batches).__name__}: put "
+            "it into a list."
+        )
     empty = True
     for batch in batches:
         empty = False
@@ -123,12 +128,13 @@ def checked(batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and each module back into its own mode after."""
+    """Put `model` in eval mode, as it is written, and each module back into its own mode after."""
     # Modules that are replaced meanwhile need not stay in memory.
     modes = [(weakref.ref(module), module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with as_written():
+            yield
     finally:
         for reference, training in modes:
             module = reference()

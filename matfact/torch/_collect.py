@@ -145,10 +145,12 @@ class Collected:
             state = x, None if x.is_inference() else x._version
             if name == self._first:
                 twin = None if dense is None else dense[n_calls] if n_calls < len(dense) else x
-                fits = fits and (twin is None or _shape(twin) == _shape(x))
+                fits = twin is None or _shape(twin) == _shape(x)
+                if not fits:
+                    raise Stopped
                 n_calls += 1
                 entered[name] = state
-                self._count(batch, name, x, twin if fits else None, likeness)
+                self._count(batch, name, x, twin, likeness)
             elif entered and wanted == 1:
                 if not (batch.calls[name] == 1 and self._shares(name, state, entered[self._first])):
                     raise Stopped

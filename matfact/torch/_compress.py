@@ -102,13 +102,15 @@ def compress(
         Keep the first or the last of the selected layers.
     calibration : iterable, optional
         Batches of inputs: tensors, tuples (labels behind the inputs are ignored) or mappings.
-        With them the errors of layer outputs are lowered and reported. Small batches take the
-        least memory.
+        With them the errors of layer outputs are lowered and reported. One batch in five, the
+        second first, is kept aside: its error says how far to go in each layer, from not at all to
+        all the way, and is what the report tells. Eight batches or more are best; of a single one
+        nothing can be kept aside, and fixed rules are taken. Small batches take the least memory.
     sequential : bool, default=True
         Whether each layer is calibrated on what the layers before it, already compressed, make of
-        the batches. In memory are one Gram matrix and what enters a block of layers of all
-        batches, which run through it again for each of its layers. Otherwise all layers are
-        calibrated in one pass of the dense network, with a Gram matrix for each.
+        the batches. In memory are the Gram matrices of one layer and what enters a block of layers
+        of all batches, which run through it again for each of its layers. Otherwise all layers are
+        calibrated in one pass of the dense network, with two Gram matrices for each.
     adapt : {"finalize", "finalize_one", "scale", "none"}, default="finalize"
         What makes factorizers that cannot use calibration inputs themselves take them into
         account: columns of the weight are scaled by what enters them, and after the fit the
@@ -118,8 +120,8 @@ def compress(
     feedback : bool, default=True
         Whether, with sequential calibration, each layer also makes up for what the layers before
         it have changed: what is factorized is the matrix whose outputs come nearest to those the
-        layer has in the dense network, the more cautiously the fewer samples there are for each
-        input. A second pass of each batch runs through that.
+        layer has in the dense network, as far as batches kept aside bear it out. A second pass of
+        each batch runs through that, with the same random numbers.
     shift_bias : bool, default=True
         Whether, with calibration, the bias of a layer that has one makes up for the mean of what
         its outputs lose.

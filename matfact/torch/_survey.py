@@ -72,8 +72,12 @@ def survey(
                 handles.callback(handle.remove)
         for batch, state in batches:
             watch.start(len(found.calls))
-            with drawing(state):
-                forward(model, batch)
+            try:
+                with drawing(state):
+                    forward(model, batch)
+            except Exception as error:
+                error.add_note(f"This was calibration batch {watch.batch}.")
+                raise
             found.calls.append(Counter({name: watch.calls[name] for name in watch.common}))
             for name, stack in watch.common.items():
                 around = [each for each, _ in stack if watch.calls[each] == 1]
@@ -107,6 +111,11 @@ class _Watch:
         yield module.register_forward_hook(leave, always_call=True)
 
     def _check(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"calibration must hold tensors, but layer {name!r} is given a "
+                f"{type(x).__name__} in batch {self.batch}."
+            )
         values = x.values() if x.is_nested else x
         if not bool(torch.isfinite(values).all()):
             raise ValueError(

@@ -120,6 +120,9 @@ class FactorizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last axis of `x`."""
+        if x.is_nested:
+            samples = [self(sample) for sample in x.unbind()]
+            return torch.nested.as_nested_tensor(samples, layout=x.layout)
         if not self.training and not torch.compiler.is_compiling():
             out = self._infer(x)
             if out is not None:
