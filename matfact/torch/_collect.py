@@ -148,7 +148,8 @@ class Collected:
                 fits = fits and (twin is None or _shape(twin) == _shape(x))
                 n_calls += 1
                 entered[name] = state
-                self._count(batch, name, x, twin if fits else None, likeness)
+                if fits:  # or what has been added will be forgotten
+                    self._count(batch, name, x, twin, likeness)
             elif entered and wanted == 1:
                 if not (batch.calls[name] == 1 and self._shares(name, state, entered[self._first])):
                     raise Stopped

@@ -1,0 +1,43 @@
+"""Networks whose passes leave traces, or are unlike those of other batches and threads."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from matfact.torch import compress  # noqa: E402
+
+
+def batches(n, seed=0, n_samples=8):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n_samples, 16, generator=generator) for _ in range(n)]
+
+
+def layers(n=2):
+    torch.manual_seed(0)
+    return [nn.Linear(16, 16) for _ in range(n)]
+
+
+class Routed(nn.Module):
+    """Each token goes to one of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.router, *experts = layers(4)
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        chosen = self.router(x).argmax(1) % 2
+        for i, expert in enumerate(self.experts):
+            x = torch.where(chosen[:, None] == i, torch.zeros_like(x), x).index_add(
+                0, torch.nonzero(chosen == i)[:, 0], expert(x[chosen == i])
+            )
+        return x
+
+
+def test_experts_that_get_other_numbers_of_tokens_in_a_later_batch():
+    # Of the batches, only some differ in the numbers of tokens from the dense network.
+    report = compress(Routed(), density=0.3, calibration=batches(20)).report
+    assert [row.status for row in report] == ["compressed"] * 4
+    assert any("no counterparts" in row.message for row in report)
