@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 import weakref
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch import _memory
-from matfact.torch._batches import forward
+from matfact.torch._batches import duplicate, forward
 from matfact.torch._matrices import Matricized
 from matfact.torch._random import RandomState, drawing
 from matfact.torch.capture import layer_input
@@ -171,13 +170,13 @@ class WholePass:
         def run() -> None:
             with contextlib.suppress(Stopped), torch.no_grad():
                 try:
-                    forward(self._model, copy.deepcopy(self.batch))
+                    forward(self._model, self.batch)
                 except Exception as error:
                     errors.append(error)
             _memory.rest()
 
         with _hooked(views, visitor), drawing(self._draws):
-            thread = threading.Thread(target=run, daemon=True)
+                thread = threading.Thread(target=run, daemon=True)
             thread.start()
             thread.join()
         if errors:
@@ -187,13 +186,7 @@ class WholePass:
 def _called(run: Callable[..., Any], arguments: Arguments) -> None:
     """Call `run` with a copy of the arguments, which it may write to, as caches are."""
     memo: dict[int, Any] = {}
-
-    def copied(value: Any) -> Any:
-        try:
-            return copy.deepcopy(value, memo)
-        except Exception:  # such as a generator, which cannot be
-            return value
-
+    copied = functools.partial(duplicate, memo=memo)
     args, kwargs = arguments
     run(*map(copied, args), **{key: copied(value) for key, value in kwargs.items()})
 

@@ -1,5 +1,7 @@
 """Networks whose passes leave traces, or are unlike those of other batches and threads."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -41,3 +43,43 @@ def test_experts_that_get_other_numbers_of_tokens_in_a_later_batch():
     report = compress(Routed(), density=0.3, calibration=batches(20)).report
     assert [row.status for row in report] == ["compressed"] * 4
     assert any("no counterparts" in row.message for row in report)
+
+
+class Writing(nn.Module):
+    """Normalizes what it is given in place, and adds to a list it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers()
+
+    def forward(self, x, seen):
+        x.sub_(1.0).mul_(2.0)
+        seen.append(x.mean())
+        return self.last(torch.relu(self.first(x))) + sum(seen)
+
+
+class Normalized(nn.Module):
+    """The same, written into tensors of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers()
+
+    def forward(self, x, seen):
+        return self.last(torch.relu(self.first((x - 1.0) * 2.0)))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_network_may_write_to_its_batch(sequential):
+    given = [(x, []) for x in batches(6)]
+    before = copy.deepcopy(given)
+    found = [
+        compress(kind(), density=0.5, calibration=given, sequential=sequential)
+        for kind in (Writing, Normalized)
+    ]
+    for (x, seen), (y, _) in zip(given, before, strict=True):
+        assert torch.equal(x, y)
+        assert not seen
+    for a, b in zip(*(model.parameters() for model, _ in found), strict=True):
+        assert torch.equal(a, b)
+    assert [r.layer_error for r in found[0].report] == [r.layer_error for r in found[1].report]
