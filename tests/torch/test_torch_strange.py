@@ -83,3 +83,12 @@ def test_a_network_may_write_to_its_batch(sequential):
     for a, b in zip(*(model.parameters() for model, _ in found), strict=True):
         assert torch.equal(a, b)
     assert [r.layer_error for r in found[0].report] == [r.layer_error for r in found[1].report]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_scripted_modules_are_passed(offload, tmp_path):
+    first, last = layers()
+    model = nn.Sequential(first, torch.jit.script(nn.ReLU()), last)
+    folder = tmp_path if offload else None
+    report = compress(model, density=0.5, calibration=batches(6), offload_folder=folder).report
+    assert all(row.layer_error > 0 for row in report)
