@@ -92,3 +92,19 @@ def test_scripted_modules_are_passed(offload, tmp_path):
     folder = tmp_path if offload else None
     report = compress(model, density=0.5, calibration=batches(6), offload_folder=folder).report
     assert all(row.layer_error > 0 for row in report)
+
+
+def test_a_layer_may_be_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, _ = layers()
+            self.conv = nn.Conv1d(1, 4, 3)
+
+        def forward(self, x):
+            return self.conv(input=self.linear(input=x)[:, None])
+
+    model = Named()
+    small = compress(model, "magnitude", density=1.0, calibration=batches(6)).model
+    x = batches(1, seed=1)[0]
+    torch.testing.assert_close(small(x), model(x))
