@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import threading
 import weakref
@@ -59,7 +60,8 @@ class Pass:
     def __init__(self, model: nn.Module, batch: Any, draws: RandomState) -> None:
         self._draws = draws
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run, model), daemon=True)
         self._cancelled = self._trial = False
         self._error: BaseException | None = None
         self._arguments: Arguments = (), {}
@@ -176,7 +178,8 @@ class WholePass:
             _memory.rest()
 
         with _hooked(views, visitor), drawing(self._draws):
-                thread = threading.Thread(target=run, daemon=True)
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(run,), daemon=True)
             thread.start()
             thread.join()
         if errors:

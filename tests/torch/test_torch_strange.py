@@ -1,5 +1,6 @@
 """Networks whose passes leave traces, or are unlike those of other batches and threads."""
 
+import contextvars
 import copy
 
 import pytest
@@ -108,3 +109,20 @@ def test_a_layer_may_be_called_by_keyword():
     small = compress(model, "magnitude", density=1.0, calibration=batches(6)).model
     x = batches(1, seed=1)[0]
     torch.testing.assert_close(small(x), model(x))
+
+
+def test_passes_see_the_context_of_the_caller():
+    scale = contextvars.ContextVar("scale", default=1.0)
+    entered = set()
+
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            entered.add(scale.get())
+            return super().forward(x * scale.get())
+
+    token = scale.set(3.0)
+    try:
+        compress(Scaled(*layers()), density=0.5, calibration=batches(6), inplace=True)
+    finally:
+        scale.reset(token)
+    assert entered == {3.0}
