@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ def forward(model: nn.Module, batch: Any) -> Any:
     batch : tensor, mapping, tuple or list
         A mapping holds keyword arguments. Of a tuple or list the model gets as many of the first
         entries as its ``forward`` requires, at least one, so that labels behind them are ignored;
-        all of them where it takes any number.
+        all of them where it takes any number. The model gets a copy, which it may write to, as
+        normalizations in place and caches are: other passes need the batch as it was.
     """
-    batch = moved(batch, device_of(model))
+    memo: dict[int, Any] = {}
+    batch = moved(batch, device_of(model), lambda value: duplicate(value, memo))
     if hasattr(batch, "keys"):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
@@ -98,15 +101,26 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return `value`, a tensor or containers of tensors, on `device`."""
+def moved(
+    value: Any, device: torch.device, copied: Callable[[Any], Any] = lambda value: value
+) -> Any:
+    """Return `value`, a tensor or containers of what is `copied` and tensors, on `device`."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        there = value.to(device)
+        return copied(value) if there is value else there
     if hasattr(value, "keys"):
-        return {key: moved(value[key], device) for key in value.keys()}  # noqa: SIM118
+        return {key: moved(value[key], device, copied) for key in value.keys()}  # noqa: SIM118
     if isinstance(value, (list, tuple)):
-        return [moved(item, device) for item in value]
-    return value
+        return [moved(item, device, copied) for item in value]
+    return copied(value)
+
+
+def duplicate(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of `value`, or itself where it cannot be copied, as generators cannot."""
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value.clone() if isinstance(value, Tensor) else value
 
 
 def checked(batches: Iterable[Any]) -> Iterator[Any]:

@@ -22,7 +22,7 @@ _State = tuple[Tensor, int | None]
 _Mode = Callable[[], contextlib.AbstractContextManager[None]]
 
 #: Least correlation of inputs with their counterparts in the dense network.
-LEAST_CORRELATION = 0.1
+LEAST_CORRELATION = 0.5
 _UNLIKE = "its inputs have no counterparts in the dense network: fitted without feedback"
 
 

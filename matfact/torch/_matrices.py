@@ -157,7 +157,10 @@ def _family(layer: nn.Module) -> type | None:
 def _differs(layer: nn.Module, base: type, name: str) -> bool:
     """Whether a method of `layer` is not that of the class it comes from."""
     own = getattr(type(layer), name, None) is getattr(base, name, None)
-    return not own or (name in vars(layer) and not is_moved_by_accelerate(layer))
+    if not own or name not in vars(layer):
+        return not own
+    is_gate = getattr(vars(layer)[name], "is_gate", False)  # of a walk that is under way
+    return not (is_gate or is_moved_by_accelerate(layer))
 
 
 def _odd(weight: Any, n_axes: int) -> str | None:

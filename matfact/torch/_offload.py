@@ -48,7 +48,8 @@ def _between(model: nn.Module, blocks: Collection[str]) -> Iterator[nn.Module]:
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{block}.") for block in blocks)
         is_around = not name or any(block.startswith(f"{name}.") for block in blocks)
-        if not (is_inside or is_around):
+        is_scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+        if not (is_inside or is_around or is_scripted):
             yield module
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import contextvars
 import functools
 import threading
 import weakref
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch import _memory
-from matfact.torch._batches import forward
+from matfact.torch._batches import duplicate, forward
 from matfact.torch._matrices import Matricized
 from matfact.torch._random import RandomState, drawing
 from matfact.torch.capture import layer_input
@@ -60,7 +60,8 @@ class Pass:
     def __init__(self, model: nn.Module, batch: Any, draws: RandomState) -> None:
         self._draws = draws
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run, model), daemon=True)
         self._cancelled = self._trial = False
         self._error: BaseException | None = None
         self._arguments: Arguments = (), {}
@@ -171,13 +172,14 @@ class WholePass:
         def run() -> None:
             with contextlib.suppress(Stopped), torch.no_grad():
                 try:
-                    forward(self._model, copy.deepcopy(self.batch))
+                    forward(self._model, self.batch)
                 except Exception as error:
                     errors.append(error)
             _memory.rest()
 
         with _hooked(views, visitor), drawing(self._draws):
-            thread = threading.Thread(target=run, daemon=True)
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(run,), daemon=True)
             thread.start()
             thread.join()
         if errors:
@@ -187,13 +189,7 @@ class WholePass:
 def _called(run: Callable[..., Any], arguments: Arguments) -> None:
     """Call `run` with a copy of the arguments, which it may write to, as caches are."""
     memo: dict[int, Any] = {}
-
-    def copied(value: Any) -> Any:
-        try:
-            return copy.deepcopy(value, memo)
-        except Exception:  # such as a generator, which cannot be
-            return value
-
+    copied = functools.partial(duplicate, memo=memo)
     args, kwargs = arguments
     run(*map(copied, args), **{key: copied(value) for key, value in kwargs.items()})
 
@@ -234,11 +230,15 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
         return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
 
     forward_at_gate.__wrapped__ = module.forward  # type: ignore[attr-defined]  # its signature
+    forward_at_gate.is_gate = True  # type: ignore[attr-defined]
     module.forward = forward_at_gate
+    # Where torch sees a hook, its attention calls all modules instead of reading their weights.
+    seen = module.register_forward_pre_hook(lambda *_: None)
     del module
     try:
         yield opened
     finally:
+        seen.remove()
         remaining: Any = reference()
         if remaining is not None and patched:
             remaining.forward = patched

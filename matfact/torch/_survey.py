@@ -64,7 +64,11 @@ def survey(
     """
     found = Survey([], {})
     names = {view.layer: name for name, view in views.items()}
-    watched = {module: names.get(module, name) for name, module in model.named_modules()}
+    watched = {
+        module: names.get(module, name)
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+    }
     watch = _Watch()
     with contextlib.ExitStack() as handles, torch.no_grad():
         for module, name in watched.items():

@@ -148,8 +148,9 @@ class FactorizedConv(nn.Module):
             work += _PASS * passes
         return dense <= work
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve `x`, of shape (batch, channels, *size) or without the batch."""
+    def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
+        """Convolve `input`, of shape (batch, channels, *size) or without the batch."""
+        x = input
         batched = x if x.ndim == len(self.kernel_size) + 2 else x[None]
         out = self._convolve(pad(batched, self))
         return out if batched is x else out[0]

@@ -118,8 +118,9 @@ class FactorizedLinear(nn.Module):
             return self.inference == "dense"
         return sum(factor.work for factor in self.chain) >= self.in_features * self.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to the last axis of `x`."""
+    def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
+        """Apply the layer to the last axis of `input`."""
+        x = input
         if x.is_nested:
             samples = [self(sample) for sample in x.unbind()]
             return torch.nested.as_nested_tensor(samples, layout=x.layout)
