@@ -17,6 +17,7 @@ from matfact.torch import _memory
 from matfact.torch._batches import duplicate, forward
 from matfact.torch._matrices import Matricized
 from matfact.torch._random import RandomState, drawing
+from matfact.torch._traces import Traces
 from matfact.torch.capture import layer_input
 
 #: Called with the name and the input of a layer.
@@ -62,6 +63,7 @@ class Pass:
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, model), daemon=True)
+        self._precisions = _autocast()
         self._cancelled = self._trial = False
         self._error: BaseException | None = None
         self._arguments: Arguments = (), {}
@@ -78,7 +80,9 @@ class Pass:
     def _run(self, model: nn.Module) -> None:
         self._local.current = self
         try:
-            with torch.no_grad():  # each thread has its own mode
+            with torch.no_grad(), contextlib.ExitStack() as modes:  # each thread has its own
+                for precision in self._precisions:
+                    modes.enter_context(precision)
                 forward(model, self.batch)
         except _Cancelled:
             pass
@@ -114,7 +118,7 @@ class Pass:
             else:
                 self._go.release()
             self._wait()
-            self._draws = RandomState.now(self._draws.device)
+            self._draws = self._draws.renewed()
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
         """Let a copy of the batch run through the module where it waits.
@@ -158,32 +162,33 @@ class WholePass:
     ----------
     model, batch, draws
         As for :class:`Pass`.
+    traces : Traces
+        What passes may leave in the network, restored after each.
     """
 
     at = None
 
-    def __init__(self, model: nn.Module, batch: Any, draws: RandomState) -> None:
-        self._model, self._draws, self.batch = model, draws, batch
+    def __init__(self, model: nn.Module, batch: Any, draws: RandomState, traces: Traces) -> None:
+        self._model, self._draws, self._traces = model, draws, traces
+        self.batch = batch
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
         """Let the batch run through the network, as :meth:`Pass.visit` does through a module."""
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            with contextlib.suppress(Stopped), torch.no_grad():
-                try:
+        with _hooked(views, visitor), drawing(self._draws), torch.no_grad():
+            try:
+                with contextlib.suppress(Stopped):
                     forward(self._model, self.batch)
-                except Exception as error:
-                    errors.append(error)
-            _memory.rest()
+            finally:
+                self._traces.restore()
 
-        with _hooked(views, visitor), drawing(self._draws):
-            context = contextvars.copy_context()
-            thread = threading.Thread(target=context.run, args=(run,), daemon=True)
-            thread.start()
-            thread.join()
-        if errors:
-            raise errors[0]
+
+def _autocast() -> list[torch.autocast]:
+    """Return the automatic precisions that are on in this thread."""
+    return [
+        torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
 
 
 def _called(run: Callable[..., Any], arguments: Arguments) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from matfact.torch._batches import device_of
 
 #: Devices without generators of their own.
 _HOST = ("cpu", "meta")
@@ -30,6 +32,8 @@ class RandomState:
         States of its generators elsewhere.
     numpy, python : tuple
         States of the others.
+    own : list of tuple
+        Generators that modules of a network hold, with their states.
     """
 
     device: torch.device
@@ -37,17 +41,21 @@ class RandomState:
     accelerators: list[Tensor]
     numpy: Any
     python: tuple[Any, ...]
+    own: list[tuple[torch.Generator, Tensor]]
 
     @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        """Return the state in which the generators are."""
+    def now(cls, device: torch.device, generators: Iterable[torch.Generator] = ()) -> RandomState:
+        """Return the state in which the generators are, those given included."""
         accelerators = [torch_module.get_rng_state(*at) for torch_module, at in _elsewhere(device)]
         host = torch.get_rng_state()
         numpy = np.random.get_state()  # noqa: NPY002 (networks draw from it)
-        return cls(device, host, accelerators, numpy, random.getstate())
+        own = [(generator, generator.get_state()) for generator in generators]
+        return cls(device, host, accelerators, numpy, random.getstate(), own)
 
     @classmethod
-    def seeded(cls, seed: int, device: torch.device) -> RandomState:
+    def seeded(
+        cls, seed: int, device: torch.device, generators: Iterable[torch.Generator] = ()
+    ) -> RandomState:
         """Return the state after all generators have been given `seed`, which they are not."""
         accelerators = [
             torch.Generator(torch.device(device.type, *at)).manual_seed(seed).get_state()
@@ -55,7 +63,15 @@ class RandomState:
         ]
         host = torch.Generator().manual_seed(seed).get_state()
         numpy = np.random.RandomState(seed % 2**32).get_state()
-        return cls(device, host, accelerators, numpy, random.Random(seed).getstate())
+        own = [
+            (each, torch.Generator(each.device).manual_seed(seed).get_state())
+            for each in generators
+        ]
+        return cls(device, host, accelerators, numpy, random.Random(seed).getstate(), own)
+
+    def renewed(self) -> RandomState:
+        """Return the state in which the same generators are now."""
+        return RandomState.now(self.device, [generator for generator, _ in self.own])
 
     def restore(self) -> None:
         """Put the generators into this state."""
@@ -66,33 +82,43 @@ class RandomState:
             torch_module.set_rng_state(state, *at)
         np.random.set_state(self.numpy)  # noqa: NPY002
         random.setstate(self.python)
+        for generator, state in self.own:
+            generator.set_state(state)
 
 
-def batch_states(device: torch.device) -> Iterator[RandomState]:
+def generators_of(*models: nn.Module) -> list[torch.Generator]:
+    """Return the generators that modules hold as attributes."""
+    held = (v for model in models for module in model.modules() for v in vars(module).values())
+    return list(dict.fromkeys(value for value in held if isinstance(value, torch.Generator)))
+
+
+def batch_states(*models: nn.Module) -> Iterator[RandomState]:
     """Return an endless sequence of states, one for each batch.
 
     It follows from the state of torch's generator at the time of the call, which stays as it is.
 
     Parameters
     ----------
-    device : torch.device
-        The device of the network.
+    *models : torch.nn.Module
+        The networks that passes of a batch go through.
     """
     seeds = torch.Generator()
     seeds.set_state(torch.get_rng_state())
-    return _states(seeds, device)
+    return _states(seeds, device_of(models[0]), generators_of(*models))
 
 
-def _states(seeds: torch.Generator, device: torch.device) -> Iterator[RandomState]:
+def _states(
+    seeds: torch.Generator, device: torch.device, own: list[torch.Generator]
+) -> Iterator[RandomState]:
     while True:
         seed = int(torch.randint(2**62, (), generator=seeds))
-        yield RandomState.seeded(seed, device)
+        yield RandomState.seeded(seed, device, own)
 
 
 @contextlib.contextmanager
 def drawing(state: RandomState) -> Iterator[None]:
     """Let the generators start from `state`, and put them back to where they were after."""
-    before = RandomState.now(state.device)
+    before = state.renewed()
     state.restore()
     try:
         yield

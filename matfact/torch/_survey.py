@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from matfact.torch._batches import forward
 from matfact.torch._matrices import Matricized
 from matfact.torch._random import RandomState, drawing
-from matfact.torch.capture import layer_input
+from matfact.torch._traces import Traces
+from matfact.torch.capture import layer_input, rows_of
 
 #: A module on the stack of calls, and the number of that call.
 _Call = tuple[str, int]
@@ -32,19 +33,36 @@ class Survey:
         For each layer that is called, in the order of first calls: the modules that are called
         once, by every batch that calls the layer, and that all of its calls are part of, from the
         outside in: from ``""``, the network, to the layer itself where it is called once.
+    leaves_tensors : bool
+        Whether passes leave tensors in buffers or attributes of modules.
     """
 
     calls: list[Counter[str]]
     around: dict[str, list[str]]
+    leaves_tensors: bool = False
 
     @property
     def repeated(self) -> list[str]:
-        """The layers that some batch calls more than once, in the order of first calls."""
-        return [name for name in self.around if any(calls[name] > 1 for calls in self.calls)]
+        """The layers that batches cannot come to one after the other, in the order of first calls.
+
+        Those that some batch calls more than once, or before others that another calls before
+        them; all of them where a pass leaves tensors behind that another could read.
+        """
+        if self.leaves_tensors:
+            return list(self.around)
+        turns = {name: i for i, name in enumerate(self.around)}
+        found = {name for calls in self.calls for name, count in calls.items() if count > 1}
+        for calls in self.calls:  # in the order in which the batch calls them
+            present = zip(calls, sorted(calls, key=turns.__getitem__), strict=True)
+            found |= {name for pair in present if pair[0] != pair[1] for name in pair}
+        return [name for name in self.around if name in found]
 
 
 def survey(
-    model: nn.Module, views: Mapping[str, Matricized], batches: Iterable[tuple[Any, RandomState]]
+    model: nn.Module,
+    views: Mapping[str, Matricized],
+    batches: Iterable[tuple[Any, RandomState]],
+    traces: Traces,
 ) -> Survey:
     """Return how often layers are called in each batch, and which modules are around all calls.
 
@@ -56,45 +74,52 @@ def survey(
         The layers.
     batches : iterable of tuple
         Batches with the states that random numbers are drawn from.
+    traces : Traces
+        What passes may leave in the network, restored after each.
 
     Raises
     ------
     ValueError
         If what enters a layer is not finite; the layer and the batch are named.
     """
-    found = Survey([], {})
+    found, leaves_tensors = Survey([], {}), False
     names = {view.layer: name for name, view in views.items()}
     watched = {
         module: names.get(module, name)
         for name, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
     }
-    watch = _Watch()
+    watch = _Watch(model, views)
     with contextlib.ExitStack() as handles, torch.no_grad():
         for module, name in watched.items():
             for handle in watch.hooks(module, name, is_layer=module in names):
                 handles.callback(handle.remove)
         for batch, state in batches:
-            watch.start(len(found.calls))
+            watch.start(len(found.calls), batch)
             try:
                 with drawing(state):
                     forward(model, batch)
             except Exception as error:
-                error.add_note(f"This was calibration batch {watch.batch}.")
+                error.add_note(f"This was calibration batch {watch.index}.")
                 raise
+            finally:
+                leaves_tensors |= traces.restore()
             found.calls.append(Counter({name: watch.calls[name] for name in watch.common}))
             for name, stack in watch.common.items():
                 around = [each for each, _ in stack if watch.calls[each] == 1]
                 before = found.around.get(name, around)
                 found.around[name] = [each for each in before if each in around]
-    return found
+    return dataclasses.replace(found, leaves_tensors=leaves_tensors)
 
 
 class _Watch:
     """The stack of calls of one batch, and what all calls of each layer have in common there."""
 
-    def start(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, model: nn.Module, views: Mapping[str, Matricized]) -> None:
+        self._model, self._views = model, views
+
+    def start(self, index: int, batch: Any) -> None:
+        self.index, self._batch = index, batch
         self.calls: Counter[str] = Counter()
         self.common: dict[str, list[_Call]] = {}
         self._stack: list[_Call] = []
@@ -118,11 +143,10 @@ class _Watch:
         if not isinstance(x, Tensor):
             raise ValueError(
                 f"calibration must hold tensors, but layer {name!r} is given a "
-                f"{type(x).__name__} in batch {self.batch}."
+                f"{type(x).__name__} in batch {self.index}."
             )
-        values = x.values() if x.is_nested else x
-        if not bool(torch.isfinite(values).all()):
+        if not bool(torch.isfinite(rows_of(self._views[name], x, self._batch, self._model)).all()):
             raise ValueError(
                 f"calibration must lead to finite inputs, but those of layer {name!r} are not in "
-                f"batch {self.batch}."
+                f"batch {self.index}."
             )

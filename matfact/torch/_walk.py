@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from matfact.torch import _memory
-from matfact.torch._batches import checked, device_of, eval_mode
+from matfact.torch._batches import checked, eval_mode
 from matfact.torch._cache import forget
 from matfact.torch._collect import Arrived, Collected
 from matfact.torch._matrices import Matricized
@@ -21,6 +21,7 @@ from matfact.torch._passes import Pass, WholePass, gate
 from matfact.torch._random import RandomState, batch_states
 from matfact.torch._statistics import LayerStatistics
 from matfact.torch._survey import Survey, survey
+from matfact.torch._traces import Traces
 from matfact.torch.capture import layer_views
 
 Stops = Generator[tuple[str, LayerStatistics]]
@@ -48,9 +49,10 @@ def walk(
     and what one batch makes of it: many small batches take the least.
 
     A block is what a list of modules holds, such as a layer of a transformer; a layer that is in
-    none is one by itself. Layers that are called more than once have their turn when all those that
-    are called before them have had theirs, in runs of the whole network. All passes of a batch draw
-    the same random numbers.
+    none is one by itself. Layers that are called more than once, or in another order by another
+    batch, have their turn when all those that are called before them have had theirs, in runs of
+    the whole network; so do all layers of a network whose passes leave tensors in its modules. All
+    passes of a batch draw the same random numbers, and nothing is left in the network.
 
     Parameters
     ----------
@@ -75,13 +77,17 @@ def walk(
         Those of its inputs.
     """
     views = layer_views(model, layers)
-    drawn = list(zip(checked(batches), batch_states(device_of(model)), strict=False))
+    drawn = list(zip(checked(batches), batch_states(model), strict=False))
+    traces = Traces(model)
     with eval_mode(model):
-        seen = survey(model, views, drawn)
-        started = _Walk(model, views, seen, paired)
-        whole = started.batches(WholePass, drawn)
-        yield from started.through_blocks(started.batches(Pass, drawn), whole, folder)
-        yield from started.repeated(whole)
+        try:
+            seen = survey(model, views, drawn, traces)
+            started = _Walk(model, views, seen, paired)
+            whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
+            yield from started.through_blocks(started.batches(Pass, drawn), whole, folder)
+            yield from started.repeated(whole)
+        finally:
+            traces.restore()
 
 
 class _Walk:

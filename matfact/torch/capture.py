@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import InputStatistics
-from matfact.torch._batches import attended, checked, device_of, eval_mode, forward
+from matfact.torch._batches import attended, checked, eval_mode, forward
 from matfact.torch._matrices import Matricized, matricized
 from matfact.torch._random import batch_states, drawing
 from matfact.torch._statistics import LayerStatistics, is_aside
+from matfact.torch._traces import Traces
 
 
 def input_statistics(
@@ -94,7 +95,8 @@ def captured(
             handles.callback(handle.remove)
         handles.enter_context(eval_mode(model))
         handles.enter_context(torch.no_grad())
-        states = batch_states(device_of(model))
+        states = batch_states(model)
+        handles.callback(Traces(model).restore)
         for present in enumerate(checked(batches)):
             with drawing(next(states)):
                 forward(model, present[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import OutputStatistics
-from matfact.torch._batches import as_written, checked, device_of, eval_mode, forward
+from matfact.torch._batches import as_written, checked, eval_mode, forward
 from matfact.torch._matrices import as_array, matricized
 from matfact.torch._random import batch_states, drawing
 from matfact.torch.capture import layer_input, rows_of
@@ -64,7 +64,7 @@ def paired_statistics(
         dense.get_submodule(block.consumer).register_forward_hook(write),
         model.get_submodule(block.consumer).register_forward_hook(read, with_kwargs=True),
     ]
-    states = batch_states(device_of(model))
+    states = batch_states(model, dense)
     with removed(handles), eval_mode(model), eval_mode(dense), torch.no_grad():
         for batch in checked(batches):
             state = next(states)

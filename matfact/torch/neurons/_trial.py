@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from matfact.torch._batches import as_written, device_of, forward
 from matfact.torch._matrices import matricized
-from matfact.torch._random import RandomState, drawing
+from matfact.torch._random import RandomState, drawing, generators_of
 from matfact.torch._tensors import samplewise, tensors_in
 from matfact.torch.capture import layer_input
 
@@ -50,7 +50,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         self.model, self.batch = model, batch
-        self._state = RandomState.now(device_of(model))
+        self._state = RandomState.now(device_of(model), generators_of(model))
 
     def run(self) -> list[Tensor]:
         """Return all tensors in the outputs."""

@@ -15,7 +15,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _NormBase
 
 from matfact.torch._batches import device_of, eval_mode, forward
-from matfact.torch._random import RandomState, batch_states, drawing
+from matfact.torch._random import RandomState, batch_states, drawing, generators_of
 from matfact.torch._tensors import first_filled
 from matfact.torch.pruning._masks import (
     Predicate,
@@ -187,9 +187,7 @@ def grasp(
 
 def _losses(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[Tensor]:
     """Yield the loss of each batch, for which the network draws the same numbers every time."""
-    for index, (batch, state) in enumerate(
-        zip(batches, batch_states(device_of(model)), strict=False)
-    ):
+    for index, (batch, state) in enumerate(zip(batches, batch_states(model), strict=False)):
         with drawing(state):
             value = loss(forward(model, batch), batch)
         if value.numel() != 1 or not bool(torch.isfinite(value)):
@@ -249,7 +247,7 @@ class _SynFlow:
         self._copy = copy.deepcopy(model).double().eval()
         self._copied = prunable_parameters(self._copy, prunable)
         self._batch = _ones(batch)
-        self._state = RandomState.now(device_of(model))
+        self._state = RandomState.now(device_of(model), generators_of(model))
         with torch.no_grad():
             for name, values in self._copy.named_parameters():
                 values.copy_(torch.zeros_like(values) if name.endswith("bias") else values.abs())
