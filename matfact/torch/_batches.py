@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: What is added to scores of attention hides a token where it is less.
+_HIDDEN = -1e3
+
 
 def forward(model: nn.Module, batch: Any) -> Any:
     """Call `model` on a batch, on the device of the model.
@@ -71,10 +74,10 @@ def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
     entries = {k: batch[k] for k in batch.keys() if isinstance(batch[k], Tensor)}  # noqa: SIM118
     found: dict[tuple[int, int], Tensor] = {}
     for side in ("", "decoder_"):
-        mask = entries.get(f"{side}attention_mask")
-        if mask is None or mask.ndim != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+        kept = _attended_tokens(entries.get(f"{side}attention_mask"))
+        if kept is None:
             continue
-        shape, kept = (mask.shape[0], mask.shape[1]), mask.bool()
+        shape = (kept.shape[0], kept.shape[1])
         found[shape] = found[shape].to(kept.device) | kept if shape in found else kept
     if "decoder_attention_mask" not in entries:  # all tokens of that side count
         config = getattr(model, "config", None)
@@ -83,6 +86,21 @@ def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
             if name in entries:
                 found.pop(tuple(entries[name].shape[:2]), None)
     return found
+
+
+def _attended_tokens(mask: Tensor | None) -> Tensor | None:
+    """Return which tokens a mask lets count, (samples, tokens), None if it does not tell.
+
+    It may be one for all heads and queries, and one of zeros that is added to scores.
+    """
+    if mask is None or mask.ndim < 2 or any(n != 1 for n in mask.shape[1:-1]):
+        return None
+    mask = mask.reshape(mask.shape[0], mask.shape[-1])
+    if bool(((mask == 0) | (mask == 1)).all()):
+        return mask.bool() if bool(mask.any()) else None  # zeros may all be added
+    if mask.is_floating_point() and bool(((mask == 0) | (mask < _HIDDEN)).all()):
+        return mask == 0
+    return None
 
 
 def _n_taken(model: nn.Module) -> int | None:
@@ -123,13 +141,18 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
 
 
-def checked(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield `batches`, of which there must be one at least."""
+def check_collection(batches: Any) -> None:
+    """Raise ``ValueError`` if `batches` are one batch."""
     if isinstance(batches, (Tensor, str)) or hasattr(batches, "keys"):
         raise ValueError(
             f"the batches must be a collection of batches, got one {type(batches).__name__}: put "
             "it into a list."
         )
+
+
+def checked(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield `batches`, of which there must be one at least."""
+    check_collection(batches)
     empty = True
     for batch in batches:
         empty = False

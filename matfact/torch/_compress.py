@@ -101,11 +101,13 @@ def compress(
     keep_first, keep_last : bool, default=False
         Keep the first or the last of the selected layers.
     calibration : iterable, optional
-        Batches of inputs: tensors, tuples (labels behind the inputs are ignored) or mappings.
-        With them the errors of layer outputs are lowered and reported. One batch in five, the
-        second first, is kept aside: its error says how far to go in each layer, from not at all to
-        all the way, and is what the report tells. Eight batches or more are best; of a single one
-        nothing can be kept aside, and fixed rules are taken. Small batches take the least memory.
+        Batches of inputs: tensors, mappings, or tuples, of which the network gets as many entries
+        as its ``forward`` requires: what follows counts as labels. Optional arguments, such as an
+        ``attention_mask``, go by name, in mappings. The errors of layer outputs are lowered and
+        reported. One batch in five, the second first, is kept aside: its error says how far to go
+        in each layer, from not at all to all the way, and is what the report tells. Eight batches
+        or more are best; of a single one nothing can be kept aside, and fixed rules are taken.
+        Small batches take the least memory.
     sequential : bool, default=True
         Whether each layer is calibrated on what the layers before it, already compressed, make of
         the batches. In memory are the Gram matrices of one layer and what enters a block of layers
@@ -329,7 +331,12 @@ def _note_lack(task: Task, statistics: LayerStatistics | None) -> None:
     if statistics is not None and not statistics.is_empty:
         task.message = statistics.note
         return
-    why = "no calibration input reached it" if _is_real(task) else "its inputs are complex"
+    if not _is_real(task):
+        why = "its inputs are complex"
+    elif task.kind == "NonDynamicallyQuantizableLinear":
+        why = "attention reads its weight and never calls it, so that its inputs are unknown"
+    else:
+        why = "no calibration input reached it"
     task.message = f"{why}: fitted without"
     warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
 

@@ -27,6 +27,7 @@ from matfact.torch._matrices import (
     matricized,
     refusal,
 )
+from matfact.torch._traces import OF_ALL_MODULES
 from matfact.torch._weights import is_finite, place, tied_places
 from matfact.torch.report import CompressionWarning, LayerReport
 
@@ -152,6 +153,7 @@ def plan(
         if is_kept:
             task.keep("kept as asked")
     _keep_shared(model, tasks)
+    _keep_held(model, tasks)
     for task in tasks:
         _check_values(task)
     return tasks
@@ -171,6 +173,24 @@ def _task(names: list[str], layer: nn.Module, factorizer: BaseFactorizer | None)
     elif factorizer is None:
         task.keep("kept as asked")
     return task
+
+
+def _keep_held(model: nn.Module, tasks: list[Task]) -> None:
+    """Keep layers that a plain attribute holds, through which they may go on being called."""
+    holders: dict[Any, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in OF_ALL_MODULES:
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            several = held if isinstance(value, (dict, list, tuple, set)) else [value]
+            for each in several:
+                if isinstance(each, nn.Module):
+                    holders[each] = f"{name}.{attribute}".strip(".")
+    for task in tasks:
+        layer = None if task.view is None else task.view.layer
+        if task.factorizer is not None and layer in holders:
+            task.keep(f"kept: {holders[layer]} holds it too, where nothing can take its place")
 
 
 def _check_values(task: Task) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 #: Attributes whose values are kept as they are.
 _PLAIN = (bool, int, float, str, type(None))
 #: What each module has, parameters, buffers and modules among them.
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 class Traces:
@@ -60,7 +60,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return the plain values, tensors, and lists and dictionaries that a module has of its own."""
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
-        if name in _OF_ALL_MODULES:
+        if name in OF_ALL_MODULES:
             continue
         if isinstance(value, (list, dict)):
             found[name] = value.copy()

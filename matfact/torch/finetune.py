@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -110,6 +111,11 @@ def fine_tune(
         raise ValueError("loss must be given where there is no teacher, got None for both.")
     if not 0.0 <= distillation <= 1.0:
         raise ValueError(f"distillation must lie between 0 and 1, got {distillation}.")
+    if epochs > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches must be a collection for {epochs} epochs, got a {type(batches).__name__}, "
+            "which can be used once: make a list of it."
+        )
     if patience is not None and validate is None:
         raise ValueError(f"patience needs validate, got patience={patience} without it.")
     if patience is not None and patience < 1:
@@ -134,7 +140,8 @@ def fine_tune(
         except DivergenceError as error:
             if best is None:
                 raise
-            warnings.warn(f"Training ends, and the best network is kept: {error}", stacklevel=2)
+            message = f"Training ends, and the best network is kept: {error}"
+            warnings.warn(message, ConvergenceWarning, stacklevel=2)
         finally:
             if best is not None:
                 best.restore()

@@ -270,8 +270,8 @@ def test_a_mask_of_one_side_never_drops_tokens_of_the_other(more):
 
 def test_masks_that_are_no_masks_of_tokens_drop_nothing():
     x = torch.randn(3, 4, 5)
-    added = {"attention_mask": torch.where(MASK.bool(), 0.0, -1e9)}  # to scores of attention
-    assert attended(x, added, nn.Identity()) is x
+    for mask in (torch.rand(3, 4), torch.zeros(3, 4), torch.ones(3, 4, 4).tril()):
+        assert attended(x, {"attention_mask": mask}, nn.Identity()) is x
 
 
 def test_nested_tensors_count_without_padding():
@@ -302,3 +302,144 @@ def test_compiled_networks_are_seen_as_they_are_written():
     compiled(x[0])
     found = input_statistics(compiled, x)
     assert [each[0].count for each in found.values()] == [64, 64]
+
+
+class Remembering(nn.Module):
+    """Hands a tensor from one layer to the next in an attribute, and counts in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.n_calls, self.seen = 0, []
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        self.skip = torch.relu(self.a(x))
+        self.n_calls += 1
+        self.mean += 0.1 * (self.skip.mean(0) - self.mean)
+        hidden = self.b(self.skip)
+        return self.c(hidden + self.skip + self.mean)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_batches_do_not_see_what_others_have_left_in_the_network(sequential):
+    torch.manual_seed(0)
+    model, batches = Remembering().eval(), [torch.randn(10, 8) for _ in range(4)]
+    small, _ = compress(model, "magnitude", density=1.0, calibration=batches, sequential=sequential)
+    assert small.n_calls == 0
+    assert "skip" not in vars(small)
+    torch.testing.assert_close(small.mean, torch.zeros(8))
+
+
+def test_statistics_are_those_of_each_batch_alone():
+    torch.manual_seed(0)
+    model, batches = Remembering().eval(), [torch.randn(10, 8) for _ in range(4)]
+    expected = InputStatistics()
+    for x in batches:
+        network = copy.deepcopy(model)
+        network.c.register_forward_pre_hook(
+            lambda layer, args: expected.update(args[0].detach().numpy()) and None
+        )
+        network(x)
+    for name, statistics in walk(model, ["a", "b", "c"], batches, paired=True):
+        if name == "c":
+            ((fitted, aside),) = statistics.by_matrix()
+            gram = fitted.inputs.gram + aside.inputs.gram
+            np.testing.assert_allclose(gram, expected.gram, rtol=1e-5)
+
+
+def test_layers_that_batches_call_in_another_order_are_seen_by_all():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            first, second = (self.a, self.b) if x[0, 0] > 0 else (self.b, self.a)
+            return self.c(torch.relu(second(torch.relu(first(x)))))
+
+    torch.manual_seed(0)
+    batches = [torch.randn(10, 8) for _ in range(4)]
+    for x, sign in zip(batches, (1, -1, 1, -1), strict=True):
+        x[0, 0] = sign
+    counts = {n: s.count for n, s in walk(Either(), ["a", "b", "c"], batches, paired=True)}
+    assert counts == {"a": 40, "b": 40, "c": 40}
+
+
+def test_generators_that_a_network_holds_draw_the_same_for_a_batch_and_its_twin():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.generator = torch.Generator().manual_seed(3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x * (torch.rand(x.shape, generator=self.generator) < 0.5))
+
+    model = Dropping().eval()
+    before = model.generator.get_state()
+    for name, statistics in walk(model, ["a", "b"], [torch.randn(9, 8)] * 2, paired=True):
+        assert not statistics.note
+        for sums in statistics.by_matrix()[0]:
+            np.testing.assert_allclose(sums.energy, _energy(model, sums, name), rtol=1e-6)
+    torch.testing.assert_close(model.generator.get_state(), before)
+
+
+def test_layers_that_a_plain_list_holds_are_kept():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+            self.steps = [self.a, self.b]
+
+        def forward(self, x):
+            for step in self.steps:
+                x = step(x)
+            return self.c(x)
+
+    small, report = compress(Listed(), "magnitude", density=0.5)
+    assert [row.status for row in report] == ["kept", "kept", "compressed"]
+    assert "steps holds it too" in report[0].message
+    assert small.steps[0] is small.a
+
+
+def test_attention_that_skips_its_modules_in_eval_mode_is_calibrated():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x):
+            return self.encoder(self.first(x))
+
+    batches = [torch.randn(4, 5, 8) for _ in range(2)]
+    _, report = compress(Encoder().eval(), "magnitude", density=0.5, calibration=batches)
+    errors = {row.layer: row.layer_error for row in report}
+    assert errors["encoder.linear1"] is not None
+    assert errors["encoder.linear2"] is not None
+
+
+def test_little_is_learned_of_inputs_that_few_samples_know():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32, bias=False)).eval()
+    with torch.no_grad():
+        model[0].bias[:24] -= 2.2  # units that are seldom active
+    batches = [torch.randn(64, 32) for _ in range(4)]
+    _, report = compress(model, "dsf", density=0.4, calibration=batches)
+    assert report[-1].relative_error < 1  # 3.2 where each input counts by its own norm alone
+
+
+@pytest.mark.parametrize("batch", [torch.randn(4, 8), {"x": torch.randn(4, 8)}, "x"])
+def test_one_batch_in_place_of_a_collection_is_refused(batch):
+    with pytest.raises(ValueError, match="collection of batches"):
+        compress(nn.Sequential(nn.Linear(8, 8)), "dsf", calibration=batch)
+
+
+def test_masks_for_each_head_and_masks_that_are_added_count():
+    x = torch.randn(3, 4, 5)
+    added = torch.where(MASK.bool(), 0.0, torch.finfo(torch.float32).min)
+    for mask in (MASK[:, None, None, :], MASK[:, None, :], added, added[:, None, None, :]):
+        kept = attended(x, {"attention_mask": mask}, nn.Identity())
+        torch.testing.assert_close(kept, x[MASK.bool()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
@@ -16,10 +17,10 @@ from matfact import backend, metrics
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection, quadratic
-from matfact.torch._batches import device_of, eval_mode
+from matfact.torch._batches import check_collection, device_of, eval_mode
 from matfact.torch._matrices import as_array
 from matfact.torch._narrowed import remember
-from matfact.torch._random import RandomState, drawing
+from matfact.torch._random import RandomState, drawing, generators_of
 from matfact.torch._tensors import first_filled
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._check import objection
@@ -27,6 +28,7 @@ from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_o
 from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
+from matfact.torch.report import CompressionWarning
 
 Method = Literal["least_squares", "gradient", "ispasp"]
 
@@ -148,9 +150,13 @@ def prune_neurons(
     """
     if method not in _SOLVERS:
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
+    check_collection(batches)
     first = first_filled(batches)
     if blocks is None:
         blocks = find_blocks(model, first)
+        if not blocks:
+            message = "no block of hidden units can be pruned: the network stays as it is."
+            warnings.warn(message, CompressionWarning, stacklevel=2)
     else:
         _check_blocks(model, blocks, first)
     if max_error is None:
@@ -163,7 +169,7 @@ def prune_neurons(
     chosen = [block for block in blocks if block.consumer in counts]
     restore = way_back({m for block in chosen for m in modules_of(model, block)})
     pruned: list[PrunedBlock] = []
-    state = RandomState.now(device_of(model))
+    state = RandomState.now(device_of(model), generators_of(model, dense))
     try:
         for block in chosen:
             with drawing(state):
