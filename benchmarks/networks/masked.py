@@ -150,7 +150,7 @@ def train(
     loss: Callable[[Any, Tensor], Tensor],
     *,
     steps: int,
-    batch_size: int = 64,
+    batch_size: int = 32,
     learning_rate: float = 2e-3,
 ) -> None:
     """Minimize `loss` of batches drawn at random, by Adam with one cycle of learning rates."""

@@ -207,19 +207,22 @@ _DIGITS: dict[str, Any] = {"dataset": "digits", "n_fresh": 200}
 KINDS = {
     "mobile network": Kind(
         functools.partial(classifier, "mobile"), "divergence", 100,
-        {**_FASHION, "epochs": 2}, {**_DIGITS, "width": 8, "epochs": 4},
+        {**_FASHION, "n_images": 30_000, "epochs": 1}, {**_DIGITS, "width": 8, "epochs": 4},
     ),
     "masked autoencoder": Kind(
         autoencoder, "output error", 100,
-        {**_FASHION, "patch": 4, "width": 96, "steps": 1500},
+        {**_FASHION, "patch": 4, "width": 96, "steps": 2000},
         {**_DIGITS, "patch": 2, "width": 16, "steps": 40},
     ),
     "shared encoder": Kind(
         shared_encoder, "divergence", 100,
-        {"text": "novels", "n_fresh": 1000, "width": 128, "depth": 6, "steps": 1500},
+        {"text": "novels", "n_fresh": 1000, "width": 96, "depth": 6, "steps": 1000},
         {"text": "excerpts", "n_fresh": 40, "width": 16, "depth": 3, "steps": 40},
     ),
-    "ResNet-20": Kind(functools.partial(classifier, "resnet20"), "divergence", 100, _FASHION),
+    "ResNet-20": Kind(
+        functools.partial(classifier, "resnet20"), "divergence", 100,
+        {**_FASHION, "n_images": 30_000, "epochs": 2},
+    ),
     "sentence encoder": Kind(sentence_encoder, "1 − cosine", 25, {"n_fresh": 512}),
     "language model": Kind(first_blocks, "divergence", 25, {"n_fresh": 32}),
 }  # fmt: skip

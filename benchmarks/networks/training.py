@@ -44,14 +44,15 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
         torch.manual_seed(seed)
         model = build(name, image_size=image_size, width=width)
     model.to(memory_format=torch.channels_last)
-    label = name if width is None else f"{name}-{width}"
+    parts = (name, width, dataset, changes.get("n_images"), seed)
+    label = "-".join(str(part) for part in parts if part is not None)
 
     def fit(network: nn.Module) -> None:
         options = {k: v for k, v in recipe.items() if k not in ("model", "data", "n_images")}
         n_images = recipe.get("n_images")
         train(network, images[:n_images], labels[:n_images], **options)
 
-    return kept(model, f"{label}-{dataset}-{seed}", recipe, fit)
+    return kept(model, label, recipe, fit)
 
 
 def kept(
