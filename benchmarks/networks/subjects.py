@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import data, encoder, language_model, masked, training
+from benchmarks.networks import data, encoder, masked, smollm2, training
 
 #: Novels whose sentences, windows or characters are shared out between calibration and test.
 NOVELS = ("emma", "northangerabbey")
@@ -174,7 +174,7 @@ def sentence_encoder(n_fresh: int) -> Subject:
 
 def first_blocks(n_fresh: int) -> Subject:
     """Return the language model, of which five blocks are compressed; what it predicts counts."""
-    model, tokenizer = language_model.network()
+    model, tokenizer = smollm2.network()
     ids = tokenizer(_text("novels"), return_tensors="pt").input_ids[0]
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
     windows = windows[torch.randperm(len(windows), generator=_generator(0))]
