@@ -33,14 +33,14 @@ def changed(model, **weights):
     return other
 
 
-def test_an_error_of_outputs_without_their_means_is_what_a_bias_cannot_make_up_for():
+def test_what_is_lost_counts_whole_and_what_should_be_without_its_mean():
     torch.manual_seed(0)
-    wanted, shift = torch.randn(50, 4) + 5, torch.randn(4)
-    for centered, right in ((True, 0.0), (False, float(shift.norm() * 50**0.5 / wanted.norm()))):
+    wanted, lost = torch.randn(50, 4) + 5, torch.randn(50, 4) + 0.5
+    for centered, energy in ((True, wanted - wanted.mean(0)), (False, wanted)):
         loss = fresh.Loss(centered)
-        for part in wanted.split(20):
-            loss.add(part, part + shift)
-        assert loss.relative() == pytest.approx(right, abs=1e-6)
+        for part, change in zip(wanted.split(20), lost.split(20), strict=True):
+            loss.add(part, part + change)
+        assert loss.relative() == pytest.approx(float(lost.norm() / energy.norm()), rel=1e-5)
 
 
 def test_errors_of_layers_are_paired_with_the_dense_network_or_with_the_dense_layer():
@@ -50,7 +50,9 @@ def test_errors_of_layers_are_paired_with_the_dense_network_or_with_the_dense_la
     whole = subject(model, [torch.randn(8, 6) for _ in range(3)])
     outputs, paired = fresh.measure(whole, small, ["0", "1"], paired=True)
     assert paired == pytest.approx({"0": 0.5, "1": 0.5}, rel=1e-6)
-    assert outputs["output error"] == pytest.approx(0.5, rel=1e-6)
+    y = torch.cat([whole.seen(model, batch).state for batch in whole.fresh]).detach()
+    right = 0.5 * float(y.norm() / (y - y.mean(0)).norm())
+    assert outputs["output error"] == pytest.approx(right, rel=1e-5)
     _, alone = fresh.measure(whole, small, ["0", "1"], paired=False)
     assert alone == pytest.approx({"0": 0.5, "1": 0.0}, abs=1e-6)
 

@@ -20,32 +20,30 @@ class Loss:
     Parameters
     ----------
     centered : bool
-        Whether the means over all rows do not count.
+        Whether outputs that should be count by their deviations from their mean. What is lost
+        always counts whole.
     """
 
     def __init__(self, centered: bool) -> None:
         self._centered = centered
         self._count = 0
-        self._energy: list[Any] = [0.0, 0.0]
-        self._sums: list[Any] = [0.0, 0.0]
+        self._lost = self._energy = 0.0
+        self._sum: Any = 0.0
 
     def add(self, wanted: Tensor, found: Tensor) -> None:
         """Count rows, of any leading axes."""
         wanted = wanted.flatten(0, -2).double()
         self._count += len(wanted)
-        for i, values in enumerate((found.flatten(0, -2) - wanted, wanted)):
-            self._energy[i] += float(values.square().sum())
-            self._sums[i] = self._sums[i] + values.sum(0)
+        self._lost += float((found.flatten(0, -2) - wanted).square().sum())
+        self._energy += float(wanted.square().sum())
+        self._sum = self._sum + wanted.sum(0)
 
     def relative(self) -> float:
         """Return the norm of what is lost ÷ that of what should be; NaN of nothing."""
-        lost, total = self._energy
-        if self._centered:
-            lost, total = (
-                energy - float(sums.square().sum()) / self._count
-                for energy, sums in zip(self._energy, self._sums, strict=True)
-            )
-        return math.sqrt(max(lost, 0.0) / total) if total > 0 else math.nan
+        total = self._energy
+        if self._centered and self._count:
+            total -= float(self._sum.square().sum()) / self._count
+        return math.sqrt(self._lost / total) if total > 0 else math.nan
 
 
 def measure(subject: Subject, small: nn.Module, names: Sequence[str], paired: bool) -> Any:
