@@ -117,19 +117,21 @@ def autoencoder(dataset: str, n_fresh: int, *, patch: int, width: int, steps: in
     return Subject(model, None, train_x, _same, list(test_x[:n_fresh].split(200)), seen)
 
 
-def shared_encoder(text: str, n_fresh: int, *, width: int, depth: int, steps: int) -> Subject:
+def shared_encoder(
+    text: str, n_fresh: int, *, width: int, depth: int, steps: int, learning_rate: float = 4e-3
+) -> Subject:
     """Return an encoder that applies one block many times; its predictions of masked characters."""
     windows = masked.encoded(_text(text))
     windows = windows[: len(windows) // CHARACTERS * CHARACTERS].reshape(-1, CHARACTERS)
     windows = windows[torch.randperm(len(windows), generator=_generator(0))]
     pool, test = windows[n_fresh:], windows[:n_fresh]
-    recipe = {"text": text, "width": width, "depth": depth, "steps": steps, "fresh": n_fresh}
+    options = {"steps": steps, "learning_rate": learning_rate}
+    recipe = {"text": text, "width": width, "depth": depth, "fresh": n_fresh, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = masked.SharedEncoder(CHARACTERS, width, depth)
-        fit = functools.partial(
-            masked.train, items=pool, loss=masked.text_loss(_generator(1)), steps=steps
-        )
+        loss = masked.text_loss(_generator(1))
+        fit = functools.partial(masked.train, items=pool, loss=loss, **options)
         training.kept(model, f"shared-{width}-{depth}-{text}", recipe, fit)
 
     def seen(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Seen:
@@ -216,7 +218,7 @@ KINDS = {
     ),
     "shared encoder": Kind(
         shared_encoder, "divergence", 100,
-        {"text": "novels", "n_fresh": 1000, "width": 96, "depth": 6, "steps": 1000},
+        {"text": "novels", "n_fresh": 1000, "width": 96, "depth": 6, "steps": 800},
         {"text": "excerpts", "n_fresh": 40, "width": 16, "depth": 3, "steps": 40},
     ),
     "ResNet-20": Kind(
