@@ -48,12 +48,13 @@ def test_errors_of_layers_are_paired_with_the_dense_network_or_with_the_dense_la
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False))
     small = changed(model, **{"0": 0.5})
     whole = subject(model, [torch.randn(8, 6) for _ in range(3)])
-    outputs, paired = fresh.measure(whole, small, ["0", "1"], paired=True)
+    outputs, parts, paired = fresh.measure(whole, small, ["0", "1"], paired=True)
     assert paired == pytest.approx({"0": 0.5, "1": 0.5}, rel=1e-6)
     y = torch.cat([whole.seen(model, batch).state for batch in whole.fresh]).detach()
     right = 0.5 * float(y.norm() / (y - y.mean(0)).norm())
     assert outputs["output error"] == pytest.approx(right, rel=1e-5)
-    _, alone = fresh.measure(whole, small, ["0", "1"], paired=False)
+    assert len(parts) == 3
+    _, _, alone = fresh.measure(whole, small, ["0", "1"], paired=False)
     assert alone == pytest.approx({"0": 0.5, "1": 0.0}, abs=1e-6)
 
 
@@ -64,7 +65,9 @@ def test_a_network_has_no_error_against_itself_whatever_it_draws():
         model, None, None, lambda batch: batch, [torch.randn(5, 1, 8, 8) for _ in range(2)],
         lambda network, images: Seen(network(images)[0].flatten(0, 1)),
     )  # fmt: skip
-    outputs, errors = fresh.measure(whole, copy.deepcopy(model), ["embed", "predict"], paired=True)
+    outputs, _, errors = fresh.measure(
+        whole, copy.deepcopy(model), ["embed", "predict"], paired=True
+    )
     assert [outputs["output error"], *errors.values()] == [0.0] * 3
 
 
@@ -81,7 +84,7 @@ def test_every_call_of_a_shared_layer_counts_and_padding_does_not():
     model, mask = Twice(), torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"x": torch.randn(2, 3, 4), "attention_mask": mask}
     small = changed(model, layer=1.1)
-    _, errors = fresh.measure(subject(model, [batch]), small, ["layer"], paired=True)
+    _, _, errors = fresh.measure(subject(model, [batch]), small, ["layer"], paired=True)
     with torch.no_grad():
         first = model.layer(batch["x"])[mask.bool()]
         second = model.layer(first.relu())
@@ -98,6 +101,25 @@ def test_cells_of_the_full_form_cover_the_table():
     assert len(networks) == 6
     assert set(found) == {(n, s, d) for n in networks for s in (16, 64, 256) for d in (0.5, 0.3)}
     assert all(len(by) == 4 for by in found.values())
+
+
+def test_the_noise_of_a_ratio_is_told_from_batches():
+    def row(method, parts):
+        cell = {"network": "ResNet-20", "method": method}
+        mean = sum(parts) / len(parts)
+        result = {"divergence": mean, "parts": {str(i): part for i, part in enumerate(parts)}}
+        return _cells.rows([{"cell": cell, "result": result}])[0]
+
+    rng = torch.Generator().manual_seed(0)
+    base = 1 + 0.1 * torch.rand(20, generator=rng, dtype=torch.double)
+    same = calibration.ratio({"DSF": row("DSF", (1.5 * base).tolist()),
+                              "ADMM": row("ADMM", base.tolist()),
+                              "other": row("other", (9 * base).tolist())})  # fmt: skip
+    assert same == pytest.approx((1.5, 0.0), abs=1e-9)
+    noise = torch.randn(20, generator=rng, dtype=torch.double)
+    noisy = calibration.ratio({"DSF": row("DSF", (1 + 0.1 * noise).tolist()),
+                               "ADMM": row("ADMM", [1.0] * 20)})  # fmt: skip
+    assert noisy.error == pytest.approx(0.1 * float(noise.std()) / 20**0.5, rel=1e-6)
 
 
 def test_the_quick_form_judges_three_networks(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -38,6 +38,22 @@ CALIBRATED = {DEFAULT: True, "DSF, no feedback": False, "ADMM": True}
 #: How much worse than the best of the others the default may be, and how far from an error on fresh
 #: inputs the reported one.
 WORSE, ERROR = 1.02, 0.15
+
+
+class Ratio(NamedTuple):
+    """A ratio of measures on the same inputs, with its standard error (jackknife over batches)."""
+
+    value: float
+    error: float
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether it is more than what is allowed."""
+        return self.value > WORSE
+
+    def __str__(self) -> str:
+        text = f"{self.value:.3f} ± {self.error:.3f}"
+        return f"**{text}**" if self.is_worse else text
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
@@ -84,13 +100,15 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     seconds = time.process_time() - start
     names = [row.layer for row in report if row.status == "compressed"]
-    outputs, errors = fresh.measure(dense, small, names, paired=feedback)
+    found = fresh.measure(dense, small, names, paired=feedback)
     layers = {
-        row.layer: {"reported": row.layer_error, "fresh": errors[row.layer]}
-        for row in report if row.layer in errors and calibration is not None
+        row.layer: {"reported": row.layer_error, "fresh": found.layers[row.layer]}
+        for row in report if row.layer in found.layers and calibration is not None
     }  # fmt: skip
+    name = KINDS[cell["network"]].headline
     return {
-        **outputs,
+        **found.outputs,
+        "parts": {str(i): part[name] for i, part in enumerate(found.parts)},
         "seconds": seconds,
         "compressed": len(names),
         "kept": len(report) - len(names),
@@ -132,10 +150,18 @@ def headline(row: Row) -> float:
     return float(row[KINDS[row["network"]].headline].mean)
 
 
-def ratio(by_method: dict[str, Row]) -> float:
+def ratio(by_method: dict[str, Row]) -> Ratio:
     """Return the default's measure ÷ the best of the others."""
-    others = min(headline(row) for name, row in by_method.items() if name != DEFAULT)
-    return headline(by_method[DEFAULT]) / others
+    default = by_method[DEFAULT]
+    other = min((row for name, row in by_method.items() if name != DEFAULT), key=headline)
+    pairs = [
+        (a.mean, b.mean)
+        for a, b in zip(default["parts"].values(), other["parts"].values(), strict=True)
+    ]
+    n, tops, bottoms = len(pairs), *(sum(column) for column in zip(*pairs, strict=True))
+    without = [(tops - a) / (bottoms - b) for a, b in pairs] if n > 1 else [math.nan]
+    error = math.sqrt((n - 1) * statistics.pvariance(without))
+    return Ratio(headline(default) / headline(other), error)
 
 
 def layer_ratios(row: Row) -> list[float]:
@@ -147,12 +173,15 @@ def layer_ratios(row: Row) -> list[float]:
 def _verdict(rows: list[Row]) -> str:
     found = groups(rows)
     near = [abs(r - 1) <= ERROR for by in found.values() for r in layer_ratios(by[DEFAULT])]
-    fine = sum(ratio(by) <= WORSE for by in found.values())
+    ratios = [ratio(by) for by in found.values()]
+    worse = [r for r in ratios if r.is_worse]
+    clearly = sum(r.value - 2 * r.error > WORSE for r in worse)
     share = f"{sum(near) / len(near):.1%}" if near else "none"
     return (
-        f"Default at most {WORSE - 1:.0%} worse than the best of the others: {fine} of {len(found)}"
-        f" cells. Reported error of a layer within {ERROR:.0%} of that on fresh inputs, default:"
-        f" {share} of {len(near)} layers.\n"
+        f"Default at most {WORSE - 1:.0%} worse than the best of the others:"
+        f" {len(found) - len(worse)} of {len(found)} cells; of the others, {clearly} by more than"
+        f" two standard errors of the fresh inputs. Reported error of a layer within {ERROR:.0%} of"
+        f" that on fresh inputs, default: {share} of {len(near)} layers.\n"
     )
 
 
@@ -162,11 +191,10 @@ def _comparison(rows: list[Row]) -> str:
               "output error: DSF", "CPU s: DSF")  # fmt: skip
     lines = []
     for (network, samples, density), by in groups(rows).items():
-        r = ratio(by)
         lines.append((
             network, KINDS[network].headline, f"{density:.0%}", samples,
             *(f"{headline(by[m]):.4g}" for m in methods),
-            f"{r:.3f}" if r <= WORSE else f"**{r:.3f}**",
+            str(ratio(by)),
             f"{by[DEFAULT]['output error'].mean:.4f}", f"{by[DEFAULT]['seconds'].mean:.0f}",
         ))  # fmt: skip
     return markdown_table(header, lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,26 @@ class Loss:
         return math.sqrt(self._lost / total) if total > 0 else math.nan
 
 
-def measure(subject: Subject, small: nn.Module, names: Sequence[str], paired: bool) -> Any:
-    """Return measures of the network's outputs, and the error of each layer, on fresh inputs.
+class Measured(NamedTuple):
+    """What was measured on fresh inputs.
+
+    Attributes
+    ----------
+    outputs : dict of str to float
+        Measures of the network's outputs.
+    parts : list of dict
+        The same of each batch, from which their noise can be told.
+    layers : dict of str to float
+        The error of each layer.
+    """
+
+    outputs: dict[str, float]
+    parts: list[dict[str, float]]
+    layers: dict[str, float]
+
+
+def measure(subject: Subject, small: nn.Module, names: Sequence[str], paired: bool) -> Measured:
+    """Measure a compressed network and its layers on fresh inputs.
 
     Parameters
     ----------
@@ -63,7 +81,7 @@ def measure(subject: Subject, small: nn.Module, names: Sequence[str], paired: bo
     """
     dense = dict(subject.model.named_modules(remove_duplicate=False))
     losses = {name: Loss(getattr(dense[name], "bias", None) is not None) for name in names}
-    outputs = _Outputs()
+    outputs, parts = _Outputs(), []
     for seed, batch in enumerate(subject.fresh):
         wanted: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -77,8 +95,13 @@ def measure(subject: Subject, small: nn.Module, names: Sequence[str], paired: bo
         with _watched(subject.model, names if paired else (), keep):
             right = _seen(subject, subject.model, batch, seed)
         with _watched(small, names, compare):
-            outputs.add(right, _seen(subject, small, batch, seed))
-    return outputs.measures(), {name: loss.relative() for name, loss in losses.items()}
+            found = _seen(subject, small, batch, seed)
+        part = _Outputs()
+        for each in (outputs, part):
+            each.add(right, found)
+        parts.append(part.measures())
+    errors = {name: loss.relative() for name, loss in losses.items()}
+    return Measured(outputs.measures(), parts, errors)
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ class Kind(NamedTuple):
     quick: dict[str, Any] | None = None
 
 
-_FASHION: dict[str, Any] = {"dataset": "fashion-mnist", "n_fresh": 2000}
+_FASHION: dict[str, Any] = {"dataset": "fashion-mnist", "n_fresh": 5000}
 _DIGITS: dict[str, Any] = {"dataset": "digits", "n_fresh": 200}
 KINDS = {
     "mobile network": Kind(
