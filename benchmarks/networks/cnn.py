@@ -48,10 +48,10 @@ class Small(NamedTuple):
     nbytes: int
 
 
-def run(quick: bool, folder: Path) -> int:
+def run(quick: bool, folder: Path, cells: str = "") -> int:
     """Run the cells that are not finished yet, and write their table."""
     options = argparse.Namespace(
-        name="cnn", output=folder, quick=quick, seeds=None, cells="", n_jobs=1, report=False,
+        name="cnn", output=folder, quick=quick, seeds=None, cells=cells, n_jobs=1, report=False,
         threads=1,
     )  # fmt: skip
     return study.execute(STUDY, options)

@@ -50,13 +50,13 @@ class Texts(NamedTuple):
     test: list[dict[str, Tensor]]
 
 
-def run(quick: bool, folder: Path) -> int:
+def run(quick: bool, folder: Path, cells: str = "") -> int:
     """Run the cells that are not finished yet, and write their table."""
     if quick and (demo_folder() is None or not machine.is_installed("transformers")):
         print("transformers or the extra demo is not installed: nothing to run.")
         return 0
     options = argparse.Namespace(
-        name="encoder", output=folder, quick=quick, seeds=None, cells="", n_jobs=1, report=False,
+        name="encoder", output=folder, quick=quick, seeds=None, cells=cells, n_jobs=1, report=False,
         threads=1,
     )  # fmt: skip
     return study.execute(STUDY, options)

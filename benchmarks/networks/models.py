@@ -13,13 +13,13 @@ def build(name: str, *, image_size: int = 28, width: int | None = None) -> nn.Mo
 
     Parameters
     ----------
-    name : {"lenet", "mlp", "vgg", "resnet20"}
+    name : {"lenet", "mlp", "vgg", "resnet20", "mobile"}
         Architecture.
     image_size : int, default=28
         Pixels along a side.
     width : int, optional
-        Channels of the first convolution, or units of the hidden layers. By default 6, 256, 16
-        and 16.
+        Channels of the first convolution, or units of the hidden layers. By default 6, 256, 16,
+        16 and 16.
     """
     if name not in _ARCHITECTURES:
         raise ValueError(f"name must be one of {', '.join(_ARCHITECTURES)}, got {name!r}.")
@@ -91,6 +91,41 @@ def resnet20(image_size: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(columns, 10))
 
 
+class InvertedResidual(nn.Module):
+    """A depthwise convolution between two pointwise ones, the first of which widens."""
+
+    def __init__(self, columns: int, rows: int, stride: int = 1, widening: int = 4) -> None:
+        super().__init__()
+        wide = widening * columns
+        self.expand = _normalized(columns, wide, 1)
+        self.depthwise = _normalized(wide, wide, 3, stride, groups=wide)
+        self.project = nn.Sequential(nn.Conv2d(wide, rows, 1, bias=False), nn.BatchNorm2d(rows))
+        self.adds = stride == 1 and columns == rows
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        out = self.project(self.depthwise(self.expand(x)))
+        return x + out if self.adds else out
+
+
+def mobile(image_size: int, width: int) -> nn.Sequential:
+    """Return a small MobileNetV2 (Sandler et al. 2018) with a wide head."""
+    strides = (2, 2) if image_size >= 16 else (1, 1)
+    layers: list[nn.Module] = [_normalized(1, width, 3, strides[0])]
+    columns = width
+    for rows, stride in ((3, 1), (3, 1), (5, strides[1]), (5, 1), (8, 1), (8, 1)):
+        layers.append(InvertedResidual(columns, rows * width // 2, stride))
+        columns = rows * width // 2
+    head = (_normalized(columns, 20 * width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, *head, nn.Linear(20 * width, 10))
+
+
+def _normalized(
+    columns: int, rows: int, size: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    convolution = nn.Conv2d(columns, rows, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(rows), nn.ReLU6())
+
+
 def _convolution(columns: int, rows: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(columns, rows, 3, stride, padding=1, bias=False)
 
@@ -98,4 +133,5 @@ def _convolution(columns: int, rows: int, stride: int = 1) -> nn.Conv2d:
 #: Each architecture with its default width.
 _ARCHITECTURES: dict[str, tuple[Callable[[int, int], nn.Sequential], int]] = {
     "lenet": (lenet, 6), "mlp": (mlp, 256), "vgg": (vgg, 16), "resnet20": (resnet20, 16),
+    "mobile": (mobile, 16),
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,9 @@ Batches = list[tuple[Tensor, Tensor]]
 def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module:
     """Return a network in eval mode, trained now or read from where it was kept.
 
-    Files are kept in the folder that the environment names as ``MATFACT_CACHE``
-    (build/checkpoints), and are trained anew where their recipe is another.
-
     Parameters
     ----------
-    name : {"lenet", "mlp", "vgg", "resnet20"}
+    name : {"lenet", "mlp", "vgg", "resnet20", "mobile"}
         Architecture.
     dataset : {"digits", "mnist", "fashion-mnist"}
         What it is trained on.
@@ -47,14 +44,29 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
         torch.manual_seed(seed)
         model = build(name, image_size=image_size, width=width)
     model.to(memory_format=torch.channels_last)
-    label = name if width is None else f"{name}-{width}"
-    path = Path(os.environ.get("MATFACT_CACHE", "build/checkpoints"))
-    path = path / f"{label}-{dataset}-{seed}.safetensors"
-    key = json.dumps(recipe, sort_keys=True)
-    if _kept_recipe(path) != key:
+    parts = (name, width, dataset, changes.get("n_images"), seed)
+    label = "-".join(str(part) for part in parts if part is not None)
+
+    def fit(network: nn.Module) -> None:
         options = {k: v for k, v in recipe.items() if k not in ("model", "data", "n_images")}
         n_images = recipe.get("n_images")
-        train(model, images[:n_images], labels[:n_images], **options)
+        train(network, images[:n_images], labels[:n_images], **options)
+
+    return kept(model, label, recipe, fit)
+
+
+def kept(
+    model: nn.Module, label: str, recipe: dict[str, Any], fit: Callable[[nn.Module], Any]
+) -> nn.Module:
+    """Return `model` in eval mode, trained by `fit` or as it was kept under `label`.
+
+    Files are kept in the folder that the environment names as ``MATFACT_CACHE``
+    (build/checkpoints), and are made anew where their recipe is another.
+    """
+    path = Path(os.environ.get("MATFACT_CACHE", "build/checkpoints")) / f"{label}.safetensors"
+    key = json.dumps(recipe, sort_keys=True)
+    if _kept_recipe(path) != key:
+        fit(model)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
