@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -234,7 +235,9 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
         # Without the hooks of a replacement: they are those of the layer that is being called.
         return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
 
-    forward_at_gate.__wrapped__ = module.forward  # type: ignore[attr-defined]  # its signature
+    with contextlib.suppress(TypeError, ValueError):  # of compiled code
+        signature = inspect.signature(module.forward)
+        forward_at_gate.__signature__ = signature  # type: ignore[attr-defined]
     forward_at_gate.is_gate = True  # type: ignore[attr-defined]
     module.forward = forward_at_gate
     # Where torch sees a hook, its attention calls all modules instead of reading their weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import Any
 
 import torch
@@ -26,25 +27,30 @@ class Traces:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
+            (weakref.ref(module), name, buffer, buffer.detach().clone())
             for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_meta
         ]
-        self._attributes = [(module, _attributes(module)) for module in modules]
+        # Modules that are replaced meanwhile need not stay in memory.
+        self._attributes = [(weakref.ref(module), _attributes(module)) for module in modules]
 
     def restore(self) -> bool:
         """Put them back; return whether a pass has left a tensor that another could read."""
         found = False
-        for module, name, buffer, values in self._buffers:
-            if name not in module._buffers:
+        for reference, name, buffer, values in self._buffers:
+            module = reference()
+            if module is None or name not in module._buffers:
                 continue
             present = module._buffers[name]
             if present is not buffer or not _same(buffer, values):
                 found = True
                 buffer.detach().copy_(values)
                 module._buffers[name] = buffer
-        for module, before in self._attributes:
+        for reference, before in self._attributes:
+            module = reference()
+            if module is None:
+                continue
             now = _attributes(module)
             for name in now.keys() - before.keys():
                 found |= _holds_tensors(now[name])

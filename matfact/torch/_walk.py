@@ -83,6 +83,7 @@ def walk(
         try:
             seen = survey(model, views, drawn, traces)
             started = _Walk(model, views, seen, paired)
+            del views  # layers that are replaced need not stay in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
             yield from started.through_blocks(started.batches(Pass, drawn), whole, folder)
             yield from started.repeated(whole)
