@@ -109,8 +109,8 @@ def fit_layer(
         products,
         relative,
         metrics.normalized_error(W, relative, nnz),
-        _layer_error([problem.aside for problem in problems], dense),
-        _layer_error([problem.wanted for problem in problems], dense),
+        _layer_error(p.error_aside(W_hat) for p, W_hat in zip(problems, dense, strict=True)),
+        _layer_error(p.error_fitted(W_hat) for p, W_hat in zip(problems, dense, strict=True)),
         seconds,
         [problem.shift(W_hat) for problem, W_hat in zip(problems, dense, strict=True)]
         if shift and problems[0].wanted is not None
@@ -134,6 +134,8 @@ class _Problem:
     aside : OutputStatistics, MapStatistics or None
         The same for the batches kept aside, less the means of the others; None where there are
         none.
+    unshifted : OutputStatistics, MapStatistics or None
+        Those kept aside with their means, where a bias might make up for them.
     means : tuple of array
         Mean input and mean output.
     """
@@ -142,6 +144,7 @@ class _Problem:
     target: Array
     wanted: _Outputs | None = None
     aside: _Outputs | None = None
+    unshifted: _Outputs | None = None
     means: tuple[Array, Array] | None = None
 
     @classmethod
@@ -150,19 +153,43 @@ class _Problem:
             return cls(W, W)
         wanted = _with_outputs(fitted, W)
         judge = None if aside is None else _with_outputs(aside, W)
-        means = wanted.inputs.mean, wanted.mean
+        means, unshifted = (wanted.inputs.mean, wanted.mean), None
         if shift:
+            unshifted = judge
             judge = judge and judge.centered(wanted)  # type: ignore[arg-type]  # of the same kind
             wanted = wanted.centered()
         if judge is not None and not judge.energy:  # nothing can be told from zeros
             judge = None
-        return cls(W, _target(W, wanted, judge), wanted, judge, means)
+        return cls(W, _target(W, wanted, judge), wanted, judge, unshifted, means)
 
     def shift(self, W_hat: Array) -> Array:
-        """Return the mean of what outputs have lost."""
+        """Return the mean of what outputs have lost, zero where others lose something else."""
         assert self.means is not None
         inputs, outputs = self.means
-        return outputs - backend.wide(W_hat) @ inputs
+        lost = outputs - backend.wide(W_hat) @ inputs
+        return lost if self._is_shifted(W_hat) else 0 * lost
+
+    def _is_shifted(self, W_hat: Array) -> bool:
+        """Whether a bias that makes up for means lowers the error on inputs kept aside, if any."""
+        if self.aside is None or self.unshifted is None:
+            return True
+        return self.aside.squared_error(W_hat) <= self.unshifted.squared_error(W_hat)
+
+    def error_aside(self, W_hat: Array) -> tuple[float, float]:
+        """Return the squared error on inputs kept aside, and the energy of what is wanted."""
+        if self.aside is None:
+            return 0.0, 0.0
+        judge = self.aside if self._is_shifted(W_hat) else self.unshifted
+        assert judge is not None
+        return judge.squared_error(W_hat), self.aside.energy
+
+    def error_fitted(self, W_hat: Array) -> tuple[float, float]:
+        """Return the same on the inputs fitted."""
+        return (
+            (0.0, 0.0)
+            if self.wanted is None
+            else (self.wanted.squared_error(W_hat), self.wanted.energy)
+        )
 
     def improved(self, product: FactorProduct, others: Iterable[FactorProduct]) -> FactorProduct:
         """Return the last of `others` up to which each lowers the error on inputs kept aside."""
@@ -289,11 +316,7 @@ def uses_inputs(factorizer: BaseFactorizer) -> bool:
     return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
-def _layer_error(sums: list[_Outputs | None], dense: list[Array]) -> float | None:
+def _layer_error(errors: Iterable[tuple[float, float]]) -> float | None:
     """Return the relative error of the outputs of all groups together, None if there are none."""
-    error = total = 0.0
-    for each, W_hat in zip(sums, dense, strict=True):
-        if each is not None:
-            error += each.squared_error(W_hat)
-            total += each.energy
+    error, total = map(math.fsum, zip(*errors, strict=True))
     return math.sqrt(error / total) if total else None
