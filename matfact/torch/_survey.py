@@ -45,17 +45,19 @@ class Survey:
     def repeated(self) -> list[str]:
         """The layers that batches cannot come to one after the other, in the order of first calls.
 
-        Those that some batch calls more than once, or before others that another calls before
-        them; all of them where a pass leaves tensors behind that another could read.
+        The first that some batch calls more than once, or before others that another calls before
+        it, and all that come after; all of them where a pass leaves tensors behind that another
+        could read.
         """
         if self.leaves_tensors:
             return list(self.around)
         turns = {name: i for i, name in enumerate(self.around)}
-        found = {name for calls in self.calls for name, count in calls.items() if count > 1}
+        found = {turns[name] for calls in self.calls for name, n in calls.items() if n > 1}
         for calls in self.calls:  # in the order in which the batch calls them
-            present = zip(calls, sorted(calls, key=turns.__getitem__), strict=True)
-            found |= {name for pair in present if pair[0] != pair[1] for name in pair}
-        return [name for name in self.around if name in found]
+            order = [turns[name] for name in calls]
+            found |= {turn for pair in zip(order, sorted(order), strict=True)
+                      if pair[0] != pair[1] for turn in pair}  # fmt: skip
+        return list(self.around)[min(found, default=len(turns)) :]
 
 
 def survey(

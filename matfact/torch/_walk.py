@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ def walk(
     and what one batch makes of it: many small batches take the least.
 
     A block is what a list of modules holds, such as a layer of a transformer; a layer that is in
-    none is one by itself. Layers that are called more than once, or in another order by another
-    batch, have their turn when all those that are called before them have had theirs, in runs of
-    the whole network; so do all layers of a network whose passes leave tensors in its modules. All
-    passes of a batch draw the same random numbers, and nothing is left in the network.
+    none is one by itself. From the first layer on that is called more than once, or in another
+    order by another batch, layers have their turn one by one, in runs of the whole network; so do
+    all layers of a network whose passes leave tensors in its modules. All passes of a batch draw
+    the same random numbers, and nothing is left in the network.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def walk(
             started = _Walk(model, views, seen, paired)
             del views  # layers that are replaced need not stay in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
-            yield from started.through_blocks(started.batches(Pass, drawn), whole, folder)
+            yield from started.through_blocks(started.batches(Pass, drawn), folder)
             yield from started.repeated(whole)
         finally:
             traces.restore()
@@ -98,16 +98,15 @@ class _Walk:
     ----------
     blocks : dict of str to dict
         Layers that have not had their turn, by the block in which they have it.
-    pending : dict of str to Matricized
-        Those of them that are called more than once, in no block.
+    pending : OrderedDict of str to Matricized
+        Those of them that are in no block, as batches cannot come to them one by one.
     dense : dict of str to torch.nn.Module
         Layers as they were, of those that twins may come to again.
     """
 
     def __init__(self, model: nn.Module, views: _Views, seen: Survey, paired: bool) -> None:
         self._model, self._seen, self._is_paired = model, seen, paired
-        self._turns = {name: i for i, name in enumerate(seen.around)}
-        self.pending = {name: views[name] for name in seen.repeated}
+        self.pending = OrderedDict((name, views[name]) for name in seen.repeated)
         once = {name: view for name, view in views.items() if name not in self.pending}
         self.blocks = _blocks(model, once, seen)
         self.dense: dict[str, nn.Module] = {}
@@ -120,9 +119,7 @@ class _Walk:
             found.append(Arrived(i, calls, kind(self._model, *each), twin))
         return found
 
-    def through_blocks(
-        self, batches: list[Arrived], whole: list[Arrived], folder: Path | None
-    ) -> Stops:
+    def through_blocks(self, batches: list[Arrived], folder: Path | None) -> Stops:
         """Lead batches from block to block, and stop at the layers of each."""
         order = {name: i for i, name in enumerate(self.blocks)}
         every: list[Any] = [each for b in batches for each in (b.own, b.twin) if each is not None]
@@ -134,8 +131,6 @@ class _Walk:
                     each.advance()
                 while waiting := [each.at for each in every if each.at is not None]:
                     name = min(waiting, key=order.__getitem__)
-                    turns = (self._turns[layer] for layer in self.blocks[name])
-                    yield from self.repeated(whole, before=min(turns, default=0))
                     as_dense = self._as_dense(self.blocks[name])
                     arrived = [batch for batch in batches if batch.own.at == name]
                     yield from self._at(name, arrived, as_dense)
@@ -167,15 +162,13 @@ class _Walk:
                 yield name, found.pop(name)
                 _memory.trim()  # of what the caller has made of them
 
-    def repeated(self, batches: list[Arrived], before: float = math.inf) -> Stops:
-        """Yield the layers called more than once whose turn is before another's."""
+    def repeated(self, batches: list[Arrived]) -> Stops:
+        """Yield the layers that are in no block, each in runs of the whole network."""
         while self.pending:
-            name, view = next(iter(self.pending.items()))
-            if self._turns[name] > before:
-                break
-            del self.pending[name]
+            name, view = self.pending.popitem(last=False)
             as_dense = self._as_dense({name: view})
             statistics = Collected(self._model, {name: view}, batches, as_dense).statistics
+            del view  # memory
             forget(self._model)
             yield from statistics.items()
 

@@ -95,6 +95,18 @@ def test_every_call_of_a_layer_counts_in_the_order_of_first_calls():
     assert all(0 < row.layer_error < 1 for row in rows)
 
 
+def test_layers_behind_repeated_ones_see_what_these_have_become():
+    torch.manual_seed(0)
+    model = nn.Sequential(Shared(), nn.Linear(16, 4)).eval()
+    batches = [torch.randn(10, 8) for _ in range(2)]
+    small, report = compress(model, "magnitude", density=0.3, calibration=batches)
+    with torch.no_grad():
+        X, U = small[0](batches[1]), model(batches[1])
+        error, energy = U - small[1](X), U - model(batches[0]).mean(0)
+    expected = float(error.norm() / energy.norm())
+    assert report[-1].layer_error == pytest.approx(expected, rel=0.05)
+
+
 def test_an_error_on_nothing_is_none():
     class Zeros(nn.Module):
         def __init__(self):

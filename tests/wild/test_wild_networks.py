@@ -30,7 +30,7 @@ class Wild:
         self.architecture = ARCHITECTURES[name]
         self._made = {}
         torch.manual_seed(0)
-        self.calibration = [self.batch(seed) for seed in range(6)]
+        self.calibration = [self.batch(seed) for seed in range(10)]
         self.fresh = [self.batch(seed) for seed in range(100, 104)]
         self.model = with_statistics(self.architecture.build(), self.calibration[0])
 
