@@ -58,7 +58,8 @@ class Traces:
             for name, value in before.items():
                 if name not in now or not _is(now[name], value):
                     found |= _holds_tensors(value) or _holds_tensors(now.get(name))
-                    vars(module)[name] = value
+                    # A copy, or the next pass would write to what is kept here.
+                    vars(module)[name] = value.copy() if isinstance(value, (list, dict)) else value
         return found
 
 

@@ -328,6 +328,7 @@ class Remembering(nn.Module):
     def forward(self, x):
         self.skip = torch.relu(self.a(x))
         self.n_calls += 1
+        self.seen.append(self.n_calls)
         self.mean += 0.1 * (self.skip.mean(0) - self.mean)
         hidden = self.b(self.skip)
         return self.c(hidden + self.skip + self.mean)
@@ -339,6 +340,7 @@ def test_batches_do_not_see_what_others_have_left_in_the_network(sequential):
     model, batches = Remembering().eval(), [torch.randn(10, 8) for _ in range(4)]
     small, _ = compress(model, "magnitude", density=1.0, calibration=batches, sequential=sequential)
     assert small.n_calls == 0
+    assert small.seen == []
     assert "skip" not in vars(small)
     torch.testing.assert_close(small.mean, torch.zeros(8))
 
