@@ -23,7 +23,7 @@ REFIT_STEPS = 20
 #: squares with noise, of which there is the more the fewer samples there are for each input.
 NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.1, 1.0
 #: Share of the root mean square of the norms of inputs that is added to each, in squares.
-RARE = 0.3
+RARE = 0.1
 #: Changes of outputs below this share of them are rounding.
 ROUNDING = 1e-12
 #: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
