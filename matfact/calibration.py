@@ -43,6 +43,14 @@ def _zeros_like(inputs: Array, outputs: Array) -> tuple[Array, Array]:
     return sums, xp.zeros((n_outputs,), dtype=outputs.dtype, device=device)
 
 
+def _total(a: Array, b: Array) -> Array:
+    """Return a sum in an array of its own, of sums that are None where nothing was added."""
+    known = [each for each in (a, b) if each is not None]
+    if len(known) < 2:
+        return backend.namespace(*known).asarray(known[0], copy=True) if known else None
+    return a + b
+
+
 def _add_gram(gram: Array, X: Array) -> None:
     """Add ``XᵀX``, a few rows at a time and each pair of features once."""
     xp = backend.namespace(X)
@@ -119,6 +127,13 @@ class InputStatistics:
             self._sum += xp.sum(slab, axis=0)
         self.count += int(batch.shape[0])
         return self
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        """Return the statistics of the inputs of both."""
+        result = InputStatistics()
+        result.count = self.count + other.count
+        result.gram, result._sum = _total(self.gram, other.gram), _total(self._sum, other._sum)
+        return result
 
     @property
     def n_features(self) -> int:
@@ -259,6 +274,13 @@ class OutputStatistics:
             self._sum += xp.sum(slab, axis=0)
             self.energy += float(xp.sum(slab**2))
         return self
+
+    def __add__(self, other: OutputStatistics) -> OutputStatistics:
+        """Return the statistics of the pairs of both."""
+        result = OutputStatistics()
+        result.inputs, result.energy = self.inputs + other.inputs, self.energy + other.energy
+        result.cross, result._sum = _total(self.cross, other.cross), _total(self._sum, other._sum)
+        return result
 
     @property
     def mean(self) -> Array:

@@ -135,3 +135,25 @@ def test_centered_statistics_are_those_of_the_deviations():
     assert centered.energy == pytest.approx(expected.energy)
     assert centered.inputs.count == 50
     np.testing.assert_array_equal(centered.mean, 0.0)
+
+
+def test_sums_know_what_both_have_seen():
+    rng = np.random.default_rng(0)
+    X, U = rng.standard_normal((30, 5)), rng.standard_normal((30, 3))
+    parts = [OutputStatistics().update(X[rows], U[rows]) for rows in (slice(10), slice(10, 30))]
+    whole, found = OutputStatistics().update(X, U), parts[0] + parts[1]
+    for a, b in ((found, whole), (found.centered(), whole.centered())):
+        np.testing.assert_allclose(a.inputs.gram, b.inputs.gram, atol=1e-12)
+        np.testing.assert_allclose(a.cross, b.cross, atol=1e-12)
+        np.testing.assert_allclose(a.mean, b.mean, atol=1e-12)
+        assert a.inputs.count == b.inputs.count
+        assert a.energy == pytest.approx(b.energy)
+
+
+def test_sums_share_no_memory():
+    X = np.random.default_rng(0).standard_normal((10, 4))
+    known = InputStatistics().update(X)
+    for found in (known + InputStatistics(), InputStatistics() + known):
+        found.update(X)
+        np.testing.assert_allclose(known.gram, X.T @ X)
+        np.testing.assert_allclose(found.gram, 2 * X.T @ X)

@@ -52,7 +52,8 @@ class LayerReport:
         for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
         which with sequential calibration are those in the compressed network, and the outputs `U`,
         less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
-        where no input was kept aside, as of a single batch, or all outputs are zero.
+        where no input was kept aside, as of a single batch, or all outputs are zero. Methods that
+        use inputs themselves are fitted to all batches after it was measured.
     fitted_layer_error : float or None
         The same for the batches that the layer was fitted to, which is mostly less.
     nbytes : int or None
