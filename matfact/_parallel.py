@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import joblib
-
-# Parameters of glibc's mallopt, and what a process reaches by itself that allocates large arrays.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_REACHED = {_TRIM_THRESHOLD: 1 << 26, _MMAP_THRESHOLD: 1 << 25}
 
 
 def pool(n_jobs: int | None, n_tasks: int) -> joblib.Parallel:
@@ -24,21 +16,6 @@ def pool(n_jobs: int | None, n_tasks: int) -> joblib.Parallel:
         return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
     except ValueError:
         return joblib.Parallel(n_jobs=n_jobs, batch_size=1)
-
-
-@functools.cache
-def reuse_memory() -> None:
-    """Undo what Dask does to its workers' memory, which makes fits take twice as long.
-
-    Its nannies set a variable that has glibc return all freed memory at once, so that each
-    temporary array consists of new pages, to be mapped and zeroed one by one.
-    """
-    theirs = os.environ.get("MALLOC_TRIM_THRESHOLD_") == "65536"  # another is the user's wish
-    if theirs and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for parameter, value in _REACHED.items():
-            if mallopt is not None:
-                mallopt(parameter, value)
 
 
 @contextmanager

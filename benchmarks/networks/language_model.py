@@ -37,7 +37,7 @@ from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPr
 from matfact._files import write_atomically
 from matfact.constraints import FixedSupport
 from matfact.torch import compress
-from matfact.torch.report import LayerReport
+from matfact.torch.compression.report import LayerReport
 
 CALIBRATION, TEST = ("emma", "northangerabbey"), "prideprejudice"
 #: Tokens of a window, and windows to test on.

@@ -22,7 +22,8 @@ from benchmarks.networks.models import build
 from benchmarks.networks.training import accuracy
 from benchmarks.studies import Row, markdown_table
 from benchmarks.studies._training import loss, n_weights, subset, train
-from matfact.torch.conv import FactorizedConv
+from matfact.torch.layers.conv import FactorizedConv
+from matfact.torch.layers.structured import ButterflyLinear, KaleidoscopeLinear
 from matfact.torch.pruning import (
     LayerCollapseWarning,
     PruningReport,
@@ -30,7 +31,6 @@ from matfact.torch.pruning import (
     make_permanent,
     prune_network,
 )
-from matfact.torch.structured import ButterflyLinear, KaleidoscopeLinear
 
 SEEDS = 2
 METHODS = ("random", "magnitude", "snip", "grasp", "synflow")

@@ -31,7 +31,7 @@ from matfact.torch.pruning import (
     make_permanent,
     prune_network,
 )
-from matfact.torch.tensor import tensor_train, tucker_svd
+from matfact.torch.tensor_decomposition import tensor_train, tucker_svd
 
 SEEDS = 2
 _FULL = {

@@ -17,7 +17,7 @@ from sklearn.base import clone
 import matfact
 from matfact import metrics
 from matfact._layers import matrix_shape
-from matfact._parallel import pool, reuse_memory
+from matfact._parallel import pool
 from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
 from matfact._threads import single_threaded
 from matfact.checkpoint._journal import Journal
@@ -227,7 +227,6 @@ def _written(
 
 def _factorize(task: _Task) -> Shard:
     """Write the factors of one layer, or the layer itself where they are no gain."""
-    reuse_memory()
     W = SafetensorsFile(task.source).read(task.name).reshape(matrix_shape(task.spec.shape))
     factorizer = clone(task.factorizer)
     with single_threaded():

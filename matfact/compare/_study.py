@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.base import clone
 
 from matfact import backend, metrics
-from matfact._parallel import pool, reuse_memory
+from matfact._parallel import pool
 from matfact._threads import single_threaded
 from matfact.backend import Array
 from matfact.compare._environment import environment
@@ -182,7 +182,6 @@ def _tasks(
 
 def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
     """Fit, and return the row with its place in the table."""
-    reuse_memory()
     rows, columns = (int(n) for n in task.W.shape)
     row = ComparisonRow(
         matrix=task.name,

@@ -12,11 +12,11 @@ from torch import nn  # noqa: E402
 from matfact import ADMMPruner, DoubleSparseFactorizer  # noqa: E402
 from matfact.calibration import InputStatistics  # noqa: E402
 from matfact.torch import compress, input_statistics  # noqa: E402
-from matfact.torch._batches import attended  # noqa: E402
-from matfact.torch._fit import fit_layer  # noqa: E402
-from matfact.torch._random import RandomState  # noqa: E402
-from matfact.torch._statistics import LayerStatistics, is_aside  # noqa: E402
-from matfact.torch._walk import walk  # noqa: E402
+from matfact.torch.calibration._layer_statistics import LayerStatistics, is_aside  # noqa: E402
+from matfact.torch.calibration.sequential import walk  # noqa: E402
+from matfact.torch.compression._fit import fit_layer  # noqa: E402
+from matfact.torch.running._batches import attended  # noqa: E402
+from matfact.torch.running._random import RandomState  # noqa: E402
 
 
 def relative(a, b):

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from matfact.torch import input_statistics  # noqa: E402
-from matfact.torch._walk import walk  # noqa: E402
+from matfact.torch.calibration.sequential import walk  # noqa: E402
 
 
 class Residual(nn.Module):

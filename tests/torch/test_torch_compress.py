@@ -27,8 +27,8 @@ from matfact.torch import (  # noqa: E402
     compress,
     reestimate_batch_norm,
 )
-from matfact.torch._fit import fit_layer  # noqa: E402
-from matfact.torch._statistics import LayerStatistics, is_aside  # noqa: E402
+from matfact.torch.calibration._layer_statistics import LayerStatistics, is_aside  # noqa: E402
+from matfact.torch.compression._fit import fit_layer  # noqa: E402
 
 
 def statuses(report):

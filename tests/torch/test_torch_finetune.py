@@ -20,7 +20,7 @@ from matfact.torch import (  # noqa: E402
     merge_update,
     soft_cross_entropy,
 )
-from matfact.torch._factors import FactorModule  # noqa: E402
+from matfact.torch.layers._factors import FactorModule  # noqa: E402
 
 
 def loss(output, batch):

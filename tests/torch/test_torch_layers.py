@@ -20,8 +20,8 @@ from matfact.torch import (  # noqa: E402
     randomize_supports,
     reset_parameters,
 )
-from matfact.torch._factors import apply_factors  # noqa: E402
-from matfact.torch.structured import KaleidoscopeLinear  # noqa: E402
+from matfact.torch.layers._factors import apply_factors  # noqa: E402
+from matfact.torch.layers.structured import KaleidoscopeLinear  # noqa: E402
 
 LAYERS = {
     "sparse": lambda **kw: SparseProductLinear(12, 18, **kw),
@@ -117,8 +117,8 @@ def test_outputs_can_be_written_to_before_gradients_are_asked_for(layer, trainin
 
 
 def test_threads_change_gradients_by_rounding_alone(monkeypatch):
-    monkeypatch.setattr("matfact.torch._training._WORK", 1)
-    monkeypatch.setattr("matfact.torch._training.allowed_threads", lambda: 3)
+    monkeypatch.setattr("matfact.torch.layers._autograd._WORK", 1)
+    monkeypatch.setattr("matfact.torch.layers._autograd.allowed_threads", lambda: 3)
     layer = SparseProductLinear(30, 40, density=0.3, random_state=0, dtype=torch.float64)
     x = inputs(layer, 10).requires_grad_()
     found = []

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact.torch._random import RandomState, batch_states, drawing  # noqa: E402
+from matfact.torch.running._random import RandomState, batch_states, drawing  # noqa: E402
 
 CPU = torch.device("cpu")
 

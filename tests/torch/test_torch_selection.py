@@ -21,7 +21,7 @@ from matfact.torch import (  # noqa: E402
     input_statistics,
     layer_options,
 )
-from matfact.torch._matrices import matricized, refusal  # noqa: E402
+from matfact.torch.layers._matricized import matricized, refusal  # noqa: E402
 
 
 class Standardized(nn.Conv2d):

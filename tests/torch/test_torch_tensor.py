@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tensorly")
 from torch import nn  # noqa: E402
 
-from matfact.torch.tensor import (  # noqa: E402
+from matfact.torch.tensor_decomposition import (  # noqa: E402
     TensorTrain,
     balanced_factors,
     energy_rank,

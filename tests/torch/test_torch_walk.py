@@ -11,10 +11,11 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from matfact.calibration import MapStatistics  # noqa: E402
-from matfact.torch import _offload, input_statistics  # noqa: E402
-from matfact.torch._matrices import matricized  # noqa: E402
-from matfact.torch._walk import walk  # noqa: E402
-from matfact.torch.capture import captured, layer_views  # noqa: E402
+from matfact.torch import input_statistics  # noqa: E402
+from matfact.torch.calibration.sequential import walk  # noqa: E402
+from matfact.torch.calibration.statistics import captured, layer_views  # noqa: E402
+from matfact.torch.layers._matricized import matricized  # noqa: E402
+from matfact.torch.running import _mapped  # noqa: E402
 
 
 class Cached(nn.Module):
@@ -132,7 +133,7 @@ def all_inputs(model, name, batches):
 def test_statistics_are_those_of_the_network_with_all_that_was_replaced(
     network, paired, offloaded, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(_offload, "_LEAST", 1)
+    monkeypatch.setattr(_mapped, "_LEAST", 1)
     folder = tmp_path if offloaded else None
     model, batches = network
     dense, present = copy.deepcopy(model), copy.deepcopy(model)
@@ -213,7 +214,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "from_file", full)
+    monkeypatch.setattr(_mapped.mmap, "mmap", full)
     model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 8))
     with pytest.raises(OSError, match="No space left"):
         list(walk(model, ["0", "1"], [torch.randn(100, 64)], folder=tmp_path))
@@ -222,7 +223,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path, monkeypatch):
 
 
 def test_what_is_offloaded_is_what_was_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(_offload, "_LEAST", 1)
+    monkeypatch.setattr(_mapped, "_LEAST", 1)
     entered = {}
 
     class Block(nn.Module):

@@ -20,7 +20,7 @@ from matfact.torch import (  # noqa: E402
     SparseProductLinear,
     keep_unchecked,
 )
-from matfact.torch._cache import Derived  # noqa: E402
+from matfact.torch.layers._derived import Derived  # noqa: E402
 
 
 def convolution(structure, seed):

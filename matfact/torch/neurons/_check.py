@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matfact.torch._matrices import matricized
-from matfact.torch._tensors import samplewise, tensors_in
-from matfact.torch.capture import layer_input
+from matfact.torch.calibration.statistics import layer_input
+from matfact.torch.layers._matricized import matricized
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_on
 from matfact.torch.neurons._trial import Trial, channel_axis, removed
+from matfact.torch.running._tensors import samplewise, tensors_in
 
 #: What reached the consumer, of the units that were kept, and the outputs of the network.
 _Run = tuple[list[Tensor], list[Tensor]]

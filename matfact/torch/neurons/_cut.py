@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matfact.torch._matrices import matricized
+from matfact.torch.layers._matricized import matricized
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._trial import is_depthwise
 

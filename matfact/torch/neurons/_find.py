@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from matfact.torch._batches import eval_mode
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._check import is_cuttable, objection, shape_of
 from matfact.torch.neurons._trial import Trace, Trial
+from matfact.torch.running._batches import eval_mode
 
 
 def find_blocks(model: nn.Module, batch: Any) -> list[NeuronBlock]:

@@ -17,18 +17,18 @@ from matfact import backend, metrics
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection, quadratic
-from matfact.torch._batches import check_collection, device_of, eval_mode
-from matfact.torch._matrices import as_array
-from matfact.torch._narrowed import remember
-from matfact.torch._random import RandomState, drawing, generators_of
-from matfact.torch._tensors import first_filled
+from matfact.torch._warnings import CompressionWarning
+from matfact.torch.layers._matricized import as_array
+from matfact.torch.layers._narrowed import remember
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._check import objection
 from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_on
 from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
-from matfact.torch.report import CompressionWarning
+from matfact.torch.running._batches import check_collection, device_of, eval_mode
+from matfact.torch.running._random import RandomState, drawing, generators_of
+from matfact.torch.running._tensors import first_filled
 
 Method = Literal["least_squares", "gradient", "ispasp"]
 

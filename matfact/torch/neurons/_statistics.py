@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from matfact.calibration import OutputStatistics
-from matfact.torch._batches import as_written, checked, eval_mode, forward
-from matfact.torch._matrices import as_array, matricized
-from matfact.torch._random import batch_states, drawing
-from matfact.torch.capture import layer_input, rows_of
+from matfact.torch.calibration.statistics import layer_input, rows_of
+from matfact.torch.layers._matricized import as_array, matricized
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._trial import channel_axis, removed
+from matfact.torch.running._batches import as_written, checked, eval_mode, forward
+from matfact.torch.running._random import batch_states, drawing
 
 
 def paired_statistics(

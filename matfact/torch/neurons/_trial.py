@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from matfact.torch._batches import as_written, device_of, forward
-from matfact.torch._matrices import matricized
-from matfact.torch._random import RandomState, drawing, generators_of
-from matfact.torch._tensors import samplewise, tensors_in
-from matfact.torch.capture import layer_input
+from matfact.torch.calibration.statistics import layer_input
+from matfact.torch.layers._matricized import matricized
+from matfact.torch.running._batches import as_written, device_of, forward
+from matfact.torch.running._random import RandomState, drawing, generators_of
+from matfact.torch.running._tensors import samplewise, tensors_in
 
 
 @dataclasses.dataclass

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from matfact.torch._batches import as_written, eval_mode, forward
-from matfact.torch._factors import FactorModule
-from matfact.torch.conv import FactorizedConv
-from matfact.torch.layers import FactorizedLinear
+from matfact.torch.layers._factors import FactorModule
+from matfact.torch.layers.conv import FactorizedConv
+from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.pruning._masks import Predicate, Prunable, is_layer, prunable_parameters
+from matfact.torch.running._batches import as_written, eval_mode, forward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
-from matfact.torch._factors import FactorModule
-from matfact.torch._matrices import is_linear, refusal
-from matfact.torch.conv import FactorizedConv
-from matfact.torch.layers import FactorizedLinear
+from matfact.torch.layers._factors import FactorModule
+from matfact.torch.layers._matricized import is_linear, refusal
+from matfact.torch.layers.conv import FactorizedConv
+from matfact.torch.layers.linear import FactorizedLinear
 
 #: Which parameters to prune, from a module and the name of one of its parameters.
 Predicate = Callable[[nn.Module, str], bool]

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _NormBase
 
-from matfact.torch._batches import device_of, eval_mode, forward
-from matfact.torch._random import RandomState, batch_states, drawing, generators_of
-from matfact.torch._tensors import first_filled
 from matfact.torch.pruning._masks import (
     Predicate,
     Prunable,
@@ -24,6 +21,9 @@ from matfact.torch.pruning._masks import (
     prunable_parameters,
     unchanged_on_failure,
 )
+from matfact.torch.running._batches import device_of, eval_mode, forward
+from matfact.torch.running._random import RandomState, batch_states, drawing, generators_of
+from matfact.torch.running._tensors import first_filled
 
 Method = Literal["random", "magnitude", "snip", "grasp", "synflow"]
 #: Loss of an output and the batch it is for.

@@ -1,0 +1,100 @@
+__all__ = [
+    "BlockLowRankLinear",
+    "Budget",
+    "ButterflyLinear",
+    "Compressed",
+    "CompressionReport",
+    "CompressionWarning",
+    "FactorizedConv",
+    "FactorizedLinear",
+    "FineTuning",
+    "FlopCount",
+    "GradualMagnitude",
+    "KaleidoscopeLinear",
+    "LayerCollapseWarning",
+    "LayerReport",
+    "LowRankLinear",
+    "MonarchLinear",
+    "NeuronBlock",
+    "NeuronPruning",
+    "Prunable",
+    "PrunedBlock",
+    "PruningReport",
+    "SparseProductLinear",
+    "TensorTrain",
+    "add_adapters",
+    "balance_factors",
+    "compress",
+    "compress_gradually",
+    "count_flops",
+    "cubic_densities",
+    "exact_triple_scores",
+    "find_blocks",
+    "fine_tune",
+    "input_statistics",
+    "keep_unchecked",
+    "layer_options",
+    "load_network",
+    "make_permanent",
+    "merge_adapters",
+    "merge_update",
+    "output_sensitivity",
+    "prunable_parameters",
+    "prune_network",
+    "prune_neurons",
+    "pruning_scores",
+    "randomize_supports",
+    "reestimate_batch_norm",
+    "reset_parameters",
+    "save_network",
+    "soft_cross_entropy",
+    "tensor_train",
+    "to_torch_prune",
+    "triple_scores",
+    "tucker_svd",
+]
+
+from ._warnings import CompressionWarning
+from .calibration.batchnorm import reestimate_batch_norm
+from .calibration.statistics import input_statistics
+from .checkpoint.network import load_network, save_network
+from .compression._compress import Compressed, compress
+from .compression.budget import Budget, layer_options, output_sensitivity
+from .compression.gradual import compress_gradually, cubic_densities
+from .compression.report import CompressionReport, LayerReport
+from .layers._derived import keep_unchecked
+from .layers.conv import FactorizedConv
+from .layers.init import randomize_supports, reset_parameters
+from .layers.linear import FactorizedLinear
+from .layers.structured import (
+    BlockLowRankLinear,
+    ButterflyLinear,
+    KaleidoscopeLinear,
+    LowRankLinear,
+    MonarchLinear,
+    SparseProductLinear,
+)
+from .neurons import NeuronBlock, NeuronPruning, PrunedBlock, find_blocks, prune_neurons
+from .pruning import (
+    FlopCount,
+    GradualMagnitude,
+    LayerCollapseWarning,
+    Prunable,
+    PruningReport,
+    count_flops,
+    make_permanent,
+    prunable_parameters,
+    prune_network,
+    pruning_scores,
+    to_torch_prune,
+)
+from .sensitivity.triples import exact_triple_scores, triple_scores
+from .tensor_decomposition import TensorTrain, tensor_train, tucker_svd
+from .training.adapters import add_adapters, merge_adapters
+from .training.finetune import (
+    FineTuning,
+    balance_factors,
+    fine_tune,
+    merge_update,
+    soft_cross_entropy,
+)

@@ -1,0 +1,89 @@
+"""What waiting batches hold, in files, whose pages take no memory until somebody uses them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matfact.torch.calibration._passes import Pass
+from matfact.torch.running._mapped import is_worth_a_file, written
+
+
+@contextlib.contextmanager
+def offloading(model: nn.Module, blocks: Collection[str], folder: Path | None) -> Iterator[None]:
+    """Keep in files what modules hand to each other on a pass, if there is a `folder` for them.
+
+    Outputs of `blocks`, and of modules outside of them, become copies that are mapped into memory.
+    Whoever uses such a copy finds it as if it were in memory; a pass that waits lets go of its
+    pages. Files have no name, and vanish with the tensors or the process.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    blocks : collection of str
+        Modules before which passes wait.
+    folder : Path or None
+        Where to write; it should not be in memory itself.
+    """
+    with contextlib.ExitStack() as handles:
+        if folder is not None:
+            for module in _between(model, blocks):
+                handle = module.register_forward_hook(_hook(folder), with_kwargs=True)
+                handles.callback(handle.remove)
+        yield
+
+
+def _between(model: nn.Module, blocks: Collection[str]) -> Iterator[nn.Module]:
+    """Yield the blocks, and modules that neither hold one nor are in one."""
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(f"{block}.") for block in blocks)
+        is_around = not name or any(block.startswith(f"{name}.") for block in blocks)
+        is_scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+        if not (is_inside or is_around or is_scripted):
+            yield module
+
+
+def _hook(folder: Path) -> Callable[..., Any]:
+    def offload(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        present = Pass.advancing()
+        if present is None:  # a trial, or a call by somebody else
+            return output
+        entered = {_place(each) for each in _tensors((args, dict(kwargs)))}
+        return _offloaded(output, entered, present, folder)
+
+    return offload
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _offloaded(output: Any, entered: Collection[int], present: Pass, folder: Path) -> Any:
+    """Return `output` with its large tensors in files, but for those that came in."""
+    if type(output) is tuple:
+        return tuple(_offloaded(each, entered, present, folder) for each in output)
+    if type(output) is not Tensor or output.requires_grad:
+        return output
+    if not is_worth_a_file(output) or _place(output) in entered:
+        return output
+    mapped, pages = written(output, folder)
+    present.offloaded.add(pages)
+    return mapped

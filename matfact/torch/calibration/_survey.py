@@ -1,0 +1,154 @@
+"""What a network does with its layers, seen in one pass of each batch before any work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matfact.torch.calibration.statistics import layer_input, rows_of
+from matfact.torch.layers._matricized import Matricized
+from matfact.torch.running._batches import forward
+from matfact.torch.running._random import RandomState, drawing
+from matfact.torch.running._traces import Traces
+
+#: A module on the stack of calls, and the number of that call.
+_Call = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """How often layers are called, and by what.
+
+    Attributes
+    ----------
+    calls : list of Counter
+        For each batch, how often each layer is called.
+    around : dict of str to list of str
+        For each layer that is called, in the order of first calls: the modules that are called
+        once, by every batch that calls the layer, and that all of its calls are part of, from the
+        outside in: from ``""``, the network, to the layer itself where it is called once.
+    leaves_tensors : bool
+        Whether passes leave tensors in buffers or attributes of modules.
+    """
+
+    calls: list[Counter[str]]
+    around: dict[str, list[str]]
+    leaves_tensors: bool = False
+
+    @property
+    def repeated(self) -> list[str]:
+        """The layers that batches cannot come to one after the other, in the order of first calls.
+
+        The first that some batch calls more than once, or before others that another calls before
+        it, and all that come after; all of them where a pass leaves tensors behind that another
+        could read.
+        """
+        if self.leaves_tensors:
+            return list(self.around)
+        turns = {name: i for i, name in enumerate(self.around)}
+        found = {turns[name] for calls in self.calls for name, n in calls.items() if n > 1}
+        for calls in self.calls:  # in the order in which the batch calls them
+            order = [turns[name] for name in calls]
+            found |= {turn for pair in zip(order, sorted(order), strict=True)
+                      if pair[0] != pair[1] for turn in pair}  # fmt: skip
+        return list(self.around)[min(found, default=len(turns)) :]
+
+
+def survey(
+    model: nn.Module,
+    views: Mapping[str, Matricized],
+    batches: Iterable[tuple[Any, RandomState]],
+    traces: Traces,
+) -> Survey:
+    """Return how often layers are called in each batch, and which modules are around all calls.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, in eval mode.
+    views : mapping of str to Matricized
+        The layers.
+    batches : iterable of tuple
+        Batches with the states that random numbers are drawn from.
+    traces : Traces
+        What passes may leave in the network, restored after each.
+
+    Raises
+    ------
+    ValueError
+        If what enters a layer is not finite; the layer and the batch are named.
+    """
+    found, leaves_tensors = Survey([], {}), False
+    names = {view.layer: name for name, view in views.items()}
+    watched = {
+        module: names.get(module, name)
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+    }
+    watch = _Watch(model, views)
+    with contextlib.ExitStack() as handles, torch.no_grad():
+        for module, name in watched.items():
+            for handle in watch.hooks(module, name, is_layer=module in names):
+                handles.callback(handle.remove)
+        for batch, state in batches:
+            watch.start(len(found.calls), batch)
+            try:
+                with drawing(state):
+                    forward(model, batch)
+            except Exception as error:
+                error.add_note(f"This was calibration batch {watch.index}.")
+                raise
+            finally:
+                leaves_tensors |= traces.restore()
+            found.calls.append(Counter({name: watch.calls[name] for name in watch.common}))
+            for name, stack in watch.common.items():
+                around = [each for each, _ in stack if watch.calls[each] == 1]
+                before = found.around.get(name, around)
+                found.around[name] = [each for each in before if each in around]
+    return dataclasses.replace(found, leaves_tensors=leaves_tensors)
+
+
+class _Watch:
+    """The stack of calls of one batch, and what all calls of each layer have in common there."""
+
+    def __init__(self, model: nn.Module, views: Mapping[str, Matricized]) -> None:
+        self._model, self._views = model, views
+
+    def start(self, index: int, batch: Any) -> None:
+        self.index, self._batch = index, batch
+        self.calls: Counter[str] = Counter()
+        self.common: dict[str, list[_Call]] = {}
+        self._stack: list[_Call] = []
+
+    def hooks(self, module: nn.Module, name: str, is_layer: bool) -> Iterable[Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.calls[name] += 1
+            self._stack.append((name, self.calls[name]))
+            if is_layer:
+                before = self.common.get(name, self._stack)
+                self.common[name] = [call for call in before if call in self._stack]
+                self._check(name, layer_input(args, kwargs))
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
+        yield module.register_forward_hook(leave, always_call=True)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"calibration must hold tensors, but layer {name!r} is given a "
+                f"{type(x).__name__} in batch {self.index}."
+            )
+        if not bool(torch.isfinite(rows_of(self._views[name], x, self._batch, self._model)).all()):
+            raise ValueError(
+                f"calibration must lead to finite inputs, but those of layer {name!r} are not in "
+                f"batch {self.index}."
+            )

@@ -1,0 +1,198 @@
+"""What a network has and a checkpoint holds: whether they fit, before any of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matfact._safetensors import FLOAT8
+from matfact.checkpoint import Checkpoint
+from matfact.torch.checkpoint._masked import joined, masked_parameters_of
+
+#: Dtypes that NumPy lacks, by their names in safetensors files.
+_BEYOND_NUMPY = {stored: name for name, stored in FLOAT8.items()}
+
+
+#: Dtypes of torch by the names that safetensors files have for them.
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
+    "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64",
+    "I64": "int64", "F64": "float64", "C64": "complex64", **_BEYOND_NUMPY,
+}  # fmt: skip
+#: Networks may be loaded in whichever of these a caller has chosen.
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class State:
+    """The tensors of a network, by the names under which a checkpoint may hold them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    network : Checkpoint
+        What is to be loaded.
+    replaced : sequence of str
+        Names of the layers that get factors from it.
+    """
+
+    def __init__(self, model: nn.Module, network: Checkpoint, replaced: Sequence[str]) -> None:
+        self._model, self._network = model, network
+        self._inside = tuple(joined(name, "") for name in replaced)
+        self._masked = [
+            parameter
+            for parameter in masked_parameters_of(model)
+            if f"{parameter.label}_orig" not in network  # as earlier versions wrote them
+        ]
+        self._own = dict(self._named(model.state_dict(keep_vars=True)))
+        self._together: dict[Any, list[str]] = {}
+        for name, tensor in self._own.items():
+            self._together.setdefault(place(tensor), []).append(name)
+
+    def _named(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors, those with masks under the name they have without."""
+        masked = {id(parameter.original) for parameter in self._masked}
+        masks = {id(p.module.get_buffer(f"{p.name}_mask")) for p in self._masked}
+        for name, tensor in state.items():
+            if id(tensor) not in masks:
+                is_masked = id(tensor) in masked and name.endswith("_orig")
+                yield name.removesuffix("_orig") if is_masked else name, tensor
+
+    def checked(self, names: Sequence[str], strict: bool) -> list[str]:
+        """Return those of the `names` in the checkpoint that are to be loaded as tensors.
+
+        Raises
+        ------
+        ValueError
+            If, with what is replaced, they do not make up all of the network, or do not fit it.
+        """
+        held = [name for name in names if name in self._own]
+        if strict:
+            raise_if("lacks", self._missing(set(held)))
+            other = [name for name in names if name not in self._own]
+            raise_if("also has", [name for name in other if not self._is_derived(name)])
+        for name in held:
+            there, here = self._network.tensors[name].spec.shape, tuple(self._own[name].shape)
+            if there != here:
+                raise misfit(name, there, here)
+            check_dtype(self._network, name, self._own[name].dtype)
+        return held
+
+    def _missing(self, held: set[str]) -> list[str]:
+        """Return what neither the checkpoint holds nor what it holds is tied to."""
+        return [
+            name
+            for names in self._together.values()
+            if not any(name in held or self._is_replaced(name) for name in names)
+            for name in names
+        ]
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether a tensor is in a layer that is replaced, which takes its bias over."""
+        return name.startswith(self._inside) and name.rpartition(".")[2] != "bias"
+
+    def _is_derived(self, name: str) -> bool:
+        """Whether the network makes the very tensor itself, as older versions of it did not."""
+        buffer = dict(self._model.named_buffers(remove_duplicate=False)).get(name)
+        if buffer is None or buffer.is_meta or self._network.tensors[name].is_product:
+            return False
+        tensor = stored_tensor(self._network, name)
+        return tensor.shape == buffer.shape and torch.equal(buffer.cpu().to(tensor.dtype), tensor)
+
+    def check_shared(
+        self, tensors: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
+    ) -> None:
+        """Raise ``ValueError`` where the network has one tensor, and the checkpoint two values."""
+        for names in self._together.values():
+            first, *others = [name for name in names if name in tensors] or [""]
+            for name in others:
+                if not torch.equal(tensors[first], tensors[name]):
+                    raise _differing(first, name)
+        for name in tensors.keys() & replaced.keys():
+            if not torch.equal(tensors[name], replaced[name]()):
+                raise _differing(name, "a layer that shares it")
+
+    def tied(
+        self, tensors: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return tensors outside of layers that are tied to the weight of a replaced one."""
+        found: dict[str, Tensor] = {}
+        for names in self._together.values():
+            weight = next((name for name in names if name in replaced), None)
+            others = [name for name in names if not self._is_replaced(name)]
+            if weight is not None and others and not any(name in tensors for name in names):
+                found |= dict.fromkeys(others, replaced[weight]())
+        return found
+
+    def unmask(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the masks from parameters that get all of their values."""
+        for parameter in self._masked:
+            names = self._together[place(parameter.original)]
+            is_loaded = any(name in tensors for name in names)
+            if is_loaded and not self._is_replaced(parameter.label):
+                parameter.unmask()
+
+
+def check_dtype(network: Checkpoint, name: str, here: torch.dtype) -> None:
+    """Raise ``ValueError`` if numbers of a tensor would be lost in the network's dtype."""
+    there: torch.dtype = getattr(torch, _DTYPES[network.tensors[name].spec.dtype])
+    if here == there or (here in _CAST and there in _CAST):
+        return
+    numbers = [t.is_floating_point or t.is_complex for t in (there, here)]
+    if numbers[0] == numbers[1] and _widens(there, here):
+        return
+    raise ValueError(
+        f"path must name a checkpoint of this network, but {name!r} is of {there} there and of "
+        f"{here} here, which cannot hold all of its numbers."
+    )
+
+
+def _widens(there: torch.dtype, here: torch.dtype) -> bool:
+    try:
+        return torch.promote_types(there, here) == here
+    except (RuntimeError, TypeError):  # dtypes without arithmetic
+        return False
+
+
+def place(tensor: Tensor) -> Any:
+    """Return what only tensors have in common that are one in memory."""
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def stored_tensor(network: Checkpoint, name: str) -> Tensor:
+    """Return a tensor of a checkpoint; factors of what is no layer are multiplied."""
+    spec = network.tensors[name].spec
+    if network.tensors[name].is_product:
+        return torch.from_numpy(network.product(name).toarray()).reshape(spec.shape)
+    file = network.file(name)
+    if spec.dtype in _BEYOND_NUMPY:
+        content = torch.frombuffer(bytearray(b"".join(file.chunks(name))), dtype=torch.uint8)
+        return content.view(getattr(torch, _BEYOND_NUMPY[spec.dtype])).reshape(spec.shape)
+    return torch.from_numpy(file.mapped(name))
+
+
+def raise_if(what: str, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` where there are any `names`."""
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
+
+
+def misfit(name: str, there: Sequence[int], here: Sequence[int]) -> ValueError:
+    """Return the error for a tensor of another shape than that of the network."""
+    return ValueError(
+        f"path must name a checkpoint of this network, but {name!r} has shape "
+        f"{tuple(there)} there and {tuple(here)} here."
+    )
+
+
+def _differing(name: str, other: str) -> ValueError:
+    return ValueError(
+        "path must name a checkpoint of this network, in which one tensor is shared, but "
+        f"{name!r} and {other!r} differ there."
+    )

@@ -1,0 +1,1 @@
+"""Compress the layers of a network, within a budget or step by step."""

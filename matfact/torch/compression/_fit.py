@@ -1,0 +1,230 @@
+"""Fit one matrix of a layer, with or without statistics of its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from sklearn.base import clone
+
+from matfact import backend, metrics
+from matfact.backend import Array
+from matfact.calibration import InputStatistics
+from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
+from matfact.operators import FactorProduct
+from matfact.solvers.finalize import finalize, reselect, scaled_columns
+from matfact.solvers.layerwise import caution
+from matfact.torch.calibration._layer_statistics import LayerStatistics, Sums
+from matfact.torch.compression._problem import Choice, Problem
+
+#: How inputs count for factorizers that cannot use them: not at all; in the scale of columns
+#: before the fit; and also in a refit of values after it, of one factor or of all.
+Adaptation = Literal["none", "scale", "finalize_one", "finalize"]
+
+#: Dampings of refits that are tried as long as the error on inputs kept aside becomes less, the
+#: most cautious first.
+REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
+#: Dampings for factorizers that use inputs themselves, the boldest first.
+CALIBRATION_DAMPINGS = (0.0, 0.3, 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The products of a layer, one a group, and how near they come.
+
+    Attributes
+    ----------
+    products : list of FactorProduct
+        One for each matrix.
+    relative_error, normalized_error : float
+        Of all matrices together.
+    layer_error, fitted_layer_error : float or None
+        Error on the layer's outputs, for inputs that were kept aside, measured before the products
+        were fitted to these too, if they were, and for those fitted in the end, as far as there
+        are any that make an output.
+    seconds : float
+        Wall time of the fits.
+    shifts : list of array
+        Means of what outputs have lost, one for each matrix, where a bias can make up for them.
+    """
+
+    products: list[FactorProduct]
+    relative_error: float
+    normalized_error: float
+    layer_error: float | None
+    fitted_layer_error: float | None
+    seconds: float
+    shifts: list[Array] = dataclasses.field(default_factory=list)
+
+    def nbytes(self, itemsize: int) -> int:
+        """Return the bytes of values of `itemsize` bytes each and of their positions."""
+        factors = [factor for product in self.products for factor in product]
+        return sum(itemsize * f.nnz + f.index_nbytes("smallest") for f in factors)
+
+
+def fit_layer(
+    factorizer: BaseFactorizer,
+    matrices: list[Array],
+    statistics: LayerStatistics | None,
+    adapt: Adaptation = "finalize",
+    *,
+    shift: bool = False,
+) -> Fitted:
+    """Factorize the matrices of a layer and measure the result.
+
+    Batches kept aside choose between fits to the others, and say how far the chosen one can be
+    trusted. A factorizer that uses inputs itself is then fitted once more with all of them, as
+    scikit-learn's searches do.
+
+    Parameters
+    ----------
+    factorizer : BaseFactorizer
+        Fitted to each matrix in turn.
+    matrices : list of array
+        The matrices, of one shape.
+    statistics : LayerStatistics or None
+        Those of the inputs. Where they are those of pairs, the matrices are corrected for what has
+        become of the inputs.
+    adapt : {"finalize", "finalize_one", "scale", "none"}
+        What makes factorizers that cannot use the inputs themselves take them into account.
+    shift : bool
+        Whether a bias makes up for the mean of what outputs lose.
+    """
+    start = time.perf_counter()
+    sums: Sequence[tuple[Sums | None, Sums | None]] = [(None, None)] * len(matrices)
+    if statistics is not None and not statistics.is_empty:
+        sums = statistics.by_matrix()
+    parts = [
+        _fit_matrix(factorizer, W, fitted, aside, adapt, shift)
+        for W, (fitted, aside) in zip(matrices, sums, strict=True)
+    ]
+    seconds = time.perf_counter() - start
+    xp = backend.namespace(*matrices)
+    W, products = xp.concat(matrices), [part.product for part in parts]
+    dense = [product.astype(W.dtype).toarray() for product in products]
+    relative = metrics.relative_error(W, xp.concat(dense))
+    nnz = sum(product.nnz for product in products)
+    return Fitted(
+        products,
+        relative,
+        metrics.normalized_error(W, relative, nnz),
+        _layer_error(part.aside for part in parts),
+        _layer_error(part.fitted for part in parts),
+        seconds,
+        [part.shift for part in parts if part.shift is not None],
+    )
+
+
+class _Part(NamedTuple):
+    """A fitted matrix, its squared errors beside the energies of what is wanted, and its shift."""
+
+    product: FactorProduct
+    aside: tuple[float, float]
+    fitted: tuple[float, float]
+    shift: Array | None
+
+
+def _fit_matrix(
+    factorizer: BaseFactorizer,
+    W: Array,
+    fitted: Sums | None,
+    aside: Sums | None,
+    adapt: Adaptation,
+    shift: bool,
+) -> _Part:
+    problem = Problem.of(W, fitted, aside, shift)
+    product, again = _chosen(factorizer, problem, adapt)
+    W_hat = product.astype(W.dtype).toarray()
+    error_aside, is_shifted = problem.error_aside(W_hat), problem.is_shifted(W_hat)
+    if problem.aside is not None and again is not None:
+        sums: Any = fitted
+        problem = problem.of_all(sums + aside, shift)
+        assert problem.wanted is not None
+        product = again(problem.target, problem.wanted.inputs)
+        W_hat = product.astype(W.dtype).toarray()
+    lost = None
+    if shift and fitted is not None:
+        lost = problem.lost_mean(W_hat)
+        lost = lost if is_shifted else 0 * lost
+    return _Part(product, error_aside, problem.error_fitted(W_hat), lost)
+
+
+def _chosen(factorizer: BaseFactorizer, problem: Problem, adapt: Adaptation) -> Choice:
+    """Return what batches kept aside have chosen, if there are any."""
+    # Copies are fitted, and forgotten at once, since factorizers keep what they have found.
+    if problem.wanted is not None and uses_inputs(factorizer):
+        return _calibrated(factorizer, problem, problem.wanted.inputs)
+    if problem.wanted is None or adapt == "none":
+        return Choice(clone(factorizer).fit(problem.target).operator_)
+    return _adapted(factorizer, problem, problem.wanted.inputs, adapt)
+
+
+def _calibrated(factorizer: BaseFactorizer, problem: Problem, inputs: InputStatistics) -> Choice:
+    """Return the fit of a factorizer that uses inputs, with more caution where it has to be."""
+
+    def fit(target: Array, inputs: InputStatistics, damping: float) -> FactorProduct:
+        damped = inputs.damped(damping) if damping else inputs
+        return clone(factorizer).fit(target, calibration=damped).operator_
+
+    def fits() -> Iterator[Choice]:
+        for damping in CALIBRATION_DAMPINGS:
+            again = functools.partial(fit, damping=damping)
+            yield Choice(again(problem.target, inputs), again)
+        yield Choice(clone(factorizer).fit(problem.W).operator_)
+
+    found = fits()
+    first = next(found)
+    return problem.improved(first, found) if problem.is_overfitted(first.product) else first
+
+
+def _adapted(
+    factorizer: BaseFactorizer, problem: Problem, inputs: InputStatistics, adapt: Adaptation
+) -> Choice:
+    """Return the fit of a factorizer that cannot use inputs.
+
+    It is fitted to columns scaled by what enters them, and its values are refitted to the inputs
+    (paper 001, Section 4.3); where entries may be stored anywhere, some are chosen anew.
+    """
+    target, xp = problem.target, backend.namespace(problem.target)
+    scale = xp.astype(problem.scale(inputs), target.dtype)
+    scaled = target * scale[None, :]
+    unit = backend.unit(scaled)
+    scaled *= 1 / unit  # in place, so that the factorizer makes no copy of its own
+    product = scaled_columns(clone(factorizer).fit(scaled).operator_, unit / scale).rescaled(1.0)
+    del scaled
+    if adapt == "scale":
+        return Choice(product)
+    rule: Callable[..., FactorProduct] = finalize
+    if adapt == "finalize_one":
+        rule = functools.partial(finalize, n_factors=1)
+    elif isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None:
+        rule = reselect
+
+    if problem.aside is None:
+        found = rule(product, target, inputs.gram, damping=caution(inputs))
+        return Choice(found.rescaled(1.0))
+    if rule is reselect:
+        rule = functools.partial(reselect, n_rounds=1)
+
+    def refits() -> Iterator[Choice]:
+        present = product
+        for damping in REFIT_DAMPINGS:
+            present = rule(present, target, inputs.gram, damping=damping).rescaled(1.0)
+            yield Choice(present)
+
+    return problem.improved(Choice(product), refits())
+
+
+def uses_inputs(factorizer: BaseFactorizer) -> bool:
+    """Whether `factorizer` takes calibration inputs itself."""
+    return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
+
+
+def _layer_error(errors: Iterable[tuple[float, float]]) -> float | None:
+    """Return the relative error of the outputs of all groups together, None if there are none."""
+    error, total = map(math.fsum, zip(*errors, strict=True))
+    return math.sqrt(error / total) if total else None

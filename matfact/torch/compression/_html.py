@@ -1,0 +1,51 @@
+"""A compression report as a page of its own."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from matfact import _html
+
+if TYPE_CHECKING:
+    from matfact.torch.compression.report import CompressionReport, LayerReport
+
+#: Heading and attribute of what is drawn as a bar too.
+_MEASURES = (
+    ("density", "density"),
+    ("relative error", "relative_error"),
+    ("normalized error", "normalized_error"),
+    ("layer error", "layer_error"),
+)
+
+
+def page(report: CompressionReport) -> str:
+    """Return the page, which needs no other file."""
+    headings = ["layer", "method", "shape", *(heading for heading, _ in _MEASURES)]
+    headings += ["seconds", "bytes before", "after"]
+    largest = {name: _largest(report, name) for _, name in _MEASURES}
+    lead = (
+        f"{len(report)} layers, {report.nbytes:,} of {report.dense_nbytes:,} bytes, "
+        f"density {report.density:.3f}."
+    )
+    rows = (_cells(row, largest) for row in report)
+    facts = {**report.metadata, "untouched": "; ".join(report.untouched(most=20)) or "nothing"}
+    return _html.page("Compression report", lead, facts, _html.table(headings, rows))
+
+
+def _largest(report: CompressionReport, name: str) -> float:
+    values = [getattr(row, name) for row in report]
+    return max((value for value in values if value is not None), default=0.0)
+
+
+def _cells(row: LayerReport, largest: dict[str, float]) -> list[str]:
+    groups = f"×{row.groups}" if row.groups > 1 else ""
+    return [
+        escape(row.layer),
+        escape(row.method or row.message or row.status),
+        f"{row.rows}×{row.columns}{groups}",
+        *(_html.measured(getattr(row, name), largest[name]) for _, name in _MEASURES),
+        _html.measured(row.seconds),
+        f"{row.dense_nbytes:,}",
+        "" if row.nbytes is None else f"{row.nbytes:,}",
+    ]

@@ -1,0 +1,299 @@
+"""Which layers of a network are compressed, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from sklearn.base import clone
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from matfact import metrics
+from matfact.backend import Array
+from matfact.compare import METHODS as COMPARED
+from matfact.factorizers import ADMMPruner, BaseFactorizer, WandaPruner
+from matfact.torch._warnings import CompressionWarning
+from matfact.torch.compression._fit import Fitted
+from matfact.torch.compression.report import LayerReport
+from matfact.torch.layers._matricized import (
+    Dimensions,
+    Matricized,
+    dimensions,
+    distinct_layers,
+    is_linear,
+    matricized,
+    refusal,
+)
+from matfact.torch.layers._weights import is_finite, place, tied_places
+from matfact.torch.running._traces import OF_ALL_MODULES
+
+#: Factorizers by name: those compared on weights alone, and those that need inputs to differ.
+METHODS: dict[str, BaseFactorizer] = {
+    **{name: method.estimator for name, method in COMPARED.items()},
+    "admm": ADMMPruner(),
+    "wanda": WandaPruner(),
+}
+#: A factorizer, or its name in :data:`METHODS`.
+Method = str | BaseFactorizer
+#: Layers by regular expression, by name, or by a function of name and module.
+Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
+#: What one layer gets in place of the rule: a method, a density, both, or None to be kept.
+Override = Method | float | tuple[Method, float] | None
+
+
+@dataclasses.dataclass
+class Task:
+    """A layer and what to do with it.
+
+    Attributes
+    ----------
+    names : list of str
+        Every name the layer has in the network.
+    kind : str
+        Its class.
+    dimensions : Dimensions
+        Those of its matrices.
+    view : Matricized or None
+        The layer as matrices; None where it is of a kind that is not taken.
+    factorizer : BaseFactorizer or None
+        Unfitted; None where the layer is kept.
+    message : str
+        Why it is kept, or what is to be known about it.
+    is_given : bool
+        Whether an override says what it gets.
+    """
+
+    names: list[str]
+    kind: str
+    dimensions: Dimensions
+    view: Matricized | None
+    factorizer: BaseFactorizer | None
+    message: str = ""
+    is_given: bool = False
+
+    def keep(self, message: str) -> None:
+        """Leave the layer as it is, and say why."""
+        self.factorizer, self.message = None, message
+
+    def problem(self) -> tuple[BaseFactorizer, list[Array], bool]:
+        """Return the factorizer, the matrices, and whether there is a bias."""
+        assert self.factorizer is not None
+        assert self.view is not None
+        layer: Any = self.view.layer
+        return self.factorizer, self.view.arrays(), layer.bias is not None
+
+    def report(self, status: str, fitted: Fitted | None = None) -> LayerReport:
+        """Return the row of the report."""
+        rows, columns, groups, itemsize = self.dimensions
+        size = self.dimensions.size
+        row = LayerReport(
+            layer=self.names[0],
+            kind=self.kind,
+            rows=rows,
+            columns=columns,
+            groups=groups,
+            method="" if status == "kept" else type(self.factorizer).__name__,
+            status=status,
+            dense_nbytes=size * itemsize,
+            dense_flops=2 * size,
+            requested_density=getattr(self.factorizer, "density", None),
+            message=self.message,
+        )
+        return row if fitted is None else dataclasses.replace(row, **_measures(fitted, row))
+
+
+def _measures(fitted: Fitted, row: LayerReport) -> dict[str, Any]:
+    products = fitted.products
+    size = row.dense_flops // 2
+    return {
+        "density": sum(product.nnz for product in products) / size,
+        "relative_error": fitted.relative_error,
+        "normalized_error": fitted.normalized_error,
+        "layer_error": fitted.layer_error,
+        "fitted_layer_error": fitted.fitted_layer_error,
+        "nbytes": fitted.nbytes(row.dense_nbytes // size),
+        "flops": sum(product.flops for product in products),
+        "seconds": fitted.seconds,
+    }
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    density: float | None,
+    layers: Layers | None,
+    overrides: Mapping[str, Override],
+    keep: tuple[bool, bool],
+) -> list[Task]:
+    """Return a task for each selected layer, in the order of the network.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is invalid, names no layer, or no layer is selected; or if a layer that is
+        to be compressed has no weight in memory.
+    """
+    metrics.check_density(density)
+    found = [(names, layer) for names, layer in distinct_layers(model) if is_linear(layer)]
+    check_names(layers, overrides, [name for names, _ in found for name in names])
+    tasks = [
+        _task(names, layer, _factorizer(names, method, density, overrides))
+        for names, layer in found
+        if any(is_selected(name, layer, layers) for name in names)
+    ]
+    if not tasks:
+        raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
+    for task in tasks:
+        task.is_given = bool(_matching(task.names, overrides))
+    for task, is_kept in zip((tasks[0], tasks[-1]), keep, strict=True):
+        if is_kept:
+            task.keep("kept as asked")
+    _keep_shared(model, tasks)
+    _keep_held(model, tasks)
+    for task in tasks:
+        _check_values(task)
+    return tasks
+
+
+def _task(names: list[str], layer: nn.Module, factorizer: BaseFactorizer | None) -> Task:
+    stored: Any = layer._parameters.get("weight")
+    if is_lazy(stored):
+        raise ValueError(
+            f"model must be initialized, but {names[0]!r} is a {type(layer).__name__} that has "
+            "never been called: call the network once before."
+        )
+    view = matricized(layer)
+    task = Task(names, type(layer).__name__, dimensions(layer), view, factorizer)
+    if view is None:
+        task.keep(f"kept: {refusal(layer)}")
+    elif factorizer is None:
+        task.keep("kept as asked")
+    return task
+
+
+def _keep_held(model: nn.Module, tasks: list[Task]) -> None:
+    """Keep layers that a plain attribute holds, through which they may go on being called."""
+    holders: dict[Any, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in OF_ALL_MODULES:
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            several = held if isinstance(value, (dict, list, tuple, set)) else [value]
+            for each in several:
+                if isinstance(each, nn.Module):
+                    holders[each] = f"{name}.{attribute}".strip(".")
+    for task in tasks:
+        layer = None if task.view is None else task.view.layer
+        if task.factorizer is not None and layer in holders:
+            task.keep(f"kept: {holders[layer]} holds it too, where nothing can take its place")
+
+
+def _check_values(task: Task) -> None:
+    """Raise ``ValueError`` where a weight is not in memory, and keep it where it is not finite."""
+    if task.view is None or task.factorizer is None:
+        return
+    weight, name = task.view.weight, task.names[0]
+    if weight.is_meta:
+        raise ValueError(
+            f"model must have in memory what is to be compressed, but the weight of {name!r} is on "
+            "the meta device: never loaded, or offloaded. Load it, or leave the layer out by "
+            "layers or overrides."
+        )
+    if not is_finite(weight):
+        task.keep("kept: its weight has values that are not finite")
+        warnings.warn(f"{name}: {task.message}.", CompressionWarning, stacklevel=4)
+
+
+def check_names(layers: Layers | None, overrides: Mapping[str, Override], known: list[str]) -> None:
+    """Raise ``ValueError`` where a name or a regular expression is that of no layer."""
+    if layers is not None and not callable(layers):
+        is_pattern = isinstance(layers, str)
+        for entry in [layers] if is_pattern else layers:
+            _check_name("layers", str(entry), known, is_pattern)
+    for entry in overrides:
+        _check_name("overrides", entry, known, True)
+
+
+def _check_name(parameter: str, entry: str, known: list[str], is_pattern: bool) -> None:
+    if entry in known:
+        return
+    try:
+        if is_pattern and any(re.search(entry, name) for name in known):
+            return
+    except re.error as error:
+        raise ValueError(
+            f"{parameter} must hold names or regular expressions, got {entry!r}: {error}."
+        ) from error
+    raise ValueError(
+        f"{parameter} must name linear layers or convolutions of the network, but {entry!r} is "
+        f"none{near(entry, known)}."
+    )
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return which of the names that are `known` may be meant by `name`, to end an error with."""
+    every = list(known)
+    close = difflib.get_close_matches(name, every, cutoff=0.4)
+    if close:
+        return f"; near it: {', '.join(close)}"
+    return f"; there are {', '.join(every[:5])}{', …' if len(every) > 5 else ''}" if every else ""
+
+
+def is_selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
+    if layers is None:
+        return True
+    if isinstance(layers, str):
+        return re.search(layers, name) is not None
+    return layers(name, layer) if callable(layers) else name in layers
+
+
+def _factorizer(
+    names: list[str], method: Method, density: float | None, overrides: Mapping[str, Override]
+) -> BaseFactorizer | None:
+    """Return the unfitted factorizer of a layer, None to keep it."""
+    for override in _matching(names, overrides):
+        if override is None:
+            return None
+        if isinstance(override, tuple):
+            method, density = override
+        elif isinstance(override, (int, float)):
+            density = override
+        else:
+            method = override
+        break
+    metrics.check_density(density)
+    if isinstance(method, str) and method in METHODS:
+        factorizer = clone(METHODS[method])
+    elif isinstance(method, BaseFactorizer):
+        factorizer = clone(method)
+    else:
+        raise ValueError(
+            f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}."
+        )
+    return factorizer if density is None else factorizer.set_params(density=density)
+
+
+def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Override]:
+    """Return the overrides of a layer: one of its names first, then the patterns in order."""
+    exact = [overrides[name] for name in names if name in overrides]
+    patterns = (k for k in overrides if any(re.search(k, name) for name in names))
+    return exact or [overrides[pattern] for pattern in patterns]
+
+
+def _keep_shared(model: nn.Module, tasks: list[Task]) -> None:
+    """Keep layers of which another module uses a parameter, which replacing them would split."""
+    tied = tied_places(model)
+    for task in tasks:
+        if task.view is None or task.factorizer is None:
+            continue
+        for name, parameter in task.view.layer.named_parameters():
+            if place(parameter) in tied:
+                what = "weight" if name.startswith("weight") else name
+                task.keep(f"kept: its {what} is shared with another module")
+                break

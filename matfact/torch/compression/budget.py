@@ -1,0 +1,387 @@
+"""What a network's layers may get under a budget, and how much each of them matters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+import joblib
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from matfact import metrics
+from matfact.allocation import Allocation, Option, allocate, apply_seconds, interpolate
+from matfact.allocation._budget import Cost
+from matfact.allocation._curves import DENSE
+from matfact.backend import Array
+from matfact.factorizers import BaseFactorizer
+from matfact.operators import DenseFactor, FactorProduct
+from matfact.torch.calibration._layer_statistics import LayerStatistics
+from matfact.torch.calibration.statistics import captured, layer_views
+from matfact.torch.compression._fit import fit_layer
+from matfact.torch.compression._tasks import Layers, Method, Override, Task, near, plan
+from matfact.torch.layers._matricized import Dimensions, Matricized, distinct_layers, is_linear
+from matfact.torch.running._batches import checked, eval_mode, forward
+
+_METHODS = ("dsf", "lowrank", "monarch", "magnitude")
+_DENSITIES = (0.1, 0.2, 0.35, 0.5)
+#: Further densities whose costs and errors are interpolated.
+_BETWEEN = tuple(i / 40 for i in range(1, 40))
+#: A method by name, a layer, and the densities to try; None for that of the factorizer.
+_Work = tuple[str, Task, Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the selected layers of a network may cost in all: for :func:`compress`.
+
+    Attributes
+    ----------
+    amount : float
+        The ceiling. A number up to 1 is a share of what the dense layers cost.
+    cost : {"nbytes", "flops", "seconds"}, default="nbytes"
+        What is bounded: bytes of values and positions; floating point operations; or the time of
+        operators for one sample as measured here, of which `amount` must be a share. With
+        calibration inputs, FLOPs and seconds of a layer count as often as it is called for each
+        call of the layer that is called least; without, once.
+    weights : mapping of str to float, optional
+        How much the network suffers from each layer's squared relative error, 1 where none is
+        given: :func:`output_sensitivity`.
+    densities : sequence of float
+        Stored values ÷ entries at which every method is tried in every layer; what happens in
+        between is interpolated.
+    """
+
+    amount: float
+    cost: Cost = "nbytes"
+    weights: Mapping[str, float] | None = None
+    densities: Sequence[float] = (*_DENSITIES, 0.75)
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
+        if not number or not 0 < self.amount < math.inf:
+            raise ValueError(f"budget must be a positive number, got {self.amount!r}.")
+        if self.cost not in get_args(Cost):
+            raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}, got {self.cost!r}.")
+        if self.cost == "seconds" and self.amount > 1:
+            raise ValueError(f"budget must be a share, at most 1, of seconds, got {self.amount}.")
+        for density in self.densities:
+            metrics.check_density(density)
+
+
+def named_methods(methods: Method | Sequence[Method]) -> dict[str, Method]:
+    """Return one or more methods by name; that of a factorizer is its class."""
+    several = [methods] if isinstance(methods, (str, BaseFactorizer)) else list(methods)
+    named = {m if isinstance(m, str) else type(m).__name__: m for m in several}
+    if not named:
+        raise ValueError("methods must hold at least one method, got none.")
+    if len(named) < len(several):
+        raise ValueError("methods must differ in name, that of a factorizer being its class.")
+    return named
+
+
+def within_budget(
+    model: nn.Module,
+    budget: Budget,
+    methods: Mapping[str, Method],
+    *,
+    layers: Layers | None = None,
+    overrides: Mapping[str, Override] | None = None,
+    keep: tuple[bool, bool] = (False, False),
+    calibration: Iterable[Any] | None = None,
+    n_jobs: int = 1,
+) -> tuple[Allocation, dict[str, Override]]:
+    """Return which method and density each layer gets, and the same as overrides.
+
+    Layers that are kept, or that have an override already, count with what they cost.
+
+    Raises
+    ------
+    ValueError
+        If the budget is less than the cheapest choice costs.
+    """
+    planned = {m: plan(model, methods[m], None, layers, overrides or {}, keep) for m in methods}
+    every = next(iter(planned.values()))
+    _check_weights(model, budget.weights or {})
+    latency = apply_seconds if budget.cost == "seconds" else None
+    found = {task.names[0]: [_dense(task, latency)] for task in every}
+    seen = _captured(model, calibration, _taken(every))
+    calls = {name: statistics.count for name, statistics in seen.items() if statistics.count}
+    least = min(calls.values(), default=1)
+    share = {name: calls.get(name, least) / least for name in found}
+    dense = math.fsum(getattr(_called(found[n][0], share[n]), budget.cost) for n in found)
+    free = [task.names[0] for task in every if task.factorizer is not None and not task.is_given]
+    for name, options in _measured(_work(planned, budget.densities), seen, latency, n_jobs):
+        found[name] = found[name] + options if name in free else options
+    choices = {
+        name: [_called(option, share[name]) for option in _more(options, name in free)]
+        for name, options in found.items()
+    }
+    ceiling = budget.amount * dense if budget.amount <= 1 else budget.amount
+    weights = {n: w for n, w in (budget.weights or {}).items() if n in choices}
+    allocation = allocate(choices, ceiling, cost=budget.cost, weights=weights)
+    chosen: dict[str, Override] = {}
+    for name in free:
+        option = allocation.options[name]
+        is_dense = option.method == DENSE
+        chosen[name] = None if is_dense else (methods[option.method], option.density)
+    return allocation, chosen
+
+
+def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list[_Work]:
+    """Return what has to be fitted: everything where there is a choice, overrides as they are."""
+    first, *_ = planned
+    work: list[_Work] = []
+    for label, tasks in planned.items():
+        for task in tasks:
+            if task.factorizer is None:
+                continue
+            if not task.is_given:
+                work.append((label, task, densities))
+            elif label == first:
+                work.append((label, task, [getattr(task.factorizer, "density", None)]))
+    return work
+
+
+def _more(options: list[Option], is_free: bool) -> list[Option]:
+    """Return further options by interpolation, where there is a choice."""
+    return interpolate(options, _BETWEEN) if is_free else options
+
+
+def _called(option: Option, times: float) -> Option:
+    """Return an option that costs as much as so many calls."""
+    flops, seconds = round(option.flops * times), option.seconds * times
+    return dataclasses.replace(option, flops=flops, seconds=seconds)
+
+
+def layer_options(
+    model: nn.Module,
+    methods: Sequence[Method] = _METHODS,
+    densities: Sequence[float] = _DENSITIES,
+    *,
+    layers: Layers | None = None,
+    calibration: Iterable[Any] | None = None,
+    latency: Callable[[FactorProduct], float] | None = None,
+    n_jobs: int = 1,
+) -> dict[str, list[Option]]:
+    """Fit layers by several methods at several densities, and list what each costs and loses.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, which is left as it is.
+    methods : sequence of str or BaseFactorizer
+        What every layer may get, besides being left as it is: names as for :func:`compress`, or
+        factorizers, which go by the name of their class.
+    densities : sequence of float
+        Stored values ÷ entries, each in (0, 1]. More can be had by
+        :func:`matfact.allocation.interpolate`.
+    layers : str, collection of str or callable, optional
+        As for :func:`compress`.
+    calibration : iterable, optional
+        Batches of inputs. With them errors are those of layer outputs.
+    latency : callable, optional
+        Returns the seconds that an operator takes; :func:`matfact.allocation.apply_seconds`.
+    n_jobs : int, default=1
+        Fits at a time.
+
+    Returns
+    -------
+    dict of str to list of Option
+        For each layer. FLOPs are for one input row, or one patch of a convolution.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from matfact.allocation import allocate
+    >>> from matfact.torch import compress, layer_options
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    >>> options = layer_options(model, ["lowrank", "magnitude"], [0.25, 0.5])
+    >>> allocation = allocate(options, budget=5000)
+    >>> small, report = compress(model, overrides=allocation.overrides)
+    >>> sum(row.nbytes for row in report) <= 5000
+    True
+    """
+    for density in densities:
+        metrics.check_density(density)
+    named = named_methods(methods)
+    planned = {m: plan(model, named[m], None, layers, {}, (False, False)) for m in named}
+    every = next(iter(planned.values()))
+    found = {task.names[0]: [_dense(task, latency)] for task in every}
+    seen = _captured(model, calibration, _taken(every))
+    work: list[_Work] = [
+        (label, task, densities)
+        for label, tasks in planned.items()
+        for task in tasks
+        if task.factorizer is not None
+    ]
+    for name, options in _measured(work, seen, latency, n_jobs):
+        found[name] += options
+    return found
+
+
+def _captured(
+    model: nn.Module, calibration: Iterable[Any] | None, layers: list[str]
+) -> dict[str, LayerStatistics]:
+    return {} if calibration is None else captured(model, calibration, layer_views(model, layers))
+
+
+def _measured(
+    work: Iterable[_Work],
+    seen: Mapping[str, LayerStatistics],
+    latency: Callable[[FactorProduct], float] | None,
+    n_jobs: int,
+) -> Iterable[tuple[str, list[Option]]]:
+    """Return the options of each task by the method of that name, at several densities."""
+    jobs = (
+        joblib.delayed(_options)(task, label, densities, seen.get(task.names[0]), latency)
+        for label, task, densities in work
+    )
+    found: list[tuple[str, list[Option]]] = joblib.Parallel(n_jobs=n_jobs)(jobs)
+    return found
+
+
+def _taken(tasks: Iterable[Task]) -> list[str]:
+    """Return the names of layers that are taken as matrices."""
+    return [task.names[0] for task in tasks if task.view is not None]
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Raise ``ValueError`` where a weight is that of no layer, be it selected or not."""
+    known = [name for names, layer in distinct_layers(model) if is_linear(layer) for name in names]
+    for name in weights:
+        if name not in known:
+            raise ValueError(
+                f"weights of the budget must be those of layers, but {name!r} is none"
+                f"{near(name, known)}."
+            )
+
+
+def _dense(task: Task, latency: Callable[[FactorProduct], float] | None) -> Option:
+    shape, size = task.dimensions, task.dimensions.size
+    arrays = task.view.arrays() if task.view is not None else _alike(shape)
+    products = [FactorProduct([DenseFactor(array)]) for array in arrays] if latency else []
+    return Option(DENSE, 1.0, 0.0, size * shape.itemsize, 2 * size, _seconds(products, latency))
+
+
+def _alike(shape: Dimensions) -> list[Array]:
+    """Return matrices to time in place of those that no operator takes."""
+    each = np.zeros((shape.rows, shape.columns), np.float32)
+    return [each] * shape.groups if each.size else []
+
+
+def _options(
+    task: Task,
+    method: str,
+    densities: Sequence[float | None],
+    statistics: LayerStatistics | None,
+    latency: Callable[[FactorProduct], float] | None,
+) -> tuple[str, list[Option]]:
+    """Return the options of one layer by one method."""
+    options = []
+    factorizer: Any
+    factorizer, matrices, has_bias = task.problem()
+    for density in densities:
+        if density is not None:
+            factorizer.set_params(density=density)
+        try:
+            fitted = fit_layer(factorizer, matrices, statistics, shift=has_bias)
+        except ValueError as error:
+            if "density" not in str(error):  # too small for the structure
+                raise
+            continue
+        measured = (fitted.layer_error, fitted.fitted_layer_error, fitted.relative_error)
+        loss = next(error for error in measured if error is not None)
+        flops = sum(product.flops for product in fitted.products)
+        seconds = _seconds(fitted.products, latency)
+        asked = math.nan if density is None else density
+        options.append(
+            Option(method, asked, loss, fitted.nbytes(task.dimensions.itemsize), flops, seconds)
+        )
+    return task.names[0], options
+
+
+def _seconds(
+    products: Sequence[FactorProduct], latency: Callable[[FactorProduct], float] | None
+) -> float:
+    return math.nan if latency is None else sum(map(latency, products))
+
+
+def output_sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
+    layers: str | Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Return how much the loss changes where a layer's outputs are disturbed.
+
+    The mean square of the first-order change of the loss, for disturbances of random directions,
+    ÷ their squared relative size: the weight of a layer's squared error in
+    :func:`matfact.allocation.allocate`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, run in eval mode.
+    batches : iterable
+        What it is called with, as for :func:`input_statistics`.
+    loss : callable
+        Returns the loss to be differentiated from an output and its batch.
+    layers : str or sequence of str, optional
+        A regular expression searched in names of linear or convolutional layers, or their names;
+        all of them by default.
+
+    Returns
+    -------
+    dict of str to float
+        The mean over batches, 0 for layers that were not reached.
+    """
+    views = layer_views(model, layers)
+    totals = dict.fromkeys(views, 0.0)
+    outputs: list[tuple[str, Tensor]] = []
+    count = 0
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def watch(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # Disturbances matter as much where nothing is trained.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            outputs.append((name, output))
+            return output.clone()  # which activations may overwrite
+
+        return watch
+
+    handles = [view.layer.register_forward_hook(hook(name)) for name, view in views.items()]
+    try:
+        with eval_mode(model), torch.enable_grad():
+            for batch in checked(batches):
+                count += 1
+                outputs.clear()
+                value = loss(forward(model, batch), batch)
+                for name, found in _sensitivities(value, outputs, views):
+                    totals[name] += found
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in totals.items():
+        if not math.isfinite(total):
+            raise ValueError(f"loss must have finite gradients, unlike those in layer {name!r}.")
+    return {name: total / count for name, total in totals.items()}
+
+
+def _sensitivities(
+    value: Tensor, outputs: Sequence[tuple[str, Tensor]], views: Mapping[str, Matricized]
+) -> Iterator[tuple[str, float]]:
+    """Yield, for each call of a layer, how much the loss of a batch changes with its output."""
+    tensors = [output for _, output in outputs]
+    slopes = torch.autograd.grad(value, tensors, allow_unused=True) if tensors else ()
+    for (name, output), slope in zip(outputs, slopes, strict=True):
+        if slope is not None:
+            axis = 1 if hasattr(views[name].layer, "kernel_size") else -1
+            energy, steepness = (
+                each.detach().abs().double().square().sum(axis) for each in (output, slope)
+            )
+            yield name, float((energy / output.shape[axis] * steepness).sum())

@@ -1,0 +1,99 @@
+"""Compress step by step, with training in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from matfact import metrics
+from matfact.torch.compression._compress import Compressed, compress
+from matfact.torch.compression._tasks import Method
+from matfact.torch.layers._matricized import is_linear
+from matfact.torch.training.finetune import check_finite
+
+
+def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list[float]:
+    """Return falling densities, fast at first and slowly at the end.
+
+    Source: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
+    model compression", ICLR workshop 2018, equation 1.
+
+    Parameters
+    ----------
+    density : float
+        The last density.
+    n_stages : int
+        How many densities.
+    initial : float, default=1.0
+        Density before the first of them.
+
+    Examples
+    --------
+    >>> from matfact.torch import cubic_densities
+    >>> [round(density, 3) for density in cubic_densities(0.2, 4)]
+    [0.538, 0.3, 0.213, 0.2]
+    """
+    metrics.check_density(density)
+    if n_stages < 1:
+        raise ValueError(f"n_stages must be at least 1, got {n_stages}.")
+    remaining = [1 - stage / n_stages for stage in range(1, n_stages + 1)]
+    return [density + (initial - density) * share**3 for share in remaining]
+
+
+def compress_gradually(
+    model: nn.Module,
+    method: Method = "dsf",
+    *,
+    density: float,
+    train: Callable[[nn.Module, int], Any],
+    n_stages: int = 4,
+    initial_density: float = 1.0,
+    inplace: bool = False,
+    **options: Any,
+) -> Compressed:
+    """Compress to ever lower densities, and train after each.
+
+    Every stage factorizes what training has made of the weights so far, so that supports follow
+    the training. With ``method="magnitude"`` this is gradual magnitude pruning; any factorizer
+    serves.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    method : str or BaseFactorizer, default="dsf"
+        As for :func:`compress`.
+    density : float
+        Density of each layer in the end.
+    train : callable
+        Called with the network and the stage, from 0; trains in place. The parameters are others
+        in each stage, so that it needs a new optimizer.
+    n_stages : int, default=4
+        How often the network is compressed.
+    initial_density : float, default=1.0
+        Where the densities start to fall from, see :func:`cubic_densities`.
+    inplace : bool, default=False
+        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned.
+    **options
+        Further parameters of :func:`compress`.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        The network after the last training.
+    report : CompressionReport
+        That of the last stage, against the layers as they were before it.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is infinite or NaN after training.
+    """
+    for stage, stage_density in enumerate(cubic_densities(density, n_stages, initial_density)):
+        in_place = inplace or (stage > 0 and not is_linear(model))
+        model, report = compress(model, method, density=stage_density, inplace=in_place, **options)
+        train(model, stage)
+        check_finite(model, f"after stage {stage}")
+    return Compressed(model, report)

@@ -1,0 +1,225 @@
+"""What a compression did, layer by layer."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.table import Table
+
+from matfact._files import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One layer of a compressed network.
+
+    Attributes
+    ----------
+    layer : str
+        Its name.
+    kind : str
+        Its class before.
+    rows, columns, groups : int
+        Shape of its matrix, and how many such it has (groups of a convolution).
+    method : str
+        Class of the factorizer; empty where the layer is kept.
+    status : {"compressed", "kept", "planned"}
+        What became of it. Measures are None unless it is compressed.
+    dense_nbytes, dense_flops : int
+        Bytes of its weight before, and operations for one input (one position of an image).
+    requested_density : float or None
+        Density asked for; None where the method has no such parameter or its default was taken.
+    density : float or None
+        Stored values ÷ entries of the weight.
+    relative_error : float or None
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_error : float or None
+        Relative error ÷ that of magnitude pruning with as many stored values.
+    layer_error : float or None
+        How far the layer's outputs are from those it has in the dense network, relative to these,
+        for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
+        which with sequential calibration are those in the compressed network, and the outputs `U`,
+        less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
+        where no input was kept aside, as of a single batch, or all outputs are zero. Methods that
+        use inputs themselves are fitted to all batches after it was measured.
+    fitted_layer_error : float or None
+        The same for the batches that the layer was fitted to, which is mostly less.
+    nbytes : int or None
+        Bytes of values and positions, in the smaller of CSR and bit masks.
+    flops : int or None
+        Operations for one input after.
+    seconds : float or None
+        Wall time of the fit.
+    message : str
+        Why the layer is kept, or what is to be known about it.
+    """
+
+    layer: str
+    kind: str
+    rows: int
+    columns: int
+    groups: int
+    method: str
+    status: str
+    dense_nbytes: int
+    dense_flops: int
+    requested_density: float | None = None
+    density: float | None = None
+    relative_error: float | None = None
+    normalized_error: float | None = None
+    layer_error: float | None = None
+    fitted_layer_error: float | None = None
+    nbytes: int | None = None
+    flops: int | None = None
+    seconds: float | None = None
+    message: str = ""
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(LayerReport))
+
+
+class CompressionReport(Sequence[LayerReport]):
+    """The layers of a compressed network.
+
+    Parameters
+    ----------
+    rows : iterable of LayerReport
+        One for each layer considered, in the order of the network.
+    metadata : mapping of str to object, optional
+        What was asked for, and what was done besides.
+    """
+
+    def __init__(
+        self, rows: Iterable[LayerReport], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self.rows = tuple(rows)
+        self.metadata = dict(metadata or {})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of all layers in the report, kept ones included."""
+        return sum(row.dense_nbytes if row.nbytes is None else row.nbytes for row in self.rows)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of their weights before."""
+        return sum(row.dense_nbytes for row in self.rows)
+
+    @property
+    def density(self) -> float:
+        """Stored values ÷ entries of all weights, kept ones included."""
+        entries = [row.rows * row.columns * row.groups for row in self.rows]
+        stored = [
+            n * (1.0 if row.density is None else row.density)
+            for n, row in zip(entries, self.rows, strict=True)
+        ]
+        return sum(stored) / sum(entries) if entries else 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all fits, which may have run at the same time."""
+        return sum(row.seconds or 0.0 for row in self.rows)
+
+    def table(self) -> Table:
+        """Return a table for the terminal: print it with ``rich.print``."""
+        table = Table(
+            box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
+            caption="; ".join(self._remarks()) or None, caption_justify="left",
+        )  # fmt: skip
+        table.add_column("layer", overflow="fold")
+        table.add_column("method")
+        for heading in ("shape", "density", "relative", "normalized", "layer", "bytes", "s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(row.layer, row.method or row.message or row.status, *_cells(row))
+        ratio = self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
+        table.add_section()
+        table.add_row(
+            f"{len(self.rows)} layers", "", "", f"{self.density:.3f}", "", "", "",
+            f"{ratio:.1%}", f"{self.seconds:.1f}",
+        )  # fmt: skip
+        return table
+
+    def _remarks(self) -> list[str]:
+        """Return what was done besides, and which matrices are in no layer of the report."""
+        return [*self.metadata.get("steps", ()), *self.untouched()]
+
+    def untouched(self, most: int = 3) -> list[str]:
+        """Return a sentence on the matrices that are in no layer, with their shares, if any are.
+
+        Parameters
+        ----------
+        most : int, default=3
+            How many to name, the largest ones.
+        """
+        shares = dict(self.metadata.get("untouched", {}))
+        if not shares:
+            return []
+        names = [f"{n} ({s:.1%})" for n, s in sorted(shares.items(), key=lambda i: -i[1])[:most]]
+        names += ["…"] if len(shares) > most else []
+        share = f"{sum(shares.values()):.1%} of all parameters"
+        return [f"in no layer that can be factorized, {share}: {', '.join(names)}"]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows to a CSV file, blank where there is no value."""
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer)
+        writer.writerow(COLUMNS)
+        writer.writerows(dataclasses.astuple(row) for row in self.rows)
+        write_atomically(path, buffer.getvalue().encode())
+
+    def to_json(self, path: str | Path) -> None:
+        """Write metadata and rows to a JSON file, null where no value is finite."""
+        rows = [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows]
+        text = json.dumps({"metadata": self.metadata, "rows": rows}, indent=1, allow_nan=False)
+        write_atomically(path, text.encode())
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CompressionReport:
+        """Read a report written by :meth:`to_json`."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls([LayerReport(**row) for row in content["rows"]], content["metadata"])
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page with the table and its bars, one file without scripts."""
+        from matfact.torch.compression._html import page
+
+        write_atomically(path, page(self).encode())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        done = sum(row.status == "compressed" for row in self.rows)
+        return (
+            f"CompressionReport({done} of {len(self.rows)} layers compressed, "
+            f"density {self.density:.3f}, {self.nbytes} of {self.dense_nbytes} bytes)"
+        )
+
+
+def _cells(row: LayerReport) -> list[str]:
+    """Return the measures of a row as text, blank where there is none."""
+    shape = f"{row.rows}×{row.columns}" + (f"×{row.groups}" if row.groups > 1 else "")
+    ratio = "" if row.nbytes is None else f"{row.nbytes / row.dense_nbytes:.1%}"
+    errors = (row.density, row.relative_error, row.normalized_error, row.layer_error)
+    return [
+        shape,
+        *("" if value is None else f"{value:.3f}" for value in errors),
+        ratio,
+        "" if row.seconds is None else f"{row.seconds:.2f}",
+    ]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

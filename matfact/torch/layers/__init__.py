@@ -1,0 +1,1 @@
+"""Layers that hold products, and layers of networks as matrices."""

@@ -1,0 +1,243 @@
+"""Linear layers made of a product of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from matfact.backend import to_numpy
+from matfact.operators import FactorProduct
+from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
+from matfact.torch.layers._factors import (
+    DenseFactorModule,
+    FactorModule,
+    apply_factors,
+    dense_product,
+    factor_module,
+)
+
+if TYPE_CHECKING:
+    from matfact.factorizers import BaseFactorizer
+
+#: How a layer is applied where no gradient is wanted.
+Inference = Literal["auto", "dense", "factors"]
+_DTYPES = (torch.float32, torch.float64)  #: that the kernels compute in
+
+
+class FactorizedLinear(nn.Module):
+    """``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a drop-in replacement of :class:`torch.nn.Linear`.
+
+    Values are parameters and positions are buffers: any optimizer trains the values on a fixed
+    support. Copying, saving, compiling and exporting work as for any module, by plain torch
+    operations; on the CPU, kernels apply products of sparse factors and find their gradients.
+
+    Parameters
+    ----------
+    product : FactorProduct
+        NumPy or torch factors.
+    bias : Tensor, optional
+        Bias of shape (out_features,), copied.
+    inference : {"auto", "dense", "factors"}, default="auto"
+        How the layer is applied in eval mode where no gradient is wanted. "dense" multiplies the
+        factors once and keeps their product: as fast as the layer replaced, but as large in
+        memory. "factors" keeps nothing. "auto" takes what is fastest: on the CPU the kernels of
+        :class:`~matfact.operators.FactorProduct`, which keep the values in their own order;
+        elsewhere it keeps the product where the factors take more work, as torch has no fast
+        kernel for scattered values. What is kept is compared with the values at each pass, see
+        :func:`keep_unchecked`.
+    copy : bool, default=True
+        Whether the values of the factors are copied.
+
+    Attributes
+    ----------
+    factors : torch.nn.ModuleList
+        One module a factor, applied from the last to the first.
+    bias : torch.nn.Parameter or None
+        The bias.
+    in_features, out_features : int
+        Width of inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        product: FactorProduct,
+        bias: Tensor | None = None,
+        *,
+        inference: Inference = "auto",
+        copy: bool = True,
+    ) -> None:
+        super().__init__()
+        if inference not in ("auto", "dense", "factors"):
+            raise ValueError(f"inference must be 'auto', 'dense' or 'factors', got {inference!r}.")
+        self.out_features, self.in_features = product.shape
+        self.factors = nn.ModuleList(factor_module(factor, copy) for factor in product.factors)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.inference = inference
+        self._product: Derived[Tensor] = Derived()
+        self._operator: Derived[FactorProduct] = Derived()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, factorizer: BaseFactorizer, *, calibration: Any = None
+    ) -> FactorizedLinear:
+        """Factorize the weight of `linear`, of any class with ``weight`` and ``bias``.
+
+        Parameters
+        ----------
+        linear : torch.nn.Module
+            The trained layer, which is left as it is.
+        factorizer : BaseFactorizer
+            Fitted to the weight here.
+        calibration : array or InputStatistics, optional
+            Inputs of the layer or their statistics, for factorizers that use them.
+        """
+        weight: Any = linear.weight
+        matrix = to_numpy(weight) if weight.device.type == "cpu" else weight.detach()
+        product = factorizer.fit(matrix, calibration=calibration).operator_
+        bias: Any = linear.bias
+        layer = FactorizedLinear(product, bias)
+        return layer.to(device=weight.device, dtype=weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense product, computed anew: for code that reads the weight of a linear layer."""
+        return dense_product(self.chain)
+
+    @property
+    def chain(self) -> list[FactorModule]:
+        """The factors as a list."""
+        return cast(list[FactorModule], list(self.factors))
+
+    def keeps_product(self) -> bool:
+        """Whether eval mode multiplies by the dense product rather than by the factors."""
+        if self.inference != "auto":
+            return self.inference == "dense"
+        return sum(factor.work for factor in self.chain) >= self.in_features * self.out_features
+
+    def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
+        """Apply the layer to the last axis of `input`."""
+        x = input
+        if x.is_nested:
+            samples = [self(sample) for sample in x.unbind()]
+            return torch.nested.as_nested_tensor(samples, layout=x.layout)
+        if not self.training and not torch.compiler.is_compiling():
+            out = self._infer(x)
+            if out is not None:
+                return out
+        x = self.apply_factors(x)
+        # In the dtype that autocast computes in.
+        return x if self.bias is None else x + self.bias.to(x.dtype)
+
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """Return the output by what is kept for inference, None where that cannot be used."""
+        values = self.values()
+        by_kernels = self.inference == "auto" and self._has_kernels(x, values)
+        if by_kernels:
+            columns = self._apply_on_host(x.reshape(-1, self.in_features).T, values)
+            if columns is not None:
+                out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
+                return out if self.bias is None else out.add_(self.bias)
+        if by_kernels or self.keeps_product():
+            product = self._product.get(values, lambda _: self.weight.detach(), self.positions())
+            if product is not None:
+                return functional.linear(x, product, self.bias)
+        return None
+
+    def _apply_on_host(self, X: Tensor, values: list[Tensor]) -> Tensor | None:
+        """Return the product with columns in memory, None where nothing can be kept for it."""
+        operator = self._operator.get(values, self._to_host, self.positions())
+        return None if operator is None else torch.from_numpy(operator @ X.numpy())
+
+    def values(self) -> list[Tensor]:
+        """Return the values of the factors: parameters, unless code has put others in place."""
+        values: list[Tensor] = []
+        for module in self.factors._modules.values():
+            factor = cast(FactorModule, module)
+            if factor.has_values:
+                # Not by name, which takes longer than small products: inference asks at each call.
+                parameter = factor._parameters.get("values")
+                values.append(factor.values if parameter is None else parameter)
+        return values
+
+    def positions(self) -> list[Tensor]:
+        """Return the buffers that say where the values of the factors stand."""
+        factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
+        return [cast(Tensor, f._buffers[f.positions]) for f in factors if f.positions]
+
+    def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
+        """Whether products on the host are faster than anything torch has."""
+        return (
+            x.device.type == "cpu"
+            and x.dtype in _DTYPES
+            and any(v.dtype == x.dtype and v.device == x.device for v in values[:1])
+            and any(type(module) is not DenseFactorModule for module in self.factors)
+            and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+            and is_plain(x)
+        )
+
+    def _to_host(self, copies: Sequence[Copy]) -> FactorProduct:
+        """Return the product with values in NumPy arrays that nobody writes to."""
+        left, factors = iter(copies), []
+        for module in self.chain:
+            factor = module.to_factor()
+            dtype = factor.values.numpy().dtype
+            values = next(left).array(dtype) if module.has_values else factor.values.numpy()
+            factors.append(factor.with_values(values))
+        return FactorProduct(factors)
+
+    def apply_factors(self, x: Tensor) -> Tensor:
+        """Return the output without bias."""
+        chain = self.chain
+        if self._trains_fused(chain, x):
+            # Imported here, so that networks which are not trained need no compiler.
+            from matfact.torch.layers._autograd import apply_fused
+
+            return apply_fused(chain, x)
+        return apply_factors(chain, x)
+
+    def _trains_fused(self, chain: list[FactorModule], x: Tensor) -> bool:
+        """Whether gradients are wanted, and the kernels for them are faster than torch."""
+        return (
+            torch.is_grad_enabled()
+            and is_untransformed(x)
+            and x.device.type == "cpu"
+            and x.dtype in _DTYPES
+            and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and all(factor.has_gradient_kernel(x) for factor in chain)
+        )
+
+    def to_product(self) -> FactorProduct:
+        """Return the product of the factors, which shares the memory of their values."""
+        return FactorProduct([factor.to_factor() for factor in self.chain])
+
+    def to_dense(self) -> nn.Linear:
+        """Return the dense layer that computes the same."""
+        value = self.values()[0]
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None,
+            device=value.device, dtype=value.dtype,
+        )  # fmt: skip
+        return filled(dense, self)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, inference={self.inference!r}"
+        )
+
+
+@torch.no_grad()
+def filled(dense: Any, layer: Any) -> Any:
+    """Return `dense` with the weight, the bias and the mode of a factorized `layer`."""
+    dense.weight.copy_(layer.weight)
+    if layer.bias is not None:
+        dense.bias.copy_(layer.bias)
+    return dense.train(layer.training)

@@ -1,0 +1,1 @@
+"""How much a loss changes with weights or outputs."""

@@ -1,0 +1,1 @@
+"""Train compressed networks with their supports fixed."""

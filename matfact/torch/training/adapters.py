@@ -1,0 +1,169 @@
+"""Low-rank adapters that keep to the supports, so that they merge without loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
+from torch import Tensor, nn
+
+from matfact.torch.layers._factors import (
+    BlockFactorModule,
+    DenseFactorModule,
+    FactorModule,
+    KroneckerFactorModule,
+    SparseFactorModule,
+)
+
+
+class _Adapted(FactorModule):
+    """What a factor becomes: its values are sums of those it has and an update."""
+
+    base: nn.Parameter
+    left: nn.Parameter
+    right: nn.Parameter
+    places: Tensor
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The entries of ``left @ right`` where values stand, added to them."""
+        update = (self.left @ self.right).flatten()[self.places]
+        return self.base + update.reshape(self.base.shape)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.places = _places(self)  # of the support that was loaded
+
+
+class _AdaptedDense(_Adapted, DenseFactorModule): ...
+
+
+class _AdaptedSparse(_Adapted, SparseFactorModule): ...
+
+
+class _AdaptedKronecker(_Adapted, KroneckerFactorModule): ...
+
+
+class _AdaptedBlock(_Adapted, BlockFactorModule): ...
+
+
+# By name and not made on the way, so that networks with adapters can be pickled.
+_CLASSES: dict[type[FactorModule], type[_Adapted]] = {
+    DenseFactorModule: _AdaptedDense,
+    SparseFactorModule: _AdaptedSparse,
+    KroneckerFactorModule: _AdaptedKronecker,
+    BlockFactorModule: _AdaptedBlock,
+}
+
+
+def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> list[nn.Parameter]:
+    """Give every factor of every compressed layer a low-rank adapter, which changes nothing yet.
+
+    After Hu et al. [1]_, on a support: what a low-rank update of a sparse matrix puts outside of
+    its support cannot be merged, and is most of it, so that here only the entries on the support
+    are ever added.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A network with compressed layers, changed in place; its values are no longer trained.
+    rank : int
+        Rank of the update of each factor, or the shorter side of a factor that has less.
+    random_state : int, RandomState or None, default=None
+        Draws one side of each update; the other starts at zero.
+
+    Returns
+    -------
+    list of torch.nn.Parameter
+        The parameters to train.
+
+    References
+    ----------
+    .. [1] E. J. Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from matfact.torch import SparseProductLinear, add_adapters, merge_adapters
+    >>> model = torch.nn.Sequential(SparseProductLinear(64, 64, density=0.25, random_state=0))
+    >>> [tuple(parameter.shape) for parameter in add_adapters(model, rank=2, random_state=0)]
+    [(64, 2), (2, 64), (64, 2), (2, 64)]
+    >>> merge_adapters(model)[0].to_product().density
+    0.25
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.has_values]
+    if not factors:
+        raise ValueError("model must have compressed layers to adapt, got none.")
+    if any(isinstance(factor, _Adapted) for factor in factors):
+        raise ValueError("model must have no adapters yet: merge them first.")
+    rng = check_random_state(random_state)
+    _freeze(model)
+    return [adapter for factor in factors for adapter in _adapt(factor, rank, rng)]
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Add the adapters of :func:`add_adapters` to the values, and remove them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, changed in place: it computes the same, and its parameters are trained again,
+        but for those that were frozen before.
+    """
+    for module in model.modules():
+        if isinstance(module, _Adapted):
+            _merge(module)
+    _thaw(model)
+    return model
+
+
+def _adapt(factor: Any, rank: int, rng: np.random.RandomState) -> list[nn.Parameter]:
+    """Turn `factor` into an adapted one, and return what is to be trained."""
+    base, places = factor.values, _places(factor)
+    rank = min(rank, factor.rows, factor.columns)
+    right = rng.standard_normal((rank, factor.columns)) / np.sqrt(factor.columns)
+    del factor.values
+    factor.base = base
+    factor.left = nn.Parameter(base.new_zeros(factor.rows, rank))
+    factor.right = nn.Parameter(base.new_tensor(right))
+    factor.register_buffer("places", places, persistent=False)
+    factor.__class__ = _CLASSES[type(factor)]
+    return [factor.left, factor.right]
+
+
+def _places(factor: FactorModule) -> Tensor:
+    """Return where the values of `factor` stand in the flattened matrix."""
+    return torch.as_tensor(np.ravel(factor.to_factor().locations), device=factor.values.device)
+
+
+@torch.no_grad()
+def _merge(factor: Any) -> None:
+    merged = factor.base.copy_(factor.values)
+    del factor.base, factor.left, factor.right, factor.places
+    factor.__class__ = type(factor).__bases__[1]
+    factor.values = merged
+
+
+#: Attribute of a module: names of its parameters that were frozen before there were adapters.
+_FROZEN = "_frozen_before_adapters"
+
+
+def _freeze(model: nn.Module) -> None:
+    """Let no parameter be trained, and remember which were not before."""
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for module in model.modules():
+        own = module.named_parameters(recurse=False)
+        vars(module)[_FROZEN] = [name for name, parameter in own if parameter in frozen]
+    model.requires_grad_(False)
+
+
+def _thaw(model: nn.Module) -> None:
+    """Let all parameters be trained that were before :func:`_freeze`."""
+    for module in model.modules():
+        frozen = vars(module).pop(_FROZEN, ())
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in frozen)
