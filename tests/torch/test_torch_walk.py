@@ -185,7 +185,7 @@ def test_batches_that_wait_hold_no_workers_and_no_work_space():
     before = resident(), len(os.listdir("/proc/self/task"))
     next(stops)
     states = 4 * 512 * 64 * count
-    assert resident() - before[0] < states + 15e6  # without rest() 35e6 and more
+    assert resident() - before[0] < states + 15e6
     assert len(os.listdir("/proc/self/task")) <= before[1] + 2
     stops.close()
 

@@ -33,20 +33,24 @@ def offloading(model: nn.Module, blocks: Collection[str], folder: Path | None) -
     """
     with contextlib.ExitStack() as handles:
         if folder is not None:
-            for module in _between(model, blocks):
+            for _, module in between(model, blocks):
                 handle = module.register_forward_hook(_hook(folder), with_kwargs=True)
                 handles.callback(handle.remove)
         yield
 
 
-def _between(model: nn.Module, blocks: Collection[str]) -> Iterator[nn.Module]:
-    """Yield the blocks, and modules that neither hold one nor are in one."""
+def between(model: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the blocks, and the outermost modules that neither hold one nor are in one."""
+    holders = {""} | {name for block in blocks for name in _holders(block)}
     for name, module in model.named_modules():
-        is_inside = any(name.startswith(f"{block}.") for block in blocks)
-        is_around = not name or any(block.startswith(f"{name}.") for block in blocks)
         is_scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
-        if not (is_inside or is_around or is_scripted):
-            yield module
+        if name not in holders and name.rpartition(".")[0] in holders and not is_scripted:
+            yield name, module
+
+
+def _holders(block: str) -> Iterator[str]:
+    while block := block.rpartition(".")[0]:
+        yield block
 
 
 def _hook(folder: Path) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 import mmap
@@ -24,7 +25,6 @@ from matfact.torch.running._traces import Traces
 
 #: Called with the name and the input of a layer.
 Visitor = Callable[[str, Tensor], None]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Stopped(BaseException):
@@ -38,8 +38,10 @@ class _Cancelled(BaseException):
 class Pass:
     """One batch on its way through the network, in a thread that halts at gates.
 
-    The network's own code calls everything with its own arguments, and in its own modes of
-    gradients and precision, so that any network can be passed.
+    The network's own code calls everything with its own arguments, so that any network can be
+    passed. The thread holds the place in that code. Modules behind gates are run by whoever
+    advances the pass, in the modes of gradients and precision that the thread has there, so that
+    threads that wait hold neither workers nor work space.
 
     Parameters
     ----------
@@ -65,26 +67,27 @@ class Pass:
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, model), daemon=True)
-        self._precisions = _autocast()
-        self._cancelled = self._trial = False
+        self._modes = dataclasses.replace(_Modes.now(), gradients=False, inference=False)
+        self._cancelled = False
         self._error: BaseException | None = None
-        self._arguments: Arguments = (), {}
+        self._stand: _Stand | None = None
         self.batch = batch
-        self.at: str | None = None
         self.offloaded: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    @property
+    def at(self) -> str | None:
+        return None if self._stand is None else self._stand.name
 
     @classmethod
     def advancing(cls) -> Pass | None:
-        """Return the pass whose thread asks, if it is one's that does not wait already."""
+        """Return the pass whose thread asks."""
         present: Pass | None = getattr(cls._local, "current", None)
-        return None if present is None or present.at is not None else present
+        return present
 
     def _run(self, model: nn.Module) -> None:
         self._local.current = self
         try:
-            with torch.no_grad(), contextlib.ExitStack() as modes:  # each thread has its own
-                for precision in self._precisions:
-                    modes.enter_context(precision)
+            with self._modes.entered():  # each thread has its own
                 forward(model, self.batch)
         except _Cancelled:
             pass
@@ -93,33 +96,36 @@ class Pass:
         finally:
             self._halted.release()
 
-    def halt(self, name: str, run: Callable[..., Any], arguments: Arguments) -> None:
-        """Wait until advanced, and try `run` whenever that is wanted (called by the thread)."""
-        self.at, self._arguments = name, arguments
-        while True:
-            page_out(self.offloaded)
-            self._halted.release()
-            self._go.acquire()
-            if self._cancelled:
-                raise _Cancelled
-            if not self._trial:
-                break
-            with contextlib.suppress(Stopped):
-                try:
-                    _called(run, arguments)
-                except Exception as error:
-                    self._error = error
-        self.at, self._arguments = None, ((), {})
+    def halt(self, stand: _Stand) -> Any:
+        """Wait until advanced, and return what comes of going on (called by the thread)."""
+        self._stand = stand
+        page_out(self.offloaded)
+        self._halted.release()
+        self._go.acquire()
+        self._stand = None
+        if self._cancelled:
+            raise _Cancelled
+        return stand.result()
 
     def advance(self) -> None:
         """Let the batch run to the next gate or to its end, and raise what went wrong there."""
         with drawing(self._draws):
             if self._thread.ident is None:
                 self._thread.start()
+                self._halted.acquire()
             else:
-                self._go.release()
-            self._wait()
+                self._go_on()
+            while self._stand is not None and self._stand.name is None:
+                self._go_on()
+            if self._error is not None:
+                raise self._error
             self._draws = self._draws.renewed()
+
+    def _go_on(self) -> None:
+        if self._stand is not None:
+            self._stand.finish()
+        self._go.release()
+        self._halted.acquire()
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
         """Let a copy of the batch run through the module where it waits.
@@ -131,21 +137,14 @@ class Pass:
         visitor : callable
             Called by each of these that is come to; it may raise :class:`Stopped`.
         """
-        if self.at in views:
-            with contextlib.suppress(Stopped):
-                visitor(self.at, layer_input(*self._arguments))
-            page_out(self.offloaded)
-            return
-        self._trial = True
-        with _hooked(views, visitor), drawing(self._draws):
-            self._go.release()
-            self._wait()
-        self._trial = False
-
-    def _wait(self) -> None:
-        self._halted.acquire()
-        if self._error is not None:
-            raise self._error
+        assert self._stand is not None
+        with contextlib.suppress(Stopped):
+            if (name := self._stand.name) in views:
+                visitor(name, layer_input(self._stand.args, self._stand.kwargs))
+            else:
+                with _hooked(views, visitor), drawing(self._draws):
+                    self._stand.try_out()
+        page_out(self.offloaded)
 
     def cancel(self) -> None:
         """End the thread where it waits."""
@@ -153,6 +152,87 @@ class Pass:
         self._go.release()
         if self._thread.ident is not None:
             self._thread.join()
+
+
+class _Stand:
+    """Where a pass waits, with the context and the modes that its thread has there.
+
+    Parameters
+    ----------
+    name : str or None
+        Of the module that comes next, None if there is no need to wait.
+    run : callable
+        Runs that module as it was when the pass came.
+    args, kwargs
+        What it is called with.
+    go_on : callable
+        Runs what has taken its place.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        go_on: Callable[[], Any],
+    ) -> None:
+        self.name, self.args, self.kwargs = name, args, kwargs
+        self._run, self._go_on = run, go_on
+        self._context, self._modes = contextvars.copy_context(), _Modes.now()
+        self._outcome: Any = None
+        self._error: BaseException | None = None
+
+    def try_out(self) -> None:
+        """Run the module on a copy of its arguments, which it may write to, as caches are."""
+        copied = functools.partial(duplicate, memo={})
+        args = map(copied, self.args)
+        kwargs = {key: copied(value) for key, value in self.kwargs.items()}
+        with self._modes.entered():
+            self._context.copy().run(self._run, *args, **kwargs)
+
+    def finish(self) -> None:
+        """Go on as far as the module goes."""
+        try:
+            with self._modes.entered():
+                self._outcome = self._context.run(self._go_on)
+        except BaseException as error:  # for the network's own code to see
+            self._error = error
+
+    def result(self) -> Any:
+        """Return what the module has returned, or raise what it has raised."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class _Modes:
+    """Modes of torch that each thread has for itself."""
+
+    gradients: bool
+    inference: bool
+    precisions: tuple[tuple[str, torch.dtype, bool], ...]
+
+    @classmethod
+    def now(cls) -> _Modes:
+        """Return those of this thread."""
+        precisions = tuple(
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            for device in ("cpu", "cuda")
+        )
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), precisions)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have these modes in this thread."""
+        with contextlib.ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(self.inference))
+            modes.enter_context(torch.set_grad_enabled(self.gradients))
+            for device, dtype, enabled in self.precisions:
+                if enabled or torch.is_autocast_enabled(device):
+                    modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
 
 
 class WholePass:
@@ -182,23 +262,6 @@ class WholePass:
                 self._traces.restore()
 
 
-def _autocast() -> list[torch.autocast]:
-    """Return the automatic precisions that are on in this thread."""
-    return [
-        torch.autocast(device, dtype=torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    ]
-
-
-def _called(run: Callable[..., Any], arguments: Arguments) -> None:
-    """Call `run` with a copy of the arguments, which it may write to, as caches are."""
-    memo: dict[int, Any] = {}
-    copied = functools.partial(duplicate, memo=memo)
-    args, kwargs = arguments
-    run(*map(copied, args), **{key: copied(value) for key, value in kwargs.items()})
-
-
 @contextlib.contextmanager
 def _hooked(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
     """Call `visitor` with the name and the input of each layer that is called."""
@@ -215,7 +278,7 @@ def _hooked(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
-    """Make passes wait before the module `name` until the event yielded is set."""
+    """Make passes wait before the module `name`, and hand it on once the event yielded is set."""
     opened = threading.Event()
     module: Any = model.get_submodule(name)
     own, patched = type(module).forward, vars(module).get("forward")  # by another library before
@@ -227,12 +290,17 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
 
     def forward_at_gate(*args: Any, **kwargs: Any) -> Any:
         before: Any = reference()
+
+        def go_on() -> Any:
+            now = model.get_submodule(name)
+            # Without the hooks of a replacement: they are those of the layer that is being called.
+            return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
+
         comer = Pass.advancing()
-        if comer is not None and not opened.is_set():
-            comer.halt(name, functools.partial(run, before), (args, kwargs))
-        now = model.get_submodule(name)
-        # Without the hooks of a replacement: they are those of the layer that is being called.
-        return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
+        if comer is None:
+            return go_on()
+        at = None if opened.is_set() else name
+        return comer.halt(_Stand(at, functools.partial(run, before), args, kwargs, go_on))
 
     with contextlib.suppress(TypeError, ValueError):  # of compiled code
         signature = inspect.signature(module.forward)

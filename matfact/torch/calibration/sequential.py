@@ -13,7 +13,7 @@ from torch import nn
 
 from matfact.torch.calibration._collect import Arrived, Collected
 from matfact.torch.calibration._layer_statistics import LayerStatistics
-from matfact.torch.calibration._offload import offloading
+from matfact.torch.calibration._offload import between, offloading
 from matfact.torch.calibration._passes import Pass, WholePass, gate
 from matfact.torch.calibration._survey import Survey, survey
 from matfact.torch.calibration.statistics import layer_views
@@ -124,6 +124,9 @@ class _Walk:
         every: list[Any] = [each for b in batches for each in (b.own, b.twin) if each is not None]
         with contextlib.ExitStack() as gates:
             opened = {name: gates.enter_context(gate(self._model, name)) for name in self.blocks}
+            for name, _ in between(self._model, self.blocks):
+                if name not in self.blocks:
+                    gates.enter_context(gate(self._model, name)).set()
             gates.enter_context(offloading(self._model, self.blocks, folder))
             try:
                 for each in every if self.blocks else ():
@@ -196,6 +199,9 @@ def _blocks(model: nn.Module, views: Mapping[str, Matricized], seen: Survey) -> 
         *_, outermost = (p for p in _around(block) if p in chosen)
         around = seen.around[name]
         blocks.setdefault(outermost if outermost in around else around[-1], {})[name] = views[name]
+    for name in list(blocks):  # passes do not wait inside of blocks
+        if outer := [each for each in _around(_parent(name)) if each in blocks]:
+            blocks[outer[-1]].update(blocks.pop(name))
     return blocks
 
 
