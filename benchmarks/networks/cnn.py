@@ -104,7 +104,10 @@ def _selection(cell: dict[str, Any]) -> dict[str, Any]:
 
     The first layer of the MLP holds half of its values, and is compressed.
     """
-    return {"density": cell["density"], "keep_first": cell["model"] != "mlp", "keep_last": True}
+    return {
+        "density": cell["density"],
+        "keep": ("last",) if cell["model"] == "mlp" else ("first", "last"),
+    }
 
 
 def _compressed(

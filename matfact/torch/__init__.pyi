@@ -2,6 +2,7 @@ __all__ = [
     "BlockLowRankLinear",
     "Budget",
     "ButterflyLinear",
+    "Calibration",
     "Compressed",
     "CompressionReport",
     "CompressionWarning",
@@ -56,6 +57,7 @@ __all__ = [
 
 from ._warnings import CompressionWarning
 from .calibration.batchnorm import reestimate_batch_norm
+from .calibration.options import Calibration
 from .calibration.statistics import input_statistics
 from .checkpoint.network import load_network, save_network
 from .compression._compress import Compressed, compress

@@ -77,7 +77,7 @@ def test_a_budget_of_bytes_is_their_number_or_a_share(network):
 
 def test_a_budget_leaves_overrides_and_kept_layers_as_they_are(network):
     given = {"2": None, "^4$": ("lowrank", 0.5)}
-    _, report = compress(network, "magnitude", budget=0.8, overrides=given, keep_first=True)
+    _, report = compress(network, "magnitude", budget=0.8, overrides=given, keep=("first",))
     assert [row.method for row in report][:3] == ["", "", "LowRank"]
     assert [row.status for row in report][:3] == ["kept", "kept", "compressed"]
     assert report[2].requested_density == 0.5

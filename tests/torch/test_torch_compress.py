@@ -37,7 +37,7 @@ def statuses(report):
 
 @pytest.mark.parametrize("method", ["magnitude", "dsf", "lowrank", "blocksvd", "monarch"])
 def test_a_trained_network_keeps_most_of_its_accuracy(mlp, digits, method):
-    small, report = compress(mlp, method, density=0.5, keep_last=True)
+    small, report = compress(mlp, method, density=0.5, keep=("last",))
     assert digits.accuracy(mlp) > 0.95
     assert digits.accuracy(small) > 0.85
     assert all(row.density <= 0.5 for row in report if row.status == "compressed")
@@ -192,7 +192,7 @@ def test_layers_and_overrides_say_what_is_compressed_and_how(mlp):
     }
     _, report = compress(mlp, layers=lambda name, layer: layer.out_features == 10, dry_run=True)
     assert list(statuses(report)) == ["5"]
-    _, report = compress(mlp, layers=["1", "3"], keep_first=True, keep_last=True, dry_run=True)
+    _, report = compress(mlp, layers=["1", "3"], keep=("first", "last"), dry_run=True)
     assert set(statuses(report).values()) == {"kept"}
 
 

@@ -59,7 +59,7 @@ def contains(old, new):
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_no_optimizer_moves_a_support(request, digits, network, optimizer, method):
     dense = request.getfixturevalue(network)
-    small, _ = compress(dense, method, density=0.45, keep_first=True, keep_last=True)
+    small, _ = compress(dense, method, density=0.45, keep=("first", "last"))
     before, values = positions(small), [p.detach().clone() for p in small.parameters()]
     if optimizer == "momentum":
         rule = torch.optim.SGD(small.parameters(), 0.02, momentum=0.9, weight_decay=0.01)
@@ -205,7 +205,7 @@ def test_a_merged_update_moves_the_product_and_not_the_support():
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_adapters_restore_accuracy_and_merge_without_loss(request, digits, network, method):
     dense = request.getfixturevalue(network)
-    small, _ = compress(dense, method, density=0.2, keep_first=True, keep_last=True)
+    small, _ = compress(dense, method, density=0.2, keep=("first", "last"))
     before, accuracy = positions(small), digits.accuracy(small)
     kept = {name: p.detach().clone() for name, p in small.named_parameters()}
     adapters = add_adapters(small, 4, random_state=0)
@@ -270,7 +270,7 @@ def test_gradual_compression_trains_at_every_density(mlp, digits, method):
         fine_tune(model, digits.batches, loss, epochs=2)
 
     small, report = compress_gradually(
-        mlp, method, density=0.1, n_stages=3, train=train, keep_last=True
+        mlp, method, density=0.1, n_stages=3, train=train, keep=("last",)
     )
     assert seen == sorted(seen, reverse=True)
     assert seen[-1] == report[0].density <= 0.1

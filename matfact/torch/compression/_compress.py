@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack, cast, get_args
 
 from joblib import Parallel, delayed
 from torch import nn
@@ -18,10 +18,11 @@ from matfact.factorizers import BaseFactorizer
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.batchnorm import reestimate_batch_norm
+from matfact.torch.calibration.options import Adaptation, Calibration, CalibrationOptions
 from matfact.torch.calibration.sequential import walk
 from matfact.torch.calibration.statistics import captured, layer_views
-from matfact.torch.compression._fit import Adaptation, Fitted, fit_layer
-from matfact.torch.compression._tasks import Layers, Method, Override, Task, plan
+from matfact.torch.compression._fit import Fitted, fit_layer
+from matfact.torch.compression._tasks import Layers, Method, Override, Position, Task, plan
 from matfact.torch.compression._undo import Replaced, undone_on_error
 from matfact.torch.compression.budget import Budget, named_methods, within_budget
 from matfact.torch.compression.report import CompressionReport, LayerReport
@@ -41,14 +42,6 @@ class Compressed(NamedTuple):
     report: CompressionReport
 
 
-class _Form(NamedTuple):
-    """How layers are calibrated."""
-
-    sequential: bool
-    feedback: bool
-    folder: Path | None
-
-
 def compress(
     model: nn.Module,
     method: Method | Sequence[Method] = "dsf",
@@ -57,19 +50,13 @@ def compress(
     budget: float | Budget | None = None,
     layers: Layers | None = None,
     overrides: Mapping[str, Override] | None = None,
-    keep_first: bool = False,
-    keep_last: bool = False,
-    calibration: Iterable[Any] | None = None,
-    sequential: bool = True,
-    adapt: Adaptation = "finalize",
-    feedback: bool = True,
-    shift_bias: bool = True,
-    reestimate_batchnorm: bool = False,
-    offload_folder: str | Path | None = None,
+    keep: Sequence[Position] = (),
+    calibration: Iterable[Any] | Calibration | None = None,
     n_jobs: int = 1,
     inplace: bool = False,
     dry_run: bool = False,
     progress: Callable[[LayerReport, int], None] | None = None,
+    **options: Unpack[CalibrationOptions],
 ) -> Compressed:
     """Factorize the linear layers and convolutions of a trained network.
 
@@ -99,43 +86,11 @@ def compress(
     overrides : mapping of str to object, optional
         For layers of that name, or else the first regular expression found in their name: another
         method, another density, a pair of both, or None to keep the layer.
-    keep_first, keep_last : bool, default=False
+    keep : sequence of {"first", "last"}, default=()
         Keep the first or the last of the selected layers.
-    calibration : iterable, optional
-        Batches of inputs: tensors, mappings, or tuples, of which the network gets as many entries
-        as its ``forward`` requires: what follows counts as labels. Optional arguments, such as an
-        ``attention_mask``, go by name, in mappings. The errors of layer outputs are lowered and
-        reported. One batch in five, the second first, is kept aside: its error says how far to go
-        in each layer, from not at all to all the way, and is what the report tells. Eight batches
-        or more are best; of a single one nothing can be kept aside, and fixed rules are taken.
-        Small batches take the least memory.
-    sequential : bool, default=True
-        Whether each layer is calibrated on what the layers before it, already compressed, make of
-        the batches. In memory are the Gram matrices of one layer and what enters a block of layers
-        of all batches, which run through it again for each of its layers. Otherwise all layers are
-        calibrated in one pass of the dense network, with two Gram matrices for each.
-    adapt : {"finalize", "finalize_one", "scale", "none"}, default="finalize"
-        What makes factorizers that cannot use calibration inputs themselves take them into
-        account: columns of the weight are scaled by what enters them, and after the fit the
-        values of all factors, or of the one on the output side, are refitted to the inputs (paper
-        001, Section 4.3). With "finalize", double sparse factors also choose anew which values of
-        that one are stored. "scale" refits nothing, and "none" only reports the error of outputs.
-    feedback : bool, default=True
-        Whether, with sequential calibration, each layer also makes up for what the layers before
-        it have changed: what is factorized is the matrix whose outputs come nearest to those the
-        layer has in the dense network, as far as batches kept aside bear it out. A second pass of
-        each batch runs through that, with the same random numbers.
-    shift_bias : bool, default=True
-        Whether, with calibration, the bias of a layer that has one makes up for the mean of what
-        its outputs lose.
-    reestimate_batchnorm : bool, default=False
-        Whether the statistics of batch normalizations are averaged anew over the calibration
-        batches at the end, which must be a collection that can be iterated twice. A repair that
-        counts as a training step in comparisons, so that the report names it.
-    offload_folder : str or Path, optional
-        Where, with sequential calibration, batches keep what enters the next block, in files that
-        vanish by themselves, so that the number of batches does not count in memory. It must exist,
-        on a disk, and have room for what enters two blocks.
+    calibration : iterable or Calibration, optional
+        Batches of inputs, see :class:`Calibration`. The errors of layer outputs are lowered and
+        reported.
     n_jobs : int, default=1
         Layers fitted at a time, by joblib; −1 for one on each core. Sequential calibration fits
         one after the other.
@@ -148,6 +103,9 @@ def compress(
         trials are made.
     progress : callable, optional
         Called with each finished row of the report and the number of layers.
+    **options
+        Fields of :class:`Calibration`, such as ``feedback=False``, for batches that are given
+        alone.
 
     Returns
     -------
@@ -169,32 +127,31 @@ def compress(
     >>> from matfact.torch import compress
     >>> from torch.nn import Linear, ReLU, Sequential
     >>> model = Sequential(Linear(64, 64), ReLU(), Linear(64, 8))
-    >>> small, report = compress(model, "magnitude", density=0.25, keep_last=True)
+    >>> small, report = compress(model, "magnitude", density=0.25, keep=("last",))
     >>> small[0].to_product().nnz, [row.status for row in report]
     (1024, ['compressed', 'kept'])
     """
-    if budget is not None and calibration is not None:
-        calibration = list(calibration)  # used twice
-    _check(adapt, budget, density, calibration if reestimate_batchnorm else (), offload_folder)
-    folder = None if offload_folder is None else Path(offload_folder)
+    given = Calibration.of(calibration, options)
+    if given is not None and budget is not None:
+        given = dataclasses.replace(given, batches=list(given.batches))  # used twice
+    _check(budget, density, keep)
     is_layer = is_linear(model)
     if is_layer and inplace and not dry_run:
         raise ValueError(
             f"inplace must be False where the network itself is one layer, here a "
             f"{type(model).__name__}: nothing can take its place in itself."
         )
-    given = model
+    original = model
     if not (inplace or dry_run):
         model = copied(model)
     if is_layer:
         model = nn.Sequential(model)  # in which it can be replaced
-    keep = keep_first, keep_last
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     metadata["untouched"] = other_matrices(model)
     if budget is not None:
         overrides, metadata["budget"] = _shared_out(
             model, method, budget, layers=layers, overrides=overrides or {}, keep=keep,
-            calibration=calibration, n_jobs=n_jobs,
+            calibration=given and given.batches, n_jobs=n_jobs,
         )  # fmt: skip
         method = next(iter(named_methods(method).values()))
     tasks = plan(model, cast(Method, method), density, layers, overrides or {}, keep)
@@ -202,40 +159,28 @@ def compress(
     rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
             for task in tasks}  # fmt: skip
     if dry_run:
-        return Compressed(given, CompressionReport(rows.values(), metadata))
+        return Compressed(original, CompressionReport(rows.values(), metadata))
     _warn_of_none(tasks)
-    fit = functools.partial(_try, adapt=adapt, shift_bias=shift_bias)
-    form = _Form(sequential, feedback, folder)
+    folder = None if given is None else given.folder
     with undone_on_error(model, folder) if inplace else contextlib.nullcontext() as replaced:
-        fits = _fits(model, todo, fit, calibration, form, n_jobs)
+        fits = _fits(model, todo, given, n_jobs)
         for row in _finished(model, todo, fits, replaced, progress):
             rows[row.layer] = row
-        if calibration is not None:
-            metadata["steps"].append(_calibration_step(sequential, adapt, feedback, shift_bias))
-        if reestimate_batchnorm:
-            n_layers = reestimate_batch_norm(model, calibration or ())
-            metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
+        if given is not None:
+            metadata["steps"].append(given.step)
+            if given.reestimate_batchnorm:
+                n_layers = reestimate_batch_norm(model, given.batches)
+                metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
     model = model.get_submodule("0") if is_layer else model
     return Compressed(model, CompressionReport(rows.values(), metadata))
 
 
-def _check(
-    adapt: Any, budget: Any, density: Any, repeated: Iterable[Any] | None, folder: Any
-) -> None:
-    """Raise ``ValueError`` if a parameter is invalid; `repeated` are batches needed twice."""
-    if repeated is None:
-        raise ValueError("reestimate_batchnorm needs calibration batches, got calibration=None.")
-    if isinstance(repeated, Iterator):
-        raise ValueError(
-            "calibration must be a collection with reestimate_batchnorm, as its batches are used "
-            f"twice, got a {type(repeated).__name__}: make a list of it."
-        )
-    if adapt not in get_args(Adaptation):
-        raise ValueError(f"adapt must be one of {get_args(Adaptation)}, got {adapt!r}.")
+def _check(budget: Any, density: Any, keep: Any) -> None:
+    """Raise ``ValueError`` if a parameter is invalid."""
     if budget is not None and density is not None:
         raise ValueError(f"density must be None with a budget, got {density}.")
-    if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"offload_folder must be an existing folder, got {str(folder)!r}.")
+    if isinstance(keep, str) or not {*keep} <= {*get_args(Position)}:
+        raise ValueError(f"keep must hold names among {get_args(Position)}, got {keep!r}.")
 
 
 def _warn_of_none(tasks: list[Task]) -> None:
@@ -268,29 +213,19 @@ def _finished(
     return rows
 
 
-def _calibration_step(sequential: bool, adapt: Adaptation, feedback: bool, shift_bias: bool) -> str:
-    said: list[str] = [adapt]
-    said += ["feedback"] if sequential and feedback else []
-    said += ["shifted biases"] if shift_bias else []
-    return f"{'sequential ' if sequential else ''}calibration ({', '.join(said)})"
-
-
 def _fits(
-    model: nn.Module,
-    tasks: list[Task],
-    fit: _Fit,
-    calibration: Iterable[Any] | None,
-    form: _Form,
-    n_jobs: int,
+    model: nn.Module, tasks: list[Task], calibration: Calibration | None, n_jobs: int
 ) -> _Results:
     """Yield each task with its fit; None where the method cannot take the layer."""
-    if calibration is not None and form.sequential:
-        yield from _sequential_fits(model, tasks, fit, calibration, form)
-        return
+    fit: _Fit = _try
     statistics: Mapping[str, LayerStatistics] = {}
     if calibration is not None:
+        fit = functools.partial(_try, adapt=calibration.adapt, shift_bias=calibration.shift_bias)
+        if calibration.sequential:
+            yield from _sequential_fits(model, tasks, fit, calibration)
+            return
         views = layer_views(model, [task.names[0] for task in tasks if _is_real(task)])
-        statistics = captured(model, calibration, views)
+        statistics = captured(model, calibration.batches, views)
         for task in tasks:
             _note_lack(task, statistics.get(task.names[0]))
     run = Parallel(n_jobs=n_jobs, return_as="generator")
@@ -301,11 +236,12 @@ def _fits(
 
 
 def _sequential_fits(
-    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Iterable[Any], form: _Form
+    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Calibration
 ) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
     real = [name for name, task in by_name.items() if _is_real(task)]
-    stops = walk(model, real, calibration, paired=form.feedback, folder=form.folder)
+    batches, paired = calibration.batches, calibration.feedback
+    stops = walk(model, real, batches, paired=paired, folder=calibration.folder)
     with contextlib.closing(stops):
         for name, statistics in stops:
             task = by_name.pop(name)
@@ -348,8 +284,8 @@ def _try(
     has_bias: bool,
     statistics: LayerStatistics | None,
     *,
-    adapt: Adaptation,
-    shift_bias: bool,
+    adapt: Adaptation = "none",
+    shift_bias: bool = False,
 ) -> tuple[Fitted | None, str]:
     """Return the fit, or None and why the method cannot take the layer."""
     try:

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from sklearn.base import clone
 
@@ -19,11 +19,8 @@ from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize, reselect, scaled_columns
 from matfact.solvers.layerwise import caution
 from matfact.torch.calibration._layer_statistics import LayerStatistics, Sums
+from matfact.torch.calibration.options import Adaptation
 from matfact.torch.compression._problem import Choice, Problem
-
-#: How inputs count for factorizers that cannot use them: not at all; in the scale of columns
-#: before the fit; and also in a refit of values after it, of one factor or of all.
-Adaptation = Literal["none", "scale", "finalize_one", "finalize"]
 
 #: Dampings of refits that are tried as long as the error on inputs kept aside becomes less, the
 #: most cautious first.

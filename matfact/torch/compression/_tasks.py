@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from sklearn.base import clone
 from torch import nn
@@ -42,6 +42,8 @@ METHODS: dict[str, BaseFactorizer] = {
 Method = str | BaseFactorizer
 #: Layers by regular expression, by name, or by a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
+#: Which of the selected layers may be kept.
+Position = Literal["first", "last"]
 #: What one layer gets in place of the rule: a method, a density, both, or None to be kept.
 Override = Method | float | tuple[Method, float] | None
 
@@ -128,7 +130,7 @@ def plan(
     density: float | None,
     layers: Layers | None,
     overrides: Mapping[str, Override],
-    keep: tuple[bool, bool],
+    keep: Sequence[Position] = (),
 ) -> list[Task]:
     """Return a task for each selected layer, in the order of the network.
 
@@ -150,8 +152,8 @@ def plan(
         raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
     for task in tasks:
         task.is_given = bool(_matching(task.names, overrides))
-    for task, is_kept in zip((tasks[0], tasks[-1]), keep, strict=True):
-        if is_kept:
+    for position, task in zip(get_args(Position), (tasks[0], tasks[-1]), strict=True):
+        if position in keep:
             task.keep("kept as asked")
     _keep_shared(model, tasks)
     _keep_held(model, tasks)

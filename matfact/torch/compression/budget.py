@@ -22,7 +22,7 @@ from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.statistics import captured, layer_views
 from matfact.torch.compression._fit import fit_layer
-from matfact.torch.compression._tasks import Layers, Method, Override, Task, near, plan
+from matfact.torch.compression._tasks import Layers, Method, Override, Position, Task, near, plan
 from matfact.torch.layers._matricized import Dimensions, Matricized, distinct_layers, is_linear
 from matfact.torch.running._batches import checked, eval_mode, forward
 
@@ -90,7 +90,7 @@ def within_budget(
     *,
     layers: Layers | None = None,
     overrides: Mapping[str, Override] | None = None,
-    keep: tuple[bool, bool] = (False, False),
+    keep: Sequence[Position] = (),
     calibration: Iterable[Any] | None = None,
     n_jobs: int = 1,
 ) -> tuple[Allocation, dict[str, Override]]:
@@ -209,7 +209,7 @@ def layer_options(
     for density in densities:
         metrics.check_density(density)
     named = named_methods(methods)
-    planned = {m: plan(model, named[m], None, layers, {}, (False, False)) for m in named}
+    planned = {m: plan(model, named[m], None, layers, {}) for m in named}
     every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
     seen = _captured(model, calibration, _taken(every))
