@@ -161,6 +161,10 @@ def part_of(total: int, share: float) -> int:
     return count - (total > 0 and count / total > share)
 
 
+class DensityTooSmall(ValueError):  # noqa: N818 (says what is wrong, as a name)
+    """A density leaves fewer values than the structure of a factorization needs."""
+
+
 def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: int = 1) -> int:
     """Return how many values may be stored for a matrix of `shape`.
 
@@ -177,7 +181,9 @@ def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: 
     Raises
     ------
     ValueError
-        If `density` is outside (0, 1] or leaves fewer than `minimum` values.
+        If `density` is outside (0, 1].
+    DensityTooSmall
+        If it leaves fewer than `minimum` values.
     """
     check_density(density)
     size = shape[0] * shape[1]
@@ -187,7 +193,7 @@ def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: 
         return budget
     if density is None:
         return minimum
-    raise ValueError(
+    raise DensityTooSmall(
         f"density={density} allows {budget} stored values for a {shape[0]}×{shape[1]} matrix, "
         f"but this structure needs at least {minimum} (density ≥ {minimum / size:.4g})."
     )

@@ -87,9 +87,7 @@ def measure_options(
             fitted = clone(estimator).set_params(density=density)
             try:
                 operator = fitted.fit(W).operator_
-            except ValueError as error:
-                if "density" not in str(error):  # too small for the structure
-                    raise
+            except metrics.DensityTooSmall:
                 continue
             options.append(_option(W, operator, name, density, gram, latency))
     return options

@@ -232,8 +232,10 @@ def _factorize(task: _Task) -> Shard:
     with single_threaded():
         try:
             product = factorizer.fit(W).operator_
-        except ValueError as error:
+        except metrics.DensityTooSmall as error:
             return _kept(task, str(error))
+        except ValueError as error:
+            raise ValueError(f"{task.name}: {error}") from error
         if is_bfloat16 := task.spec.dtype == "BF16":
             product = _rounded(product)
         work = np.result_type(W.dtype, np.float32)

@@ -222,7 +222,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         asked = f"density={self.density}" + (", which means 0.25," if self.density is None else "")
         least, good = (math.ceil(1e4 * n / size) / 1e4 for n in (stored + needed, 1.5 * stored))
         advice = f"a density of at least {least:g}, better {min(1.0, max(least, good)):g}"
-        raise ValueError(
+        raise metrics.DensityTooSmall(
             f"{asked} allows {budget} stored values for a "
             f"{shape[0]}×{shape[1]} matrix, but the factor with a constraint takes {stored}, and "
             f"the other needs {needed}, one for each row and column: choose "

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Unpack, cast, get_args
 from joblib import Parallel, delayed
 from torch import nn
 
+from matfact import metrics
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.torch._warnings import CompressionWarning
@@ -229,7 +230,10 @@ def _fits(
         for task in tasks:
             _note_lack(task, statistics.get(task.names[0]))
     run = Parallel(n_jobs=n_jobs, return_as="generator")
-    jobs = (delayed(fit)(*task.problem(), statistics.get(task.names[0])) for task in tasks)
+    jobs = (
+        delayed(fit)(task.names[0], *task.problem(), statistics.get(task.names[0]))
+        for task in tasks
+    )
     for task, (fitted, message) in zip(tasks, run(jobs), strict=True):
         task.message = message or task.message
         yield task, fitted
@@ -253,7 +257,7 @@ def _sequential_fits(
 
 def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted | None:
     _note_lack(task, statistics)
-    fitted, message = fit(*task.problem(), statistics)
+    fitted, message = fit(task.names[0], *task.problem(), statistics)
     task.message = message or task.message
     return fitted
 
@@ -279,6 +283,7 @@ def _note_lack(task: Task, statistics: LayerStatistics | None) -> None:
 
 
 def _try(
+    name: str,
     factorizer: BaseFactorizer,
     matrices: list[Array],
     has_bias: bool,
@@ -287,13 +292,14 @@ def _try(
     adapt: Adaptation = "none",
     shift_bias: bool = False,
 ) -> tuple[Fitted | None, str]:
-    """Return the fit, or None and why the method cannot take the layer."""
+    """Return the fit of the layer `name`, or None and why the density does not allow one."""
     try:
         shift = shift_bias and has_bias
-        fitted = fit_layer(factorizer, matrices, statistics, adapt, shift=shift)
-    except ValueError as error:
+        return fit_layer(factorizer, matrices, statistics, adapt, shift=shift), ""
+    except metrics.DensityTooSmall as error:
         return None, f"kept: {error}"
-    return fitted, ""
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _installed(

@@ -290,9 +290,7 @@ def _options(
             factorizer.set_params(density=density)
         try:
             fitted = fit_layer(factorizer, matrices, statistics, shift=has_bias)
-        except ValueError as error:
-            if "density" not in str(error):  # too small for the structure
-                raise
+        except metrics.DensityTooSmall:
             continue
         measured = (fitted.layer_error, fitted.fitted_layer_error, fitted.relative_error)
         loss = next(error for error in measured if error is not None)
