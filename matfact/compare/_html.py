@@ -8,9 +8,9 @@ from pathlib import Path
 
 from matfact import _html
 from matfact._files import write_atomically
-from matfact.compare._methods import label
 from matfact.compare._plot import plot_comparison
 from matfact.compare._table import Comparison, ComparisonRow, SummaryRow
+from matfact.factorizers._registry import label
 
 #: Heading and name of the measures in the page's tables; the first two are drawn as bars too.
 _MEASURES = (

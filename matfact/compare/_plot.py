@@ -12,8 +12,8 @@ import numpy as np
 
 from matfact._figures import new_figure
 from matfact._files import write_atomically
-from matfact.compare._methods import label
 from matfact.compare._table import Comparison, ComparisonRow
+from matfact.factorizers._registry import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

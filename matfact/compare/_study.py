@@ -20,10 +20,10 @@ from matfact._parallel import pool
 from matfact._threads import single_threaded
 from matfact.backend import Array
 from matfact.compare._environment import environment
-from matfact.compare._methods import MethodLike, make_estimators
 from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
 from matfact.factorizers import BaseFactorizer
+from matfact.factorizers._registry import MethodLike, make_estimators
 
 _log = logging.getLogger(__name__)
 

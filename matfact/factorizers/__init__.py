@@ -11,9 +11,11 @@ from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._registry import METHODS
 from matfact.factorizers._wanda_pruner import WandaPruner
 
 __all__ = [
+    "METHODS",
     "ADMMPruner",
     "BaseFactorizer",
     "BlockSVD",

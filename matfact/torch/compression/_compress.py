@@ -72,7 +72,8 @@ def compress(
     model : torch.nn.Module
         The network.
     method : str or BaseFactorizer, default="dsf"
-        A factorizer, or the name of one: those of ``matfact.compare.METHODS``, "wanda" or "admm".
+        A factorizer, or the name of one: those of
+        ``matfact.factorizers.METHODS``.
         With a budget, a sequence of these lets each layer have the one that suits it.
     density : float, optional
         Stored values ÷ entries of each layer, in (0, 1]. By default what the factorizer says.
@@ -119,9 +120,9 @@ def compress(
     Raises
     ------
     ValueError
-        If a parameter is invalid or names no layer, if no layer is selected, or if a weight to be
-        compressed is not in memory. A layer that the method cannot take, as
-        where the density is too small for its shape, is kept with a warning instead.
+        If a parameter is invalid or names no layer, if no layer is selected, if a weight to be
+        compressed is not in memory, or if the method cannot take a layer, which is named. Where
+        only the density is too small for its shape, the layer is kept with a warning instead.
 
     Examples
     --------
@@ -230,10 +231,8 @@ def _fits(
         for task in tasks:
             _note_lack(task, statistics.get(task.names[0]))
     run = Parallel(n_jobs=n_jobs, return_as="generator")
-    jobs = (
-        delayed(fit)(task.names[0], *task.problem(), statistics.get(task.names[0]))
-        for task in tasks
-    )
+    named = ((task.names[0], task) for task in tasks)
+    jobs = (delayed(fit)(name, *task.problem(), statistics.get(name)) for name, task in named)
     for task, (fitted, message) in zip(tasks, run(jobs), strict=True):
         task.message = message or task.message
         yield task, fitted

@@ -15,8 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from matfact import metrics
 from matfact.backend import Array
-from matfact.compare import METHODS as COMPARED
-from matfact.factorizers import ADMMPruner, BaseFactorizer, WandaPruner
+from matfact.factorizers import METHODS, BaseFactorizer
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.compression._fit import Fitted
 from matfact.torch.compression.report import LayerReport
@@ -32,13 +31,7 @@ from matfact.torch.layers._matricized import (
 from matfact.torch.layers._weights import is_finite, place, tied_places
 from matfact.torch.running._traces import OF_ALL_MODULES
 
-#: Factorizers by name: those compared on weights alone, and those that need inputs to differ.
-METHODS: dict[str, BaseFactorizer] = {
-    **{name: method.estimator for name, method in COMPARED.items()},
-    "admm": ADMMPruner(),
-    "wanda": WandaPruner(),
-}
-#: A factorizer, or its name in :data:`METHODS`.
+#: A factorizer, or its name in :data:`matfact.factorizers.METHODS`.
 Method = str | BaseFactorizer
 #: Layers by regular expression, by name, or by a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
@@ -271,7 +264,7 @@ def _factorizer(
         break
     metrics.check_density(density)
     if isinstance(method, str) and method in METHODS:
-        factorizer = clone(METHODS[method])
+        factorizer = clone(METHODS[method].estimator)
     elif isinstance(method, BaseFactorizer):
         factorizer = clone(method)
     else:

@@ -1,4 +1,4 @@
-"""The methods compared, by name."""
+"""Factorizers by name."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from sklearn.base import clone
 
-from matfact.factorizers import (
-    BaseFactorizer,
-    BlockSVD,
-    ButterflyFit,
-    DoubleSparseFactorizer,
-    LowRank,
-    MagnitudePruner,
-    MonarchProjector,
-    Palm4MSA,
-)
+from matfact.factorizers._admm_pruner import ADMMPruner
+from matfact.factorizers._base import BaseFactorizer
+from matfact.factorizers._block_svd import BlockSVD
+from matfact.factorizers._butterfly import ButterflyFit
+from matfact.factorizers._dsf import DoubleSparseFactorizer
+from matfact.factorizers._lowrank import LowRank
+from matfact.factorizers._magnitude import MagnitudePruner
+from matfact.factorizers._monarch import MonarchProjector
+from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._wanda_pruner import WandaPruner
 
 #: A method: its name in the registry, or a name of one's own and an unfitted estimator.
 MethodLike = str | tuple[str, BaseFactorizer]
@@ -32,15 +32,18 @@ class Method:
         What figures call it.
     estimator : BaseFactorizer
         What is fitted, its density aside.
+    needs_inputs : bool
+        Whether it is another method only by calibration inputs.
     """
 
     label: str
     estimator: BaseFactorizer
+    needs_inputs: bool = False
 
 
 # Left to choose, a butterfly for a quarter of the values would have two factors and be a Monarch
 # matrix; its chain of many 2×2 blocks is what the name stands for.
-#: Every method compared by default, in the order of tables and figures.
+#: All of them, in the order of tables and figures.
 METHODS: dict[str, Method] = {
     "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
     "palm4msa": Method("Palm4MSA", Palm4MSA()),
@@ -49,7 +52,11 @@ METHODS: dict[str, Method] = {
     "monarch": Method("Monarch, best blocks", MonarchProjector()),
     "lowrank": Method("Low rank (SVD)", LowRank()),
     "magnitude": Method("Magnitude pruning", MagnitudePruner()),
+    "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
+    "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
 }
+#: Those that are compared on weights alone.
+COMPARED = {name: method for name, method in METHODS.items() if not method.needs_inputs}
 
 
 def label(method: str) -> str:
@@ -66,14 +73,14 @@ def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFacto
         If a name is unknown or comes twice, or an entry is of another kind.
     """
     estimators: dict[str, BaseFactorizer] = {}
-    for method in METHODS if methods is None else methods:
-        if isinstance(method, str) and method in METHODS:
-            name, estimator = method, METHODS[method].estimator
+    for method in COMPARED if methods is None else methods:
+        if isinstance(method, str) and method in COMPARED:
+            name, estimator = method, COMPARED[method].estimator
         elif isinstance(method, tuple) and isinstance(method[-1], BaseFactorizer):
             name, estimator = method
         else:
             raise ValueError(
-                f"methods must hold names among {', '.join(METHODS)} or pairs "
+                f"methods must hold names among {', '.join(COMPARED)} or pairs "
                 f"(name, factorizer), got {method!r}."
             )
         if name in estimators:
