@@ -1,4 +1,4 @@
-"""Which tensors of a file are weights to be factorized, and why all others are not.
+"""Which weights of a network are factorized, why others are not, and the record of each layer.
 
 In memory a layer is known by its class. A file has names, shapes and dtypes, so that what is no
 weight of a linear layer or a convolution is told by these, and by what else its layer holds.
@@ -7,6 +7,7 @@ weight of a linear layer or a convolution is told by these, and by what else its
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,72 @@ class Kept(NamedTuple):
 
     reason: str
     is_guess: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One layer of a compressed network.
+
+    Attributes
+    ----------
+    layer : str
+        Its name.
+    kind : str
+        Its class before.
+    rows, columns, groups : int
+        Shape of its matrix, and how many such it has (groups of a convolution).
+    method : str
+        Class of the factorizer; empty where the layer is kept.
+    status : {"compressed", "kept", "planned"}
+        What became of it. Measures are None unless it is compressed.
+    dense_nbytes, dense_flops : int
+        Bytes of its weight before, and operations for one input (one position of an image).
+    requested_density : float or None
+        Density asked for; None where the method has no such parameter or its default was taken.
+    density : float or None
+        Stored values ÷ entries of the weight.
+    relative_error : float or None
+        ``‖W − Ŵ‖_F / ‖W‖_F``.
+    normalized_error : float or None
+        Relative error ÷ that of magnitude pruning with as many stored values.
+    layer_error : float or None
+        How far the layer's outputs are from those it has in the dense network, relative to these,
+        for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
+        which with sequential calibration are those in the compressed network, and the outputs `U`,
+        less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
+        where no input was kept aside, as of a single batch, or all outputs are zero. Methods that
+        use inputs themselves are fitted to all batches after it was measured.
+    fitted_layer_error : float or None
+        The same for the batches that the layer was fitted to, which is mostly less.
+    nbytes : int or None
+        Bytes of values and positions, in the smaller of CSR and bit masks.
+    flops : int or None
+        Operations for one input after.
+    seconds : float or None
+        Wall time of the fit.
+    message : str
+        Why the layer is kept, or what is to be known about it.
+    """
+
+    layer: str
+    kind: str
+    rows: int
+    columns: int
+    groups: int
+    method: str
+    status: str
+    dense_nbytes: int
+    dense_flops: int
+    requested_density: float | None = None
+    density: float | None = None
+    relative_error: float | None = None
+    normalized_error: float | None = None
+    layer_error: float | None = None
+    fitted_layer_error: float | None = None
+    nbytes: int | None = None
+    flops: int | None = None
+    seconds: float | None = None
+    message: str = ""
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

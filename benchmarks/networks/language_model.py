@@ -36,8 +36,8 @@ from benchmarks.studies import _cells, markdown_table
 from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
 from matfact._files import write_atomically
 from matfact.constraints import FixedSupport
+from matfact.report import LayerReport
 from matfact.torch import compress
-from matfact.torch.compression.report import LayerReport
 
 CALIBRATION, TEST = ("emma", "northangerabbey"), "prideprejudice"
 #: Tokens of a window, and windows to test on.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
+from typing import Any
 
 from matfact import _html
-from matfact._files import write_atomically
 from matfact.compare._plot import plot_comparison
-from matfact.compare._table import Comparison, ComparisonRow, SummaryRow
+from matfact.compare._rows import ComparisonRow, SummaryRow
 from matfact.factorizers._registry import label
 
 #: Heading and name of the measures in the page's tables; the first two are drawn as bars too.
@@ -23,33 +23,34 @@ _MEASURES = (
 _DRAWN = ("normalized_error", "relative_error")
 
 
-def write_page(comparison: Comparison, path: str | Path) -> None:
-    """Write a page with the figure, the means and every fit: one file without scripts.
+def page(
+    rows: Sequence[ComparisonRow], summary: Sequence[SummaryRow], metadata: Mapping[str, Any]
+) -> str:
+    """Return a page with the figure, the means and every fit, without scripts.
 
     Without matplotlib the page has no figure.
     """
     try:
-        figure = _html.picture(plot_comparison(comparison), "Normalized error by size and method")
+        figure = _html.picture(plot_comparison(rows), "Normalized error by size and method")
     except ImportError:
         figure = ""
-    failed = sum(row.status != "ok" for row in comparison)
-    lead = f"{len(comparison)} fits, {failed} failed."
+    failed = sum(row.status != "ok" for row in rows)
+    lead = f"{len(rows)} fits, {failed} failed."
     means = _html.table(
         ["method", "size", "asked", "fits", *(f"mean {h}" for h, _ in _MEASURES)],
-        _rows_of_means(comparison.summary()),
+        _rows_of_means(summary),
     )
     fits = _html.table(
         ["matrix", "method", "size", "asked", *(h for h, _ in _MEASURES), "notes"],
-        map(_cells, comparison),
+        map(_cells, rows),
     )
-    content = _html.page(
-        "Comparison of factorizations", lead, comparison.metadata, figure,
+    return _html.page(
+        "Comparison of factorizations", lead, metadata, figure,
         "<h2>Means</h2>", means, "<h2>Every fit</h2>", fits,
     )  # fmt: skip
-    write_atomically(path, content.encode())
 
 
-def _rows_of_means(summary: list[SummaryRow]) -> list[list[str]]:
+def _rows_of_means(summary: Sequence[SummaryRow]) -> list[list[str]]:
     drawn = {name: [group.mean.get(name, 0.0) for group in summary] for name in _DRAWN}
     largest = {n: max(filter(math.isfinite, means), default=0.0) for n, means in drawn.items()}
     return [

@@ -12,7 +12,7 @@ import numpy as np
 
 from matfact._figures import new_figure
 from matfact._files import write_atomically
-from matfact.compare._table import Comparison, ComparisonRow
+from matfact.compare._rows import ComparisonRow
 from matfact.factorizers._registry import label
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _GROUP_WIDTH = 0.72  # of the distance between two sizes
 _BASELINE = "magnitude"  # its normalized error is 1 by definition
 
 
-def plot_comparison(comparison: Comparison) -> Figure:
+def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
     """Draw the normalized error of each method against the size of the matrices.
 
     Small dots are single fits, large ones their mean; the line at 1 is magnitude pruning, which
@@ -44,7 +44,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
 
     Parameters
     ----------
-    comparison : Comparison
+    comparison : Comparison or sequence of ComparisonRow
         Fits that failed or whose normalized error is infinite are left out.
 
     Returns

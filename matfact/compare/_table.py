@@ -13,94 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from matfact._files import write_atomically
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparisonRow:
-    """One fit of one method to one matrix.
-
-    Attributes
-    ----------
-    matrix : str
-        Name of the matrix.
-    rows, columns : int
-        Its shape.
-    size : str
-        Its shape as a label: one number for a square, ``rows×columns`` otherwise.
-    method : str
-        Name of the method.
-    requested_density : float or None
-        Density asked for; None for an estimator that has no such parameter.
-    status : {"ok", "failed"}
-        Whether the fit succeeded. All that follows but `message` is None where it did not.
-    density : float or None
-        Stored values ÷ entries of the matrix.
-    nnz : int or None
-        Stored values.
-    relative_error : float or None
-        ``‖W − Ŵ‖_F / ‖W‖_F``.
-    normalized_error : float or None
-        Relative error ÷ that of magnitude pruning with as many stored values.
-    seconds : float or None
-        Wall time of the fit on one thread, without compilation.
-    n_iter : int or None
-        Iterations run.
-    flops_ratio : float or None
-        Operations to apply the product ÷ those of the dense matrix.
-    nbytes : int or None
-        Bytes of values and positions, in CSR where they are scattered.
-    message : str
-        Why the fit failed, or what it warned about.
-    """
-
-    matrix: str
-    rows: int
-    columns: int
-    size: str
-    method: str
-    requested_density: float | None
-    status: str
-    density: float | None = None
-    nnz: int | None = None
-    relative_error: float | None = None
-    normalized_error: float | None = None
-    seconds: float | None = None
-    n_iter: int | None = None
-    flops_ratio: float | None = None
-    nbytes: int | None = None
-    message: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class SummaryRow:
-    """The fits of one method to the matrices of one size.
-
-    Attributes
-    ----------
-    method, size, requested_density
-        As in :class:`ComparisonRow`.
-    n_ok, n_failed : int
-        Fits that succeeded and that did not.
-    mean, std : dict of str to float
-        Mean and standard deviation (of the sample; 0 for one fit) of every measure in
-        :data:`MEASURES` over the fits that succeeded; empty where none did.
-    """
-
-    method: str
-    size: str
-    requested_density: float | None
-    n_ok: int
-    n_failed: int
-    mean: Mapping[str, float]
-    std: Mapping[str, float]
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(ComparisonRow))
-#: The columns that are measured, and can be averaged.
-MEASURES = (
-    "density", "nnz", "relative_error", "normalized_error", "seconds", "n_iter", "flops_ratio",
-    "nbytes",
-)  # fmt: skip
+from matfact.compare._html import page
+from matfact.compare._rows import COLUMNS, MEASURES, ComparisonRow, SummaryRow
 
 
 class Comparison(Sequence[ComparisonRow]):
@@ -150,9 +64,8 @@ class Comparison(Sequence[ComparisonRow]):
 
     def to_html(self, path: str | Path) -> None:
         """Write a page with the figure, the means and every fit, one file without scripts."""
-        from matfact.compare._html import write_page
-
-        write_page(self, path)
+        content = page(self.rows, self.summary(), self.metadata)
+        write_atomically(path, content.encode())
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:

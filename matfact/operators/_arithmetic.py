@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Number
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import scipy.sparse
@@ -17,11 +17,6 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matfact.operators._product import FactorProduct
 
 
 class ArrayLike:
@@ -37,6 +32,9 @@ class ArrayLike:
     factors: Sequence[Factor]
     ndim = 2  #: number of axes, as of a matrix
 
+    @abstractmethod
+    def __init__(self, factors: Sequence[Factor]) -> None: ...
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]: ...
@@ -47,19 +45,22 @@ class ArrayLike:
 
     @property
     @abstractmethod
-    def T(self) -> FactorProduct: ...  # noqa: N802
+    def T(self) -> Self: ...  # noqa: N802
+
+    @abstractmethod
+    def conj(self) -> Self: ...
 
     @abstractmethod
     def toarray(self) -> Array: ...
 
     @abstractmethod
-    def astype(self, dtype: Any) -> FactorProduct: ...
+    def astype(self, dtype: Any) -> Self: ...
 
     @abstractmethod
     def __matmul__(self, X: Any) -> Any: ...
 
     @property
-    def H(self) -> FactorProduct:  # noqa: N802
+    def H(self) -> Self:  # noqa: N802
         """The conjugate transpose."""
         return self.T.conj()
 
@@ -99,12 +100,12 @@ class ArrayLike:
         )
 
     @property
-    def _adjoint(self) -> FactorProduct:
+    def _adjoint(self) -> Self:
         """The conjugate transpose, prepared once for NumPy: solvers ask for it at every step."""
         return self._numpy_adjoint if backend.is_numpy(self.factors[0].values) else self.H
 
     @functools.cached_property
-    def _numpy_adjoint(self) -> FactorProduct:
+    def _numpy_adjoint(self) -> Self:
         return self.H
 
     def __rmatmul__(self, X: Array) -> Array:
@@ -119,20 +120,18 @@ class ArrayLike:
         result = result if X.ndim == 1 else xp.matrix_transpose(result)
         return xp.conj(result) if backend.is_complex(result) else result
 
-    def __mul__(self, c: Any) -> FactorProduct:
+    def __mul__(self, c: Any) -> Self:
         """Return `c` times the product, for a number `c`."""
         return self._scaled(c, operator.mul)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, c: Any) -> FactorProduct:
+    def __truediv__(self, c: Any) -> Self:
         """Return the product ÷ a number `c`."""
         return self._scaled(c, operator.truediv)
 
-    def _scaled(self, c: Any, operation: Callable[[Array, Any], Array]) -> FactorProduct:
+    def _scaled(self, c: Any, operation: Callable[[Array, Any], Array]) -> Self:
         """Return the product with the values of one factor multiplied or divided by a number."""
-        from matfact.operators._product import FactorProduct
-
         if not isinstance(c, Number) and not (backend.is_array(c) and c.ndim == 0):
             raise TypeError(
                 f"a product can be multiplied or divided by a number alone, got {_described(c)}; "
@@ -147,13 +146,13 @@ class ArrayLike:
         if isinstance(c, np.generic) and not backend.is_numpy(factors[0].values):
             c = c.item()
         factors[place] = factors[place].with_values(operation(factors[place].values, c))
-        product = FactorProduct(factors)
+        product = type(self)(factors)
         return product.astype(product.dtype)
 
-    def __neg__(self) -> FactorProduct:
+    def __neg__(self) -> Self:
         return self * -1
 
-    def __pos__(self) -> FactorProduct:
+    def __pos__(self) -> Self:
         return self * 1
 
     def __add__(self, other: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,23 +12,20 @@ from matfact import backend
 from matfact._figures import new_figure
 from matfact.operators._factor import Factor
 
-if TYPE_CHECKING:
-    from matfact.operators._product import FactorProduct
-
 #: Rows and columns a panel shows at most; larger factors are shown by the maximum of each tile.
 _PIXELS = 512
 
 
-def plot_factors(product: FactorProduct, figure: Any = None) -> Any:
+def plot_factors(factors: Sequence[Factor], figure: Any = None) -> Any:
     """Draw supports and magnitudes of the factors, one panel a factor on one scale of colours."""
-    magnitudes = [_magnitudes(factor) for factor in product.factors]
+    magnitudes = [_magnitudes(factor) for factor in factors]
     largest = max(float(np.max(image, initial=0.0)) for image in magnitudes) or 1.0
-    widths = [factor.shape[1] / factor.shape[0] for factor in product.factors]
+    widths = [factor.shape[1] / factor.shape[0] for factor in factors]
     ratios = [min(max(width, 0.3), 3.0) for width in widths]
     if figure is None:
         figure = new_figure(2.6 * sum(ratios) + 1.0, 3.2, dpi=150)
     panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    for axes, factor, image in zip(panels, product.factors, magnitudes, strict=True):
+    for axes, factor, image in zip(panels, factors, magnitudes, strict=True):
         rows, columns = factor.shape
         # Places without a value stay blank, also where stored values are small.
         shown = axes.imshow(
@@ -41,18 +39,16 @@ def plot_factors(product: FactorProduct, figure: Any = None) -> Any:
     return figure
 
 
-def to_html(product: FactorProduct) -> str:
-    """Return the product as a table of its factors, for notebooks."""
-    rows, columns = product.shape
+def to_html(caption: str, factors: Sequence[Factor]) -> str:
+    """Return a table of factors, for notebooks."""
     cells = "".join(
         f"<tr><td>{escape(type(factor).__name__)}</td>"
         f"<td>{factor.shape[0]}×{factor.shape[1]}</td><td>{factor.nnz:,}</td>"
         f"<td>{factor.nnz / max(1, factor.shape[0] * factor.shape[1]):.1%}</td></tr>"
-        for factor in product.factors
+        for factor in factors
     )
     return (
-        f"<table><caption>FactorProduct {rows}×{columns}: {product.nnz:,} values "
-        f"({product.density:.1%}), {product.flops:,} FLOPs, {product.nbytes():,} bytes</caption>"
+        f"<table><caption>{escape(caption)}</caption>"
         "<thead><tr><th>factor</th><th>shape</th><th>values</th><th>density</th></tr></thead>"
         f"<tbody>{cells}</tbody></table>"
     )

@@ -17,6 +17,7 @@ from matfact.backend import Array
 from matfact.operators import _storage
 from matfact.operators._advice import Advice, measure
 from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
+from matfact.operators._display import plot_factors, to_html
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._plan import COMPUTED, Plan, versions
@@ -297,14 +298,14 @@ class FactorProduct(ArrayLike):
         ImportError
             If matplotlib is not installed.
         """
-        from matfact.operators._display import plot_factors
-
-        return plot_factors(self, figure)
+        return plot_factors(self.factors, figure)
 
     def _repr_html_(self) -> str:
-        from matfact.operators._display import to_html
-
-        return to_html(self)
+        return to_html(
+            f"FactorProduct {self.shape[0]}×{self.shape[1]}: {self.nnz:,} values "
+            f"({self.density:.1%}), {self.flops:,} FLOPs, {self.nbytes():,} bytes",
+            self.factors,
+        )
 
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)

@@ -60,10 +60,9 @@ from .calibration.batchnorm import reestimate_batch_norm
 from .calibration.options import Calibration
 from .calibration.statistics import input_statistics
 from .checkpoint.network import load_network, save_network
-from .compression._compress import Compressed, compress
+from .compression._compress import Compressed, CompressionReport, LayerReport, compress
 from .compression.budget import Budget, layer_options, output_sensitivity
 from .compression.gradual import compress_gradually, cubic_densities
-from .compression.report import CompressionReport, LayerReport
 from .layers._derived import keep_unchecked
 from .layers.conv import FactorizedConv
 from .layers.init import randomize_supports, reset_parameters

@@ -16,6 +16,7 @@ from torch import nn
 from matfact import metrics
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
+from matfact.report import CompressionReport, LayerReport
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.batchnorm import reestimate_batch_norm
@@ -26,9 +27,11 @@ from matfact.torch.compression._fit import Fitted, fit_layer
 from matfact.torch.compression._tasks import Layers, Method, Override, Position, Task, plan
 from matfact.torch.compression._undo import Replaced, undone_on_error
 from matfact.torch.compression.budget import Budget, named_methods, within_budget
-from matfact.torch.compression.report import CompressionReport, LayerReport
 from matfact.torch.layers._inherit import copied
 from matfact.torch.layers._matricized import is_linear, other_matrices, replace
+
+#: What the package hands on from here.
+__all__ = ["Compressed", "CompressionReport", "LayerReport", "compress"]
 
 _log = logging.getLogger(__name__)
 

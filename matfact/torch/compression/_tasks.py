@@ -16,9 +16,9 @@ from torch.nn.parameter import is_lazy
 from matfact import metrics
 from matfact.backend import Array
 from matfact.factorizers import METHODS, BaseFactorizer
+from matfact.report import LayerReport
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.compression._fit import Fitted
-from matfact.torch.compression.report import LayerReport
 from matfact.torch.layers._matricized import (
     Dimensions,
     Matricized,

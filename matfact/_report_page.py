@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
 from matfact import _html
-
-if TYPE_CHECKING:
-    from matfact.torch.compression.report import CompressionReport, LayerReport
+from matfact._layers import LayerReport
 
 #: Heading and attribute of what is drawn as a bar too.
 _MEASURES = (
@@ -19,22 +18,17 @@ _MEASURES = (
 )
 
 
-def page(report: CompressionReport) -> str:
+def page(rows: Sequence[LayerReport], lead: str, facts: Mapping[str, Any]) -> str:
     """Return the page, which needs no other file."""
     headings = ["layer", "method", "shape", *(heading for heading, _ in _MEASURES)]
     headings += ["seconds", "bytes before", "after"]
-    largest = {name: _largest(report, name) for _, name in _MEASURES}
-    lead = (
-        f"{len(report)} layers, {report.nbytes:,} of {report.dense_nbytes:,} bytes, "
-        f"density {report.density:.3f}."
-    )
-    rows = (_cells(row, largest) for row in report)
-    facts = {**report.metadata, "untouched": "; ".join(report.untouched(most=20)) or "nothing"}
-    return _html.page("Compression report", lead, facts, _html.table(headings, rows))
+    largest = {name: _largest(rows, name) for _, name in _MEASURES}
+    cells = (_cells(row, largest) for row in rows)
+    return _html.page("Compression report", lead, facts, _html.table(headings, cells))
 
 
-def _largest(report: CompressionReport, name: str) -> float:
-    values = [getattr(row, name) for row in report]
+def _largest(rows: Sequence[LayerReport], name: str) -> float:
+    values = [getattr(row, name) for row in rows]
     return max((value for value in values if value is not None), default=0.0)
 
 

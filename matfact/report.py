@@ -1,4 +1,4 @@
-"""What a compression did, layer by layer."""
+"""What a compression did to a network, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,73 +15,8 @@ import rich.box
 from rich.table import Table
 
 from matfact._files import write_atomically
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """One layer of a compressed network.
-
-    Attributes
-    ----------
-    layer : str
-        Its name.
-    kind : str
-        Its class before.
-    rows, columns, groups : int
-        Shape of its matrix, and how many such it has (groups of a convolution).
-    method : str
-        Class of the factorizer; empty where the layer is kept.
-    status : {"compressed", "kept", "planned"}
-        What became of it. Measures are None unless it is compressed.
-    dense_nbytes, dense_flops : int
-        Bytes of its weight before, and operations for one input (one position of an image).
-    requested_density : float or None
-        Density asked for; None where the method has no such parameter or its default was taken.
-    density : float or None
-        Stored values ÷ entries of the weight.
-    relative_error : float or None
-        ``‖W − Ŵ‖_F / ‖W‖_F``.
-    normalized_error : float or None
-        Relative error ÷ that of magnitude pruning with as many stored values.
-    layer_error : float or None
-        How far the layer's outputs are from those it has in the dense network, relative to these,
-        for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
-        which with sequential calibration are those in the compressed network, and the outputs `U`,
-        less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
-        where no input was kept aside, as of a single batch, or all outputs are zero. Methods that
-        use inputs themselves are fitted to all batches after it was measured.
-    fitted_layer_error : float or None
-        The same for the batches that the layer was fitted to, which is mostly less.
-    nbytes : int or None
-        Bytes of values and positions, in the smaller of CSR and bit masks.
-    flops : int or None
-        Operations for one input after.
-    seconds : float or None
-        Wall time of the fit.
-    message : str
-        Why the layer is kept, or what is to be known about it.
-    """
-
-    layer: str
-    kind: str
-    rows: int
-    columns: int
-    groups: int
-    method: str
-    status: str
-    dense_nbytes: int
-    dense_flops: int
-    requested_density: float | None = None
-    density: float | None = None
-    relative_error: float | None = None
-    normalized_error: float | None = None
-    layer_error: float | None = None
-    fitted_layer_error: float | None = None
-    nbytes: int | None = None
-    flops: int | None = None
-    seconds: float | None = None
-    message: str = ""
-
+from matfact._layers import LayerReport
+from matfact._report_page import page
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(LayerReport))
 
@@ -190,9 +125,12 @@ class CompressionReport(Sequence[LayerReport]):
 
     def to_html(self, path: str | Path) -> None:
         """Write a page with the table and its bars, one file without scripts."""
-        from matfact.torch.compression._html import page
-
-        write_atomically(path, page(self).encode())
+        facts = {**self.metadata, "untouched": "; ".join(self.untouched(most=20)) or "nothing"}
+        lead = (
+            f"{len(self)} layers, {self.nbytes:,} of {self.dense_nbytes:,} bytes, "
+            f"density {self.density:.3f}."
+        )
+        write_atomically(path, page(self.rows, lead, facts).encode())
 
     def __len__(self) -> int:
         return len(self.rows)
