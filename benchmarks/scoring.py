@@ -1,4 +1,4 @@
-"""Scores of singular triples: all at once against a forward pass for each (paper 002).
+"""Scores of singular triples: all at once against a forward pass for each (Liu et al.).
 
 A small convolutional network, trained here on scikit-learn's digits, says how well the fast
 scores order the triples; a network of the size of VGG16, untrained, how much faster they are. The

@@ -10,7 +10,7 @@ import numpy as np
 from matfact import backend
 from matfact.backend import Array
 
-#: Density a factorizer aims at when the caller names none (paper 001 reports 25 %).
+#: Density a factorizer aims at when the caller names none (Boža & Macko 2025 report 25 %).
 DEFAULT_DENSITY = 0.25
 
 
@@ -134,8 +134,8 @@ def magnitude_error(W: Array, nnz: int) -> float:
 def normalized_error(W: Array, error: float, nnz: int) -> float:
     """Return `error` divided by that of magnitude pruning with `nnz` stored values.
 
-    Source: paper 001, Fig. 3. An exact approximation scores 0; an inexact one that stores as
-    many values as the exact magnitude pruning scores infinity.
+    Source: Boža & Macko 2025, Fig. 3. An exact approximation scores 0; an inexact one that stores
+    as many values as the exact magnitude pruning scores infinity.
     """
     if error == 0.0:
         return 0.0

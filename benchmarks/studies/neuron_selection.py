@@ -1,4 +1,4 @@
-"""Fewer hidden units (paper 003): i-SpaSP, its gradient variant, and the closed form.
+"""Fewer hidden units (Walia et al.): i-SpaSP, its gradient variant, and the closed form.
 
 On synthetic activations whose rows fade as ``i^(−1/p)``, the error of the block's outputs at
 every number of units. On networks of one hidden layer that are trained here, the same, and the

@@ -1,4 +1,4 @@
-"""Projections of trained matrices (paper 001, Figs. 3–6).
+"""Projections of trained matrices (Boža & Macko 2025, Figs. 3–6).
 
 Which method comes closest at a quarter of the values, how iterations and annealing matter to
 double sparse factorization, how many values its first factor should take, and where it should

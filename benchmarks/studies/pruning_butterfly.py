@@ -1,4 +1,4 @@
-"""Pruning scores on networks with butterfly layers (paper 000: Tables 1 and 2, Figures 1 to 3).
+"""Pruning scores on networks with butterfly layers (Zhang: Tables 1 and 2, Figures 1 to 3).
 
 Networks are pruned before training, by magnitude after a short training, and then trained. As in
 the paper, butterfly heads are left alone; beyond it, the factors of butterfly layers are pruned

@@ -1,4 +1,4 @@
-"""Products of sparse matrices against low rank and pruning (paper 004: Figures 1, 2, Tables 1, 4).
+"""Products of sparse matrices against low rank and pruning (Giffon et al. 2021).
 
 Every layer of a trained network becomes a product of Q sparse factors, each of which keeps the K
 largest entries of every row and column, and the network is trained on. Layers that would store

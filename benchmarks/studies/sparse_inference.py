@@ -1,4 +1,4 @@
-"""Two sparse matrices in place of one (paper 001, Table 5 and Fig. 7): the time to apply them.
+"""Two sparse matrices in place of one, the time to apply them (Boža & Macko 2025, Table 5, Fig. 7).
 
 Layers of 1024×1024 with random positions and values come one after the other, so that each comes
 from memory. A layer is dense, one sparse matrix, or two that share its stored values; all are

@@ -1,4 +1,4 @@
-"""Singular triples of several matrices under one budget (paper 002; ALDS)."""
+"""Singular triples of several matrices under one budget (Liu et al.; ALDS)."""
 
 from __future__ import annotations
 

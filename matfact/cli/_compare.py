@@ -56,7 +56,7 @@ def compare(
         int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows and seeds the methods.")
     ] = 0,
 ) -> None:
-    """Compare all methods on real weight matrices, in the manner of paper 001, Fig. 3.
+    """Compare all methods on real weight matrices, in the manner of Boža & Macko 2025, Fig. 3.
 
     Exit status:
     0 the study is complete (fits that failed are listed)

@@ -1,4 +1,4 @@
-"""Errors against matrix sizes, in the manner of paper 001, Fig. 3."""
+"""Errors against matrix sizes, in the manner of Boža & Macko 2025, Fig. 3."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def compare_projections(
 ) -> Comparison:
     """Approximate every matrix by every method at every density, and measure the errors.
 
-    Source: the study of paper 001, Section 5.3 and Fig. 3 [1]_. Each fit runs on one thread, so
-    that the table (but for the seconds) does not depend on `n_jobs` or on the machine's cores.
+    Source: Section 5.3 and Fig. 3 of [1]_. Each fit runs on one thread, so that the table (but for
+    the seconds) does not depend on `n_jobs` or on the machine's cores.
 
     Parameters
     ----------

@@ -1,12 +1,13 @@
 """Sets of matrices with a projection."""
 
 from matfact.constraints._base import Constraint
-from matfact.constraints._rank import LowRank
+from matfact.constraints._rank import MaxRank
 from matfact.constraints._registry import CONSTRAINTS, get_constraint, resolve_constraint
 from matfact.constraints._shared import Circulant, Hankel, Toeplitz
 from matfact.constraints._sparsity import (
     BlockSparsity,
     ColumnSparsity,
+    CountedSparsity,
     GlobalSparsity,
     NMSparsity,
     RowColumnSparsity,
@@ -30,11 +31,12 @@ __all__ = [
     "Circulant",
     "ColumnSparsity",
     "Constraint",
+    "CountedSparsity",
     "Diagonal",
     "FixedSupport",
     "GlobalSparsity",
     "Hankel",
-    "LowRank",
+    "MaxRank",
     "NMSparsity",
     "NonNegative",
     "RowColumnSparsity",

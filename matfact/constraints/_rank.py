@@ -10,7 +10,7 @@ from matfact.constraints._base import Constraint, check_positive_int
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRank(Constraint):
+class MaxRank(Constraint):
     """Rank at most `rank`.
 
     Parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from matfact.constraints._base import Constraint
-from matfact.constraints._rank import LowRank
+from matfact.constraints._rank import MaxRank
 from matfact.constraints._shared import Circulant, Hankel, Toeplitz
 from matfact.constraints._sparsity import (
     BlockSparsity,
@@ -27,7 +27,7 @@ CONSTRAINTS: dict[str, type[Constraint]] = {
     "fixed_support": FixedSupport,
     "global_sparsity": GlobalSparsity,
     "hankel": Hankel,
-    "low_rank": LowRank,
+    "max_rank": MaxRank,
     "n_m_sparsity": NMSparsity,
     "non_negative": NonNegative,
     "row_column_sparsity": RowColumnSparsity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from typing import Self
 
 from matfact import backend, kernels
 from matfact.backend import Array
@@ -21,7 +22,27 @@ class Sparsity(Constraint):
 
 
 @dataclasses.dataclass(frozen=True)
-class GlobalSparsity(Sparsity):
+class CountedSparsity(Sparsity):
+    """A sparsity whose level is one number.
+
+    Parameters
+    ----------
+    k : int
+        The level, at least 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("k", self.k)
+
+    def with_share(self, share: float) -> Self:
+        """Return the set with `share` of the level, rounded, and at least 1."""
+        return dataclasses.replace(self, k=max(1, round(share * self.k)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalSparsity(CountedSparsity):
     """At most `k` nonzeros anywhere.
 
     Parameters
@@ -29,11 +50,6 @@ class GlobalSparsity(Sparsity):
     k : int
         Number of nonzeros, at least 1.
     """
-
-    k: int
-
-    def __post_init__(self) -> None:
-        check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
         return kernels.top_k_mask(array, self.k)
@@ -43,7 +59,7 @@ class GlobalSparsity(Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowSparsity(Sparsity):
+class RowSparsity(CountedSparsity):
     """At most `k` nonzeros in every row.
 
     Parameters
@@ -51,11 +67,6 @@ class RowSparsity(Sparsity):
     k : int
         Number of nonzeros in a row, at least 1.
     """
-
-    k: int
-
-    def __post_init__(self) -> None:
-        check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
         return kernels.top_k_mask(array, self.k, axis=1)
@@ -65,7 +76,7 @@ class RowSparsity(Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class ColumnSparsity(Sparsity):
+class ColumnSparsity(CountedSparsity):
     """At most `k` nonzeros in every column.
 
     Parameters
@@ -73,11 +84,6 @@ class ColumnSparsity(Sparsity):
     k : int
         Number of nonzeros in a column, at least 1.
     """
-
-    k: int
-
-    def __post_init__(self) -> None:
-        check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
         return kernels.top_k_mask(array, self.k, axis=0)
@@ -87,22 +93,17 @@ class ColumnSparsity(Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowColumnSparsity(Sparsity):
+class RowColumnSparsity(CountedSparsity):
     """The `k` largest entries of every row and the `k` largest of every column, united.
 
-    ``project`` is the rule of paper 004 (appendix A.4): every row and column keeps at least its
-    `k` largest entries, so that the result is idempotent but not a nearest point of a set.
+    ``project`` is the rule of Giffon et al. 2021 (appendix A.4): every row and column keeps at
+    least its `k` largest entries, so that the result is idempotent but not a nearest point of a set.
 
     Parameters
     ----------
     k : int
         Sparsity level, at least 1.
     """
-
-    k: int
-
-    def __post_init__(self) -> None:
-        check_positive_int("k", self.k)
 
     def support(self, array: Array) -> Array:
         by_column = kernels.top_k_mask(array, self.k, axis=0)
@@ -151,7 +152,7 @@ class NMSparsity(Sparsity):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSparsity(Sparsity):
+class BlockSparsity(CountedSparsity):
     """At most `k` blocks of a grid that hold nonzeros, which accelerators multiply fast.
 
     Parameters
@@ -163,11 +164,10 @@ class BlockSparsity(Sparsity):
         right edges are smaller.
     """
 
-    k: int
     block_shape: tuple[int, int] = (4, 4)
 
     def __post_init__(self) -> None:
-        check_positive_int("k", self.k)
+        super().__post_init__()
         if len(self.block_shape) != 2:
             raise ValueError(f"block_shape must be two integers, got {self.block_shape!r}.")
         for side in self.block_shape:

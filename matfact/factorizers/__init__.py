@@ -1,7 +1,7 @@
 """The estimators, one file each."""
 
 from matfact.factorizers._admm_pruner import ADMMPruner
-from matfact.factorizers._base import BaseFactorizer
+from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._cosamp import CoSaMPNeuronSelector
@@ -15,6 +15,7 @@ from matfact.factorizers._registry import METHODS
 from matfact.factorizers._wanda_pruner import WandaPruner
 
 __all__ = [
+    "DENSITY",
     "METHODS",
     "ADMMPruner",
     "BaseFactorizer",
@@ -22,6 +23,7 @@ __all__ = [
     "ButterflyFit",
     "CoSaMPNeuronSelector",
     "DoubleSparseFactorizer",
+    "Factorization",
     "KaleidoscopeFit",
     "LowRank",
     "MagnitudePruner",

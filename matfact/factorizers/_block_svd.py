@@ -179,7 +179,7 @@ class BlockSVD(BaseFactorizer):
         """Return the blockings to try."""
         if self.blocking == "auto":
             return candidate_blockings(shape)
-        strips = (1, min(4, shape[1]))  # as many as paper 002 takes
+        strips = (1, min(4, shape[1]))  # as many as Liu et al. take
         named = {"whole": (1, 1), "strips": strips, "square": square_grid(shape)}
         grid = named[self.blocking] if isinstance(self.blocking, str) else self.blocking
         fits = len(grid) == 2 and all(

@@ -19,7 +19,7 @@ from matfact.constraints import (
     Constraint,
     FixedSupport,
     GlobalSparsity,
-    LowRank,
+    MaxRank,
     RowColumnSparsity,
     RowSparsity,
     Support,
@@ -183,7 +183,7 @@ class Palm4MSA(BaseFactorizer):
             n_factors = self.n_factors if self.constraints is None else len(self.constraints)
             if n_factors != 2:
                 raise ValueError(f"init={init!r} needs two factors, got {n_factors}.")
-            return self._from_dsf(W) if init == "dsf" else list(LowRank(min(W.shape)).factors(W))
+            return self._from_dsf(W) if init == "dsf" else list(MaxRank(min(W.shape)).factors(W))
         if init is None:
             return None
         xp = backend.namespace(W)
@@ -302,7 +302,7 @@ def _product_set(sets: Sequence[Constraint], shapes: Sequence[tuple[int, int]]) 
 
 def _stored(factor: Array, constraint: Constraint) -> list[Factor]:
     """Return a factor in the storage that holds the fewest values."""
-    if isinstance(constraint, LowRank) and constraint.nnz(factor.shape) < math.prod(factor.shape):
+    if isinstance(constraint, MaxRank) and constraint.nnz(factor.shape) < math.prod(factor.shape):
         return [DenseFactor(half) for half in constraint.factors(factor)]
     is_full = bool(backend.namespace(factor).all(factor != 0))
     return [DenseFactor(factor) if is_full else SparseFactor.from_dense(factor)]

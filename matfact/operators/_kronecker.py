@@ -18,7 +18,7 @@ class KroneckerSparseFactor(Factor):
     """A matrix whose support is ``I_a ⊗ 1_{b×c} ⊗ I_d``.
 
     With d = 1 it is block-diagonal with `a` blocks of b×c; with (a, 2, 2, d) it is a butterfly
-    factor of size 2·a·d made of blocks of size 2·d (paper 000, Definitions 1 and 2).
+    factor of size 2·a·d made of blocks of size 2·d (Zhang, Definitions 1 and 2).
 
     Parameters
     ----------

@@ -245,7 +245,7 @@ class FactorProduct(ArrayLike):
         """Return `scale` times the product, its factors' Frobenius norms balanced.
 
         Only powers of two are moved between factors, so that no value is rounded; `scale` should
-        be one too. Fine-tuning needs balanced factors (paper 001 leaves this out).
+        be one too. Fine-tuning needs balanced factors (Boža & Macko 2025 leave this out).
         """
         scalable = [i for i, factor in enumerate(self.factors) if factor.nnz]
         norms = [backend.norm(self.factors[i].values) for i in scalable]

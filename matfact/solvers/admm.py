@@ -9,7 +9,8 @@ from matfact import backend, kernels
 from matfact.backend import Array
 from matfact.constraints import Constraint
 
-#: Share of the diagonal added to every Gram matrix: paper 001 keeps it positive definite so.
+#: Share of the diagonal added to every Gram matrix, which keeps it positive definite (Boža & Macko
+#: 2025).
 DAMPING = 0.02
 
 
@@ -39,8 +40,8 @@ def sparse_regression(
 ) -> SparseState:
     """Lower ``‖Mᵀ X − W‖_F²`` over `X` with a constrained support, one step for each penalty.
 
-    Source: paper 001, algorithm 1 (one factor given the other), with the penalty relative to the
-    diagonal of the Gram matrix, which amounts to rows of `M` of unit norm.
+    Source: Boža & Macko 2025, algorithm 1 (one factor given the other), with the penalty relative
+    to the diagonal of the Gram matrix, which amounts to rows of `M` of unit norm.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Low rank block by block: singular triples of all blocks compete for one budget (paper 002)."""
+"""Low rank block by block: singular triples of all blocks compete for one budget (Liu et al.)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Blocking:
 
 
 def square_grid(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the grid of the largest blocks that are nearly square (paper 002, Sec. 3.2.2)."""
+    """Return the grid of the largest blocks that are nearly square (Liu et al., Sec. 3.2.2)."""
     rows, columns = shape
     return (max(1, round(rows / columns)), max(1, round(columns / rows)))
 
@@ -176,7 +176,7 @@ def block_svd(
     ranking : {"energy", "magnitude", "relative_error", "output_perturbation", "output_variance"}
         How triples are ranked. The last two need `calibration`: the mean square and the variance
         over the inputs of what the output loses with the triple, in closed form
-        ``σ² E(vᵀx)²`` and ``σ² Var(vᵀx)`` for one layer (paper 002, Sec. 4).
+        ``σ² E(vᵀx)²`` and ``σ² Var(vᵀx)`` for one layer (Liu et al., Sec. 4).
     calibration : InputStatistics, optional
         With it ``"energy"`` ranks, and the blocks keep, the directions in which a block's outputs
         have most energy, rather than the block's own singular vectors.

@@ -19,7 +19,7 @@ from matfact.solvers._callback import Callback
 from matfact.solvers.exchange import Tableau, exchange, largest, shrink
 from matfact.solvers.quadratic import Quadratic, Selection, quadratic
 
-#: Gradient steps in each iteration of :func:`gradient` (the `m` of paper 003, Algorithm 1).
+#: Gradient steps in each iteration of :func:`gradient` (the `m` of Walia et al., Algorithm 1).
 _GRADIENT_STEPS = 5
 #: Starting points whose errors differ by less, relatively, agree.
 _AGREEMENT = 1e-3
@@ -34,7 +34,7 @@ def least_squares(
 ) -> Selection:
     """Return a selection whose weights, in every iteration, are the best for their support.
 
-    CoSaMP (paper 003, Algorithm 1) with its gradient steps replaced by the closed form they
+    CoSaMP (Walia et al., Algorithm 1) with its gradient steps replaced by the closed form they
     approach, units ranked by what they change in the re-solved error, and fewer newcomers as soon
     as an iteration does not pay: at the end one unit enters and one leaves. It starts from
     nothing and from what is left of everything, and where these end in different local optima,
@@ -201,7 +201,7 @@ def gradient(
     callback: Callback | None = None,
     width: int = 1,
 ) -> Selection:
-    """Return the selection of paper 003, Algorithm 1, with exact line searches.
+    """Return the selection of Walia et al., Algorithm 1, with exact line searches.
 
     The best iterate is returned, which the paper does not ask for. Parameters as for
     :func:`least_squares`.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from matfact import backend, kernels
 from matfact.backend import Array
-from matfact.constraints import Constraint, GlobalSparsity, transposed
+from matfact.constraints import Constraint, CountedSparsity, GlobalSparsity, transposed
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import SparseState, sparse_regression
 from matfact.solvers.least_squares import refit_values
@@ -38,7 +38,7 @@ def dsf(
 ) -> tuple[Array, Array, int]:
     """Approximate `W` by the product of two sparse matrices.
 
-    Source: paper 001, algorithm 1, alternating sparse regressions by ADMM from
+    Source: Boža & Macko 2025, algorithm 1, alternating sparse regressions by ADMM from
     ``W ≈ I · (largest entries of W)``. What differs is the schedule. Each sweep takes two steps
     per factor, one with a small penalty that lets entries outside the support grow back and one
     with a large penalty that settles it; and the factors start sparser than allowed and fill up,
@@ -193,9 +193,8 @@ def _schedule(max_iter: int) -> Iterator[tuple[float, tuple[float, float]]]:
 
 def _growing(constraint: Constraint, shape: tuple[int, int], time: float) -> Constraint:
     """Return `constraint` with as many nonzeros as the schedule allows by `time`."""
-    k = getattr(constraint, "k", None)
-    if k is None:  # a set of another kind, which stays as it is
+    if not isinstance(constraint, CountedSparsity):  # it stays as it is
         return constraint
     initial = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * shape[0] / constraint.nnz(shape))
     share = initial + (1.0 - initial) * time
-    return dataclasses.replace(constraint, k=max(1, round(k * share)))  # type: ignore[type-var]
+    return constraint.with_share(share)

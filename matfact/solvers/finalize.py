@@ -30,7 +30,7 @@ def input_scale(second_moment: Array) -> Array:
     """Return the root mean square of each input, slightly raised so that none is zero.
 
     Approximating ``W · diag(scale)`` in place of `W` makes errors count where inputs are large
-    (paper 001, Section 4.3).
+    (Boža & Macko 2025, Section 4.3).
 
     Parameters
     ----------
@@ -114,8 +114,8 @@ def finalize(
 ) -> FactorProduct:
     """Lower ``E‖Wx − Ŵx‖²`` over the values of `product`, one factor at a time.
 
-    Source: paper 001, Section 4.3, "finalization", here by preconditioned conjugate gradients on
-    the fixed supports, of any factor of any product.
+    Source: Boža & Macko 2025, Section 4.3, "finalization", here by preconditioned conjugate
+    gradients on the fixed supports, of any factor of any product.
 
     Parameters
     ----------

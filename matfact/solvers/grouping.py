@@ -24,7 +24,7 @@ def low_rank_groups(
     and, as it ends in local optima, from clusters too: entries of a block of rank one are products
     of a factor for the row and one for the column, so that rows of a group have magnitudes of
     alike profiles, whatever their signs. The paper that blocks matrices suggests to cluster
-    outputs first (paper 002, open questions); the method is ours.
+    outputs first (Liu et al., open questions); the method is ours.
 
     Parameters
     ----------

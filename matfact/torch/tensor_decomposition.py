@@ -1,4 +1,4 @@
-"""Tensor decompositions of layers, through tensorly: the low-rank baselines of paper 004."""
+"""Tensor decompositions of layers, through tensorly: baselines of Giffon et al. 2021."""
 
 from __future__ import annotations
 

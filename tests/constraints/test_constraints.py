@@ -21,7 +21,7 @@ from matfact.constraints import (
     FixedSupport,
     GlobalSparsity,
     Hankel,
-    LowRank,
+    MaxRank,
     NMSparsity,
     NonNegative,
     RowColumnSparsity,
@@ -54,7 +54,7 @@ SUPPORT = [
     Diagonal(),
 ]
 SHARED = [Circulant(), Toeplitz(), Hankel()]
-OTHERS = [LowRank(2), NonNegative(), UnitNormColumns()]
+OTHERS = [MaxRank(2), NonNegative(), UnitNormColumns()]
 ALL = SPARSITY + SUPPORT + SHARED + OTHERS
 MATRICES = hnp.arrays(np.float64, SHAPE, elements=st.integers(-3, 3).map(float))
 
@@ -133,7 +133,7 @@ def test_linear_sets_are_projected_onto_orthogonally(constraint, rng):
         (Triangular(upper=True), np.tri(5, 3).T),
         (Diagonal(), np.eye(3, 5)),
         (NonNegative(), np.ones((2, 3))),
-        (LowRank(1), np.outer([1.0, 2], [3.0, 4, 5])),
+        (MaxRank(1), np.outer([1.0, 2], [3.0, 4, 5])),
         (UnitNormColumns(), np.eye(3)[:, :2]),
     ],
 )
@@ -190,7 +190,7 @@ def test_scale_free_sets_survive_row_and_column_scaling(constraint, rng):
         (lambda: GlobalSparsity(0), "k must be"),
         (lambda: RowSparsity(0.5), "k must be"),
         (lambda: NMSparsity(3, 2), "n must be at most m=2"),
-        (lambda: LowRank(True), "rank must be"),
+        (lambda: MaxRank(True), "rank must be"),
         (lambda: BlockDiagonal(5).nnz((4, 9)), "n_blocks must be at most 4"),
         (lambda: Circulant().nnz((3, 4)), "square"),
         (lambda: FixedSupport(np.ones(3)), "2-D"),

@@ -128,7 +128,7 @@ def test_more_units_never_hurt():
 
 
 def compressible(p, n_hidden=100):
-    """Return row-compressible activations, as in the synthetic study of paper 003."""
+    """Return row-compressible activations, as in the synthetic study of Walia et al.."""
     rng = np.random.RandomState(0)
     H = rng.rand(400, n_hidden) * np.arange(1.0, n_hidden + 1) ** (-1.0 / p)
     return OutputStatistics().update(H, H @ rng.randn(n_hidden, 20))

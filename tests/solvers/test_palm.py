@@ -15,7 +15,7 @@ from matfact.constraints import (
     ColumnSparsity,
     FixedSupport,
     GlobalSparsity,
-    LowRank,
+    MaxRank,
     NMSparsity,
     RowColumnSparsity,
     RowSparsity,
@@ -31,7 +31,7 @@ PARAMETERS = {
     "column_sparsity": ColumnSparsity(3),
     "fixed_support": FixedSupport(np.tri(9, k=2)),
     "global_sparsity": GlobalSparsity(30),
-    "low_rank": LowRank(2),
+    "low_rank": MaxRank(2),
     "n_m_sparsity": NMSparsity(1, 3),
     "row_column_sparsity": RowColumnSparsity(2),
     "row_sparsity": RowSparsity(3),
@@ -185,7 +185,7 @@ def test_one_factor_is_the_projection(rng):
 
 def test_low_rank_and_sparse_layers_recover_a_low_rank_matrix(rng):
     W = rng.standard_normal((12, 2)) @ rng.standard_normal((2, 12))
-    factors, _, _ = solve(W, [LowRank(2), GlobalSparsity(144)], max_iter=300)
+    factors, _, _ = solve(W, [MaxRank(2), GlobalSparsity(144)], max_iter=300)
     assert residual_error(W, factors) < 1e-8 * np.linalg.norm(W)
 
 

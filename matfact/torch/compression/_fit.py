@@ -184,7 +184,7 @@ def _adapted(
     """Return the fit of a factorizer that cannot use inputs.
 
     It is fitted to columns scaled by what enters them, and its values are refitted to the inputs
-    (paper 001, Section 4.3); where entries may be stored anywhere, some are chosen anew.
+    (Boža & Macko 2025, Section 4.3); where entries may be stored anywhere, some are chosen anew.
     """
     target, xp = problem.target, backend.namespace(problem.target)
     scale = xp.astype(problem.scale(inputs), target.dtype)

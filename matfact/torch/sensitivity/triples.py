@@ -1,4 +1,4 @@
-"""How much a network's outputs depend on each singular triple of its layers (paper 002)."""
+"""How much a network's outputs depend on each singular triple of its layers (Liu et al.)."""
 
 from __future__ import annotations
 
