@@ -1,8 +1,8 @@
 """Double sparse factorization as published: the baseline of the benchmarks.
 
 A plain transcription of Boža & Macko 2025, Algorithm 1, written from the paper with the settings of
-its authors. It is deliberately not optimized: thresholds come from full sorts, systems are solved by
-LU inverses, the Gram matrix is built before and after normalization, and each inner solve ends
+its authors. It is deliberately not optimized: thresholds come from full sorts, systems are solved
+by LU inverses, the Gram matrix is built before and after normalization, and each inner solve ends
 with an update that nothing reads.
 """
 

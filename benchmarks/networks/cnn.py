@@ -1,7 +1,8 @@
 """Compress image classifiers by many methods, without and with fine-tuning.
 
 In the shape of Boža & Macko 2025, Table 3: the same density in every layer but the first and the
-last, the same training on fixed supports for every method, accuracy on held-out images before and after.
+last, the same training on fixed supports for every method, accuracy on held-out images before and
+after.
 """
 
 from __future__ import annotations

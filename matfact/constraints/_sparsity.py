@@ -97,7 +97,7 @@ class RowColumnSparsity(CountedSparsity):
     """The `k` largest entries of every row and the `k` largest of every column, united.
 
     ``project`` is the rule of Giffon et al. 2021 (appendix A.4): every row and column keeps at
-    least its `k` largest entries, so that the result is idempotent but not a nearest point of a set.
+    least its `k` largest entries. The result is idempotent, but not a nearest point of a set.
 
     Parameters
     ----------
