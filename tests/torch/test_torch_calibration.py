@@ -13,7 +13,7 @@ from matfact import ADMMPruner, DoubleSparseFactorizer  # noqa: E402
 from matfact.calibration import InputStatistics  # noqa: E402
 from matfact.torch import compress, input_statistics  # noqa: E402
 from matfact.torch.calibration._layer_statistics import LayerStatistics, is_aside  # noqa: E402
-from matfact.torch.calibration.sequential import walk  # noqa: E402
+from matfact.torch.calibration.sequential import sequential_statistics  # noqa: E402
 from matfact.torch.compression._fit import fit_layer  # noqa: E402
 from matfact.torch.running._batches import attended  # noqa: E402
 from matfact.torch.running._random import RandomState  # noqa: E402
@@ -52,7 +52,7 @@ def test_a_batch_and_its_twin_draw_the_same_numbers(draw):
     model = Drawing(DRAWS[draw]).eval()
     batches = [torch.randn(4, 24, 16) for _ in range(3)]
     before = torch.get_rng_state(), RandomState.now(torch.device("cpu")).numpy[1].copy()
-    stops = walk(model, ["up", "down"], batches, paired=True)
+    stops = sequential_statistics(model, ["up", "down"], batches, paired=True)
     for name, statistics in stops:  # nothing is replaced: each pair is one input twice
         assert not statistics.note
         for fitted, aside in statistics.by_matrix():
@@ -87,7 +87,7 @@ def test_every_call_of_a_layer_counts_in_the_order_of_first_calls():
     model, batches = Shared().eval(), [torch.randn(10, 8) for _ in range(2)]
     seen = [
         (name, statistics.count)
-        for name, statistics in walk(model, ["up", "down", "first"], batches)
+        for name, statistics in sequential_statistics(model, ["up", "down", "first"], batches)
     ]
     assert seen == [("first", 20), ("up", 120), ("down", 120)]
     rows = compress(model, "admm", density=0.5, calibration=batches)[1]
@@ -368,7 +368,7 @@ def test_statistics_are_those_of_each_batch_alone():
             lambda layer, args: expected.update(args[0].detach().numpy()) and None
         )
         network(x)
-    for name, statistics in walk(model, ["a", "b", "c"], batches, paired=True):
+    for name, statistics in sequential_statistics(model, ["a", "b", "c"], batches, paired=True):
         if name == "c":
             ((fitted, aside),) = statistics.by_matrix()
             gram = fitted.inputs.gram + aside.inputs.gram
@@ -389,7 +389,10 @@ def test_layers_that_batches_call_in_another_order_are_seen_by_all():
     batches = [torch.randn(10, 8) for _ in range(4)]
     for x, sign in zip(batches, (1, -1, 1, -1), strict=True):
         x[0, 0] = sign
-    counts = {n: s.count for n, s in walk(Either(), ["a", "b", "c"], batches, paired=True)}
+    counts = {
+        n: s.count
+        for n, s in sequential_statistics(Either(), ["a", "b", "c"], batches, paired=True)
+    }
     assert counts == {"a": 40, "b": 40, "c": 40}
 
 
@@ -406,7 +409,9 @@ def test_generators_that_a_network_holds_draw_the_same_for_a_batch_and_its_twin(
 
     model = Dropping().eval()
     before = model.generator.get_state()
-    for name, statistics in walk(model, ["a", "b"], [torch.randn(9, 8)] * 2, paired=True):
+    for name, statistics in sequential_statistics(
+        model, ["a", "b"], [torch.randn(9, 8)] * 2, paired=True
+    ):
         assert not statistics.note
         for sums in statistics.by_matrix()[0]:
             np.testing.assert_allclose(sums.energy, _energy(model, sums, name), rtol=1e-6)

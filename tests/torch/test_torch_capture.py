@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from matfact.torch import input_statistics  # noqa: E402
-from matfact.torch.calibration.sequential import walk  # noqa: E402
+from matfact.torch.calibration.sequential import sequential_statistics  # noqa: E402
 
 
 class Residual(nn.Module):
@@ -45,7 +45,7 @@ def test_a_walk_sees_what_replaced_layers_put_out(batches):
     torch.manual_seed(0)
     model = Residual().train()
     order = []
-    for name, statistics in walk(model, ["first", "second", "unused"], batches):
+    for name, statistics in sequential_statistics(model, ["first", "second", "unused"], batches):
         order.append(name)
         if name == "first":
             model.first = nn.Linear(6, 6, bias=False).requires_grad_(False)
@@ -67,7 +67,7 @@ def test_a_walk_through_a_convolution_sees_patches_of_each_group():
     conv = nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2)
     x = torch.randn(5, 4, 7, 8)
     model = nn.Sequential(nn.ReLU(), conv)
-    (_, statistics), *_ = walk(model, ["1"], [(x, torch.zeros(5))])
+    (_, statistics), *_ = sequential_statistics(model, ["1"], [(x, torch.zeros(5))])
     patches = nn.functional.unfold(torch.relu(x), (3, 2), padding=1, stride=2).chunk(2, dim=1)
     for group, (found, aside) in zip(patches, statistics.by_matrix(), strict=True):
         assert aside is None  # there is one batch only
@@ -86,7 +86,7 @@ def test_layers_with_the_same_input_are_seen_in_one_go():
 
     names, calls = ["0.query", "0.key", "0.out"], []
     model = nn.Sequential(Attention())
-    stops = walk(model, names, [torch.randn(5, 4)] * 2)
+    stops = sequential_statistics(model, names, [torch.randn(5, 4)] * 2)
     query = next(stops)
     model[0].query.register_forward_hook(lambda *_: calls.append("query"))
     key = next(stops)
@@ -105,12 +105,12 @@ def test_threads_and_patched_methods_are_gone_after_errors_and_early_ends(batche
 
     n_threads = threading.active_count()
     model = Residual()
-    stops = walk(model, ["first", "second"], batches)
+    stops = sequential_statistics(model, ["first", "second"], batches)
     next(stops)
     stops.close()
     broken = Broken()
     with pytest.raises(RuntimeError, match="broken network"):
-        list(walk(broken, ["first", "second"], batches))
+        list(sequential_statistics(broken, ["first", "second"], batches))
     assert threading.active_count() == n_threads
     assert all("forward" not in vars(m.first) for m in (model, broken))
 
@@ -144,7 +144,7 @@ def test_padding_does_not_count():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": mask}
     X = model.embed.weight.detach()[[0, 1, 3]].double().numpy()
-    (_, walked), *_ = walk(model, ["out"], [batch])
+    (_, walked), *_ = sequential_statistics(model, ["out"], [batch])
     for found in (input_statistics(model, [batch])["out"][0], walked.fitted[0]):
         assert found.count == 3
         np.testing.assert_allclose(found.gram, X.T @ X, rtol=1e-6)
@@ -154,7 +154,7 @@ def test_pairs_hold_the_outputs_of_the_dense_network_beside_the_inputs_now(batch
     torch.manual_seed(0)
     model = Residual()
     before = [_entering_second(model, b) for b in batches]
-    stops = walk(model, ["first", "second"], batches, paired=True)
+    stops = sequential_statistics(model, ["first", "second"], batches, paired=True)
     next(stops)
     weights = {name: 0.8 * values for name, values in model.first.state_dict().items()}
     model.first = nn.Linear(6, 6)

@@ -38,14 +38,14 @@ class Arrived:
         How often it calls each layer in the dense network.
     own : Pass or WholePass
         In the network as it is now.
-    twin : Pass, WholePass or None
+    dense : Pass, WholePass or None
         In the dense network, if that is wanted.
     """
 
     index: int
     calls: Counter[str]
     own: Any
-    twin: Any
+    dense: Any
 
 
 class Collected:
@@ -82,7 +82,7 @@ class Collected:
         if first is None:
             return
         self._first, self._started = first, -1
-        paired = [each.twin is not None for each in arrived]
+        paired = [each.dense is not None for each in arrived]
         if any(paired) and not (all(paired) and self._add_pairs(arrived)):
             self._add_alone(arrived)
             for statistics in self.statistics.values():
@@ -119,7 +119,7 @@ class Collected:
         """Return what all calls of the layer are given in the dense network, None if unknown."""
         found: list[Tensor] = []
         wanted = batch.calls[self._first]
-        if batch.twin is None or batch.twin.at != batch.own.at:
+        if batch.dense is None or batch.dense.at != batch.own.at:
             return None
 
         def visit(name: str, x: Tensor) -> None:
@@ -129,7 +129,7 @@ class Collected:
                     raise Stopped
 
         with self._as_dense():
-            batch.twin.visit(self._views, visit)
+            batch.dense.visit(self._views, visit)
         return found
 
     def _add(

@@ -36,10 +36,10 @@ class _Cancelled(BaseException):
 
 
 class Pass:
-    """One batch on its way through the network, in a thread that halts at gates.
+    """One batch on its way through the network, in a thread that waits where it is told to.
 
     The network's own code calls everything with its own arguments, so that any network can be
-    passed. The thread holds the place in that code. Modules behind gates are run by whoever
+    passed. The thread holds the place in that code. Modules it comes to are run by whoever
     advances the pass, in the modes of gradients and precision that the thread has there, so that
     threads that wait hold neither workers nor work space.
 
@@ -70,13 +70,13 @@ class Pass:
         self._modes = dataclasses.replace(_Modes.now(), gradients=False, inference=False)
         self._cancelled = False
         self._error: BaseException | None = None
-        self._stand: _Stand | None = None
+        self._call: _Call | None = None
         self.batch = batch
         self.offloaded: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     @property
     def at(self) -> str | None:
-        return None if self._stand is None else self._stand.name
+        return None if self._call is None else self._call.name
 
     @classmethod
     def advancing(cls) -> Pass | None:
@@ -96,34 +96,34 @@ class Pass:
         finally:
             self._halted.release()
 
-    def halt(self, stand: _Stand) -> Any:
+    def wait_for(self, call: _Call) -> Any:
         """Wait until advanced, and return what comes of going on (called by the thread)."""
-        self._stand = stand
+        self._call = call
         page_out(self.offloaded)
         self._halted.release()
         self._go.acquire()
-        self._stand = None
+        self._call = None
         if self._cancelled:
             raise _Cancelled
-        return stand.result()
+        return call.result()
 
     def advance(self) -> None:
-        """Let the batch run to the next gate or to its end, and raise what went wrong there."""
+        """Let the batch run to where it waits next, or to its end, and raise what went wrong."""
         with drawing(self._draws):
             if self._thread.ident is None:
                 self._thread.start()
                 self._halted.acquire()
             else:
                 self._go_on()
-            while self._stand is not None and self._stand.name is None:
+            while self._call is not None and self._call.name is None:
                 self._go_on()
             if self._error is not None:
                 raise self._error
             self._draws = self._draws.renewed()
 
     def _go_on(self) -> None:
-        if self._stand is not None:
-            self._stand.finish()
+        if self._call is not None:
+            self._call.finish()
         self._go.release()
         self._halted.acquire()
 
@@ -137,13 +137,13 @@ class Pass:
         visitor : callable
             Called by each of these that is come to; it may raise :class:`Stopped`.
         """
-        assert self._stand is not None
+        assert self._call is not None
         with contextlib.suppress(Stopped):
-            if (name := self._stand.name) in views:
-                visitor(name, layer_input(self._stand.args, self._stand.kwargs))
+            if (name := self._call.name) in views:
+                visitor(name, layer_input(self._call.args, self._call.kwargs))
             else:
                 with _hooked(views, visitor), drawing(self._draws):
-                    self._stand.try_out()
+                    self._call.try_out()
         page_out(self.offloaded)
 
     def cancel(self) -> None:
@@ -154,7 +154,7 @@ class Pass:
             self._thread.join()
 
 
-class _Stand:
+class _Call:
     """Where a pass waits, with the context and the modes that its thread has there.
 
     Parameters
@@ -277,7 +277,7 @@ def _hooked(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
+def waiting_before(model: nn.Module, name: str) -> Iterator[threading.Event]:
     """Make passes wait before the module `name`, and hand it on once the event yielded is set."""
     opened = threading.Event()
     module: Any = model.get_submodule(name)
@@ -288,7 +288,7 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
 
     reference = weakref.ref(module)  # what has been replaced need not stay in memory
 
-    def forward_at_gate(*args: Any, **kwargs: Any) -> Any:
+    def forward_in_turn(*args: Any, **kwargs: Any) -> Any:
         before: Any = reference()
 
         def go_on() -> Any:
@@ -300,13 +300,13 @@ def gate(model: nn.Module, name: str) -> Iterator[threading.Event]:
         if comer is None:
             return go_on()
         at = None if opened.is_set() else name
-        return comer.halt(_Stand(at, functools.partial(run, before), args, kwargs, go_on))
+        return comer.wait_for(_Call(at, functools.partial(run, before), args, kwargs, go_on))
 
     with contextlib.suppress(TypeError, ValueError):  # of compiled code
         signature = inspect.signature(module.forward)
-        forward_at_gate.__signature__ = signature  # type: ignore[attr-defined]
-    forward_at_gate.is_gate = True  # type: ignore[attr-defined]
-    module.forward = forward_at_gate
+        forward_in_turn.__signature__ = signature  # type: ignore[attr-defined]
+    forward_in_turn.takes_turns = True  # type: ignore[attr-defined]
+    module.forward = forward_in_turn
     # Where torch sees a hook, its attention calls all modules instead of reading their weights.
     seen = module.register_forward_pre_hook(lambda *_: None)
     del module

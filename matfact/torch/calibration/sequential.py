@@ -14,7 +14,7 @@ from torch import nn
 from matfact.torch.calibration._collect import Arrived, Collected
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration._offload import between, offloading
-from matfact.torch.calibration._passes import Pass, WholePass, gate
+from matfact.torch.calibration._passes import Pass, WholePass, waiting_before
 from matfact.torch.calibration._survey import Survey, survey
 from matfact.torch.calibration.statistics import layer_views
 from matfact.torch.layers._derived import forget
@@ -28,7 +28,7 @@ _Views = dict[str, Matricized]
 _Mode = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def walk(
+def sequential_statistics(
     model: nn.Module,
     layers: Sequence[str],
     batches: Iterable[Any],
@@ -56,7 +56,7 @@ def walk(
     Parameters
     ----------
     model : torch.nn.Module
-        The network, which is in eval mode until the walk ends.
+        The network, which is in eval mode until the generator ends.
     layers : sequence of str
         Names of linear or convolutional layers. Where a network calls blocks in another order,
         that of `layers` decides between batches that wait before different ones.
@@ -81,7 +81,7 @@ def walk(
     with eval_mode(model):
         try:
             seen = survey(model, views, drawn, traces)
-            started = _Walk(model, views, seen, paired)
+            started = _Replay(model, views, seen, paired)
             del views  # layers that are replaced need not stay in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
             yield from started.through_blocks(started.batches(Pass, drawn), folder)
@@ -90,8 +90,8 @@ def walk(
             traces.restore()
 
 
-class _Walk:
-    """Where a walk stands.
+class _Replay:
+    """Which layers are left, and which batches wait where.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ class _Walk:
     pending : OrderedDict of str to Matricized
         Those of them that are in no block, as batches cannot come to them one by one.
     dense : dict of str to torch.nn.Module
-        Layers as they were, of those that twins may come to again.
+        Layers as they were, of those that dense passes may come to again.
     """
 
     def __init__(self, model: nn.Module, views: _Views, seen: Survey, paired: bool) -> None:
@@ -114,20 +114,22 @@ class _Walk:
         """Return all batches, none of which has started."""
         found = []
         for i, (each, calls) in enumerate(zip(drawn, self._seen.calls, strict=True)):
-            twin = kind(self._model, *each) if self._is_paired else None
-            found.append(Arrived(i, calls, kind(self._model, *each), twin))
+            dense = kind(self._model, *each) if self._is_paired else None
+            found.append(Arrived(i, calls, kind(self._model, *each), dense))
         return found
 
     def through_blocks(self, batches: list[Arrived], folder: Path | None) -> Stops:
         """Lead batches from block to block, and stop at the layers of each."""
         order = {name: i for i, name in enumerate(self.blocks)}
-        every: list[Any] = [each for b in batches for each in (b.own, b.twin) if each is not None]
-        with contextlib.ExitStack() as gates:
-            opened = {name: gates.enter_context(gate(self._model, name)) for name in self.blocks}
+        every: list[Any] = [each for b in batches for each in (b.own, b.dense) if each is not None]
+        with contextlib.ExitStack() as hooks:
+            opened = {
+                name: hooks.enter_context(waiting_before(self._model, name)) for name in self.blocks
+            }
             for name, _ in between(self._model, self.blocks):
                 if name not in self.blocks:
-                    gates.enter_context(gate(self._model, name)).set()
-            gates.enter_context(offloading(self._model, self.blocks, folder))
+                    hooks.enter_context(waiting_before(self._model, name)).set()
+            hooks.enter_context(offloading(self._model, self.blocks, folder))
             try:
                 for each in every if self.blocks else ():
                     each.advance()
@@ -140,10 +142,10 @@ class _Walk:
                         break
                     if arrived:
                         opened[name].set()
-                    for twin in (batch.twin for batch in batches):
-                        if twin is not None and twin.at == name:
+                    for dense in (batch.dense for batch in batches):
+                        if dense is not None and dense.at == name:
                             with as_dense():
-                                twin.advance()
+                                dense.advance()
                     for batch in arrived:
                         batch.own.advance()
                     forget(self._model.get_submodule(name))

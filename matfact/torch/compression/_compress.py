@@ -21,7 +21,7 @@ from matfact.torch._warnings import CompressionWarning
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.batchnorm import reestimate_batch_norm
 from matfact.torch.calibration.options import Adaptation, Calibration, CalibrationOptions
-from matfact.torch.calibration.sequential import walk
+from matfact.torch.calibration.sequential import sequential_statistics
 from matfact.torch.calibration.statistics import captured, layer_views
 from matfact.torch.compression._fit import Fitted, fit_layer
 from matfact.torch.compression._tasks import Layers, Method, Override, Position, Task, plan
@@ -247,7 +247,7 @@ def _sequential_fits(
     by_name = {task.names[0]: task for task in tasks}
     real = [name for name, task in by_name.items() if _is_real(task)]
     batches, paired = calibration.batches, calibration.feedback
-    stops = walk(model, real, batches, paired=paired, folder=calibration.folder)
+    stops = sequential_statistics(model, real, batches, paired=paired, folder=calibration.folder)
     with contextlib.closing(stops):
         for name, statistics in stops:
             task = by_name.pop(name)

@@ -159,8 +159,10 @@ def _differs(layer: nn.Module, base: type, name: str) -> bool:
     own = getattr(type(layer), name, None) is getattr(base, name, None)
     if not own or name not in vars(layer):
         return not own
-    is_gate = getattr(vars(layer)[name], "is_gate", False)  # of a walk that is under way
-    return not (is_gate or is_moved_by_accelerate(layer))
+    takes_turns = getattr(
+        vars(layer)[name], "takes_turns", False
+    )  # of a calibration that is under way
+    return not (takes_turns or is_moved_by_accelerate(layer))
 
 
 def _odd(weight: Any, n_axes: int) -> str | None:

@@ -12,7 +12,7 @@ from torch import nn  # noqa: E402
 
 from matfact.calibration import MapStatistics  # noqa: E402
 from matfact.torch import input_statistics  # noqa: E402
-from matfact.torch.calibration.sequential import walk  # noqa: E402
+from matfact.torch.calibration.sequential import sequential_statistics  # noqa: E402
 from matfact.torch.calibration.statistics import captured, layer_views  # noqa: E402
 from matfact.torch.layers._matricized import matricized  # noqa: E402
 from matfact.torch.running import _mapped  # noqa: E402
@@ -141,7 +141,9 @@ def test_statistics_are_those_of_the_network_with_all_that_was_replaced(
     expected = {n for n in names if input_statistics(model, batches, [n])}
     given = copy.deepcopy(batches)
     walked = []
-    for name, statistics in walk(model, names, batches, paired=paired, folder=folder):
+    for name, statistics in sequential_statistics(
+        model, names, batches, paired=paired, folder=folder
+    ):
         walked.append(name)
         now, before = (all_inputs(network, name, batches) for network in (present, dense))
         matrices = matricized(model.get_submodule(name)).arrays()
@@ -180,7 +182,9 @@ def resident():
 def test_batches_that_wait_hold_no_workers_and_no_work_space():
     block = nn.Sequential(nn.Linear(576, 1536), nn.Linear(1536, 64))
     x, count = torch.randn(512, 576), 24
-    stops = walk(nn.Sequential(block, nn.Linear(64, 64)), ["0.0", "1"], [x] * count)
+    stops = sequential_statistics(
+        nn.Sequential(block, nn.Linear(64, 64)), ["0.0", "1"], [x] * count
+    )
     next(stops)
     before = resident(), len(os.listdir("/proc/self/task"))
     next(stops)
@@ -198,7 +202,7 @@ def test_offloaded_states_are_not_in_memory(tmp_path):
 
     def taken(folder):
         """Return the bytes that batches take which wait before the second and the third layer."""
-        stops = walk(model, ["0", "1", "2"], batches, folder=folder)
+        stops = sequential_statistics(model, ["0", "1", "2"], batches, folder=folder)
         next(stops)
         before = resident()
         found = [resident() - before for _ in stops]
@@ -217,7 +221,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(_mapped.mmap, "mmap", full)
     model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 8))
     with pytest.raises(OSError, match="No space left"):
-        list(walk(model, ["0", "1"], [torch.randn(100, 64)], folder=tmp_path))
+        list(sequential_statistics(model, ["0", "1"], [torch.randn(100, 64)], folder=tmp_path))
     assert not list(tmp_path.iterdir())
     assert "forward" not in vars(model[0])
 
@@ -241,7 +245,7 @@ def test_what_is_offloaded_is_what_was_computed(tmp_path, monkeypatch):
     with torch.no_grad():
         model(x)
     expected, entered = list(entered.values()), {}
-    for _ in walk(model, [f"{i}.linear" for i in range(6)], [x], folder=tmp_path):
+    for _ in sequential_statistics(model, [f"{i}.linear" for i in range(6)], [x], folder=tmp_path):
         pass
     for found, wanted in zip(entered.values(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
