@@ -1,6 +1,7 @@
 """A walk through networks of many forms, against plain passes of what the network is then."""
 
 import copy
+import itertools
 import os
 import sys
 
@@ -12,6 +13,7 @@ from torch import nn  # noqa: E402
 
 from matfact.calibration import MapStatistics  # noqa: E402
 from matfact.torch import input_statistics  # noqa: E402
+from matfact.torch.calibration import sequential  # noqa: E402
 from matfact.torch.calibration.sequential import sequential_statistics  # noqa: E402
 from matfact.torch.calibration.statistics import captured, layer_views  # noqa: E402
 from matfact.torch.layers._matricized import matricized  # noqa: E402
@@ -192,6 +194,16 @@ def test_batches_that_wait_hold_no_workers_and_no_work_space():
     assert resident() - before[0] < states + 15e6
     assert len(os.listdir("/proc/self/task")) <= before[1] + 2
     stops.close()
+
+
+def test_more_batches_than_threads_could_wait_for_are_refused(monkeypatch):
+    monkeypatch.setattr(sequential, "MOST_PASSES", 6)
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    assert list(sequential_statistics(model, ["0"], [x] * 6))
+    with pytest.raises(ValueError, match="at most 6 batches"):
+        list(sequential_statistics(model, ["0"], itertools.repeat(x)))
+    with pytest.raises(ValueError, match="at most 3 batches .* with feedback"):
+        list(sequential_statistics(model, ["0"], [x] * 4, paired=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of processes")

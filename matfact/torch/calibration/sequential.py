@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from matfact.torch.layers._matricized import Matricized
 from matfact.torch.running._batches import checked, eval_mode
 from matfact.torch.running._random import RandomState, batch_states
 from matfact.torch.running._traces import Traces
+
+#: Passes that may wait at a time, each in a thread of some 0.1 MB.
+MOST_PASSES = 2048
 
 Stops = Generator[tuple[str, LayerStatistics]]
 _Views = dict[str, Matricized]
@@ -74,9 +78,23 @@ def sequential_statistics(
         Name of a layer that was called; each comes once.
     statistics : LayerStatistics
         Those of its inputs.
+
+    Raises
+    ------
+    ValueError
+        If there are more batches than threads could wait for, or an input is not finite.
     """
     views = layer_views(model, layers)
-    drawn = list(zip(checked(batches), batch_states(model), strict=False))
+    most = MOST_PASSES // 2 if paired else MOST_PASSES
+    drawn = list(
+        itertools.islice(zip(checked(batches), batch_states(model), strict=False), most + 1)
+    )
+    if len(drawn) > most:
+        raise ValueError(
+            f"calibration must have at most {most} batches for sequential calibration"
+            f"{' with feedback' if paired else ''}, got more: make them larger, or choose "
+            "sequential=False."
+        )
     traces = Traces(model)
     with eval_mode(model):
         try:
