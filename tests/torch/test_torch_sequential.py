@@ -202,7 +202,7 @@ def test_more_batches_than_threads_could_wait_for_are_refused(monkeypatch):
     assert list(sequential_statistics(model, ["0"], [x] * 6))
     with pytest.raises(ValueError, match="at most 6 batches"):
         list(sequential_statistics(model, ["0"], itertools.repeat(x)))
-    with pytest.raises(ValueError, match="at most 3 batches .* with feedback"):
+    with pytest.raises(ValueError, match=r"at most 3 batches .* with feedback"):
         list(sequential_statistics(model, ["0"], [x] * 4, paired=True))
 
 
