@@ -7,6 +7,7 @@ only what is in memory all at once, where networks need not fit.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -106,6 +107,15 @@ class SafetensorsFile:
         raise ValueError(
             f"path must name an intact safetensors file, but {self.path} {reason}."
         ) from None
+
+    def only(self, name: str) -> SafetensorsFile:
+        """Return the file with tensor `name` alone, for workers, who need not read its header."""
+        file = copy.copy(self)
+        file.__dict__.pop("_pages", None)
+        file.path, file.metadata = self.path.absolute(), {}
+        file.specs = {name: self.specs[name]}
+        file._begins = {name: self._begins[name]}
+        return file
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of tensor `name` piece by piece."""

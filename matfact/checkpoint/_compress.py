@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def compress(
     settings = _settings(weights, factorizer, layers)
     output = Path(folder).absolute()  # workers may be elsewhere
     tasks = [
-        _Task(name, weights.file(name).path.absolute(), weights.specs[name], factorizer, output, i)
+        _Task(name, weights.file(name).only(name), factorizer, output / shard_name(i))
         for i, name in enumerate(names, start=1)
     ]
     with Journal(Path(folder), settings) as journal:
@@ -113,15 +114,13 @@ class _Task:
     """One layer to be factorized, maybe in another process."""
 
     name: str
-    source: Path
-    spec: TensorSpec
+    source: SafetensorsFile
     factorizer: BaseFactorizer
-    folder: Path
-    index: int
+    path: Path
 
     @property
-    def path(self) -> Path:
-        return self.folder / shard_name(self.index)
+    def spec(self) -> TensorSpec:
+        return self.source.specs[self.name]
 
 
 def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
@@ -201,9 +200,11 @@ def _run(
 
     for shard in journal.finished.values():
         tell(shard)
-    for shard in _written(weights, tasks, notes, journal, n_jobs):
-        journal.add(shard)
-        tell(shard)
+    # Closed at once, so that no worker goes on when a run is stopped.
+    with contextlib.closing(_written(weights, tasks, notes, journal, n_jobs)) as written:
+        for shard in written:
+            journal.add(shard)
+            tell(shard)
     return [journal.finished[name] for name in names]
 
 
@@ -213,7 +214,7 @@ def _written(
     notes: Mapping[str, str],
     journal: Journal,
     n_jobs: int | None,
-) -> Iterator[Shard]:
+) -> Generator[Shard, None, None]:
     """Yield the files that are not in the journal as they are written."""
     if notes and shard_name(0) not in journal.finished:
         others = [name for name in weights.specs if name in notes]
@@ -228,7 +229,7 @@ def _written(
 def _factorize(task: _Task) -> Shard:
     """Write the factors of one layer, or the layer itself where they are no gain."""
     reuse_memory()
-    W = SafetensorsFile(task.source).read(task.name).reshape(matrix_shape(task.spec.shape))
+    W = task.source.read(task.name).reshape(matrix_shape(task.spec.shape))
     factorizer = clone(task.factorizer)
     with single_threaded():
         try:
@@ -249,7 +250,7 @@ def _factorize(task: _Task) -> Shard:
 
 
 def _kept(task: _Task, reason: str) -> Shard:
-    pieces = {task.name: (task.spec, SafetensorsFile(task.source).chunks(task.name))}
+    pieces = {task.name: (task.spec, task.source.chunks(task.name))}
     return write_plain(task.path, pieces, {task.name: reason})
 
 

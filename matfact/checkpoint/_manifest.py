@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matfact._files import write_atomically
+from matfact._files import replacing
 from matfact._json import parse_json
 from matfact._safetensors import TensorSpec, checked_spec
 
@@ -159,7 +159,8 @@ class Manifest(NamedTuple):
         }
         body = json.dumps(content, indent=1, allow_nan=False).encode()[1:]
         digest = hashlib.sha256(_HEAD + _ZEROS + b'",' + body).hexdigest().encode()
-        write_atomically(folder / MANIFEST, _HEAD + digest + b'",' + body)
+        with replacing(folder / MANIFEST) as file:
+            file.write(_HEAD + digest + b'",' + body)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -11,7 +11,7 @@ import numpy as np
 
 from matfact._layers import matrix_shape
 from matfact._safetensors import SafetensorsFile
-from matfact.checkpoint._manifest import Manifest, Shard
+from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard, checked_pages
 from matfact.operators import FactorProduct, _storage
 
@@ -82,6 +82,11 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the checkpoint, the manifest first."""
+        return [self.path / name for name in (MANIFEST, *(shard.file for shard in self.shards))]
 
     @property
     def nbytes(self) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from matfact._files import write_atomically
+from matfact._files import replacing
 from matfact._safetensors import TensorSpec, in_aligned_order, map_pages, serialize
 from matfact.checkpoint._manifest import Shard, StoredTensor
 
@@ -26,15 +26,10 @@ def shard_name(index: int) -> str:
 def write_shard(path: Path, content: Iterable[bytes], tensors: Iterable[StoredTensor]) -> Shard:
     """Write a file atomically, and return its entry in the manifest."""
     digest, nbytes = hashlib.sha256(), 0
-
-    def watched() -> Iterator[bytes]:
-        nonlocal nbytes
+    with replacing(path) as file:
         for chunk in content:
             digest.update(chunk)
-            nbytes += len(chunk)
-            yield chunk
-
-    write_atomically(path, watched())
+            nbytes += file.write(chunk)
     return Shard(path.name, nbytes, digest.hexdigest(), tuple(tensors))
 
 

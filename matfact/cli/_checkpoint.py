@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matfact.cli._common import FAILURE, Scheduler, told_to_users
+from matfact.cli._common import NO_GAIN, Scheduler, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +57,10 @@ def compress(
 
     Exit status:
     0 the checkpoint is complete (layers kept as they are, are listed with the reason)
-    1 the checkpoint is complete, but no layer could be factorized
-    2 the options, the weights or the output folder cannot be used
-    130 stopped by Ctrl-C; the same command goes on
+    1 an error of matfact itself, which is shown
+    2 the options, the weights or the output folder cannot be used, or memory ran out
+    3 the checkpoint is complete, but no layer could be factorized
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; the same command goes on
     """
     with told_to_users():
         from matfact._parallel import on_cluster
@@ -69,7 +70,7 @@ def compress(
             checkpoint = _compressed(weights, output, factorizer, layers, jobs)
         _print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
-        raise typer.Exit(FAILURE)
+        raise typer.Exit(NO_GAIN)
 
 
 def inspect(
@@ -83,17 +84,19 @@ def inspect(
 
     Exit status:
     0 the checkpoint is intact
-    2 it is damaged, or there is none
+    1 an error of matfact itself, which is shown
+    2 it is damaged, or there is none, or the page cannot be written
     """
     with told_to_users():
+        from matfact._files import check_output, write_atomically
         from matfact.checkpoint import Checkpoint
+        from matfact.checkpoint._html import page
 
         checkpoint = Checkpoint(folder)
+        if html is not None:
+            check_output(html, checkpoint.files)
         checkpoint.verify()
         if html is not None:
-            from matfact._files import write_atomically
-            from matfact.checkpoint._html import page
-
             write_atomically(html, page(checkpoint).encode())
         if as_json:
             typer.echo(json.dumps(_summary(checkpoint), indent=1))
@@ -112,8 +115,9 @@ def decompress(
 
     Exit status:
     0 the file is written
-    2 the checkpoint is damaged or the file cannot be written; nothing was
-    130 stopped by Ctrl-C; nothing was written
+    1 an error of matfact itself, which is shown; nothing was written
+    2 the checkpoint is damaged or the file cannot be written, or memory ran out; nothing was
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; nothing was written
     """
     with told_to_users():
         from matfact.checkpoint import decompress as write_dense

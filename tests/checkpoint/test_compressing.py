@@ -218,7 +218,9 @@ def test_a_file_damaged_since_is_made_again(damage, source, tmp_path):
     else:
         record = (out / "journal.log").read_bytes()
         (out / "journal.log").write_bytes(record[:-10])
-    (out / ".00003.safetensors.abcd.part").write_bytes(b"left by a process that was killed")
+    (out / ".00003.safetensors.matfact-0123456789abcdef.part").write_bytes(
+        b"left by a process that was killed"
+    )
     compress(source, out, HALF)
     assert content(out) == content(tmp_path / "whole")
 
@@ -260,7 +262,7 @@ def test_a_record_without_its_first_line_is_refused(source, tmp_path):
         compress(source, tmp_path / "out", HALF, progress=stopped_after(2))
     journal = tmp_path / "out" / "journal.log"
     journal.write_bytes(b"0" + journal.read_bytes()[1:])
-    with pytest.raises(ValueError, match=r"journal\.log is damaged"):
+    with pytest.raises(ValueError, match="with an intact journal.log"):
         compress(source, tmp_path / "out", HALF)
 
 
