@@ -152,23 +152,6 @@ def remove_partial_files(folder: Path, name: str | None = None) -> None:
                     _remove(path)
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """Return the content of a file.
-
-    Raises
-    ------
-    ValueError
-        If it is no regular file, or longer than `limit` bytes.
-    """
-    # Who opens a named pipe would wait for someone to write into it.
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        status = os.fstat(file.fileno())
-        _check_regular(path, status)
-        if status.st_size > limit:
-            raise ValueError(f"{path} is longer than {limit} bytes.")
-        return file.read(status.st_size)
-
-
 @contextlib.contextmanager
 def _partial(
     path: Path, earlier: os.stat_result | None, *, is_folder: bool = False
@@ -217,16 +200,12 @@ def _earlier(
         found = status(path)
     except FileNotFoundError:
         return None
-    _check_regular(path, found)
-    if os.path.ismount(path) or not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} must be a file that may be replaced; it is protected.")
-    return found
-
-
-def _check_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise ValueError(f"{path} must be a regular file, but it is {kind}.")
+    if os.path.ismount(path) or not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} must be a file that may be replaced; it is protected.")
+    return found
 
 
 def _may_be_replaced(folder: Path) -> bool:

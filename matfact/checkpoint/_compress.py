@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sklearn.base import clone
 import matfact
 from matfact import metrics
 from matfact._layers import matrix_shape
-from matfact._parallel import pool, reuse_memory
+from matfact._parallel import results, reuse_memory
 from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
 from matfact._threads import single_threaded
 from matfact.checkpoint._journal import Journal
@@ -198,32 +197,23 @@ def _run(
         if progress is not None:
             progress(shard, len(names))
 
+    def record(shard: Shard) -> None:
+        journal.add(shard)
+        tell(shard)
+
     for shard in journal.finished.values():
         tell(shard)
-    # Closed at once, so that no worker goes on when a run is stopped.
-    with contextlib.closing(_written(weights, tasks, notes, journal, n_jobs)) as written:
-        for shard in written:
-            journal.add(shard)
-            tell(shard)
-    return [journal.finished[name] for name in names]
-
-
-def _written(
-    weights: Source,
-    tasks: Sequence[_Task],
-    notes: Mapping[str, str],
-    journal: Journal,
-    n_jobs: int | None,
-) -> Generator[Shard, None, None]:
-    """Yield the files that are not in the journal as they are written."""
     if notes and shard_name(0) not in journal.finished:
         others = [name for name in weights.specs if name in notes]
         pieces = {n: (weights.specs[n], weights.file(n).chunks(n)) for n in others}
-        yield write_plain(journal.folder / shard_name(0), pieces, notes)
+        record(write_plain(journal.folder / shard_name(0), pieces, notes))
     left = [task for task in tasks if task.path.name not in journal.finished]
     # The largest first, so that no worker is left with one while the others are idle.
     left.sort(key=lambda task: -math.prod(task.spec.shape))
-    yield from pool(n_jobs, len(left))(joblib.delayed(_factorize)(task) for task in left)
+    with results(n_jobs, [joblib.delayed(_factorize)(task) for task in left]) as written:
+        for shard in written:
+            record(shard)
+    return [journal.finished[name] for name in names]
 
 
 def _factorize(task: _Task) -> Shard:

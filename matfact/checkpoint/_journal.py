@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from matfact._files import claimed, is_partial, read_regular, remove_partial_files, replacing
+from matfact._files import claimed, is_partial, remove_partial_files, replacing
 from matfact._json import parse_json
+from matfact._regular import read_whole
 from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
@@ -85,7 +86,7 @@ class Journal:
         """Return the settings of an earlier run and the files it recorded."""
         content = b""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            content = read_regular(self.folder / JOURNAL, _LIMIT)
+            content = read_whole(self.folder / JOURNAL, _LIMIT)
         lines = io.BytesIO(content)
         settings = _parsed(next(lines, b""))
         if settings is None:

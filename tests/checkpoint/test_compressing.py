@@ -262,7 +262,7 @@ def test_a_record_without_its_first_line_is_refused(source, tmp_path):
         compress(source, tmp_path / "out", HALF, progress=stopped_after(2))
     journal = tmp_path / "out" / "journal.log"
     journal.write_bytes(b"0" + journal.read_bytes()[1:])
-    with pytest.raises(ValueError, match="with an intact journal.log"):
+    with pytest.raises(ValueError, match=r"with an intact journal\.log"):
         compress(source, tmp_path / "out", HALF)
 
 
