@@ -149,18 +149,20 @@ def test_the_result_does_not_depend_on_the_number_of_jobs(source, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
-def test_a_killed_run_is_taken_up_and_gives_the_same_bytes(source, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_killed_run_is_taken_up_and_gives_the_same_bytes(kills, source, tmp_path):
     script = Path(__file__).with_name("killed_runs.py")
     (tmp_path / "runs").mkdir()
-    command = [sys.executable, script, source, tmp_path / "runs", "8"]
+    command = [sys.executable, script, source, tmp_path / "runs", str(kills)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     trials = report["trials"]
-    assert len(trials) == report["calls"] + 8
+    assert len(trials) == report["calls"] + kills
     assert all(trial["identical"] for trial in trials), trials
     assert all(trial["kept"] for trial in trials), trials
+    assert not any(trial["left"] for trial in trials), trials
     assert {trial["finished"] for trial in trials} >= {0, 1, 3, 6}
 
 
