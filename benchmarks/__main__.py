@@ -18,6 +18,7 @@ NAMES = (
     "networks",
     "fuzz",
     "synthetic",
+    "writers",
     "cluster",
 )
 #: Read by the numerical libraries when they are loaded, so they are set before any import.

@@ -12,7 +12,7 @@ import pytest
 # The benchmarks are not installed with the library.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import butterfly, floor, machine, projection
+from benchmarks import butterfly, floor, machine, projection, writers
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +55,12 @@ def test_no_fit_is_faster_than_the_floor():
         rows = floor.measure(48, parser.parse_args(["--repeats", "1", "--outer", "2"]))
     assert all(row["seconds"] > row["floor"] > 0 for row in rows if "seconds" in row)
     assert {row["method"] for row in rows} == set(floor.METHODS)
+
+
+def test_every_way_of_writing_is_measured():
+    row = writers.measure(3)
+    assert row["count"] == 3
+    assert min(row["seconds"].values()) > 0
 
 
 def test_evaluation_counts_factors_but_not_permutations():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, Palm4MSA, metrics
-from matfact.checkpoint import Checkpoint, _compress, compress, decompress
+from matfact.checkpoint import Checkpoint, _compress, _source, compress, decompress
 from matfact.factorizers import BaseFactorizer
 
 HALF = MagnitudePruner(density=0.5)
@@ -322,6 +322,20 @@ def test_many_layers_take_no_more_memory_than_the_largest(tmp_path):
     peak("warm", [96])  # compiles
     single, many = peak("single", [192]), peak("many", [192, 64, 128, 192, 192, 96, 160, 192])
     assert many < single + 0.5 * 4 * 192**2
+
+
+def test_the_header_is_not_read_for_every_layer(tmp_path, monkeypatch):
+    weights = {f"{i}.weight": torch.randn(8, 8) for i in range(20)} | {"bias": torch.ones(3)}
+    save_file(weights, tmp_path / "m.safetensors")
+    read, begin = [], _source.SafetensorsFile.__init__
+
+    def counted(self, path, *arguments):
+        read.append(Path(path).name)
+        begin(self, path, *arguments)
+
+    monkeypatch.setattr(_source.SafetensorsFile, "__init__", counted)
+    compress(tmp_path / "m.safetensors", tmp_path / "out", HALF)
+    assert read.count("m.safetensors") == 1
 
 
 def test_settings_are_remembered(source, tmp_path):
