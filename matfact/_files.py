@@ -143,13 +143,15 @@ def is_partial(name: str) -> bool:
 
 def remove_partial_files(folder: Path, name: str | None = None) -> None:
     """Remove what writes into `folder`, of the file `name` or all, left when they were killed."""
+    names: list[str] = []
     with contextlib.suppress(PermissionError):  # some folders can be written to and not listed
-        for path in folder.iterdir():
-            match = _PARTIAL.fullmatch(path.name)
-            if match is not None and (name is None or match[1] == name[:_SHOWN]):
-                # What is still being written, or is another user's, stays.
-                with contextlib.suppress(OSError), claimed(path):
-                    _remove(path)
+        names = os.listdir(folder)
+    for each in names:
+        match = _PARTIAL.fullmatch(each) if each[0] == "." else None  # folders may be large
+        if match is not None and (name is None or match[1] == name[:_SHOWN]):
+            # What is still being written, or is another user's, stays.
+            with contextlib.suppress(OSError), claimed(folder / each):
+                _remove(folder / each)
 
 
 @contextlib.contextmanager
@@ -204,7 +206,7 @@ def _earlier(
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise ValueError(f"{path} must be a regular file, but it is {kind}.")
     if os.path.ismount(path) or not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} must be a file that may be replaced; it is protected.")
+        raise PermissionError(f"{path} may not be replaced: it is write-protected or mounted.")
     return found
 
 
@@ -221,10 +223,9 @@ def _remove(path: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a loss of power, where the system can."""
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(PermissionError):  # Windows opens no folder, and some are not readable
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

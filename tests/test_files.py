@@ -145,22 +145,16 @@ def test_the_owner_is_kept(tmp_path):
         assert found == (12345, 23456, 0o770)
 
 
-@root
-@pytest.mark.parametrize(("owner", "mode"), [(12345, 0o444), (0, 0o666)])
-def test_files_that_may_not_be_replaced_are_refused_before_the_work(owner, mode, tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:3]):  # that another user may reach it
-        folder.chmod(folder.stat().st_mode | 0o111)
-    tmp_path.chmod(0o777)
-    path = tmp_path / "results.csv"
-    path.write_bytes(b"earlier")
-    os.chown(path, owner, owner)
-    path.chmod(mode)
+def as_another_user(work, folder):
+    """Return what `work` raises, as text, in a process of a user without rights."""
+    for each in (folder, *folder.parents[:3]):  # that the user may reach it
+        each.chmod(each.stat().st_mode | 0o111)
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:  # the numbers of a process cannot be taken back
         try:
             os.setgid(12345)
             os.setuid(12345)
-            _files.check_output(path)
+            work()
         except BaseException as error:
             os.write(writing, repr(error).encode())
         finally:
@@ -168,9 +162,30 @@ def test_files_that_may_not_be_replaced_are_refused_before_the_work(owner, mode,
     os.waitpid(child, 0)
     os.close(writing)
     with open(reading, "rb") as said:
-        assert b"PermissionError" in (message := said.read())
-    assert str(path).encode() in message
+        return said.read().decode()
+
+
+@root
+@pytest.mark.parametrize(("owner", "mode"), [(12345, 0o444), (0, 0o666)])
+def test_files_that_may_not_be_replaced_are_refused_before_the_work(owner, mode, tmp_path):
+    tmp_path.chmod(0o777)
+    path = tmp_path / "results.csv"
+    path.write_bytes(b"earlier")
+    os.chown(path, owner, owner)
+    path.chmod(mode)
+    message = as_another_user(lambda: _files.check_output(path), tmp_path)
+    assert "PermissionError" in message
+    assert str(path) in message
     assert path.read_bytes() == b"earlier"
+    assert os.listdir(tmp_path) == ["results.csv"]
+
+
+@root
+def test_a_folder_that_cannot_be_listed_is_written_to(tmp_path):
+    tmp_path.chmod(0o333)
+    path = tmp_path / "results.csv"
+    assert as_another_user(lambda: _files.write_atomically(path, b"content"), tmp_path) == ""
+    assert path.read_bytes() == b"content"
     assert os.listdir(tmp_path) == ["results.csv"]
 
 

@@ -95,13 +95,14 @@ def compress(
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
-    settings = _settings(weights, factorizer, layers)
     output = Path(folder).absolute()  # workers may be elsewhere
     tasks = [
         _Task(name, weights.file(name).only(name), factorizer, output / shard_name(i))
         for i, name in enumerate(names, start=1)
     ]
-    with Journal(Path(folder), settings) as journal:
+    with Journal(Path(folder)) as journal:  # before the weights are hashed, which takes long
+        settings = _settings(weights, factorizer, layers)
+        journal.take_up(settings)
         if not journal.is_complete:
             shards = _run(weights, tasks, notes, journal, n_jobs, progress)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))

@@ -31,9 +31,7 @@ class Journal:
     Parameters
     ----------
     folder : Path
-        Where the work is done. It must be new or empty, or hold work with the same settings.
-    settings : dict
-        What determines the result.
+        Where the work is done. It must be new or empty, or hold work that can be taken up.
 
     Attributes
     ----------
@@ -48,7 +46,7 @@ class Journal:
         If the folder holds anything else, or another process is at work on it.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.finished: dict[str, Shard] = {}
         self.is_complete = False
@@ -59,22 +57,29 @@ class Journal:
                 self._held.enter_context(claimed(folder))
             except BlockingIOError:
                 raise ValueError(f"{folder} is being written by another process.") from None
-            self._take_up(settings)
+            self._has_manifest = os.path.lexists(folder / MANIFEST)
+            self._earlier, self._known = (
+                self._of_manifest() if self._has_manifest else self._recorded()
+            )
             self._held = self._held.pop_all()
 
-    def _take_up(self, settings: dict[str, Any]) -> None:
-        """Find what is finished of this work, and begin the rest."""
-        has_manifest = os.path.lexists(self.folder / MANIFEST)
-        earlier, recorded = self._of_manifest() if has_manifest else self._recorded()
-        if earlier not in (None, settings):
+    def take_up(self, settings: dict[str, Any]) -> None:
+        """Find what is finished of the work with these settings, and begin the rest.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds work with other settings.
+        """
+        if self._earlier not in (None, settings):
             raise ValueError(
                 f"{self.folder} was begun with other options or weights: "
-                f"{_differences(earlier, settings)}. Choose another folder, or remove it."
+                f"{_differences(self._earlier, settings)}. Choose another folder, or remove it."
             )
         self._held.callback(self._tidy)
         remove_partial_files(self.folder)
-        self.finished = {s.file: s for s in recorded if _is_intact(self.folder, s)}
-        self.is_complete = has_manifest and len(self.finished) == len(recorded)
+        self.finished = {s.file: s for s in self._known if _is_intact(self.folder, s)}
+        self.is_complete = self._has_manifest and len(self.finished) == len(self._known)
         if not self.is_complete:
             self._begin(settings)
 

@@ -251,7 +251,9 @@ def test_other_options_or_weights_are_refused(is_complete, source, tmp_path):
     assert content(out) == before
 
 
-def test_a_folder_with_anything_else_is_left_alone(source, tmp_path):
+def test_a_folder_with_anything_else_is_left_alone(source, tmp_path, monkeypatch):
+    # Refused before the weights are hashed, which may take minutes.
+    monkeypatch.setattr(_source.Source, "digests", lambda self: pytest.fail("hashed"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="new or an empty folder"):
