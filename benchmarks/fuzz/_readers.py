@@ -247,7 +247,7 @@ def _run_command(folder: Path) -> None:
         os.chdir(before)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
-    if result.exit_code not in (0, 1, 2):
+    if result.exit_code not in (0, 2, 3):
         raise RuntimeError(f"exit status {result.exit_code}: {result.output}")
     if result.exit_code == 2:
         raise ValueError(result.output)
