@@ -75,6 +75,20 @@ def test_sigterm_while_compressing_ends_workers_and_leaves_work_that_goes_on(sou
     assert not list(out.glob(".*"))
 
 
+def test_no_worker_goes_on_when_whoever_is_told_of_progress_raises(source, tmp_path, recwarn):
+    def progress(shard, total):
+        raise RuntimeError("seen enough")
+
+    options = {"n_jobs": 2, "progress": progress}
+    with pytest.raises(RuntimeError, match="seen enough"):
+        compress(source, tmp_path / "out", DoubleSparseFactorizer(density=0.5), **options)
+    before = sorted(os.listdir(tmp_path / "out"))
+    time.sleep(2)  # two fits take less
+    assert sorted(os.listdir(tmp_path / "out")) == before
+    assert not [name for name in before if name.startswith(".")]
+    assert not [warning for warning in recwarn if "cancelled" in str(warning.message)]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 def test_a_worker_killed_for_its_memory_is_one_line(source, tmp_path):
     out = tmp_path / "out"
