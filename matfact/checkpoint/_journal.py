@@ -112,7 +112,7 @@ class Journal:
             if entry.name != JOURNAL and not is_partial(entry.name):
                 raise ValueError(
                     f"{self.folder} must be a new or an empty folder, or hold work with an intact "
-                    f"{JOURNAL}, but it holds {entry.name!r}. Choose another, or remove it."
+                    f"{JOURNAL}, but it holds {entry.name!r}. Choose another folder."
                 )
 
     def _begin(self, settings: dict[str, Any]) -> None:

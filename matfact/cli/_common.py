@@ -42,14 +42,20 @@ def told_to_users() -> Iterator[None]:
         message = "Error: a worker process was killed, as when memory runs out. Try fewer jobs."
         raise _ended(message, USAGE) from error
     except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        raise _ended("Stopped; every file is complete or as it was.", SIGNALLED + number) from error
+        status = SIGNALLED + getattr(error, "number", signal.SIGINT)
+        raise _ended("Stopped; every file is complete or as it was.", status) from error
 
 
 def _ended(message: str, status: int) -> typer.Exit:
     with contextlib.suppress(OSError):  # a terminal may be closed
         typer.echo(message, err=True)
     return typer.Exit(status)
+
+
+class _SignalInterrupt(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextlib.contextmanager
@@ -62,7 +68,7 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)  # a second one must not stop the tidying
-        raise KeyboardInterrupt(number)
+        raise _SignalInterrupt(number)
 
     try:
         for number in numbers:
