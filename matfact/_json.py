@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
+def parse_json(
+    text: bytes, convert: Callable[[dict[str, Any]], Any] = lambda content: content
+) -> dict[str, Any]:
     """Return the JSON object `text`.
+
+    Parameters
+    ----------
+    text : bytes
+        All of it.
+    convert : callable, optional
+        Called with each object, inner ones first; what it returns takes the object's place.
 
     Raises
     ------
     ValueError
-        If it is anything else, is nested beyond measure or repeats a key.
+        If it is anything else, is nested beyond measure, repeats a key, or holds a number that is
+        not finite.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("a key comes twice")
+        return convert(content)
+
     try:
-        content = json.loads(text.decode(), object_pairs_hook=_unique)
+        content = json.loads(
+            text.decode(), object_pairs_hook=unique, parse_float=_finite, parse_constant=_refused
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
@@ -23,8 +44,16 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a key comes twice")
-    return content
+def is_version(content: dict[str, Any], format: str, version: int) -> bool:
+    """Whether `content` says that it is of this format and version; ``true`` is not 1."""
+    found = content.get("version")
+    return content.get("format") == format and type(found) is int and found == version
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refused(text)
+
+
+def _refused(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a finite number")

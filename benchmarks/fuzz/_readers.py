@@ -201,7 +201,7 @@ def _torch_readers(folder: Path, weights: dict[str, np.ndarray]) -> dict[str, Re
 
 
 def _read_safetensors(folder: Path) -> None:
-    from matfact._safetensors import SafetensorsFile
+    from matfact._safetensors_file import SafetensorsFile
 
     file = SafetensorsFile(folder / "m.safetensors")
     for name in file.specs:

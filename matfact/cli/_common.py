@@ -8,6 +8,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from matfact._text import printable
+
 #: An option of the commands whose work a cluster can do.
 Scheduler = Annotated[
     str | None,
@@ -31,7 +33,7 @@ def told_to_users() -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever reads the output, as `head`, has seen enough: typer ends in silence
     except (ValueError, ImportError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {printable(error)}", err=True)
         raise typer.Exit(USAGE) from error
     except KeyboardInterrupt as error:
         typer.echo("Stopped; every file is complete or as it was.", err=True)

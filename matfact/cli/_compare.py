@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matfact._text import printable
 from matfact.cli._common import FAILURE, Scheduler, parse, told_to_users
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _study(
     output.mkdir(parents=True, exist_ok=True)  # before the work, lest that be lost
     loaded = load_weights(weights, stored=scheduler is not None)
     matrices = cut_matrices(loaded, **cut)
-    console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
+    console.print(f"{len(matrices)} matrices from {printable(loaded.source)}", markup=False)
     _tell_left_out(console, matrices.left_out)
     with on_cluster(scheduler):
         comparison = _compare(console, matrices, run)
@@ -103,7 +104,8 @@ def _study(
     console.print(summary_table(comparison))
     failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")
     for (method, size, message), count in failed.items():
-        console.print(f"Failed: {method} at size {size} ({count}×): {message}", markup=False)
+        text = f"Failed: {method} at size {size} ({count}×): {printable(message)}"
+        console.print(text, markup=False)
     _write(console, comparison, output)
     return comparison
 
@@ -115,7 +117,7 @@ def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         console.print(
-            f"Not compared ({len(names)}; {reason}): {', '.join(names)}",
+            f"Not compared ({len(names)}; {reason}): {printable(', '.join(names))}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

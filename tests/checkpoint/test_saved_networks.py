@@ -270,7 +270,7 @@ def test_empty_files_are_refused_by_name_mapped_or_not(tmp_path):
     loaded = Checkpoint(tmp_path / "n")
     with pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
         loaded.file("b")
-    with loaded.mapping_ahead(), pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
+    with loaded.reading_ahead(), pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
         loaded.file("b")
 
 

@@ -219,7 +219,7 @@ def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
     monkeypatch.setattr(_reader, "checked_pages", watched)
     loading = checkpoint.Checkpoint(tmp_path / "network")
     largest = max(loading.shards, key=lambda shard: shard.nbytes)
-    with loading.mapping_ahead():
+    with loading.reading_ahead():
         assert begun.wait(60)
         for shard in loading.shards:
             if shard is not largest:
