@@ -207,7 +207,7 @@ def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
     network, tmp_path, monkeypatch
 ):
     save_network(network, tmp_path / "network")
-    original, checked, begun, used = _reader.checked_pages, [], Event(), Event()
+    original, checked, begun, used = _reader.read_shard, [], Event(), Event()
 
     def watched(folder, shard):
         checked.append((shard.file, current_thread() is main_thread()))
@@ -216,7 +216,7 @@ def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
             assert used.wait(60)
         return original(folder, shard)
 
-    monkeypatch.setattr(_reader, "checked_pages", watched)
+    monkeypatch.setattr(_reader, "read_shard", watched)
     loading = checkpoint.Checkpoint(tmp_path / "network")
     largest = max(loading.shards, key=lambda shard: shard.nbytes)
     with loading.reading_ahead():
@@ -225,7 +225,7 @@ def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
             if shard is not largest:
                 loading.file(shard.tensors[0].name)
         used.set()
-        loading.verify()
+        loading.file(largest.tensors[0].name)
     names = [shard.file for shard in loading.shards if shard is not largest]
     assert checked == [(largest.file, False), *((name, True) for name in names)]
 
