@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 
 
 def parse_json(
-    text: bytes, convert: Callable[[dict[str, Any]], Any] = lambda content: content
+    text: bytes | str, convert: Callable[[dict[str, Any]], Any] = lambda content: content
 ) -> dict[str, Any]:
     """Return the JSON object `text`.
 
     Parameters
     ----------
-    text : bytes
+    text : bytes or str
         All of it.
     convert : callable, optional
         Called with each object, inner ones first; what it returns takes the object's place.
@@ -34,8 +34,9 @@ def parse_json(
         return convert(content)
 
     try:
+        decoded = text if isinstance(text, str) else text.decode()
         content = json.loads(
-            text.decode(), object_pairs_hook=unique, parse_float=_finite, parse_constant=_refused
+            decoded, object_pairs_hook=unique, parse_float=_finite, parse_constant=_refused
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None

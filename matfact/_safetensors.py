@@ -63,15 +63,12 @@ class Header(NamedTuple):
     Attributes
     ----------
     specs : dict of str to TensorSpec
-        The tensors by name, in the order of their bytes.
-    begins : dict of str to int
-        Place of the first byte of each, after the header.
+        The tensors by name, in the order of their bytes, which follow one another without gaps.
     metadata : dict of str to str
         Whatever else it holds.
     """
 
     specs: dict[str, TensorSpec]
-    begins: dict[str, int]
     metadata: dict[str, str]
 
 
@@ -84,18 +81,20 @@ def read_head(read: Callable[[int], bytes], nbytes: int) -> bytes:
     return first + read(length)
 
 
-def parse_header(text: bytes, nbytes: int) -> Header:
+def parse_header(text: str, nbytes: int) -> Header:
     """Return what a header says of the `nbytes` bytes after it, or raise ``ValueError``."""
-    shared: dict[tuple[str, tuple[int, ...]], TensorSpec] = {}
+    known: dict[str, TensorSpec] = {}  # there may be millions of tensors, of a few kinds
 
     def convert(fields: dict[str, Any]) -> Any:
-        """Return an entry in little memory; there may be millions."""
+        """Return place and spec of an entry."""
         if not (fields.keys() >= _ENTRY and isinstance(fields["shape"], list)):
             return fields
-        spec, offsets = checked_spec(fields["dtype"], fields["shape"]), fields["data_offsets"]
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        kind = f"{dtype!r}{shape}"
+        spec = known.get(kind) or known.setdefault(kind, checked_spec(dtype, shape))
         if not is_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != spec.nbytes:
             raise ValueError(f"offsets {offsets!r:.80} do not fit a tensor of {spec.nbytes} bytes")
-        return offsets[0], offsets[1], shared.setdefault(spec, spec)
+        return offsets[0], spec
 
     fields = parse_json(text, convert)
     metadata = fields.pop("__metadata__", {})
@@ -103,15 +102,16 @@ def parse_header(text: bytes, nbytes: int) -> Header:
         raise ValueError("its metadata are not strings")
     if not all(isinstance(entry, tuple) for entry in fields.values()):
         raise ValueError("an entry is not dtype, shape and offsets")
-    specs, begins, end = {}, {}, 0
-    for name in sorted(fields, key=lambda name: fields[name][:2]):
-        begins[name], following, specs[name] = fields[name]
-        if begins[name] != end:
+    specs, end = {}, 0
+    # Tensors without bytes come before the one that begins in the same place.
+    for name in sorted(fields, key=lambda n: 2 * fields[n][0] + (fields[n][1].nbytes > 0)):
+        begin, specs[name] = fields.pop(name)
+        if begin != end:
             raise ValueError(f"tensor {name!r} does not begin where the one before ends")
-        end = following
+        end += specs[name].nbytes
     if end != nbytes:
         raise ValueError(f"its tensors take {end} bytes, and there are {nbytes}")
-    return Header(specs, begins, metadata)
+    return Header(specs, metadata)
 
 
 def is_known_to_numpy(dtype: str) -> bool:

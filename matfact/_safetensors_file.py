@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ class TensorLocation(NamedTuple):
         content = np.empty(self.spec.nbytes, dtype=np.uint8)
         with self._opened() as file:
             is_whole = _filled(file, content) == content.size
-        if not is_whole or self.sha256 not in (None, hashlib.sha256(content.data).digest()):
+        if not is_whole or self._differs(content):
             raise self._changed()
         return as_array(self.spec, content)
 
@@ -108,6 +109,9 @@ class TensorLocation(NamedTuple):
             raise ValueError(
                 f"{self.name!r} in {self.path} has dtype {self.spec.dtype}, unknown to NumPy."
             )
+
+    def _differs(self, content: np.ndarray) -> bool:
+        return self.sha256 is not None and hashlib.sha256(content.data).digest() != self.sha256
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -159,21 +163,23 @@ class SafetensorsFile:
             if content is None:
                 with open_regular(self.path) as file:
                     self._state = FileState.of(file)
-                    self._head = read_head(file.read, self._state.nbytes)
+                    head = read_head(file.read, self._state.nbytes)
             else:
                 self._state = FileState(content.size, 0)
                 rest = iter((content[:8], content[8:]))
-                self._head = read_head(lambda n: next(rest)[:n].tobytes(), content.size)
-            header = parse_header(self._head[8:], self._state.nbytes - len(self._head))
+                head = read_head(lambda n: next(rest)[:n].tobytes(), content.size)
+            self._start, self._head = len(head), hashlib.sha256(head).digest()
+            text = str(memoryview(head)[8:], "utf-8")
+            del head  # a header may take 100 MB
+            self.specs, self.metadata = parse_header(text, self._state.nbytes - self._start)
         except ValueError as error:
             raise ValueError(
                 f"path must name an intact safetensors file, but {self.path} is damaged: {error}"
             ) from None
-        self.specs, self._begins, self.metadata = header
 
     def location(self, name: str) -> TensorLocation:
         """Return where tensor `name` is."""
-        begin = len(self._head) + self._begins[name]
+        begin = self._begins[name]
         spec, digest = self.specs[name], self._digests.get(name)
         return TensorLocation(self.path, name, spec, begin, self._state, digest)
 
@@ -202,17 +208,23 @@ class SafetensorsFile:
 
     def _bytes(self, name: str) -> np.ndarray:
         assert self._content is not None
-        begin = len(self._head) + self._begins[name]
+        begin = self._begins[name]
         return self._content[begin : begin + self.specs[name].nbytes]
+
+    @functools.cached_property
+    def _begins(self) -> dict[str, int]:
+        """Place of the first byte of each tensor."""
+        ends = itertools.accumulate((s.nbytes for s in self.specs.values()), initial=self._start)
+        return dict(zip(self.specs, ends, strict=False))
 
     @functools.cached_property
     def sha256(self) -> str:
         """Checksum of the file; all that is read from then on must be what was hashed for it."""
         if self._content is not None:
             return hashlib.sha256(self._content.data).hexdigest()
-        whole = hashlib.sha256(self._head)
         with open_regular(self.path) as file:
-            if file.read(len(self._head)) != self._head:
+            whole = hashlib.sha256(file.read(self._start))
+            if whole.digest() != self._head:
                 raise self._changed()
             for name, spec in self.specs.items():
                 own = hashlib.sha256()
