@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from matfact._regular import read_whole
+
+#: Longest report read, in bytes.
+_LONGEST_REPORT = 1 << 26
+
+T = TypeVar("T")
 
 
 def parse_json(
@@ -58,3 +66,22 @@ def _finite(text: str) -> float:
 
 def _refused(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a finite number")
+
+
+def read_report(path: str | Path, make_row: Callable[..., T]) -> tuple[list[T], dict[str, Any]]:
+    """Return the rows and the metadata of a report that was written as JSON.
+
+    Raises
+    ------
+    ValueError
+        If the file holds anything else.
+    """
+    content = read_whole(path, _LONGEST_REPORT)
+    try:
+        fields = parse_json(content)
+        rows, metadata = [make_row(**row) for row in fields["rows"]], fields["metadata"]
+        if not isinstance(metadata, dict):
+            raise ValueError("metadata are no JSON object")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path must name a report by to_json, not {path}: {error}.") from None
+    return rows, metadata

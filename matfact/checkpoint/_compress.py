@@ -125,9 +125,9 @@ class _Task:
 
 
 def _place(weights: Source, name: str) -> TensorLocation:
-    """Return where a layer is, for processes in other folders."""
-    location = weights.file(name).location(name)
-    return location._replace(path=location.path.absolute())
+    """Return where a layer is and its checksum, for processes in other folders."""
+    file = weights.file(name)
+    return file.location(name)._replace(path=file.path.absolute(), sha256=file.digest(name))
 
 
 def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:

@@ -5,6 +5,7 @@ Such a file is a graph. A few bytes can name one container, or one number, any n
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -65,7 +66,8 @@ def _check_calls(file: BinaryIO) -> None:
             if info.filename.endswith("data.pkl")
         )
     else:
-        calls = _has_calls(file)
+        is_pickle = file.read(1) == pickle.PROTO
+        calls = not is_pickle or _has_calls(file)
     if calls:
         raise ValueError("it holds more than tensors and containers of them.")
     file.seek(0)
