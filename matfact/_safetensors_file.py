@@ -138,9 +138,8 @@ class SafetensorsFile:
     ----------
     path : str or Path
         The file. Its header is read and checked against the size of the file.
-    content : ndarray, optional
-        All of its bytes, if they were read already; see :func:`content_of`. Tensors are then
-        views of them.
+    in_memory : bool, default=False
+        Whether to read all of it at once. Tensors are then views of its bytes.
 
     Attributes
     ----------
@@ -155,27 +154,33 @@ class SafetensorsFile:
         If the file is truncated or its header is not what the format prescribes.
     """
 
-    def __init__(self, path: str | Path, content: np.ndarray | None = None) -> None:
+    def __init__(self, path: str | Path, *, in_memory: bool = False) -> None:
         self.path = Path(path)
-        self._content = content
+        self._content: np.ndarray | None = None
         self._digests: dict[str, bytes] = {}
         try:
-            if content is None:
-                with open_regular(self.path) as file:
-                    self._state = FileState.of(file)
-                    head = read_head(file.read, self._state.nbytes)
-            else:
-                self._state = FileState(content.size, 0)
-                rest = iter((content[:8], content[8:]))
-                head = read_head(lambda n: next(rest)[:n].tobytes(), content.size)
-            self._start, self._head = len(head), hashlib.sha256(head).digest()
-            text = str(memoryview(head)[8:], "utf-8")
-            del head  # a header may take 100 MB
-            self.specs, self.metadata = parse_header(text, self._state.nbytes - self._start)
+            with open_regular(self.path) as file:
+                self._state = FileState.of(file)
+                head = read_head(file.read, self._state.nbytes)
+                self._start, self._head = len(head), hashlib.sha256(head).digest()
+                text = str(memoryview(head)[8:], "utf-8")
+                if not in_memory:
+                    del head  # it may take 100 MB
+                self.specs, self.metadata = parse_header(text, self._state.nbytes - self._start)
+                if in_memory:
+                    self._content = self._rest(file, head)
         except ValueError as error:
             raise ValueError(
                 f"path must name an intact safetensors file, but {self.path} is damaged: {error}"
             ) from None
+
+    def _rest(self, file: BinaryIO, head: bytes) -> np.ndarray:
+        """Return the bytes of the whole file, of which `head` was read."""
+        content = np.empty(self._state.nbytes, dtype=np.uint8)
+        content[: self._start] = np.frombuffer(head, np.uint8)
+        if _filled(file, content[self._start :]) < content.size - self._start:
+            raise ValueError("it was cut while it was read")
+        return content
 
     def location(self, name: str) -> TensorLocation:
         """Return where tensor `name` is."""
@@ -243,16 +248,6 @@ class SafetensorsFile:
 
     def _changed(self) -> ValueError:
         return ValueError(f"{self.path} must stay as it is while it is read, but was changed.")
-
-
-def content_of(path: Path, nbytes: int | None = None) -> np.ndarray | None:
-    """Return the bytes of a file in memory of their own, None if they are not `nbytes` many."""
-    with open_regular(path) as file:
-        found = FileState.of(file).nbytes
-        if nbytes not in (None, found):
-            return None
-        content = np.empty(found, dtype=np.uint8)
-        return content if _filled(file, content) == found else None
 
 
 def _filled(file: BinaryIO, content: np.ndarray) -> int:

@@ -11,10 +11,13 @@ from typing import Any, BinaryIO, Self
 
 from matfact._files import remove_partial_files, write_atomically
 from matfact._json import parse_json
+from matfact._regular import read_whole
 from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
 JOURNAL = "journal.log"
+#: Longest record read, in bytes: that of as many files as a manifest may name.
+_LONGEST = 1 << 26
 
 
 class Journal:
@@ -71,7 +74,7 @@ class Journal:
             if any(not entry.name.endswith(".part") for entry in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} must be a new or an empty folder.")
             return None
-        first, *lines = [_parsed(line) for line in path.read_bytes().split(b"\n")]
+        first, *lines = [_parsed(line) for line in read_whole(path, _LONGEST).split(b"\n")]
         if first is None:
             raise ValueError(f"{path} is damaged; remove {self.folder} to begin again.")
         for line in lines:

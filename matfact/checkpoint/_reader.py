@@ -12,7 +12,7 @@ import numpy as np
 from matfact._layers import matrix_shape
 from matfact._safetensors_file import SafetensorsFile
 from matfact.checkpoint._manifest import Manifest, Shard
-from matfact.checkpoint._shards import check_shard, read_shard
+from matfact.checkpoint._shards import check_shard
 from matfact.operators import FactorProduct, _storage
 
 
@@ -155,7 +155,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         return _fitting(check_shard(self.path, shard), shard)
 
     def _read(self, shard: Shard) -> SafetensorsFile:
-        return _fitting(read_shard(self.path, shard), shard)
+        return _fitting(check_shard(self.path, shard, in_memory=True), shard)
 
 
 def _fitting(file: SafetensorsFile, shard: Shard) -> SafetensorsFile:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matfact._files import write_atomically
 from matfact._safetensors import TensorSpec, in_aligned_order, serialize
-from matfact._safetensors_file import SafetensorsFile, content_of
+from matfact._safetensors_file import SafetensorsFile
 from matfact.checkpoint._manifest import Shard, StoredTensor
 
 
@@ -46,8 +46,17 @@ def write_plain(
     return write_shard(path, serialize(specs, content, {}), held)
 
 
-def check_shard(folder: Path, shard: Shard) -> SafetensorsFile:
-    """Return the file, of which all that is read from now on are the bytes checked here.
+def check_shard(folder: Path, shard: Shard, *, in_memory: bool = False) -> SafetensorsFile:
+    """Return the file; what is read of it from now on are the bytes checked here.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    shard : Shard
+        Its file.
+    in_memory : bool, default=False
+        Whether to read all of it at once.
 
     Raises
     ------
@@ -56,33 +65,8 @@ def check_shard(folder: Path, shard: Shard) -> SafetensorsFile:
     """
     path = folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.nbytes:
-        raise _missing(path, shard)
-    file = SafetensorsFile(path)
-    _check_digest(file, shard)
-    return file
-
-
-def read_shard(folder: Path, shard: Shard) -> SafetensorsFile:
-    """Return the file with its bytes in memory, which are what is checked.
-
-    Raises
-    ------
-    ValueError
-        If the file is not there with the bytes it was written with.
-    """
-    path = folder / shard.file
-    content = content_of(path, shard.nbytes) if path.is_file() else None
-    if content is None:
-        raise _missing(path, shard)
-    file = SafetensorsFile(path, content)
-    _check_digest(file, shard)
-    return file
-
-
-def _missing(path: Path, shard: Shard) -> ValueError:
-    return ValueError(f"{path} must be a file of {shard.nbytes} bytes; it is missing or cut.")
-
-
-def _check_digest(file: SafetensorsFile, shard: Shard) -> None:
+        raise ValueError(f"{path} must be a file of {shard.nbytes} bytes; it is missing or cut.")
+    file = SafetensorsFile(path, in_memory=in_memory)
     if file.sha256 != shard.sha256:
-        raise ValueError(f"{file.path} is damaged: its checksum is not the one in the manifest.")
+        raise ValueError(f"{path} is damaged: its checksum is not the one in the manifest.")
+    return file

@@ -20,7 +20,7 @@ from matfact.compare._archives import check_expansion, is_zip, members
 _DEEPEST, _LONGEST = 64, 1000
 #: What torch's loader runs and what can fill the memory by itself.
 _UNREAD = (b"\nbytearray\n", b"\n_rebuild_device_tensor_from_cpu_tensor\n")
-_WINDOW = 1 << 22
+_WINDOW = 1 << 16
 
 
 def torch_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,7 +19,7 @@ from matfact._safetensors import (
     stored,
     to_bfloat16,
 )
-from matfact._safetensors_file import SafetensorsFile, content_of
+from matfact._safetensors_file import SafetensorsFile
 
 ARRAYS = {
     "empty": np.zeros((0, 3), np.float32),
@@ -47,7 +47,7 @@ def test_files_are_those_of_the_reference_implementation(tmp_path):
     safetensors.numpy.save_file(ARRAYS, tmp_path / "theirs", metadata={"format": "np"})
     for name in ("ours", "theirs"):
         file = SafetensorsFile(tmp_path / name)
-        in_memory = SafetensorsFile(tmp_path / name, content_of(tmp_path / name))
+        in_memory = SafetensorsFile(tmp_path / name, in_memory=True)
         theirs = safetensors.numpy.load_file(tmp_path / name)
         assert file.metadata == {"format": "np"}
         assert set(file.specs) == set(theirs) == set(ARRAYS)

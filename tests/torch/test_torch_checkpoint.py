@@ -207,16 +207,17 @@ def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
     network, tmp_path, monkeypatch
 ):
     save_network(network, tmp_path / "network")
-    original, checked, begun, used = _reader.read_shard, [], Event(), Event()
+    original, checked, begun, used = _reader.check_shard, [], Event(), Event()
 
-    def watched(folder, shard):
+    def watched(folder, shard, in_memory):
+        assert in_memory
         checked.append((shard.file, current_thread() is main_thread()))
         if len(checked) == 1:  # the other thread is held up with the largest
             begun.set()
             assert used.wait(60)
-        return original(folder, shard)
+        return original(folder, shard, in_memory=True)
 
-    monkeypatch.setattr(_reader, "read_shard", watched)
+    monkeypatch.setattr(_reader, "check_shard", watched)
     loading = checkpoint.Checkpoint(tmp_path / "network")
     largest = max(loading.shards, key=lambda shard: shard.nbytes)
     with loading.reading_ahead():
