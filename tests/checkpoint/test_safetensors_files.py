@@ -95,6 +95,11 @@ HOSTILE = {
     "entry of another type": {"a": 8},
     "a list": [entry(0, 8, (8,))],
     "metadata of another type": {"__metadata__": {"x": 1}, "a": entry(0, 8, (8,))},
+    "a name twice": b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},'
+    b'"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}',
+    "a number that is none": b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8],"x":NaN}}',
+    "a number beyond all": b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8],"x":1e999}}',
+    "a size of one and one of true": {"a": entry(0, 4, (1, 4)), "b": entry(4, 8, (True, 4))},
     "no JSON": b"{'a': 1}",
     "no UTF-8": b'{"\xff": 1}',
     "nested deeply": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",

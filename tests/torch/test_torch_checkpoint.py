@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from matfact import LowRank, MagnitudePruner, checkpoint  # noqa: E402
-from matfact.checkpoint import _reader  # noqa: E402
+from matfact.checkpoint import Checkpoint, _reader  # noqa: E402
 from matfact.torch import MonarchLinear, compress, load_network, save_network  # noqa: E402
 
 
@@ -258,3 +258,22 @@ def test_a_tensor_that_no_file_can_hold_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"'0\.weight': .*complex128"):
         save_network(model, tmp_path / "network")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2)), "lacks"),
+        (lambda: nn.Sequential(nn.Linear(6, 8)), "also has"),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), "shape"),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.Bilinear(8, 2, 4)), "shape|lacks|also has"),
+    ],
+)
+def test_nothing_is_read_of_a_checkpoint_that_does_not_fit(other, problem, tmp_path, monkeypatch):
+    network, _ = compress(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), LowRank(rank=1))
+    save_network(network, tmp_path / "network")
+    read = []
+    monkeypatch.setattr(Checkpoint, "product", lambda self, name: read.append(name))
+    with pytest.raises(ValueError, match=problem):
+        load_network(other(), tmp_path / "network")
+    assert not read
