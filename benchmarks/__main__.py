@@ -17,6 +17,7 @@ NAMES = (
     "startup",
     "networks",
     "fuzz",
+    "readers",
     "synthetic",
     "writers",
     "cluster",

@@ -18,18 +18,17 @@ def open_regular(path: str | Path) -> BinaryIO:
     """
     # Without O_NONBLOCK, a pipe is not even opened before somebody writes to it.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(path, flags), "rb") if not os.path.isdir(path) else None
-    if file is not None and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    if file is not None:
-        file.close()
+    descriptor = os.open(path, flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
     raise ValueError(f"{path} must be a regular file.")
 
 
 def read_whole(path: str | Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes, or raise ``ValueError``."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > limit:
             raise ValueError(f"{path} must be a file of at most {limit} bytes.")
-        return file.read(size)  # not `limit`: that much would be allocated
+        return file.read(nbytes)

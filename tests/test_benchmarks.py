@@ -12,7 +12,7 @@ import pytest
 # The benchmarks are not installed with the library.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import butterfly, floor, machine, projection, writers
+from benchmarks import butterfly, floor, machine, projection, readers, writers
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,3 +120,10 @@ def test_layers_are_measured_against_the_dense_one(tmp_path):
         rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
         assert {row["layer"] for row in rows} == set(layers.LAYERS)
         assert all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_readers_are_measured(name):
+    row = readers.measured(name, 20)
+    assert row["tensors"] == 20
+    assert row["seconds"] > 0

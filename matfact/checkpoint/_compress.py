@@ -18,7 +18,8 @@ import matfact
 from matfact import metrics
 from matfact._layers import matrix_shape
 from matfact._parallel import results, reuse_memory
-from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
+from matfact._safetensors import from_bfloat16, to_bfloat16
+from matfact._safetensors_file import TensorLocation
 from matfact._threads import single_threaded
 from matfact.checkpoint._journal import Journal
 from matfact.checkpoint._manifest import Manifest, Shard, StoredTensor
@@ -96,14 +97,14 @@ def compress(
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
     output = Path(folder).absolute()  # workers may be elsewhere
-    tasks = [
-        _Task(name, weights.file(name).only(name), factorizer, output / shard_name(i))
-        for i, name in enumerate(names, start=1)
-    ]
     with Journal(Path(folder)) as journal:  # before the weights are hashed, which takes long
         settings = _settings(weights, factorizer, layers)
         journal.take_up(settings)
         if not journal.is_complete:
+            tasks = [
+                _Task(_place(weights, name), factorizer, output / shard_name(i))
+                for i, name in enumerate(names, start=1)
+            ]
             shards = _run(weights, tasks, notes, journal, n_jobs, progress)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))
     return Checkpoint(folder)
@@ -113,14 +114,15 @@ def compress(
 class _Task:
     """One layer to be factorized, maybe in another process."""
 
-    name: str
-    source: SafetensorsFile
+    tensor: TensorLocation
     factorizer: BaseFactorizer
     path: Path
 
-    @property
-    def spec(self) -> TensorSpec:
-        return self.source.specs[self.name]
+
+def _place(weights: Source, name: str) -> TensorLocation:
+    """Return where a layer is and its checksum, for processes in other folders."""
+    file = weights.file(name)
+    return file.location(name)._replace(path=file.path.absolute(), sha256=file.digest(name))
 
 
 def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
@@ -210,7 +212,7 @@ def _run(
         record(write_plain(journal.folder / shard_name(0), pieces, notes))
     left = [task for task in tasks if task.path.name not in journal.finished]
     # The largest first, so that no worker is left with one while the others are idle.
-    left.sort(key=lambda task: -math.prod(task.spec.shape))
+    left.sort(key=lambda task: -math.prod(task.tensor.spec.shape))
     with results(n_jobs, [joblib.delayed(_factorize)(task) for task in left]) as written:
         for shard in written:
             record(shard)
@@ -220,29 +222,31 @@ def _run(
 def _factorize(task: _Task) -> Shard:
     """Write the factors of one layer, or the layer itself where they are no gain."""
     reuse_memory()
-    W = task.source.read(task.name).reshape(matrix_shape(task.spec.shape))
+    name, spec = task.tensor.name, task.tensor.spec
+    W = task.tensor.read().reshape(matrix_shape(spec.shape))
     factorizer = clone(task.factorizer)
     with single_threaded():
         try:
             product = factorizer.fit(W).operator_
         except ValueError as error:
             return _kept(task, str(error))
-        if is_bfloat16 := task.spec.dtype == "BF16":
+        if is_bfloat16 := spec.dtype == "BF16":
             product = _rounded(product)
         work = np.result_type(W.dtype, np.float32)
         error_of_stored = metrics.relative_error(W, product.astype(work).toarray())
     kinds, chunks = pack(product.factors, "BF16" if is_bfloat16 else None)
     content = list(chunks)
-    if sum(map(len, content)) >= task.spec.nbytes:
+    if sum(map(len, content)) >= spec.nbytes:
         return _kept(task, "its factors would take more bytes")
     method = type(factorizer).__name__
-    tensor = StoredTensor(task.name, task.spec, kinds, method, product.density, error_of_stored)
+    tensor = StoredTensor(name, spec, kinds, method, product.density, error_of_stored)
     return write_shard(task.path, content, [tensor])
 
 
 def _kept(task: _Task, reason: str) -> Shard:
-    pieces = {task.name: (task.spec, task.source.chunks(task.name))}
-    return write_plain(task.path, pieces, {task.name: reason})
+    name = task.tensor.name
+    pieces = {name: (task.tensor.spec, task.tensor.chunks())}
+    return write_plain(task.path, pieces, {name: reason})
 
 
 def _rounded(product: FactorProduct) -> FactorProduct:

@@ -18,8 +18,8 @@ from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
 JOURNAL = "journal.log"
-#: Longest record read, in bytes: that of any manifest is shorter.
-_LIMIT = 1 << 26
+#: Longest record read, in bytes: that of as many files as a manifest may name.
+_LONGEST = 1 << 26
 
 
 class Journal:
@@ -91,7 +91,7 @@ class Journal:
         """Return the settings of an earlier run and the files it recorded."""
         content = b""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            content = read_whole(self.folder / JOURNAL, _LIMIT)
+            content = read_whole(self.folder / JOURNAL, _LONGEST)
         lines = io.BytesIO(content)
         settings = _parsed(next(lines, b""))
         if settings is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matfact._text import printable
 from matfact.cli._common import NO_GAIN, Scheduler, told_to_users
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _compressed(
                 _print(console, line)
             tensor = shard.tensors[-1]
             error = "copied" if tensor.relative_error is None else f"{tensor.relative_error:.3f}"
-            description = f"{_shown(tensor.name)}: {error}".replace("[", "\\[")
+            description = f"{printable(tensor.name)}: {error}".replace("[", "\\[")
             progress.update(bar, advance=1, total=total, description=description)
 
         return run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=advance)
@@ -183,7 +184,7 @@ def _kept(shard: Shard) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for tensor in shard.tensors:
         if tensor.note:
-            names.setdefault(tensor.note, []).append(_shown(tensor.name))
+            names.setdefault(tensor.note, []).append(printable(tensor.name))
     for reason, held in names.items():
         shown = held if reason.startswith(ASKED) or len(held) < 5 else held[:3]
         more = f" and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
@@ -193,7 +194,7 @@ def _kept(shard: Shard) -> Iterator[str]:
 def _print_totals(checkpoint: Checkpoint) -> None:
     factorized = sum(tensor.is_product for tensor in checkpoint.tensors.values())
     method = checkpoint.settings.get("method")
-    by = f" by {_shown(method)}" if isinstance(method, str) else ""
+    by = f" by {printable(method)}" if isinstance(method, str) else ""
     typer.echo(
         f"{checkpoint.path}: {len(checkpoint)} tensors, {factorized} of them factorized{by}; "
         f"{checkpoint.nbytes:,} bytes of {checkpoint.dense_nbytes:,} "
@@ -227,7 +228,7 @@ def _table(checkpoint: Checkpoint) -> Table:
         stored_as = " · ".join(tensor.storage) or tensor.note
         numbers = (tensor.density, tensor.relative_error)
         table.add_row(
-            *(Text(_shown(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
+            *(Text(printable(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
             *("" if number is None else f"{number:.4f}" for number in numbers),
             f"{checkpoint.tensor_nbytes(name):,}",
         )
@@ -235,9 +236,4 @@ def _table(checkpoint: Checkpoint) -> Table:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
-
-
-def _shown(text: str) -> str:
-    """Return text from a file, of which no character can control the terminal."""
-    return text if text.isprintable() else repr(text)
+    console.print(printable(text), markup=False, highlight=False)

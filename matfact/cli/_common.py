@@ -11,6 +11,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from matfact._text import printable
+
 #: An option of the commands whose work a cluster can do.
 Scheduler = Annotated[
     str | None,
@@ -35,7 +37,7 @@ def told_to_users() -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever reads the output, as `head`, has seen enough: typer ends in silence
     except (ValueError, ImportError, OSError) as error:
-        raise _ended(f"Error: {error}", USAGE) from error
+        raise _ended(f"Error: {printable(error)}", USAGE) from error
     except MemoryError as error:
         raise _ended(f"Error: out of memory. {error}".rstrip(), USAGE) from error
     except BrokenExecutor as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matfact._text import printable
 from matfact.cli._common import NO_GAIN, Scheduler, parse, told_to_users
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _study(
         check_output(output / f"comparison.{ending}", [] if weights is None else [weights])
     loaded = load_weights(weights, stored=scheduler is not None)
     matrices = cut_matrices(loaded, **cut)
-    console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
+    console.print(f"{len(matrices)} matrices from {printable(loaded.source)}", markup=False)
     _tell_left_out(console, matrices.left_out)
     with on_cluster(scheduler):
         comparison = _compare(console, matrices, run)
@@ -107,7 +108,8 @@ def _study(
     console.print(summary_table(comparison))
     failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")
     for (method, size, message), count in failed.items():
-        console.print(f"Failed: {method} at size {size} ({count}×): {message}", markup=False)
+        text = f"Failed: {method} at size {size} ({count}×): {printable(message)}"
+        console.print(text, markup=False)
     _write(console, comparison, output)
     return comparison
 
@@ -119,7 +121,7 @@ def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         console.print(
-            f"Not compared ({len(names)}; {reason}): {', '.join(names)}",
+            f"Not compared ({len(names)}; {reason}): {printable(', '.join(names))}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
