@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from html import escape
 from pathlib import Path
 
 from matfact import _html
@@ -54,8 +53,8 @@ def _rows_of_means(summary: list[SummaryRow]) -> list[list[str]]:
     largest = {n: max(filter(math.isfinite, means), default=0.0) for n, means in drawn.items()}
     return [
         [
-            escape(label(group.method)),
-            escape(group.size),
+            _html.escape(label(group.method)),
+            _html.escape(group.size),
             _asked(group.requested_density),
             str(group.n_ok),
             *(_html.measured(group.mean.get(n), largest.get(n, 0.0)) for _, n in _MEASURES),
@@ -66,12 +65,12 @@ def _rows_of_means(summary: list[SummaryRow]) -> list[list[str]]:
 
 def _cells(row: ComparisonRow) -> list[str]:
     return [
-        escape(row.matrix),
-        escape(row.method),
-        escape(row.size),
+        _html.escape(row.matrix),
+        _html.escape(row.method),
+        _html.escape(row.size),
         _asked(row.requested_density),
         *(_html.measured(getattr(row, name)) for _, name in _MEASURES),
-        escape(row.message),
+        _html.escape(row.message),
     ]
 
 

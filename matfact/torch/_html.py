@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from matfact import _html
@@ -41,8 +40,8 @@ def _largest(report: CompressionReport, name: str) -> float:
 def _cells(row: LayerReport, largest: dict[str, float]) -> list[str]:
     groups = f"×{row.groups}" if row.groups > 1 else ""
     return [
-        escape(row.layer),
-        escape(row.method or row.message or row.status),
+        _html.escape(row.layer),
+        _html.escape(row.method or row.message or row.status),
         f"{row.rows}×{row.columns}{groups}",
         *(_html.measured(getattr(row, name), largest[name]) for _, name in _MEASURES),
         _html.measured(row.seconds),
