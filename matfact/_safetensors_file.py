@@ -174,6 +174,11 @@ class SafetensorsFile:
                 f"path must name an intact safetensors file, but {self.path} is damaged: {error}"
             ) from None
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._state.nbytes
+
     def _rest(self, file: BinaryIO, head: bytes) -> np.ndarray:
         """Return the bytes of the whole file, of which `head` was read."""
         content = np.empty(self._state.nbytes, dtype=np.uint8)

@@ -216,7 +216,8 @@ def or_special(
     def damaged(rng: random.Random, files: Files) -> Files:
         if rng.random() < 0.97:
             return damage(rng, files)
-        return files | {rng.choice(list(files)): rng.choice(list(Special))}
+        victim = rng.choice([name for name in files if name != "arguments"])
+        return files | {victim: rng.choice(list(Special))}
 
     return damaged
 

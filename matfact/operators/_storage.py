@@ -55,8 +55,21 @@ def load(file: SafetensorsFile) -> list[Factor]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"path must name a complete matfact file, but {path} names no factors.")
     try:
-        return decode(entries, {name: file.read(name) for name in file.specs})
+        factors = decode(entries, {name: file.read(name) for name in file.specs})
+        _check_inner_sides(factors, file.nbytes)
+        return factors
     except ValueError as error:
         raise ValueError(
             f"path must name an intact matfact file, but in {path} {error}."
         ) from error
+
+
+def _check_inner_sides(factors: Sequence[Factor], nbytes: int) -> None:
+    """Raise ``ValueError`` where few bytes have a product pass through vectors without measure."""
+    outer = max((factors[0].shape[0], factors[-1].shape[1]) if factors else (0, 0))
+    for factor in factors[1:]:
+        if factor.shape[0] > max(outer, 8 * nbytes):  # at best, one bit locates an entry
+            raise ValueError(
+                f"an inner side is {factor.shape[0]}, more than {nbytes} bytes and outer sides up "
+                f"to {outer} call for"
+            )

@@ -89,6 +89,20 @@ LIES = {
         [{"kind": "dense", "shape": [1, 1]}, {"kind": "dense", "shape": [2, 1]}],
         {"0.values": np.ones((1, 1)), "1.values": np.ones((2, 1))},
     ),
+    "a short way through a long vector": content(
+        [
+            {"kind": "csr", "shape": [4, 1 << 24]},
+            {"kind": "dense", "shape": [1 << 24, 0]},
+            {"kind": "dense", "shape": [0, 4]},
+        ],
+        {
+            "0.values": np.ones(0),
+            "0.indptr": U16([0, 0, 0, 0, 0]),
+            "0.indices": U16([]),
+            "1.values": np.ones((1 << 24, 0)),
+            "2.values": np.ones((0, 4)),
+        },
+    ),
     "another version": content([], {}, version=2),
 }
 
