@@ -17,7 +17,9 @@ NAMES = (
     "startup",
     "networks",
     "fuzz",
+    "readers",
     "synthetic",
+    "writers",
     "cluster",
 )
 #: Read by the numerical libraries when they are loaded, so they are set before any import.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -20,7 +21,6 @@ from sklearn.base import clone
 from benchmarks.memory import reset_peak, resident
 from benchmarks.studies import markdown_table
 from matfact import checkpoint
-from matfact.checkpoint._shards import file_digest
 from matfact.compare import METHODS
 from matfact.compare._environment import environment
 from matfact.factorizers import BaseFactorizer
@@ -109,7 +109,7 @@ def speed(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: file_digest(path) for path in folder.iterdir()}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 def timed(source: Path, out: Path, client: Any) -> dict[str, Any]:

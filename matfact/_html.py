@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
+
+from matfact._text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,9 +24,14 @@ img { max-width: 100%; height: auto }
 """
 
 
+def escape(text: object) -> str:
+    """Return text from anywhere as HTML that shows it and does nothing else."""
+    return html.escape(printable(text))
+
+
 def page(title: str, lead: str, facts: Mapping[str, Any], *parts: str) -> str:
     """Return a page: a heading, a sentence, a list of facts and then `parts`, which are HTML."""
-    items = "".join(f"<li>{escape(str(k))}: {escape(str(v))}</li>" for k, v in facts.items())
+    items = "".join(f"<li>{escape(k)}: {escape(v)}</li>" for k, v in facts.items())
     body = "\n".join(parts)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import joblib
 
 
-def pool(n_jobs: int | None, n_tasks: int) -> joblib.Parallel:
-    """Return a pool that yields results as they arrive, or at the end where it cannot (Ray)."""
-    if n_jobs is not None and n_jobs > n_tasks:
-        n_jobs = max(1, n_tasks)  # joblib would start all of them
+@contextmanager
+def results(n_jobs: int | None, calls: Sequence[Any]) -> Iterator[Iterator[Any]]:
+    """Hand out calls, and give what they return as it arrives, or at the end where it cannot (Ray).
+
+    Whatever ends the block early, an error or a signal, ends the workers before it is raised.
+
+    Parameters
+    ----------
+    n_jobs : int or None
+        Calls at a time, as joblib counts them.
+    calls : sequence
+        What ``joblib.delayed`` makes.
+    """
+    if n_jobs is not None and n_jobs > len(calls):
+        n_jobs = max(1, len(calls))  # joblib would start all of them
     try:
-        return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+        parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
     except ValueError:
-        return joblib.Parallel(n_jobs=n_jobs, batch_size=1)
+        parallel = joblib.Parallel(n_jobs=n_jobs, batch_size=1)
+    arriving = iter(parallel(calls))
+    try:
+        yield arriving
+    except BaseException as error:
+        if isinstance(arriving, Generator):
+            arriving.throw(error)  # were it closed, joblib would warn of work that is lost
+        raise
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from matfact import _html
@@ -35,8 +34,8 @@ def _largest(rows: Sequence[LayerReport], name: str) -> float:
 def _cells(row: LayerReport, largest: dict[str, float]) -> list[str]:
     groups = f"×{row.groups}" if row.groups > 1 else ""
     return [
-        escape(row.layer),
-        escape(row.method or row.message or row.status),
+        _html.escape(row.layer),
+        _html.escape(row.method or row.message or row.status),
         f"{row.rows}×{row.columns}{groups}",
         *(_html.measured(getattr(row, name), largest[name]) for _, name in _MEASURES),
         _html.measured(row.seconds),

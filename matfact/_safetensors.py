@@ -1,25 +1,22 @@
-"""Files in the safetensors format, read and written piece by piece.
+"""The safetensors format: headers and bytes of tensors.
 
-The package of that name opens files and refuses the damaged and hostile ones. What is left to do
-here is what it does not: NumPy has no bfloat16, so that tensors are read as bytes; and it writes
-only what is in memory all at once, where networks need not fit.
+The package of that name maps files into memory, where another process that cuts one ends this one,
+and writes only what is in memory all at once. NumPy has no bfloat16, so tensors are bytes here.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import mmap
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-#: Bytes copied at a time.
-_CHUNK = 1 << 22
+from matfact._json import parse_json
+
+#: Longest header, in bytes, that the format allows.
+_LONGEST_HEADER = 100_000_000
 
 #: Bytes of an entry, for every dtype that fills whole bytes.
 ITEMSIZES = {
@@ -36,6 +33,7 @@ _NUMPY = {
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
 _NAMES = {np.dtype(code): name for name, code in _NUMPY.items()} | {np.dtype(bool): "BOOL"}
+_ENTRY = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class TensorSpec(NamedTuple):
@@ -59,119 +57,75 @@ class TensorSpec(NamedTuple):
 Stored = tuple[TensorSpec, bytes]
 
 
-class SafetensorsFile:
-    """A file in the safetensors format, opened anew for each tensor read.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file. Its header is read and checked against the size of the file.
-    pages : ndarray, optional
-        What :func:`map_pages` returned for it, if it was called already.
+class Header(NamedTuple):
+    """What the header of a file says.
 
     Attributes
     ----------
     specs : dict of str to TensorSpec
-        The tensors by name, in the order of their bytes.
+        The tensors by name, in the order of their bytes, which follow one another without gaps.
     metadata : dict of str to str
-        Whatever else the header holds.
-
-    Raises
-    ------
-    ValueError
-        If the file is truncated or its header is not what the format prescribes.
+        Whatever else it holds.
     """
 
-    def __init__(self, path: str | Path, pages: np.ndarray | None = None) -> None:
-        self.path = Path(path)
-        if pages is not None:
-            self._pages = pages
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                names = file.offset_keys()
-                found = {name: file.get_slice(name) for name in names}
-                found = {name: (s.get_dtype(), s.get_shape()) for name, s in found.items()}
-                self.metadata: dict[str, str] = file.metadata() or {}
-            self.specs = {name: checked_spec(*spec) for name, spec in found.items()}
-        except (SafetensorError, ValueError) as error:
-            self._refuse(f"is damaged: {error}")
-        # Their bytes follow one another, without gaps, up to the end of the file.
-        end = self.path.stat().st_size if pages is None else pages.size
-        self._begins = {}
-        for name in reversed(names):
-            end -= self.specs[name].nbytes
-            self._begins[name] = end
-
-    def _refuse(self, reason: str) -> NoReturn:
-        raise ValueError(
-            f"path must name an intact safetensors file, but {self.path} {reason}."
-        ) from None
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of tensor `name` piece by piece."""
-        remaining = self.specs[name].nbytes
-        with self.path.open("rb") as file:
-            file.seek(self._begins[name])
-            while remaining:
-                chunk = file.read(min(_CHUNK, remaining))
-                if not chunk:
-                    self._refuse(f"ends within tensor {name!r}")
-                remaining -= len(chunk)
-                yield chunk
-
-    def read(self, name: str) -> np.ndarray:
-        """Return tensor `name`; bfloat16 becomes float32, which holds it exactly.
-
-        Raises
-        ------
-        ValueError
-            If NumPy has no such dtype or the file ends early.
-        """
-        self._check_dtype(name)
-        content = np.empty(self.specs[name].nbytes, dtype=np.uint8)
-        with self.path.open("rb") as file:
-            file.seek(self._begins[name])
-            if file.readinto(content.data) != content.size:
-                self._refuse(f"ends within tensor {name!r}")
-        return self._as_array(name, content)
-
-    def mapped(self, name: str) -> np.ndarray:
-        """Return what :meth:`read` does, in pages that are read when they are first used.
-
-        What is written to the array stays in memory.
-        """
-        spec = self.specs[name]
-        if not spec.nbytes or self._begins[name] % spec.itemsize:
-            return self.read(name)
-        self._check_dtype(name)
-        begin = self._begins[name]
-        return self._as_array(name, self._pages[begin : begin + spec.nbytes])
-
-    @functools.cached_property
-    def _pages(self) -> np.ndarray:
-        return map_pages(self.path)
-
-    def _check_dtype(self, name: str) -> None:
-        dtype = self.specs[name].dtype
-        if dtype not in ("BOOL", "BF16") and dtype not in _NUMPY:
-            raise ValueError(f"{name!r} in {self.path} has dtype {dtype}, unknown to NumPy.")
-
-    def _as_array(self, name: str, content: np.ndarray) -> np.ndarray:
-        spec = self.specs[name]
-        if spec.dtype == "BF16":
-            return from_bfloat16(content.view("<u2")).reshape(spec.shape)
-        if spec.dtype == "BOOL":
-            return (content != 0).reshape(spec.shape)
-        return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+    specs: dict[str, TensorSpec]
+    metadata: dict[str, str]
 
 
-def map_pages(path: Path) -> np.ndarray:
-    """Return all bytes of a file; what is written to them stays in memory."""
-    with path.open("rb", buffering=0) as file:
-        try:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-        except ValueError:  # an empty file cannot be mapped
-            return np.empty(0, np.uint8)
+def read_head(read: Callable[[int], bytes], nbytes: int) -> bytes:
+    """Return the header of a file of `nbytes` bytes, and the eight of its length before it."""
+    first = read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(nbytes - 8, _LONGEST_HEADER):
+        raise ValueError("its header is cut or too long")
+    return first + read(length)
+
+
+def parse_header(text: str, nbytes: int) -> Header:
+    """Return what a header says of the `nbytes` bytes after it, or raise ``ValueError``."""
+    known: dict[str, TensorSpec] = {}  # there may be millions of tensors, of a few kinds
+
+    def convert(fields: dict[str, Any]) -> Any:
+        """Return place and spec of an entry."""
+        if not (fields.keys() >= _ENTRY and isinstance(fields["shape"], list)):
+            return fields
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        kind = f"{dtype!r}{shape}"
+        spec = known.get(kind) or known.setdefault(kind, checked_spec(dtype, shape))
+        if not is_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != spec.nbytes:
+            raise ValueError(f"offsets {offsets!r:.80} do not fit a tensor of {spec.nbytes} bytes")
+        return offsets[0], spec
+
+    fields = parse_json(text, convert)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    if not all(isinstance(entry, tuple) for entry in fields.values()):
+        raise ValueError("an entry is not dtype, shape and offsets")
+    specs, end = {}, 0
+    # Tensors without bytes come before the one that begins in the same place.
+    for name in sorted(fields, key=lambda n: 2 * fields[n][0] + (fields[n][1].nbytes > 0)):
+        begin, specs[name] = fields.pop(name)
+        if begin != end:
+            raise ValueError(f"tensor {name!r} does not begin where the one before ends")
+        end += specs[name].nbytes
+    if end != nbytes:
+        raise ValueError(f"its tensors take {end} bytes, and there are {nbytes}")
+    return Header(specs, metadata)
+
+
+def is_known_to_numpy(dtype: str) -> bool:
+    """Whether arrays can hold a dtype; bfloat16 becomes float32."""
+    return dtype in ("BOOL", "BF16") or dtype in _NUMPY
+
+
+def as_array(spec: TensorSpec, content: np.ndarray) -> np.ndarray:
+    """Return what bytes stand for: the very bytes, where NumPy has such numbers."""
+    if spec.dtype == "BF16":
+        return from_bfloat16(content.view("<u2")).reshape(spec.shape)
+    if spec.dtype == "BOOL":
+        return (content != 0).reshape(spec.shape)
+    return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
 
 
 def stored(array: np.ndarray, dtype: str | None = None) -> Stored:

@@ -15,6 +15,7 @@ import rich.box
 from rich.table import Table
 
 from matfact._files import write_atomically
+from matfact._json import read_report
 from matfact._layers import LayerReport
 from matfact._report_page import page
 
@@ -119,9 +120,8 @@ class CompressionReport(Sequence[LayerReport]):
 
     @classmethod
     def from_json(cls, path: str | Path) -> CompressionReport:
-        """Read a report written by :meth:`to_json`."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls([LayerReport(**row) for row in content["rows"]], content["metadata"])
+        """Read a report written by :meth:`to_json`; ``ValueError`` where it is none."""
+        return cls(*read_report(path, LayerReport))
 
     def to_html(self, path: str | Path) -> None:
         """Write a page with the table and its bars, one file without scripts."""

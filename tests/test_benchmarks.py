@@ -12,7 +12,7 @@ import pytest
 # The benchmarks are not installed with the library.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import butterfly, floor, machine, projection
+from benchmarks import butterfly, floor, machine, projection, readers, writers
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +55,12 @@ def test_no_fit_is_faster_than_the_floor():
         rows = floor.measure(48, parser.parse_args(["--repeats", "1", "--outer", "2"]))
     assert all(row["seconds"] > row["floor"] > 0 for row in rows if "seconds" in row)
     assert {row["method"] for row in rows} == set(floor.METHODS)
+
+
+def test_every_way_of_writing_is_measured():
+    row = writers.measure(3)
+    assert row["count"] == 3
+    assert min(row["seconds"].values()) > 0
 
 
 def test_evaluation_counts_factors_but_not_permutations():
@@ -114,3 +120,10 @@ def test_layers_are_measured_against_the_dense_one(tmp_path):
         rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
         assert {row["layer"] for row in rows} == set(layers.LAYERS)
         assert all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_readers_are_measured(name):
+    row = readers.measured(name, 20)
+    assert row["tensors"] == 20
+    assert row["seconds"] > 0

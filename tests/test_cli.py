@@ -95,7 +95,7 @@ def test_failed_fits_are_listed_and_others_kept(weights, invoke, tmp_path):
 
 def test_a_study_without_any_success_fails(weights, invoke, tmp_path):
     options = ("--sizes", "8", "--methods", "lowrank", "--density", "0.1", "--jobs", "1")
-    assert invoke(weights, *options, "--output", tmp_path / "out").exit_code == 1
+    assert invoke(weights, *options, "--output", tmp_path / "out").exit_code == 3
 
 
 @pytest.mark.parametrize(

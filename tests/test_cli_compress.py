@@ -109,7 +109,7 @@ def test_what_is_copied_is_counted_by_reason_and_what_was_asked_for_is_named(sou
 def test_a_network_of_which_no_layer_could_be_factorized_is_a_failure(tmp_path):
     save_file({"w.weight": np.ones((2, 2), np.float32)}, tmp_path / "m.safetensors")
     result = invoke("compress", tmp_path / "m.safetensors", tmp_path / "out", *OPTIONS)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "more bytes" in result.output
 
 

@@ -22,11 +22,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fuzz._damage import Files
+from benchmarks.fuzz._damage import Files, put
 from benchmarks.fuzz._readers import Reader, readers
 from benchmarks.memory import reset_peak, resident
 
 SECONDS = 1.0  #: of processor time that one file may take
+#: What ends a reader: its processor time, or that it waits for something that never comes.
+TIMERS = (
+    (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
+    (signal.SIGALRM, signal.ITIMER_REAL, 30.0),
+)
 #: Bytes that it may take: so many times its size, and what libraries take when first used.
 FACTOR, SLACK = 4, 16 << 20
 BATCH = 250  #: files read by one process
@@ -46,18 +51,19 @@ class HangError(BaseException):
 
 
 def _too_long(number: int, frame: Any) -> None:
-    raise HangError(f"more than {SECONDS} s")
+    seconds = {kind: seconds for kind, _, seconds in TIMERS}[number]
+    raise HangError(f"more than {seconds} s of {signal.Signals(number).name}")
 
 
 def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
     """Read `files`; return "read", "refused" or "bad", and what was wrong."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-    size = sum(map(len, files.values()))
+        put(folder / name, content)
+    size = sum(len(content) for content in files.values() if isinstance(content, bytes))
     before = reset_peak()
-    signal.signal(signal.SIGPROF, _too_long)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    for kind, timer, seconds in TIMERS:
+        signal.signal(kind, _too_long)
+        signal.setitimer(timer, seconds)
     try:
         reader.read(folder)
         outcome = ("read", "")
@@ -67,7 +73,8 @@ def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         outcome = ("bad", f"{error!r:.200} at {Path(last.filename).name}:{last.lineno}")
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for _, timer, _ in TIMERS:
+            signal.setitimer(timer, 0)
     taken = 0 if before is None else (resident("VmHWM") or 0) - before  # Linux only
     if taken > FACTOR * size + SLACK and not reader.works:
         return "bad", f"{taken:,} bytes of memory for {size:,} on disk ({outcome[1]:.100})"

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import copy
+import enum
 import hashlib
 import io
 import json
+import os
 import random
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Files = dict[str, bytes]  #: by name; readers of one file get one
+
+class Special(enum.Enum):
+    """What stands where a file should be."""
+
+    FIFO = "a pipe that nobody writes to"
+    ZERO = "a device without end"
+    NULL = "an empty device"
+    FOLDER = "a folder"
+    LOOP = "a link to itself"
+    SPARSE = "three gigabytes of nothing"
+
+
+Files = dict[str, bytes | Special]  #: by name; readers of one file get one
 
 HOSTILE: list[Any] = [
     0, 1, -1, 2, 7, 255, 2**16, 2**24, 2**31 - 1, 2**32, 2**53, 2**61 + 1, 2**62, 2**63, 2**64,
@@ -168,12 +183,17 @@ def damaged_record(rng: random.Random, files: Files) -> Files:
     return files | {"out/journal.log": b"\n".join(lines)}
 
 
+def damaged_json(rng: random.Random, content: bytes) -> bytes:
+    """Damage the bytes, or what they say."""
+    if rng.random() < 0.3:
+        return flipped(rng, content)
+    return json.dumps(changed(rng, json.loads(content))).encode()
+
+
 def damaged_index(rng: random.Random, files: Files) -> Files:
     """Damage the index of several files."""
     name = "model.safetensors.index.json"
-    if rng.random() < 0.3:
-        return files | {name: flipped(rng, files[name])}
-    return files | {name: json.dumps(changed(rng, json.loads(files[name]))).encode()}
+    return files | {name: damaged_json(rng, files[name])}
 
 
 def damaged_arguments(rng: random.Random, files: Files) -> Files:
@@ -186,3 +206,34 @@ def damaged_arguments(rng: random.Random, files: Files) -> Files:
         text = rng.choice((str(rng.choice(HOSTILE)), arguments[at][::-1], "-" + arguments[at], ","))
         arguments[at] = text.replace("\0", "\x01")
     return files | {"arguments": json.dumps(arguments).encode()}
+
+
+def or_special(
+    damage: Callable[[random.Random, Files], Files],
+) -> Callable[[random.Random, Files], Files]:
+    """Return a damage that now and then puts something else in the place of a file."""
+
+    def damaged(rng: random.Random, files: Files) -> Files:
+        if rng.random() < 0.97:
+            return damage(rng, files)
+        victim = rng.choice([name for name in files if name != "arguments"])
+        return files | {victim: rng.choice(list(Special))}
+
+    return damaged
+
+
+def put(path: Path, content: bytes | Special) -> None:
+    """Write a file, or make what stands in its place."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is Special.FIFO:
+        os.mkfifo(path)
+    elif content is Special.FOLDER:
+        path.mkdir()
+    elif content is Special.SPARSE:
+        with path.open("wb") as file:
+            file.truncate(3 << 30)
+    else:
+        targets = {Special.ZERO: "/dev/zero", Special.NULL: "/dev/null", Special.LOOP: path.name}
+        path.symlink_to(targets[content])

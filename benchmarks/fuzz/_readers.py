@@ -20,12 +20,15 @@ from benchmarks.fuzz._damage import (
     damaged_arguments,
     damaged_checkpoint,
     damaged_index,
+    damaged_json,
     damaged_record,
     damaged_safetensors,
     damaged_zip,
     flipped,
     one,
+    or_special,
 )
+from benchmarks.fuzz._graphs import damaged_graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,8 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "index": Reader([indexed], damaged_index, _read_index),
         "arguments": Reader(commands, damaged_arguments, _run_command, works=True),
     }
-    return found | _torch_readers(folder, weights)
+    found |= _torch_readers(folder, weights)
+    return {n: dataclasses.replace(r, damage=or_special(r.damage)) for n, r in found.items()}
 
 
 def enumerate_names(products: Sequence[Any]) -> Iterator[tuple[str, Any]]:
@@ -197,12 +201,69 @@ def _torch_readers(folder: Path, weights: dict[str, np.ndarray]) -> dict[str, Re
     def damage(rng: random.Random, files: Files) -> Files:
         return one(damaged_zip if "m.pt" in files else flipped)(rng, files)
 
-    return {"torch": Reader(seeds, damage, _read_weights)}
+    return {
+        "torch": Reader(seeds, damage, _read_weights),
+        "graphs": Reader(seeds[:1], damaged_graph, _read_weights),
+        "loading": _network_reader(folder, torch),
+        "reports": _report_reader(folder),
+    }
+
+
+def _network_reader(folder: Path, torch: Any) -> Reader:
+    """Return the reader of networks, one with a tied table and a convolution."""
+    from matfact import LowRank
+    from matfact.torch import compress, load_network, save_network
+
+    nn = torch.nn
+
+    def build() -> Any:
+        layers = [nn.Embedding(9, 8), nn.Linear(8, 12), nn.Conv1d(4, 4, 3, groups=2)]
+        layers += [nn.BatchNorm1d(4), nn.Linear(8, 9, bias=False)]
+        network = nn.Sequential(*layers)
+        network[4].weight = network[0].weight
+        return network
+
+    network, _ = compress(build(), LowRank(rank=1), layers=["1", "2"])
+    save_network(network, folder / "loading")
+    seed = {path.name: path.read_bytes() for path in (folder / "loading").iterdir()}
+    kept = build()
+
+    def read(place: Path) -> None:
+        load_network(build, place)
+        load_network(kept, place, strict=False)
+
+    return Reader([seed], damaged_checkpoint, read)
+
+
+def _report_reader(folder: Path) -> Reader:
+    """Return the reader of reports."""
+    from torch import nn
+
+    from matfact import MagnitudePruner, compare_projections
+    from matfact.compare import Comparison
+    from matfact.torch import CompressionReport, compress
+
+    kinds = {"study.json": Comparison, "network.json": CompressionReport}
+    study = compare_projections({"W": np.ones((4, 4))}, ["magnitude"])
+    _, report = compress(nn.Linear(9, 9), MagnitudePruner(density=0.5))
+    seeds = [
+        _written(folder, "study.json", lambda p, r: r.to_json(p), study),
+        _written(folder, "network.json", lambda p, r: r.to_json(p), report),
+    ]
+
+    def read(place: Path) -> None:
+        (path,) = place.iterdir()
+        kinds[path.name].from_json(path)
+
+    return Reader(seeds, one(damaged_json), read)
 
 
 def _read_safetensors(folder: Path) -> None:
-    from matfact._safetensors import SafetensorsFile
+    from matfact._safetensors_file import SafetensorsFile
+    from matfact.compare import load_weights
 
+    for matrix in load_weights(folder / "m.safetensors", stored=True).values():
+        matrix.read()
     file = SafetensorsFile(folder / "m.safetensors")
     for name in file.specs:
         collections.deque(file.chunks(name), maxlen=0)
@@ -247,7 +308,7 @@ def _run_command(folder: Path) -> None:
         os.chdir(before)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
-    if result.exit_code not in (0, 1, 2):
+    if result.exit_code not in (0, 2, 3):
         raise RuntimeError(f"exit status {result.exit_code}: {result.output}")
     if result.exit_code == 2:
         raise ValueError(result.output)

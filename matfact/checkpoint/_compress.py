@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from sklearn.base import clone
 import matfact
 from matfact import metrics
 from matfact._layers import matrix_shape
-from matfact._parallel import pool
-from matfact._safetensors import SafetensorsFile, TensorSpec, from_bfloat16, to_bfloat16
+from matfact._parallel import results
+from matfact._safetensors import from_bfloat16, to_bfloat16
+from matfact._safetensors_file import TensorLocation
 from matfact._threads import single_threaded
 from matfact.checkpoint._journal import Journal
 from matfact.checkpoint._manifest import Manifest, Shard, StoredTensor
@@ -95,14 +96,15 @@ def compress(
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
-    settings = _settings(weights, factorizer, layers)
     output = Path(folder).absolute()  # workers may be elsewhere
-    tasks = [
-        _Task(name, weights.file(name).path.absolute(), weights.specs[name], factorizer, output, i)
-        for i, name in enumerate(names, start=1)
-    ]
-    with Journal(Path(folder), settings) as journal:
+    with Journal(Path(folder)) as journal:  # before the weights are hashed, which takes long
+        settings = _settings(weights, factorizer, layers)
+        journal.take_up(settings)
         if not journal.is_complete:
+            tasks = [
+                _Task(_place(weights, name), factorizer, output / shard_name(i))
+                for i, name in enumerate(names, start=1)
+            ]
             shards = _run(weights, tasks, notes, journal, n_jobs, progress)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))
     return Checkpoint(folder)
@@ -112,16 +114,15 @@ def compress(
 class _Task:
     """One layer to be factorized, maybe in another process."""
 
-    name: str
-    source: Path
-    spec: TensorSpec
+    tensor: TensorLocation
     factorizer: BaseFactorizer
-    folder: Path
-    index: int
+    path: Path
 
-    @property
-    def path(self) -> Path:
-        return self.folder / shard_name(self.index)
+
+def _place(weights: Source, name: str) -> TensorLocation:
+    """Return where a layer is and its checksum, for processes in other folders."""
+    file = weights.file(name)
+    return file.location(name)._replace(path=file.path.absolute(), sha256=file.digest(name))
 
 
 def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
@@ -199,35 +200,29 @@ def _run(
         if progress is not None:
             progress(shard, len(names))
 
-    for shard in journal.finished.values():
-        tell(shard)
-    for shard in _written(weights, tasks, notes, journal, n_jobs):
+    def record(shard: Shard) -> None:
         journal.add(shard)
         tell(shard)
-    return [journal.finished[name] for name in names]
 
-
-def _written(
-    weights: Source,
-    tasks: Sequence[_Task],
-    notes: Mapping[str, str],
-    journal: Journal,
-    n_jobs: int | None,
-) -> Iterator[Shard]:
-    """Yield the files that are not in the journal as they are written."""
+    for shard in journal.finished.values():
+        tell(shard)
     if notes and shard_name(0) not in journal.finished:
         others = [name for name in weights.specs if name in notes]
         pieces = {n: (weights.specs[n], weights.file(n).chunks(n)) for n in others}
-        yield write_plain(journal.folder / shard_name(0), pieces, notes)
+        record(write_plain(journal.folder / shard_name(0), pieces, notes))
     left = [task for task in tasks if task.path.name not in journal.finished]
     # The largest first, so that no worker is left with one while the others are idle.
-    left.sort(key=lambda task: -math.prod(task.spec.shape))
-    yield from pool(n_jobs, len(left))(joblib.delayed(_factorize)(task) for task in left)
+    left.sort(key=lambda task: -math.prod(task.tensor.spec.shape))
+    with results(n_jobs, [joblib.delayed(_factorize)(task) for task in left]) as written:
+        for shard in written:
+            record(shard)
+    return [journal.finished[name] for name in names]
 
 
 def _factorize(task: _Task) -> Shard:
     """Write the factors of one layer, or the layer itself where they are no gain."""
-    W = SafetensorsFile(task.source).read(task.name).reshape(matrix_shape(task.spec.shape))
+    name, spec = task.tensor.name, task.tensor.spec
+    W = task.tensor.read().reshape(matrix_shape(spec.shape))
     factorizer = clone(task.factorizer)
     with single_threaded():
         try:
@@ -235,23 +230,24 @@ def _factorize(task: _Task) -> Shard:
         except metrics.DensityTooSmall as error:
             return _kept(task, str(error))
         except ValueError as error:
-            raise ValueError(f"{task.name}: {error}") from error
-        if is_bfloat16 := task.spec.dtype == "BF16":
+            raise ValueError(f"{name}: {error}") from error
+        if is_bfloat16 := spec.dtype == "BF16":
             product = _rounded(product)
         work = np.result_type(W.dtype, np.float32)
         error_of_stored = metrics.relative_error(W, product.astype(work).toarray())
     kinds, chunks = pack(product.factors, "BF16" if is_bfloat16 else None)
     content = list(chunks)
-    if sum(map(len, content)) >= task.spec.nbytes:
+    if sum(map(len, content)) >= spec.nbytes:
         return _kept(task, "its factors would take more bytes")
     method = type(factorizer).__name__
-    tensor = StoredTensor(task.name, task.spec, kinds, method, product.density, error_of_stored)
+    tensor = StoredTensor(name, spec, kinds, method, product.density, error_of_stored)
     return write_shard(task.path, content, [tensor])
 
 
 def _kept(task: _Task, reason: str) -> Shard:
-    pieces = {task.name: (task.spec, SafetensorsFile(task.source).chunks(task.name))}
-    return write_plain(task.path, pieces, {task.name: reason})
+    name = task.tensor.name
+    pieces = {name: (task.tensor.spec, task.tensor.chunks())}
+    return write_plain(task.path, pieces, {name: reason})
 
 
 def _rounded(product: FactorProduct) -> FactorProduct:

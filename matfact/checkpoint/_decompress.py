@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from matfact import backend
-from matfact._files import write_atomically
+from matfact._files import check_output, write_atomically
 from matfact._safetensors import in_aligned_order, serialize, stored
 from matfact.checkpoint._reader import Checkpoint
 from matfact.operators import FactorProduct
@@ -28,20 +29,22 @@ def decompress(folder: str | Path, path: str | Path) -> None:
     folder : str or Path
         The checkpoint.
     path : str or Path
-        The file; one that is there stays whole until the new one is complete.
+        The file; one that is there stays whole until the new one is complete. It must be none of
+        the checkpoint's own.
 
     Raises
     ------
     FileNotFoundError
         If there is no checkpoint.
     ValueError
-        If it is damaged, or the tensors would not fit on the disk.
+        If it is damaged, the tensors would not fit on the disk, or `path` may not be written.
     """
     checkpoint, path = Checkpoint(folder), Path(path)
+    check_output(path, checkpoint.files)
     specs = in_aligned_order({name: t.spec for name, t in checkpoint.tensors.items()})
     header = next(serialize(specs, (), checkpoint.metadata))
     needed = len(header) + sum(spec.nbytes for spec in specs.values())
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
     if needed > free:
         raise ValueError(
             f"{folder} must hold tensors that fit where {path} is to be written: they take "

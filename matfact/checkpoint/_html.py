@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from matfact import _html
 from matfact.checkpoint._reader import Checkpoint
 
@@ -16,10 +14,10 @@ def page(checkpoint: Checkpoint) -> str:
     errors = [tensor.relative_error or 0.0 for tensor in tensors.values()]
     rows = (
         [
-            escape(name),
-            escape(" · ".join(tensor.storage) or tensor.note),
+            _html.escape(name),
+            _html.escape(" · ".join(tensor.storage) or tensor.note),
             "×".join(map(str, tensor.spec.shape)),
-            escape(tensor.spec.dtype),
+            _html.escape(tensor.spec.dtype),
             _html.measured(tensor.density, 1.0),
             _html.measured(tensor.relative_error, max(errors)),
             f"{checkpoint.tensor_nbytes(name):,}",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from matfact._files import remove_partial_files, write_atomically
+from matfact._files import claimed, is_partial, remove_partial_files, replacing
 from matfact._json import parse_json
+from matfact._regular import read_whole
 from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
 JOURNAL = "journal.log"
+#: Longest record read, in bytes: that of as many files as a manifest may name.
+_LONGEST = 1 << 26
 
 
 class Journal:
@@ -26,9 +31,7 @@ class Journal:
     Parameters
     ----------
     folder : Path
-        Where the work is done. It must be new or empty, or hold work with the same settings.
-    settings : dict
-        What determines the result.
+        Where the work is done. It must be new or empty, or hold work that can be taken up.
 
     Attributes
     ----------
@@ -43,51 +46,84 @@ class Journal:
         If the folder holds anything else, or another process is at work on it.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.finished: dict[str, Shard] = {}
+        self.is_complete = False
+        self._held = contextlib.ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder)
-        self._file: BinaryIO | None = None
-        try:
-            self.is_complete = (folder / MANIFEST).exists()
-            earlier = Manifest.read(folder).settings if self.is_complete else self._recover()
-            if earlier not in (None, settings):
-                raise ValueError(
-                    f"{folder} was begun with other options or weights: "
-                    f"{_differences(earlier, settings)}. Choose another folder, or remove it."
-                )
-            remove_partial_files(folder)
-            if not self.is_complete:
-                self._begin(settings)
-        except BaseException:
-            self.close()
-            raise
+        with self._held:  # closed here where anything fails
+            try:
+                self._held.enter_context(claimed(folder))
+            except BlockingIOError:
+                raise ValueError(f"{folder} is being written by another process.") from None
+            self._has_manifest = os.path.lexists(folder / MANIFEST)
+            self._earlier, self._known = (
+                self._of_manifest() if self._has_manifest else self._recorded()
+            )
+            self._held = self._held.pop_all()
 
-    def _recover(self) -> dict[str, Any] | None:
-        """Read what an earlier run recorded, and return its settings."""
-        path = self.folder / JOURNAL
-        if not path.exists():
-            if any(not entry.name.endswith(".part") for entry in self.folder.iterdir()):
-                raise ValueError(f"{self.folder} must be a new or an empty folder.")
-            return None
-        first, *lines = [_parsed(line) for line in path.read_bytes().split(b"\n")]
-        if first is None:
-            raise ValueError(f"{path} is damaged; remove {self.folder} to begin again.")
+    def take_up(self, settings: dict[str, Any]) -> None:
+        """Find what is finished of the work with these settings, and begin the rest.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds work with other settings.
+        """
+        if self._earlier not in (None, settings):
+            raise ValueError(
+                f"{self.folder} was begun with other options or weights: "
+                f"{_differences(self._earlier, settings)}. Choose another folder, or remove it."
+            )
+        self._held.callback(self._tidy)
+        remove_partial_files(self.folder)
+        self.finished = {s.file: s for s in self._known if _is_intact(self.folder, s)}
+        self.is_complete = self._has_manifest and len(self.finished) == len(self._known)
+        if not self.is_complete:
+            self._begin(settings)
+
+    def _of_manifest(self) -> tuple[dict[str, Any], tuple[Shard, ...]]:
+        manifest = Manifest.read(self.folder)
+        return manifest.settings, manifest.shards
+
+    def _recorded(self) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
+        """Return the settings of an earlier run and the files it recorded."""
+        content = b""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            content = read_whole(self.folder / JOURNAL, _LONGEST)
+        lines = io.BytesIO(content)
+        settings = _parsed(next(lines, b""))
+        if settings is None:
+            self._check_nothing_is_lost()
+            return None, ()
+        shards: dict[str, Shard] = {}
         for line in lines:
-            if line is not None and (shard := _intact(self.folder, line)):
-                self.finished[shard.file] = shard
-        return first
+            if (fields := _parsed(line)) is None:
+                break  # a kill cuts the last line
+            with contextlib.suppress(ValueError):
+                shard = Shard.from_json(fields)
+                shards[shard.file] = shard
+        return settings, tuple(shards.values())
+
+    def _check_nothing_is_lost(self) -> None:
+        """Raise unless the folder holds no more than a damaged record and partial files."""
+        for entry in self.folder.iterdir():
+            if entry.name != JOURNAL and not is_partial(entry.name):
+                raise ValueError(
+                    f"{self.folder} must be a new or an empty folder, or hold work with an intact "
+                    f"{JOURNAL}, but it holds {entry.name!r}. Choose another folder."
+                )
 
     def _begin(self, settings: dict[str, Any]) -> None:
         """Write what is known anew, without torn lines, and keep the file open."""
         lines = [_line(settings), *(_line(shard.to_json()) for shard in self.finished.values())]
-        write_atomically(self.folder / JOURNAL, b"".join(lines))
-        self._file = (self.folder / JOURNAL).open("ab")
+        with replacing(self.folder / JOURNAL) as file:
+            file.writelines(lines)
+        self._file: BinaryIO = self._held.enter_context((self.folder / JOURNAL).open("ab"))
 
     def add(self, shard: Shard) -> None:
         """Record a file that has been written."""
-        assert self._file is not None
         self.finished[shard.file] = shard
         self._file.write(_line(shard.to_json()))
         self._file.flush()
@@ -96,17 +132,13 @@ class Journal:
     def complete(self, manifest: Manifest) -> None:
         """Write the manifest; the record is of no use any more."""
         manifest.write(self.folder)
-        remove_partial_files(self.folder)  # left by workers that were killed
         self.is_complete = True
 
-    def close(self) -> None:
-        """Let others work on the folder."""
-        if self._file is not None:
-            self._file.close()
+    def _tidy(self) -> None:
+        """Remove what is of no use any more, before others may work on the folder."""
+        remove_partial_files(self.folder)  # left by workers that were killed
         if self.is_complete:
             (self.folder / JOURNAL).unlink(missing_ok=True)
-        if self._lock is not None:
-            os.close(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +149,7 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self._held.close()
 
 
 def _line(content: dict[str, Any]) -> bytes:
@@ -126,38 +158,24 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object, or None where the line is not whole."""
-    digest, _, text = line.partition(b" ")
+    """Return the object, or None where the line is not whole or is none."""
+    digest, _, text = line.removesuffix(b"\n").partition(b" ")
     if digest != hashlib.sha256(text).hexdigest().encode():
         return None
-    return parse_json(text)
+    with contextlib.suppress(ValueError):
+        return parse_json(text)
+    return None
 
 
-def _intact(folder: Path, fields: dict[str, Any]) -> Shard | None:
-    """Return the shard if its file is as it was written."""
+def _is_intact(folder: Path, shard: Shard) -> bool:
+    """Whether the file of a shard is as it was written."""
     try:
-        shard = Shard.from_json(fields)
         check_shard(folder, shard)
     except ValueError:
-        return None
-    return shard
+        return False
+    return True
 
 
 def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
     keys = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
     return "; ".join(f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in keys)
-
-
-def _locked(folder: Path) -> int | None:
-    """Claim the folder until the returned descriptor is closed or the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ValueError(f"{folder} is being written by another process.") from None
-    return descriptor

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matfact._files import write_atomically
-from matfact._json import parse_json
+from matfact._files import replacing
+from matfact._json import is_version, parse_json
+from matfact._regular import read_whole
 from matfact._safetensors import TensorSpec, checked_spec
 
 MANIFEST = "manifest.json"
@@ -159,7 +160,8 @@ class Manifest(NamedTuple):
         }
         body = json.dumps(content, indent=1, allow_nan=False).encode()[1:]
         digest = hashlib.sha256(_HEAD + _ZEROS + b'",' + body).hexdigest().encode()
-        write_atomically(folder / MANIFEST, _HEAD + digest + b'",' + body)
+        with replacing(folder / MANIFEST) as file:
+            file.write(_HEAD + digest + b'",' + body)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -184,15 +186,13 @@ class Manifest(NamedTuple):
 
     @classmethod
     def _parsed(cls, path: Path) -> Manifest:
-        if path.stat().st_size > _LIMIT:
-            raise ValueError(f"it is longer than {_LIMIT} bytes")
-        content = path.read_bytes()
+        content = read_whole(path, _LIMIT)
         begin, end = len(_HEAD), len(_HEAD) + len(_ZEROS)
         digest = hashlib.sha256(content[:begin] + _ZEROS + content[end:]).hexdigest().encode()
         if not content.startswith(_HEAD) or content[begin:end] != digest:
             raise ValueError("its checksum is wrong")
         fields = parse_json(content)
-        if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
+        if not is_version(fields, FORMAT, VERSION):
             raise ValueError(
                 f"it must be of format {FORMAT}, version {VERSION}, got "
                 f"{fields.get('format')!r}, version {fields.get('version')!r}"

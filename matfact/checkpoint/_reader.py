@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from matfact._layers import matrix_shape
-from matfact._safetensors import SafetensorsFile
-from matfact.checkpoint._manifest import Manifest, Shard
-from matfact.checkpoint._shards import check_shard, checked_pages
+from matfact._safetensors_file import SafetensorsFile
+from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
+from matfact.checkpoint._shards import check_shard
 from matfact.operators import FactorProduct, _storage
 
 
 class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
     """A network on disk: a mapping from names to products of factors or to arrays.
 
-    Nothing but the manifest is read before it is asked for. Each file's checksum is verified
-    when it is first used.
+    Nothing but the manifest is read before it is asked for. Whatever is read is checked against
+    the checksums in the manifest, each time, and is in memory of its own: a file that changes
+    later is refused, and changes nothing that was read before.
 
     Parameters
     ----------
@@ -66,6 +67,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         self.tensors = {t.name: t for shard in manifest.shards for t in shard.tensors}
         self._verified: dict[str, SafetensorsFile] = {}
         self._pending: dict[str, Future[SafetensorsFile]] = {}
+        self._held: dict[str, SafetensorsFile] = {}
 
     def __getitem__(self, name: str) -> FactorProduct | np.ndarray:
         """Return factors as a product with NumPy values, another tensor as an array.
@@ -84,6 +86,11 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         return len(self.tensors)
 
     @property
+    def files(self) -> list[Path]:
+        """All files of the checkpoint, the manifest first."""
+        return [self.path / name for name in (MANIFEST, *(shard.file for shard in self.shards))]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(shard.nbytes for shard in self.shards)
@@ -98,13 +105,12 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         tensor = self.tensors[name]
         return self._shards[name].nbytes if tensor.is_product else tensor.spec.nbytes
 
-    def product(self, name: str, *, mapped: bool = False) -> FactorProduct:
-        """Return the factors of tensor `name`.
-
-        Where they are `mapped`, values stay in the file until they are used or written to.
-        """
-        tensor, file = self.tensors[name], self.file(name)
-        product = FactorProduct(_storage.load(file, mapped=mapped))
+    def product(self, name: str) -> FactorProduct:
+        """Return the factors of tensor `name`."""
+        tensor, shard = self.tensors[name], self._shards[name]
+        file = self._ahead(shard) or self._read(shard)
+        self._held.pop(shard.file, None)
+        product = FactorProduct(_storage.load(file))
         if len(tensor.spec.shape) < 2 or product.shape != matrix_shape(tensor.spec.shape):
             raise ValueError(
                 f"{file.path} must hold factors of a tensor of shape {tensor.spec.shape}, but "
@@ -113,45 +119,53 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         return product
 
     def file(self, name: str) -> SafetensorsFile:
-        """Return the verified file that holds tensor `name`."""
+        """Return the verified file that holds tensor `name`; what is read of it is checked too."""
         shard = self._shards[name]
+        if file := self._ahead(shard):
+            return file
         if shard.file not in self._verified:
             self._verified[shard.file] = self._checked(shard)
         return self._verified[shard.file]
 
     @contextlib.contextmanager
-    def mapping_ahead(self) -> Iterator[None]:
-        """Check the files and map them into memory in another thread, meanwhile.
+    def reading_ahead(self) -> Iterator[None]:
+        """Read the files into memory, whole, and check them in another thread, meanwhile.
 
         It begins with the largest, whose bytes are hashed whatever other threads do. A file that is
-        used before its turn is checked by who uses it.
+        used before its turn is read by who uses it. Tensors that are kept as they are share the
+        memory of their file, and factors that of theirs.
         """
         shards = sorted(self.shards, key=lambda shard: -shard.nbytes)
         with ThreadPoolExecutor(1) as pool:
-            self._pending = {shard.file: pool.submit(self._mapped, shard) for shard in shards}
+            self._pending = {shard.file: pool.submit(self._read, shard) for shard in shards}
             try:
                 yield
             finally:
-                self._pending = {}
+                self._pending, self._held = {}, {}
                 pool.shutdown(cancel_futures=True)
 
     def verify(self) -> None:
         """Check every file, and raise ``ValueError`` where one is damaged."""
         for shard in self.shards:
-            self.file(shard.tensors[0].name)
+            self._verified[shard.file] = self._checked(shard)
+
+    def _ahead(self, shard: Shard) -> SafetensorsFile | None:
+        """Return the file in memory, if files are read ahead."""
+        if pending := self._pending.pop(shard.file, None):
+            file = self._read(shard) if pending.cancel() else pending.result()
+            self._held[shard.file] = file
+        return self._held.get(shard.file)
 
     def _checked(self, shard: Shard) -> SafetensorsFile:
-        if pending := self._pending.get(shard.file):
-            return self._mapped(shard) if pending.cancel() else pending.result()
-        check_shard(self.path, shard)
-        return self._opened(shard)
+        return _fitting(check_shard(self.path, shard), shard)
 
-    def _mapped(self, shard: Shard) -> SafetensorsFile:
-        return self._opened(shard, checked_pages(self.path, shard))
+    def _read(self, shard: Shard) -> SafetensorsFile:
+        return _fitting(check_shard(self.path, shard, in_memory=True), shard)
 
-    def _opened(self, shard: Shard, pages: np.ndarray | None = None) -> SafetensorsFile:
-        file = SafetensorsFile(self.path / shard.file, pages)
-        for tensor in shard.tensors:
-            if not tensor.is_product and file.specs.get(tensor.name) != tensor.spec:
-                raise ValueError(f"{file.path} does not hold what the manifest says of it.")
-        return file
+
+def _fitting(file: SafetensorsFile, shard: Shard) -> SafetensorsFile:
+    """Return a file that holds what the manifest says of it."""
+    for tensor in shard.tensors:
+        if not tensor.is_product and file.specs.get(tensor.name) != tensor.spec:
+            raise ValueError(f"{file.path} does not hold what the manifest says of it.")
+    return file

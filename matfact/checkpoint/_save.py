@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matfact._files import output_folder, replacing_folder
 from matfact._layers import matrix_shape
 from matfact._safetensors import Stored, TensorSpec
 from matfact.backend import Array
@@ -32,7 +30,7 @@ def save(
     Parameters
     ----------
     path : str or Path
-        The folder, which must not exist or be empty.
+        The folder, which must not exist or be empty, or a link to such a folder.
     tensors : mapping of str to FactorProduct or array
         What to write, by name. Every dtype is kept, bfloat16 of torch included.
     shapes : mapping of str to tuple of int, optional
@@ -50,28 +48,20 @@ def save(
     ValueError
         If a shape does not fit its product, or files cannot hold a dtype.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"path must name a new or an empty folder, got {path}.")
+    target = output_folder(path)
     products = {k: v for k, v in tensors.items() if isinstance(v, FactorProduct)}
     arrays = {k: _stored(k, v) for k, v in tensors.items() if k not in products}
     specs = {name: _spec(name, product, shapes or {}) for name, product in products.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    temporary.mkdir()
-    try:
+    with replacing_folder(target) as folder:
         shards = []
         if arrays:
             pieces = {name: (spec, [data]) for name, (spec, data) in arrays.items()}
-            shards.append(write_plain(temporary / shard_name(0), pieces))
+            shards.append(write_plain(folder / shard_name(0), pieces))
         for i, (name, product) in enumerate(products.items(), start=1):
             kinds, content = pack(product.factors)
             tensor = StoredTensor(name, specs[name], kinds, density=product.density)
-            shards.append(write_shard(temporary / shard_name(i), content, [tensor]))
-        Manifest(tuple(shards), dict(settings or {}), dict(metadata or {})).write(temporary)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shards.append(write_shard(folder / shard_name(i), content, [tensor]))
+        Manifest(tuple(shards), dict(settings or {}), dict(metadata or {})).write(folder)
 
 
 def _stored(name: str, array: Array) -> Stored:

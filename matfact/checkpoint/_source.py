@@ -9,8 +9,9 @@ from pathlib import Path
 
 from matfact._json import parse_json
 from matfact._layers import Kept, kept_tensors
-from matfact._safetensors import SafetensorsFile, TensorSpec
-from matfact.checkpoint._shards import file_digest
+from matfact._regular import read_whole
+from matfact._safetensors import TensorSpec
+from matfact._safetensors_file import SafetensorsFile
 
 INDEX_SUFFIX = ".index.json"
 #: Longest index read, in bytes: room for more than 100 000 tensors.
@@ -64,9 +65,8 @@ class Source:
         return self._files[name]
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, by name."""
-        paths = dict.fromkeys(file.path for file in self._files.values())
-        return {path.name: file_digest(path) for path in paths}
+        """Return the SHA-256 of each file, by name; from then on all that is read is checked."""
+        return {file.path.name: file.sha256 for file in dict.fromkeys(self._files.values())}
 
     def matrices(self) -> list[str]:
         """Return the names of the weights that may be factorized."""
@@ -96,19 +96,18 @@ class Source:
     def _equal_to_tables(self) -> Iterator[tuple[str, str]]:
         """Yield weights with the very numbers of a table of embeddings, and these, in pairs."""
         kept = kept_tensors(self.specs)
-        tables: dict[TensorSpec, list[str]] = {}
-        for name, reason in kept.items():
-            if reason.is_guess:
-                tables.setdefault(self.specs[name], []).append(name)
-        for name, spec in self.specs.items():
-            for table in tables.get(spec, ()) if name not in kept else ():
-                if self._are_equal(name, table):
-                    yield from ((name, table), (table, name))
-                    break
+        guessed = [name for name, reason in kept.items() if reason.is_guess]
+        weights = [name for name in self.specs if name not in kept]
+        alike = {self.specs[name] for name in guessed} & {self.specs[name] for name in weights}
+        tables = {self._content(name): name for name in guessed[::-1] if self.specs[name] in alike}
+        for name in weights:
+            table = tables.get(self._content(name)) if self.specs[name] in alike else None
+            if table is not None:
+                yield from ((name, table), (table, name))
 
-    def _are_equal(self, *names: str) -> bool:
-        pieces = (self.file(name).chunks(name) for name in names)
-        return all(first == second for first, second in zip(*pieces, strict=True))
+    def _content(self, name: str) -> tuple[TensorSpec, bytes]:
+        """Return what only tensors with the same numbers have in common."""
+        return self.specs[name], self.file(name).digest(name)
 
 
 def _found(path: Path) -> Path:
@@ -152,10 +151,9 @@ def _indexed(path: Path) -> dict[str, SafetensorsFile]:
 
 def _places(path: Path) -> dict[str, str]:
     """Return the name of the file of each tensor in an index."""
-    if path.stat().st_size > _LIMIT:
-        raise ValueError(f"{path} must be an index of at most {_LIMIT} bytes.")
+    content = read_whole(path, _LIMIT)
     try:
-        places = parse_json(path.read_bytes()).get("weight_map")
+        places = parse_json(content).get("weight_map")
     except ValueError as error:
         raise ValueError(f"{path} must be an index in JSON: {error}.") from None
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):

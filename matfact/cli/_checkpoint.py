@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matfact.cli._common import FAILURE, Scheduler, told_to_users
+from matfact._text import printable
+from matfact.cli._common import NO_GAIN, Scheduler, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +58,10 @@ def compress(
 
     Exit status:
     0 the checkpoint is complete (layers kept as they are, are listed with the reason)
-    1 the checkpoint is complete, but no layer could be factorized
-    2 the options, the weights or the output folder cannot be used
-    130 stopped by Ctrl-C; the same command goes on
+    1 an error of matfact itself, which is shown
+    2 the options, the weights or the output folder cannot be used, or memory ran out
+    3 the checkpoint is complete, but no layer could be factorized
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; the same command goes on
     """
     with told_to_users():
         from matfact._parallel import on_cluster
@@ -69,7 +71,7 @@ def compress(
             checkpoint = _compressed(weights, output, factorizer, layers, jobs)
         _print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
-        raise typer.Exit(FAILURE)
+        raise typer.Exit(NO_GAIN)
 
 
 def inspect(
@@ -83,17 +85,19 @@ def inspect(
 
     Exit status:
     0 the checkpoint is intact
-    2 it is damaged, or there is none
+    1 an error of matfact itself, which is shown
+    2 it is damaged, or there is none, or the page cannot be written
     """
     with told_to_users():
+        from matfact._files import check_output, write_atomically
         from matfact.checkpoint import Checkpoint
+        from matfact.checkpoint._html import page
 
         checkpoint = Checkpoint(folder)
+        if html is not None:
+            check_output(html, checkpoint.files)
         checkpoint.verify()
         if html is not None:
-            from matfact._files import write_atomically
-            from matfact.checkpoint._html import page
-
             write_atomically(html, page(checkpoint).encode())
         if as_json:
             typer.echo(json.dumps(_summary(checkpoint), indent=1))
@@ -112,8 +116,9 @@ def decompress(
 
     Exit status:
     0 the file is written
-    2 the checkpoint is damaged or the file cannot be written; nothing was
-    130 stopped by Ctrl-C; nothing was written
+    1 an error of matfact itself, which is shown; nothing was written
+    2 the checkpoint is damaged or the file cannot be written, or memory ran out; nothing was
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; nothing was written
     """
     with told_to_users():
         from matfact.checkpoint import decompress as write_dense
@@ -166,7 +171,7 @@ def _compressed(
                 _print(console, line)
             tensor = shard.tensors[-1]
             error = "copied" if tensor.relative_error is None else f"{tensor.relative_error:.3f}"
-            description = f"{_shown(tensor.name)}: {error}".replace("[", "\\[")
+            description = f"{printable(tensor.name)}: {error}".replace("[", "\\[")
             progress.update(bar, advance=1, total=total, description=description)
 
         return run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=advance)
@@ -179,7 +184,7 @@ def _kept(shard: Shard) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for tensor in shard.tensors:
         if tensor.note:
-            names.setdefault(tensor.note, []).append(_shown(tensor.name))
+            names.setdefault(tensor.note, []).append(printable(tensor.name))
     for reason, held in names.items():
         shown = held if reason.startswith(ASKED) or len(held) < 5 else held[:3]
         more = f" and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
@@ -189,7 +194,7 @@ def _kept(shard: Shard) -> Iterator[str]:
 def _print_totals(checkpoint: Checkpoint) -> None:
     factorized = sum(tensor.is_product for tensor in checkpoint.tensors.values())
     method = checkpoint.settings.get("method")
-    by = f" by {_shown(method)}" if isinstance(method, str) else ""
+    by = f" by {printable(method)}" if isinstance(method, str) else ""
     typer.echo(
         f"{checkpoint.path}: {len(checkpoint)} tensors, {factorized} of them factorized{by}; "
         f"{checkpoint.nbytes:,} bytes of {checkpoint.dense_nbytes:,} "
@@ -223,7 +228,7 @@ def _table(checkpoint: Checkpoint) -> Table:
         stored_as = " · ".join(tensor.storage) or tensor.note
         numbers = (tensor.density, tensor.relative_error)
         table.add_row(
-            *(Text(_shown(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
+            *(Text(printable(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
             *("" if number is None else f"{number:.4f}" for number in numbers),
             f"{checkpoint.tensor_nbytes(name):,}",
         )
@@ -231,9 +236,4 @@ def _table(checkpoint: Checkpoint) -> Table:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
-
-
-def _shown(text: str) -> str:
-    """Return text from a file, of which no character can control the terminal."""
-    return text if text.isprintable() else repr(text)
+    console.print(printable(text), markup=False, highlight=False)

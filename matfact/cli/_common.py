@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from typing import Annotated, TypeVar
 
 import typer
+
+from matfact._text import printable
 
 #: An option of the commands whose work a cluster can do.
 Scheduler = Annotated[
@@ -19,23 +24,61 @@ Scheduler = Annotated[
 
 T = TypeVar("T")
 
-# Exit statuses; the last is the one shells give Ctrl-C.
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+# Exit statuses: Python's own for a crash is 1, and shells add 128 to the number of a signal.
+USAGE, NO_GAIN, SIGNALLED = 2, 3, 128
 
 
 @contextlib.contextmanager
 def told_to_users() -> Iterator[None]:
     """Turn what a user can put right, or did, into one line and an exit status."""
     try:
-        yield
+        with _stopped_like_ctrl_c():
+            yield
     except BrokenPipeError:
         raise  # whoever reads the output, as `head`, has seen enough: typer ends in silence
     except (ValueError, ImportError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(USAGE) from error
+        raise _ended(f"Error: {printable(error)}", USAGE) from error
+    except MemoryError as error:
+        raise _ended(f"Error: out of memory. {error}".rstrip(), USAGE) from error
+    except BrokenExecutor as error:
+        message = "Error: a worker process was killed, as when memory runs out. Try fewer jobs."
+        raise _ended(message, USAGE) from error
     except KeyboardInterrupt as error:
-        typer.echo("Stopped; every file is complete or as it was.", err=True)
-        raise typer.Exit(INTERRUPTED) from error
+        status = SIGNALLED + getattr(error, "number", signal.SIGINT)
+        raise _ended("Stopped; every file is complete or as it was.", status) from error
+
+
+def _ended(message: str, status: int) -> typer.Exit:
+    with contextlib.suppress(OSError):  # a terminal may be closed
+        typer.echo(message, err=True)
+    return typer.Exit(status)
+
+
+class _SignalInterrupt(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP stop the work as Ctrl-C does: once, unless they are ignored."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+    def stop(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not stop the tidying
+        raise _SignalInterrupt(number)
+
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def parse(option: str, text: str | None, kind: Callable[[str], T]) -> list[T] | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matfact.cli._common import FAILURE, Scheduler, parse, told_to_users
+from matfact._text import printable
+from matfact.cli._common import NO_GAIN, Scheduler, parse, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,9 +61,10 @@ def compare(
 
     Exit status:
     0 the study is complete (fits that failed are listed)
-    1 no fit succeeded
-    2 the options, the weights or the output folder cannot be used
-    130 stopped by Ctrl-C; every file is complete or as it was
+    1 an error of matfact itself, which is shown
+    2 the options, the weights or the output folder cannot be used, or memory ran out
+    3 the study is complete, but no fit succeeded
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; every file is complete or as it was
     """
     with told_to_users():
         comparison = _study(
@@ -75,7 +77,7 @@ def compare(
             scheduler=scheduler,
         )  # fmt: skip
     if all(row.status != "ok" for row in comparison):
-        raise typer.Exit(FAILURE)
+        raise typer.Exit(NO_GAIN)
 
 
 def _study(
@@ -88,14 +90,17 @@ def _study(
     """Load, cut, compare, show and write."""
     from rich.console import Console
 
+    from matfact._files import check_output
     from matfact._parallel import on_cluster
     from matfact.compare import cut_matrices, load_weights, summary_table
 
     console = Console()
     output.mkdir(parents=True, exist_ok=True)  # before the work, lest that be lost
+    for ending in ("csv", "json", "html", "png"):
+        check_output(output / f"comparison.{ending}", [] if weights is None else [weights])
     loaded = load_weights(weights, stored=scheduler is not None)
     matrices = cut_matrices(loaded, **cut)
-    console.print(f"{len(matrices)} matrices from {loaded.source}", markup=False)
+    console.print(f"{len(matrices)} matrices from {printable(loaded.source)}", markup=False)
     _tell_left_out(console, matrices.left_out)
     with on_cluster(scheduler):
         comparison = _compare(console, matrices, run)
@@ -103,7 +108,8 @@ def _study(
     console.print(summary_table(comparison))
     failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")
     for (method, size, message), count in failed.items():
-        console.print(f"Failed: {method} at size {size} ({count}×): {message}", markup=False)
+        text = f"Failed: {method} at size {size} ({count}×): {printable(message)}"
+        console.print(text, markup=False)
     _write(console, comparison, output)
     return comparison
 
@@ -115,7 +121,7 @@ def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         console.print(
-            f"Not compared ({len(names)}; {reason}): {', '.join(names)}",
+            f"Not compared ({len(names)}; {reason}): {printable(', '.join(names))}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

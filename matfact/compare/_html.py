@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from matfact import _html
@@ -55,8 +54,8 @@ def _rows_of_means(summary: Sequence[SummaryRow]) -> list[list[str]]:
     largest = {n: max(filter(math.isfinite, means), default=0.0) for n, means in drawn.items()}
     return [
         [
-            escape(label(group.method)),
-            escape(group.size),
+            _html.escape(label(group.method)),
+            _html.escape(group.size),
             _asked(group.requested_density),
             str(group.n_ok),
             *(_html.measured(group.mean.get(n), largest.get(n, 0.0)) for _, n in _MEASURES),
@@ -67,12 +66,12 @@ def _rows_of_means(summary: Sequence[SummaryRow]) -> list[list[str]]:
 
 def _cells(row: ComparisonRow) -> list[str]:
     return [
-        escape(row.matrix),
-        escape(row.method),
-        escape(row.size),
+        _html.escape(row.matrix),
+        _html.escape(row.method),
+        _html.escape(row.size),
         _asked(row.requested_density),
         *(_html.measured(getattr(row, name)) for _, name in _MEASURES),
-        escape(row.message),
+        _html.escape(row.message),
     ]
 
 

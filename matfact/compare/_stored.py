@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from matfact._layers import AXES, chosen_weights, matrix_shape
-from matfact._safetensors import SafetensorsFile
+from matfact._safetensors_file import SafetensorsFile, TensorLocation
 
 _FLOATS = {"F16": np.float32, "BF16": np.float32, "F32": np.float32, "F64": np.float64}
 
@@ -53,16 +53,35 @@ class StoredMatrix:
         columns: slice = slice(None),
         dtype: Any = None,
     ) -> None:
-        self.path, self.name, self._window = Path(path).absolute(), name, (rows, columns)
-        spec = SafetensorsFile(path).specs.get(name)
+        file = SafetensorsFile(path)
+        spec = file.specs.get(name)
         if spec is None or len(spec.shape) not in AXES or spec.dtype not in _FLOATS:
             raise ValueError(
                 f"name must be that of a floating-point weight in {path}, got {name!r}."
             )
-        self._sides = matrix_shape(spec.shape)
+        self._set(file.location(name), rows, columns, dtype)
+
+    @classmethod
+    def _at(
+        cls,
+        location: TensorLocation,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        dtype: Any = None,
+    ) -> StoredMatrix:
+        """Return the window of a weight that was found."""
+        matrix = cls.__new__(cls)
+        matrix._set(location, rows, columns, dtype)
+        return matrix
+
+    def _set(self, location: TensorLocation, rows: slice, columns: slice, dtype: Any) -> None:
+        self.path, self.name = location.path.absolute(), location.name
+        self._window = (rows, columns)
+        self._location = location._replace(path=self.path)
+        self._sides = matrix_shape(location.spec.shape)
         chosen = [range(n)[part] for n, part in zip(self._sides, self._window, strict=True)]
         self.shape = (len(chosen[0]), len(chosen[1]))
-        self.dtype = np.dtype(_FLOATS[spec.dtype] if dtype is None else dtype)
+        self.dtype = np.dtype(_FLOATS[location.spec.dtype] if dtype is None else dtype)
 
     @property
     def ndim(self) -> int:
@@ -73,11 +92,11 @@ class StoredMatrix:
         """Return a part of the matrix, which is not read either."""
         rows = _composed(self._sides[0], self._window[0], rows)
         columns = _composed(self._sides[1], self._window[1], columns)
-        return StoredMatrix(self.path, self.name, rows, columns, dtype or self.dtype)
+        return StoredMatrix._at(self._location, rows, columns, dtype or self.dtype)
 
     def read(self) -> np.ndarray:
-        """Return the numbers."""
-        W = SafetensorsFile(self.path).read(self.name)
+        """Return the numbers, or raise ``ValueError`` where the file is not what it was."""
+        W = self._location.read()
         return np.ascontiguousarray(W.reshape(len(W), -1)[self._window], dtype=self.dtype)
 
 
@@ -89,5 +108,6 @@ def _composed(length: int, outer: slice, inner: slice) -> slice:
 
 def stored_matrices(path: Path) -> Iterator[tuple[str, StoredMatrix]]:
     """Yield the weights in a file by name; none of them is read."""
-    for name in sorted(chosen_weights(SafetensorsFile(path).specs)):
-        yield name, StoredMatrix(path, name)
+    file = SafetensorsFile(path)
+    for name in sorted(chosen_weights(file.specs)):
+        yield name, StoredMatrix._at(file.location(name))

@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.base import clone
 
 from matfact import backend, metrics
-from matfact._parallel import pool
+from matfact._parallel import results
 from matfact._threads import single_threaded
 from matfact.backend import Array
 from matfact.compare._environment import environment
@@ -103,8 +103,10 @@ def compare_projections(
     # The largest matrices first, so that no worker is left with one while the others are idle.
     order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
     rows: dict[int, ComparisonRow] = {}
-    with single_threaded():  # also here: workers that are threads of this process share it
-        for i, row in pool(n_jobs, len(tasks))(joblib.delayed(_run)(i, tasks[i]) for i in order):
+    calls = [joblib.delayed(_run)(i, tasks[i]) for i in order]
+    # One thread also here: workers that are threads of this process share it.
+    with single_threaded(), results(n_jobs, calls) as arriving:
+        for i, row in arriving:
             rows[i] = row
             _log.info(
                 "%s of %s: %s, %d fits in all", row.method, row.matrix, row.status, len(tasks)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matfact._files import write_atomically
+from matfact._json import read_report
 from matfact.compare._html import page
 from matfact.compare._rows import COLUMNS, MEASURES, ComparisonRow, SummaryRow
 
@@ -69,9 +70,8 @@ class Comparison(Sequence[ComparisonRow]):
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
-        """Read a comparison written by :meth:`to_json`."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls([ComparisonRow(**row) for row in content["rows"]], content["metadata"])
+        """Read a comparison written by :meth:`to_json`; ``ValueError`` where it is none."""
+        return cls(*read_report(path, ComparisonRow))
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame, with the metadata in its ``attrs``."""

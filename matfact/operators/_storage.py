@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matfact._files import write_atomically
-from matfact._json import parse_json
-from matfact._safetensors import SafetensorsFile, in_aligned_order, serialize
+from matfact._json import is_version, parse_json
+from matfact._safetensors import in_aligned_order, serialize
+from matfact._safetensors_file import SafetensorsFile
 from matfact.operators._encoding import decode, encode
 from matfact.operators._factor import Factor
 
@@ -35,10 +36,8 @@ def pack(
     return kinds, serialize(specs, content, {"matfact": json.dumps(manifest)})
 
 
-def load(file: SafetensorsFile, *, mapped: bool = False) -> list[Factor]:
+def load(file: SafetensorsFile) -> list[Factor]:
     """Read the factors written by :func:`save`; bfloat16 values arrive as float32.
-
-    Where they are `mapped`, values stay in the file until they are used or written to.
 
     Raises
     ------
@@ -50,15 +49,27 @@ def load(file: SafetensorsFile, *, mapped: bool = False) -> list[Factor]:
         manifest = parse_json(file.metadata.get("matfact", "{}").encode())
     except ValueError:
         manifest = {}
-    if (manifest.get("format"), manifest.get("version")) != ("matfact", FORMAT_VERSION):
+    if not is_version(manifest, "matfact", FORMAT_VERSION):
         raise ValueError(f"path must name a matfact file of version {FORMAT_VERSION}, got {path}.")
     entries = manifest.get("factors")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"path must name a complete matfact file, but {path} names no factors.")
     try:
-        read = file.mapped if mapped else file.read
-        return decode(entries, {name: read(name) for name in file.specs})
+        factors = decode(entries, {name: file.read(name) for name in file.specs})
+        _check_inner_sides(factors, file.nbytes)
+        return factors
     except ValueError as error:
         raise ValueError(
             f"path must name an intact matfact file, but in {path} {error}."
         ) from error
+
+
+def _check_inner_sides(factors: Sequence[Factor], nbytes: int) -> None:
+    """Raise ``ValueError`` where few bytes have a product pass through vectors without measure."""
+    outer = max((factors[0].shape[0], factors[-1].shape[1]) if factors else (0, 0))
+    for factor in factors[1:]:
+        if factor.shape[0] > max(outer, 8 * nbytes):  # at best, one bit locates an entry
+            raise ValueError(
+                f"an inner side is {factor.shape[0]}, more than {nbytes} bytes and outer sides up "
+                f"to {outer} call for"
+            )

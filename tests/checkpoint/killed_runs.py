@@ -1,6 +1,7 @@
 """Compress again and again in processes that are killed; run by the tests, which read its report.
 
-Usage: killed_runs.py SOURCE FOLDER KILLS. Children are forked, so that libraries load once.
+Usage: killed_runs.py SOURCE FOLDER KILLS. Children are forked, so that libraries load once. Half of
+them get SIGTERM, which the command line takes as a wish to stop, and must leave no partial file.
 """
 
 import json
@@ -14,17 +15,18 @@ from pathlib import Path
 
 from matfact import MagnitudePruner
 from matfact.checkpoint import compress
+from matfact.cli._common import told_to_users
 
 
-def run(source, out, *, die_at=None):
-    """Compress; die at the given write, rename or sync to disk."""
+def run(source, out, *, die_at=None, number=signal.SIGKILL):
+    """Compress; send this process a signal at the given write, rename or sync to disk."""
     calls = 0
 
     def counted(function):
         def call(*args, **kwargs):
             nonlocal calls
             if calls == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             calls += 1
             return function(*args, **kwargs)
 
@@ -52,14 +54,20 @@ def shards(out):
     return {name: (out / name).stat().st_ino for name in names}
 
 
-def child(source, out, die_at=None):
+def child(source, out, die_at=None, number=signal.SIGKILL):
     pid = os.fork()
     if pid == 0:
         try:
-            run(source, out, die_at=die_at)
+            with told_to_users():
+                run(source, out, die_at=die_at, number=number)
         finally:
             os._exit(0)
     return pid
+
+
+def partial(out):
+    """Return whether there are partial files."""
+    return out.exists() and any(path.name.startswith(".") for path in out.iterdir())
 
 
 def resumed(source, out, expected):
@@ -80,15 +88,17 @@ def main(source, folder, kills):
     draw = random.Random(0)
     for trial in range(calls + kills):
         out = folder / "killed"
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
         if trial < calls:  # at every moment between two changes on disk
-            os.waitpid(child(source, out, die_at=trial), 0)
+            os.waitpid(child(source, out, trial, number), 0)
         else:  # at any moment, several times in a row
             for _ in range(draw.randint(1, 3)):
                 pid = child(source, out)
                 time.sleep(draw.uniform(0, 1.2 * seconds))
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
                 os.waitpid(pid, 0)
-        report.append(resumed(source, out, expected))
+        left = number == signal.SIGTERM and trial < calls and partial(out)
+        report.append(resumed(source, out, expected) | {"left": left})
         shutil.rmtree(out)
     print(json.dumps({"calls": calls, "seconds": seconds, "trials": report}))
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, Palm4MSA, metrics
-from matfact.checkpoint import Checkpoint, _compress, compress, decompress
+from matfact.checkpoint import Checkpoint, _compress, _source, compress, decompress
 from matfact.factorizers import BaseFactorizer
 
 HALF = MagnitudePruner(density=0.5)
@@ -149,18 +149,20 @@ def test_the_result_does_not_depend_on_the_number_of_jobs(source, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
-def test_a_killed_run_is_taken_up_and_gives_the_same_bytes(source, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_killed_run_is_taken_up_and_gives_the_same_bytes(kills, source, tmp_path):
     script = Path(__file__).with_name("killed_runs.py")
     (tmp_path / "runs").mkdir()
-    command = [sys.executable, script, source, tmp_path / "runs", "8"]
+    command = [sys.executable, script, source, tmp_path / "runs", str(kills)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     trials = report["trials"]
-    assert len(trials) == report["calls"] + 8
+    assert len(trials) == report["calls"] + kills
     assert all(trial["identical"] for trial in trials), trials
     assert all(trial["kept"] for trial in trials), trials
+    assert not any(trial["left"] for trial in trials), trials
     assert {trial["finished"] for trial in trials} >= {0, 1, 3, 6}
 
 
@@ -218,7 +220,9 @@ def test_a_file_damaged_since_is_made_again(damage, source, tmp_path):
     else:
         record = (out / "journal.log").read_bytes()
         (out / "journal.log").write_bytes(record[:-10])
-    (out / ".00003.safetensors.abcd.part").write_bytes(b"left by a process that was killed")
+    (out / ".00003.safetensors.matfact-0123456789abcdef.part").write_bytes(
+        b"left by a process that was killed"
+    )
     compress(source, out, HALF)
     assert content(out) == content(tmp_path / "whole")
 
@@ -247,7 +251,9 @@ def test_other_options_or_weights_are_refused(is_complete, source, tmp_path):
     assert content(out) == before
 
 
-def test_a_folder_with_anything_else_is_left_alone(source, tmp_path):
+def test_a_folder_with_anything_else_is_left_alone(source, tmp_path, monkeypatch):
+    # Refused before the weights are hashed, which may take minutes.
+    monkeypatch.setattr(_source.Source, "digests", lambda self: pytest.fail("hashed"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="new or an empty folder"):
@@ -260,7 +266,7 @@ def test_a_record_without_its_first_line_is_refused(source, tmp_path):
         compress(source, tmp_path / "out", HALF, progress=stopped_after(2))
     journal = tmp_path / "out" / "journal.log"
     journal.write_bytes(b"0" + journal.read_bytes()[1:])
-    with pytest.raises(ValueError, match=r"journal\.log is damaged"):
+    with pytest.raises(ValueError, match=r"with an intact journal\.log"):
         compress(source, tmp_path / "out", HALF)
 
 
@@ -318,6 +324,20 @@ def test_many_layers_take_no_more_memory_than_the_largest(tmp_path):
     peak("warm", [96])  # compiles
     single, many = peak("single", [192]), peak("many", [192, 64, 128, 192, 192, 96, 160, 192])
     assert many < single + 0.5 * 4 * 192**2
+
+
+def test_the_header_is_not_read_for_every_layer(tmp_path, monkeypatch):
+    weights = {f"{i}.weight": torch.randn(8, 8) for i in range(20)} | {"bias": torch.ones(3)}
+    save_file(weights, tmp_path / "m.safetensors")
+    read, begin = [], _source.SafetensorsFile.__init__
+
+    def counted(self, path, *arguments):
+        read.append(Path(path).name)
+        begin(self, path, *arguments)
+
+    monkeypatch.setattr(_source.SafetensorsFile, "__init__", counted)
+    compress(tmp_path / "m.safetensors", tmp_path / "out", HALF)
+    assert read.count("m.safetensors") == 1
 
 
 def test_settings_are_remembered(source, tmp_path):

@@ -6,13 +6,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from matfact._files import write_atomically
 from matfact._safetensors import TensorSpec, serialize, stored
 from matfact.checkpoint import Checkpoint, decompress, save
 from matfact.checkpoint._manifest import Manifest, StoredTensor
 from matfact.checkpoint._shards import write_shard
-from matfact.operators import DenseFactor, FactorProduct, SparseFactor
+from matfact.operators import BlockSparseFactor, DenseFactor, FactorProduct, SparseFactor
+from matfact.operators._encoding import _overlap
 
 
 def content(factors, tensors, version=1):
@@ -58,6 +61,13 @@ LIES = {
     "blocks outside": factor("blocks", [4, 4], np.ones(4), blocks=U16([[3, 5, 0, 2]])),
     "blocks inside out": factor("blocks", [4, 4], np.ones(4), blocks=U16([[2, 0, 2, 0]])),
     "blocks of other size": factor("blocks", [4, 4], np.ones(3), blocks=U16([[0, 2, 0, 2]])),
+    "blocks that overlap": factor(
+        "blocks", [4, 4], np.ones(5), blocks=U16([[0, 2, 0, 2], [1, 2, 1, 2]])
+    ),
+    "blocks that overlap later": factor(
+        "blocks", [9, 9], np.ones(17), blocks=U16([[0, 4, 4, 8], [4, 9, 0, 0], [3, 4, 7, 8]])
+    ),
+    "a block twice": factor("blocks", [4, 4], np.ones(2), blocks=U16([[3, 4, 3, 4], [3, 4, 3, 4]])),
     "blocks without end": factor("blocks", [4, 4], [], blocks=np.array([[-HUGE, HUGE, 0, 4]])),
     "a selection outside": factor("selection", [1, 4], [], index=U16([4])),
     "a selection before": factor("selection", [1, 4], [], index=I32([-2])),
@@ -67,6 +77,10 @@ LIES = {
     "complex values that are not pairs": content(
         [{"kind": "dense", "shape": [1, 1], "complex": True}], {"0.values": [[1.0]]}
     ),
+    "complex that is not true or false": content(
+        [{"kind": "dense", "shape": [1, 1], "complex": 0}], {"0.values": [[1.0]]}
+    ),
+    "a version that is true": content([], {}, version=True),
     "no shape": content([{"kind": "dense"}], {"0.values": [[1.0]]}),
     "no values": content([{"kind": "dense", "shape": [1, 1]}], {}),
     "no factor": content([], {}),
@@ -74,6 +88,20 @@ LIES = {
     "factors that do not chain": content(
         [{"kind": "dense", "shape": [1, 1]}, {"kind": "dense", "shape": [2, 1]}],
         {"0.values": np.ones((1, 1)), "1.values": np.ones((2, 1))},
+    ),
+    "a short way through a long vector": content(
+        [
+            {"kind": "csr", "shape": [4, 1 << 24]},
+            {"kind": "dense", "shape": [1 << 24, 0]},
+            {"kind": "dense", "shape": [0, 4]},
+        ],
+        {
+            "0.values": np.ones(0),
+            "0.indptr": U16([0, 0, 0, 0, 0]),
+            "0.indices": U16([]),
+            "1.values": np.ones((1 << 24, 0)),
+            "2.values": np.ones((0, 4)),
+        },
     ),
     "another version": content([], {}, version=2),
 }
@@ -90,6 +118,27 @@ def test_files_of_factors_that_lie_are_refused(case, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 1 << 21
     finally:
         tracemalloc.stop()
+
+
+def test_blocks_that_only_touch_are_read(tmp_path):
+    arrays = [np.full((2, 3), value) for value in (1.0, 2.0, 3.0)]
+    corners = [(0, 0), (0, 3), (2, 1)]
+    touching = BlockSparseFactor.from_blocks(arrays, corners, (4, 6), like=arrays[0])
+    FactorProduct([touching]).save(tmp_path / "p.safetensors")
+    loaded = FactorProduct.load(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(loaded.toarray(), touching.toarray())
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_blocks_overlap_where_an_entry_would_be_written_twice(data):
+    span = st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted)
+    drawn = data.draw(st.lists(st.tuples(span, span), max_size=5))
+    blocks = np.array([[*rows, *columns] for rows, columns in drawn], np.int64).reshape(-1, 4)
+    written = np.zeros((5, 5), int)
+    for r0, r1, c0, c1 in blocks:
+        written[r0:r1, c0:c1] += 1
+    assert _overlap(blocks) == bool((written > 1).any())
 
 
 def bomb(folder, shape, product):

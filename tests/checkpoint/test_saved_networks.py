@@ -249,6 +249,10 @@ FORGERIES = {
     "a storage of another type": set_in_first_tensor(storage=[1]),
     "factors said to be a plain tensor": set_in_first_tensor(storage=[]),
     "another version": lambda content: content.update(version=2),
+    "a version that is true": lambda content: content.update(version=True),
+    "a version of one point zero": lambda content: content.update(version=1.0),
+    "a number that is none": set_in_first_tensor(density=float("nan")),
+    "a number without end": lambda content: content["settings"].update(x=float("inf")),
     "another format": lambda content: content.update(format="other"),
     "metadata of another type": lambda content: content.update(metadata={"a": 1}),
     "shards of another type": lambda content: content.update(shards={}),
@@ -270,7 +274,7 @@ def test_empty_files_are_refused_by_name_mapped_or_not(tmp_path):
     loaded = Checkpoint(tmp_path / "n")
     with pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
         loaded.file("b")
-    with loaded.mapping_ahead(), pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
+    with loaded.reading_ahead(), pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
         loaded.file("b")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from matfact import LowRank, MagnitudePruner, checkpoint  # noqa: E402
-from matfact.checkpoint import _reader  # noqa: E402
+from matfact.checkpoint import Checkpoint, _reader  # noqa: E402
 from matfact.torch import MonarchLinear, compress, load_network, save_network  # noqa: E402
 
 
@@ -207,25 +207,26 @@ def test_each_file_is_checked_once_by_another_thread_or_by_who_uses_it(
     network, tmp_path, monkeypatch
 ):
     save_network(network, tmp_path / "network")
-    original, checked, begun, used = _reader.checked_pages, [], Event(), Event()
+    original, checked, begun, used = _reader.check_shard, [], Event(), Event()
 
-    def watched(folder, shard):
+    def watched(folder, shard, in_memory):
+        assert in_memory
         checked.append((shard.file, current_thread() is main_thread()))
         if len(checked) == 1:  # the other thread is held up with the largest
             begun.set()
             assert used.wait(60)
-        return original(folder, shard)
+        return original(folder, shard, in_memory=True)
 
-    monkeypatch.setattr(_reader, "checked_pages", watched)
+    monkeypatch.setattr(_reader, "check_shard", watched)
     loading = checkpoint.Checkpoint(tmp_path / "network")
     largest = max(loading.shards, key=lambda shard: shard.nbytes)
-    with loading.mapping_ahead():
+    with loading.reading_ahead():
         assert begun.wait(60)
         for shard in loading.shards:
             if shard is not largest:
                 loading.file(shard.tensors[0].name)
         used.set()
-        loading.verify()
+        loading.file(largest.tensors[0].name)
     names = [shard.file for shard in loading.shards if shard is not largest]
     assert checked == [(largest.file, False), *((name, True) for name in names)]
 
@@ -257,3 +258,22 @@ def test_a_tensor_that_no_file_can_hold_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"'0\.weight': .*complex128"):
         save_network(model, tmp_path / "network")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2)), "lacks"),
+        (lambda: nn.Sequential(nn.Linear(6, 8)), "also has"),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), "shape"),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.Bilinear(8, 2, 4)), "shape|lacks|also has"),
+    ],
+)
+def test_nothing_is_read_of_a_checkpoint_that_does_not_fit(other, problem, tmp_path, monkeypatch):
+    network, _ = compress(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), LowRank(rank=1))
+    save_network(network, tmp_path / "network")
+    read = []
+    monkeypatch.setattr(Checkpoint, "product", lambda self, name: read.append(name))
+    with pytest.raises(ValueError, match=problem):
+        load_network(other(), tmp_path / "network")
+    assert not read

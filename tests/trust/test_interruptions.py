@@ -1,10 +1,11 @@
-"""Ctrl-C and a full disk: what is written is whole, what was there stays, and work goes on."""
+"""Ctrl-C, SIGTERM, a full disk: what is written is whole, what was there stays, work goes on."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,21 +58,50 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_ctrl_c_while_compressing_leaves_work_that_goes_on(source, tmp_path):
+def test_sigterm_while_compressing_ends_workers_and_leaves_work_that_goes_on(source, tmp_path):
     out = tmp_path / "out"
     process = started("compress", source, out, *COMPRESS, "--jobs", "2")
     wait_for(lambda: (out / "00002.safetensors").exists() or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
-    assert process.returncode == 130, output
-    assert "Stopped" in output
-    assert "Traceback" not in output
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # idle workers would hold the pipe for minutes
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.strip() == "Stopped; every file is complete or as it was."
     assert not (out / "manifest.json").exists()
+    assert not list(out.glob(".*"))
     finished = {path: path.stat().st_ino for path in out.glob("0*.safetensors")}
     compress(source, out, DoubleSparseFactorizer(density=0.5))
     kept = [path for path, inode in finished.items() if path.stat().st_ino == inode]
     assert len(kept) >= len(finished) - 2  # but those not yet recorded
-    assert not list(out.glob(".*.part"))
+    assert not list(out.glob(".*"))
+
+
+def test_no_worker_goes_on_when_whoever_is_told_of_progress_raises(source, tmp_path, recwarn):
+    def progress(shard, total):
+        raise RuntimeError("seen enough")
+
+    options = {"n_jobs": 2, "progress": progress}
+    with pytest.raises(RuntimeError, match="seen enough"):
+        compress(source, tmp_path / "out", DoubleSparseFactorizer(density=0.5), **options)
+    before = sorted(os.listdir(tmp_path / "out"))
+    time.sleep(2)  # two fits take less
+    assert sorted(os.listdir(tmp_path / "out")) == before
+    assert not [name for name in before if name.startswith(".")]
+    assert not [warning for warning in recwarn if "cancelled" in str(warning.message)]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+def test_a_worker_killed_for_its_memory_is_one_line(source, tmp_path):
+    out = tmp_path / "out"
+    process = started("compress", source, out, *COMPRESS, "--jobs", "2")
+    wait_for(lambda: (out / "00002.safetensors").exists() or process.poll() is not None)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [c for c in children if b"LokyProcess" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    (line,) = output.strip().splitlines()
+    assert line.startswith("Error: a worker process was killed")
+    assert not list(out.glob(".*"))
 
 
 def test_ctrl_c_while_comparing_leaves_earlier_tables(source, tmp_path):
@@ -99,7 +129,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, tmp_path):
     assert "Error" in output
     assert "Traceback" not in output
     assert not (out / "manifest.json").exists()
-    assert not list(out.glob(".*.part"))
+    assert not list(out.glob(".*"))
     for folder in (out, tmp_path / "whole"):
         compress(source, folder, MagnitudePruner(density=0.5))
     assert content(out) == content(tmp_path / "whole")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from matfact._safetensors import FLOAT8
+from matfact._text import printable
 from matfact.checkpoint import Checkpoint
-from matfact.torch.checkpoint._masked import joined, masked_parameters_of
+from matfact.torch.checkpoint._masked import masked_parameters_of
 
 #: Dtypes that NumPy lacks, by their names in safetensors files.
 _BEYOND_NUMPY = {stored: name for name, stored in FLOAT8.items()}
@@ -40,8 +41,9 @@ class State:
     """
 
     def __init__(self, model: nn.Module, network: Checkpoint, replaced: Sequence[str]) -> None:
-        self._model, self._network = model, network
-        self._inside = tuple(joined(name, "") for name in replaced)
+        self._network = network
+        self._replaced = frozenset(replaced)
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
         self._masked = [
             parameter
             for parameter in masked_parameters_of(model)
@@ -92,11 +94,13 @@ class State:
 
     def _is_replaced(self, name: str) -> bool:
         """Whether a tensor is in a layer that is replaced, which takes its bias over."""
-        return name.startswith(self._inside) and name.rpartition(".")[2] != "bias"
+        *parts, leaf = name.split(".")
+        layers = (".".join(parts[:n]) for n in range(len(parts) + 1))
+        return leaf != "bias" and any(layer in self._replaced for layer in layers)
 
     def _is_derived(self, name: str) -> bool:
         """Whether the network makes the very tensor itself, as older versions of it did not."""
-        buffer = dict(self._model.named_buffers(remove_duplicate=False)).get(name)
+        buffer = self._buffers.get(name)
         if buffer is None or buffer.is_meta or self._network.tensors[name].is_product:
             return False
         tensor = stored_tensor(self._network, name)
@@ -173,13 +177,13 @@ def stored_tensor(network: Checkpoint, name: str) -> Tensor:
     if spec.dtype in _BEYOND_NUMPY:
         content = torch.frombuffer(bytearray(b"".join(file.chunks(name))), dtype=torch.uint8)
         return content.view(getattr(torch, _BEYOND_NUMPY[spec.dtype])).reshape(spec.shape)
-    return torch.from_numpy(file.mapped(name))
+    return torch.from_numpy(file.read(name))
 
 
 def raise_if(what: str, names: Sequence[str]) -> None:
     """Raise ``ValueError`` where there are any `names`."""
     if names:
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        shown = ", ".join(map(printable, names[:5])) + (", …" if len(names) > 5 else "")
         raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")
 
 

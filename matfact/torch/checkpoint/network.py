@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from matfact._layers import matrix_shape
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
 from matfact.torch.checkpoint._building import built, without_assigned
@@ -89,8 +90,8 @@ def load_network(
     model : torch.nn.Module or callable
         The network, before or after it was compressed, with any weights. Its layers are replaced
         by factorized ones in place; it keeps its devices and dtypes. Or a function that builds it,
-        which is faster and takes less memory: dense weights are never there, and what the
-        checkpoint holds as it is stays in the file until it is used or written to.
+        which is faster and takes less memory: dense weights are never there. Either way the
+        values are in memory of the network's own, whatever becomes of the files.
     path : str or Path
         A folder written by :func:`save_network` or by ``matfact compress``.
     strict : bool, default=True
@@ -114,7 +115,7 @@ def load_network(
         one another.
     """
     network = Checkpoint(path)
-    with network.mapping_ahead():
+    with network.reading_ahead():
         model = model if isinstance(model, nn.Module) else built(model)
         with narrowed(model, parsed(network.settings.get("narrowed"))):
             _load(model, network, strict)
@@ -123,10 +124,11 @@ def load_network(
 
 def _load(model: nn.Module, network: Checkpoint, strict: bool) -> None:
     """Load a checkpoint into a network with layers of the same widths."""
-    found = list(_replacements(model, network))
-    state = State(model, network, [name for replacement in found for name in replacement.names])
-    used = {key for replacement in found for key in replacement.keys}
+    fitting = list(_replacements(model, network))
+    state = State(model, network, [name for replacement in fitting for name in replacement.names])
+    used = {key for replacement in fitting for key in replacement.keys}
     names = state.checked([name for name in network if name not in used], strict)
+    found = [replacement.loaded(network) for replacement in fitting]  # now that all of it fits
     tensors = {name: stored_tensor(network, name) for name in names}
     weights = {joined(name, "weight"): r.weight for r in found for name in r.names}
     state.check_shared(tensors, weights)
@@ -142,12 +144,19 @@ def _load(model: nn.Module, network: Checkpoint, strict: bool) -> None:
 
 
 class _Replacement(NamedTuple):
-    """A layer, by all its names, and the products stored for it under `keys`."""
+    """A layer, by all its names, and the products stored for it under `keys`, once loaded."""
 
     names: list[str]
     keys: list[str]
     view: Matricized
     products: list[FactorProduct]
+
+    def loaded(self, network: Checkpoint) -> _Replacement:
+        """Return it with its products."""
+        products = [network.product(key) for key in self.keys]
+        if _is_turned(network, self.view):
+            products = [product.T for product in products]
+        return self._replace(products=products)
 
     def weight(self) -> Tensor:
         """Return the dense weight."""
@@ -158,22 +167,33 @@ class _Replacement(NamedTuple):
 
 def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacement]:
     """Yield the layers of which the checkpoint holds factors."""
-    is_by_layer = network.settings.get("layout") == _BY_LAYER["layout"]
     for names, layer in distinct_layers(model):
         view = matricized(layer)
         for name in names if view is not None else ():
             keys = _kernel_names(name, getattr(layer, "groups", 1))
             if not all(key in network and network.tensors[key].is_product for key in keys):
                 continue
-            products = [network.product(key, mapped=True) for key in keys]
-            if isinstance(view, MatricizedTransposed) and not is_by_layer:
-                products = [product.T for product in products]
             assert view is not None
-            _check_shapes(keys[0], view, products)
-            for key in keys:
-                check_dtype(network, key, view.layer.weight.dtype)
-            yield _Replacement(names, keys, view, products)
+            _check(network, keys, view)
+            yield _Replacement(names, keys, view, [])
             break
+
+
+def _check(network: Checkpoint, keys: Sequence[str], view: Matricized) -> None:
+    """Raise ``ValueError`` where the products of a layer are not of its shape and dtype."""
+    for key, matrix in zip(keys, view.matrices(), strict=True):
+        there = network.tensors[key].spec.shape
+        there = matrix_shape(there) if len(there) > 1 else there
+        there = there[::-1] if _is_turned(network, view) else there
+        if there != tuple(matrix.shape):
+            raise misfit(key, there, matrix.shape)
+        check_dtype(network, key, view.layer.weight.dtype)
+
+
+def _is_turned(network: Checkpoint, view: Matricized) -> bool:
+    """Whether the products of a layer are laid out as the transposed weight that it keeps."""
+    is_by_layer = network.settings.get("layout") == _BY_LAYER["layout"]
+    return isinstance(view, MatricizedTransposed) and not is_by_layer
 
 
 def _kernel_names(name: str, groups: int) -> list[str]:
@@ -196,9 +216,3 @@ def _unshared(
         if name not in masks:
             found.setdefault(place(tensor), (name, tensor))
     return {name: tensor for name, tensor in found.values() if not name.startswith(inside)}
-
-
-def _check_shapes(name: str, view: Matricized, products: list[FactorProduct]) -> None:
-    for matrix, product in zip(view.matrices(), products, strict=True):
-        if tuple(matrix.shape) != product.shape:
-            raise misfit(name, product.shape, matrix.shape)

@@ -1,0 +1,267 @@
+"""Reading files in the safetensors format.
+
+Nothing is mapped into memory: a file that somebody cuts while it is mapped ends the process. What
+was opened is what is used: bytes that are read later are checked against what is known of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from matfact._regular import open_regular
+from matfact._safetensors import (
+    TensorSpec,
+    as_array,
+    is_known_to_numpy,
+    parse_header,
+    read_head,
+)
+
+#: Bytes read at a time.
+_CHUNK = 1 << 22
+
+
+class FileState(NamedTuple):
+    """What tells that a file has been changed or replaced, wherever it is seen from."""
+
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> FileState:
+        """Return the state of an open file."""
+        status = os.fstat(file.fileno())
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+class TensorLocation(NamedTuple):
+    """Where the bytes of a tensor are, for whoever reads them, in another process too.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    name : str
+        The tensor.
+    spec : TensorSpec
+        Its dtype and shape.
+    begin : int
+        Place of its first byte.
+    state : FileState
+        State of the file when its header was read.
+    sha256 : bytes, optional
+        Checksum of the tensor's bytes, where the file was hashed.
+    """
+
+    path: Path
+    name: str
+    spec: TensorSpec
+    begin: int
+    state: FileState
+    sha256: bytes | None = None
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes piece by piece; that they are not the expected ones is told at the end.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what it was.
+        """
+        left, digest = self.spec.nbytes, hashlib.sha256()
+        with self._opened() as file:
+            for chunk in _pieces(file, left):
+                left -= len(chunk)
+                if self.sha256 is not None:
+                    digest.update(chunk)
+                yield chunk
+        if left or self.sha256 not in (None, digest.digest()):
+            raise self._changed()
+
+    def read(self) -> np.ndarray:
+        """Return the tensor in memory of its own; bfloat16 becomes float32, which holds it exactly.
+
+        Raises
+        ------
+        ValueError
+            If NumPy has no such dtype, or the file is not what it was.
+        """
+        self.check_dtype()
+        content = np.empty(self.spec.nbytes, dtype=np.uint8)
+        with self._opened() as file:
+            is_whole = _filled(file, content) == content.size
+        if not is_whole or self._differs(content):
+            raise self._changed()
+        return as_array(self.spec, content)
+
+    def check_dtype(self) -> None:
+        """Raise ``ValueError`` if NumPy has no such dtype."""
+        if not is_known_to_numpy(self.spec.dtype):
+            raise ValueError(
+                f"{self.name!r} in {self.path} has dtype {self.spec.dtype}, unknown to NumPy."
+            )
+
+    def _differs(self, content: np.ndarray) -> bool:
+        return self.sha256 is not None and hashlib.sha256(content.data).digest() != self.sha256
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        with open_regular(self.path) as file:
+            if self.sha256 is None and FileState.of(file) != self.state:
+                raise self._changed()
+            file.seek(self.begin)
+            yield file
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"{self.path} must stay as it is while it is read, but tensor {self.name!r} is not "
+            "what it was when the file was opened."
+        )
+
+
+class SafetensorsFile:
+    """A file in the safetensors format, of which one tensor after the other can be read.
+
+    It is opened anew for each of them, and what is read is checked: against the checksum, once
+    :attr:`sha256` has been asked for, otherwise against size and time of the file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Its header is read and checked against the size of the file.
+    in_memory : bool, default=False
+        Whether to read all of it at once. Tensors are then views of its bytes.
+
+    Attributes
+    ----------
+    specs : dict of str to TensorSpec
+        The tensors by name, in the order of their bytes.
+    metadata : dict of str to str
+        Whatever else the header holds.
+
+    Raises
+    ------
+    ValueError
+        If the file is truncated or its header is not what the format prescribes.
+    """
+
+    def __init__(self, path: str | Path, *, in_memory: bool = False) -> None:
+        self.path = Path(path)
+        self._content: np.ndarray | None = None
+        self._digests: dict[str, bytes] = {}
+        try:
+            with open_regular(self.path) as file:
+                self._state = FileState.of(file)
+                head = read_head(file.read, self._state.nbytes)
+                self._start, self._head = len(head), hashlib.sha256(head).digest()
+                text = str(memoryview(head)[8:], "utf-8")
+                if not in_memory:
+                    del head  # it may take 100 MB
+                self.specs, self.metadata = parse_header(text, self._state.nbytes - self._start)
+                if in_memory:
+                    self._content = self._rest(file, head)
+        except ValueError as error:
+            raise ValueError(
+                f"path must name an intact safetensors file, but {self.path} is damaged: {error}"
+            ) from None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._state.nbytes
+
+    def _rest(self, file: BinaryIO, head: bytes) -> np.ndarray:
+        """Return the bytes of the whole file, of which `head` was read."""
+        content = np.empty(self._state.nbytes, dtype=np.uint8)
+        content[: self._start] = np.frombuffer(head, np.uint8)
+        if _filled(file, content[self._start :]) < content.size - self._start:
+            raise ValueError("it was cut while it was read")
+        return content
+
+    def location(self, name: str) -> TensorLocation:
+        """Return where tensor `name` is."""
+        begin = self._begins[name]
+        spec, digest = self.specs[name], self._digests.get(name)
+        return TensorLocation(self.path, name, spec, begin, self._state, digest)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of tensor `name` piece by piece."""
+        if self._content is None:
+            yield from self.location(name).chunks()
+        else:
+            yield self._bytes(name).tobytes()
+
+    def read(self, name: str) -> np.ndarray:
+        """Return tensor `name`; bfloat16 becomes float32, which holds it exactly.
+
+        Raises
+        ------
+        ValueError
+            If NumPy has no such dtype, or the file is not what it was.
+        """
+        if self._content is None:
+            return self.location(name).read()
+        location = self.location(name)
+        location.check_dtype()
+        content = self._bytes(name)
+        is_aligned = location.begin % location.spec.itemsize == 0
+        return as_array(location.spec, content if is_aligned else content.copy())
+
+    def _bytes(self, name: str) -> np.ndarray:
+        assert self._content is not None
+        begin = self._begins[name]
+        return self._content[begin : begin + self.specs[name].nbytes]
+
+    @functools.cached_property
+    def _begins(self) -> dict[str, int]:
+        """Place of the first byte of each tensor."""
+        ends = itertools.accumulate((s.nbytes for s in self.specs.values()), initial=self._start)
+        return dict(zip(self.specs, ends, strict=False))
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Checksum of the file; all that is read from then on must be what was hashed for it."""
+        if self._content is not None:
+            return hashlib.sha256(self._content.data).hexdigest()
+        with open_regular(self.path) as file:
+            whole = hashlib.sha256(file.read(self._start))
+            if whole.digest() != self._head:
+                raise self._changed()
+            for name, spec in self.specs.items():
+                own = hashlib.sha256()
+                for chunk in _pieces(file, spec.nbytes):
+                    whole.update(chunk)
+                    own.update(chunk)
+                self._digests[name] = own.digest()
+            if file.tell() != self._state.nbytes or file.read(1):
+                raise self._changed()
+        return whole.hexdigest()
+
+    def digest(self, name: str) -> bytes:
+        """Return the checksum of the bytes of tensor `name`."""
+        assert self.sha256
+        return self._digests[name]
+
+    def _changed(self) -> ValueError:
+        return ValueError(f"{self.path} must stay as it is while it is read, but was changed.")
+
+
+def _filled(file: BinaryIO, content: np.ndarray) -> int:
+    """Read into an array, and return how many bytes there were."""
+    return file.readinto(content.data) if content.size else 0  # type: ignore[attr-defined]
+
+
+def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
+    """Yield so many bytes, or as many as there are, piece by piece."""
+    while nbytes and (chunk := file.read(min(_CHUNK, nbytes))):
+        nbytes -= len(chunk)
+        yield chunk
