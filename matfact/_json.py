@@ -78,10 +78,17 @@ def read_report(path: str | Path, make_row: Callable[..., T]) -> tuple[list[T], 
     """
     content = read_whole(path, _LONGEST_REPORT)
     try:
-        fields = parse_json(content)
-        rows, metadata = [make_row(**row) for row in fields["rows"]], fields["metadata"]
-        if not isinstance(metadata, dict):
-            raise ValueError("metadata are no JSON object")
-    except (KeyError, TypeError, ValueError) as error:
+        return report_rows(parse_json(content), make_row)
+    except ValueError as error:
         raise ValueError(f"path must name a report by to_json, not {path}: {error}.") from None
+
+
+def report_rows(content: Any, make_row: Callable[..., T]) -> tuple[list[T], dict[str, Any]]:
+    """Return the rows and the metadata that a report holds, or raise ``ValueError``."""
+    try:
+        rows, metadata = [make_row(**row) for row in content["rows"]], content["metadata"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not those of a report ({error})") from None
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata are no JSON object")
     return rows, metadata

@@ -15,7 +15,7 @@ import rich.box
 from rich.table import Table
 
 from matfact._files import write_atomically
-from matfact._json import read_report
+from matfact._json import read_report, report_rows
 from matfact._layers import LayerReport
 from matfact._report_page import page
 
@@ -112,10 +112,19 @@ class CompressionReport(Sequence[LayerReport]):
         writer.writerows(dataclasses.astuple(row) for row in self.rows)
         write_atomically(path, buffer.getvalue().encode())
 
+    def content(self) -> dict[str, Any]:
+        """Return metadata and rows as JSON has them, with None where no value is finite."""
+        rows = [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows]
+        return {"metadata": self.metadata, "rows": rows}
+
+    @classmethod
+    def from_content(cls, content: Any) -> CompressionReport:
+        """Rebuild a report from its :meth:`content`; ``ValueError`` where it is none."""
+        return cls(*report_rows(content, LayerReport))
+
     def to_json(self, path: str | Path) -> None:
         """Write metadata and rows to a JSON file, null where no value is finite."""
-        rows = [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows]
-        text = json.dumps({"metadata": self.metadata, "rows": rows}, indent=1, allow_nan=False)
+        text = json.dumps(self.content(), indent=1, allow_nan=False)
         write_atomically(path, text.encode())
 
     @classmethod

@@ -17,6 +17,8 @@ from matfact._safetensors import TensorSpec, checked_spec
 MANIFEST = "manifest.json"
 FORMAT = "matfact-checkpoint"
 VERSION = 1
+#: Where settings hold the report of a compression.
+REPORT = "report"
 
 #: Longest manifest read, in bytes.
 _LIMIT = 1 << 26

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from matfact._layers import matrix_shape
+from matfact._layers import LayerReport, is_floating_matrix, is_weight_name, matrix_shape
 from matfact._safetensors_file import SafetensorsFile
-from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
+from matfact.checkpoint._manifest import MANIFEST, REPORT, Manifest, Shard, StoredTensor
 from matfact.checkpoint._shards import check_shard
 from matfact.operators import FactorProduct, _storage
+from matfact.report import CompressionReport
 
 
 class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
@@ -89,6 +90,38 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
     def files(self) -> list[Path]:
         """All files of the checkpoint, the manifest first."""
         return [self.path / name for name in (MANIFEST, *(shard.file for shard in self.shards))]
+
+    @property
+    def report(self) -> CompressionReport:
+        """What was done to the network: as it was saved, or what the manifest says of weights.
+
+        Raises
+        ------
+        ValueError
+            If what is saved is no report.
+        """
+        if REPORT in self.settings:
+            return CompressionReport.from_content(self.settings[REPORT])
+        rows = [self._row(tensor) for tensor in self.tensors.values() if _is_weight(tensor)]
+        return CompressionReport(rows, self.settings)
+
+    def _row(self, tensor: StoredTensor) -> LayerReport:
+        rows, columns = matrix_shape(tensor.spec.shape)
+        return LayerReport(
+            layer=tensor.name.removesuffix("weight").removesuffix("."),
+            kind="",
+            rows=rows,
+            columns=columns,
+            groups=1,
+            method=tensor.method,
+            status="compressed" if tensor.is_product else "kept",
+            dense_nbytes=tensor.spec.nbytes,
+            dense_flops=2 * rows * columns,
+            density=tensor.density,
+            relative_error=tensor.relative_error,
+            nbytes=self.tensor_nbytes(tensor.name) if tensor.is_product else None,
+            message=tensor.note,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -169,3 +202,7 @@ def _fitting(file: SafetensorsFile, shard: Shard) -> SafetensorsFile:
         if not tensor.is_product and file.specs.get(tensor.name) != tensor.spec:
             raise ValueError(f"{file.path} does not hold what the manifest says of it.")
     return file
+
+
+def _is_weight(tensor: StoredTensor) -> bool:
+    return tensor.is_product or (is_weight_name(tensor.name) and is_floating_matrix(tensor.spec))

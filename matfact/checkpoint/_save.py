@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from matfact._files import output_folder, replacing_folder
 from matfact._layers import matrix_shape
 from matfact._safetensors import Stored, TensorSpec
 from matfact.backend import Array
-from matfact.checkpoint._manifest import Manifest, StoredTensor
+from matfact.checkpoint._manifest import REPORT, Manifest, StoredTensor
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
 from matfact.operators import FactorProduct
 from matfact.operators._encoding import stored_array
 from matfact.operators._storage import pack
+from matfact.report import CompressionReport
 
 
 def save(
@@ -22,6 +24,7 @@ def save(
     tensors: Mapping[str, FactorProduct | Array],
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    report: CompressionReport | None = None,
     settings: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -36,6 +39,8 @@ def save(
     shapes : mapping of str to tuple of int, optional
         Shapes in the network of the products of which it is not the product's own, such as
         convolutions.
+    report : CompressionReport, optional
+        What was done to the network, for the manifest.
     settings : mapping, optional
         How the network was made; anything that JSON can hold.
     metadata : mapping of str to str, optional
@@ -59,9 +64,22 @@ def save(
             shards.append(write_plain(folder / shard_name(0), pieces))
         for i, (name, product) in enumerate(products.items(), start=1):
             kinds, content = pack(product.factors)
-            tensor = StoredTensor(name, specs[name], kinds, density=product.density)
+            known = _recorded(name, report)
+            tensor = StoredTensor(name, specs[name], kinds, density=product.density, **known)
             shards.append(write_shard(folder / shard_name(i), content, [tensor]))
-        Manifest(tuple(shards), dict(settings or {}), dict(metadata or {})).write(folder)
+        settings = dict(settings or {}) | ({} if report is None else {REPORT: report.content()})
+        Manifest(tuple(shards), settings, dict(metadata or {})).write(folder)
+
+
+def _recorded(name: str, report: CompressionReport | None) -> dict[str, Any]:
+    """Return what a report says of the weight `name`, for the manifest."""
+    layer = name.removesuffix("weight").removesuffix(".")
+    row = next((row for row in report or () if row.layer == layer), None)
+    if row is None:
+        return {}
+    error = row.relative_error
+    is_known = error is not None and math.isfinite(error)
+    return {"method": row.method, "relative_error": error if is_known else None}
 
 
 def _stored(name: str, array: Array) -> Stored:

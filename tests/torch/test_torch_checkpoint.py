@@ -277,3 +277,37 @@ def test_nothing_is_read_of_a_checkpoint_that_does_not_fit(other, problem, tmp_p
     with pytest.raises(ValueError, match=problem):
         load_network(other(), tmp_path / "network")
     assert not read
+
+
+def test_a_saved_network_tells_what_was_done_to_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    batches = [torch.randn(20, 16) for _ in range(3)]
+    small, report = compress(model, density=0.5, keep=("last",), calibration=batches)
+    save_network(small, tmp_path / "small", report=report)
+    told = Checkpoint(tmp_path / "small").report
+    assert told.rows == report.rows
+    assert told.metadata == report.metadata
+    stored = Checkpoint(tmp_path / "small").tensors["0.weight"]
+    assert stored.method == "DoubleSparseFactorizer"
+    assert stored.relative_error == report[0].relative_error
+
+
+def test_a_compressed_file_tells_what_was_done_to_its_layers(tmp_path):
+    save_file(
+        nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).state_dict(), tmp_path / "m.safetensors"
+    )
+    compressed = checkpoint.compress(
+        tmp_path / "m.safetensors", tmp_path / "out", MagnitudePruner(0.25)
+    )
+    (row,) = compressed.report
+    assert (row.layer, row.status, row.method) == ("0", "compressed", "MagnitudePruner")
+    assert row.density == 0.25
+    assert row.nbytes < row.dense_nbytes
+    assert 0 < row.relative_error < 1
+
+
+def test_a_report_that_is_none_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "n", {"a": torch.ones(2)}, settings={"report": {"rows": 3}})
+    with pytest.raises(ValueError, match="report"):
+        Checkpoint(tmp_path / "n").report  # noqa: B018

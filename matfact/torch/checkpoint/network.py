@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from matfact._layers import matrix_shape
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
+from matfact.report import CompressionReport
 from matfact.torch.checkpoint._building import built, without_assigned
 from matfact.torch.checkpoint._masked import joined, mask_names, masked_tensors, stored_product
 from matfact.torch.checkpoint._state import (
@@ -38,7 +39,11 @@ _BY_LAYER = {"layout": "out, in"}
 
 
 def save_network(
-    model: nn.Module, path: str | Path, *, settings: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    report: CompressionReport | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a network, its factorized layers as factors, to a folder.
 
@@ -49,6 +54,9 @@ def save_network(
         only what their masks leave.
     path : str or Path
         The folder, which must not exist or be empty. All of it is written or nothing.
+    report : CompressionReport, optional
+        What :func:`compress` said of it. ``matfact.checkpoint.Checkpoint(path).report`` tells it
+        again.
     settings : mapping, optional
         How the network was made; anything that JSON can hold.
 
@@ -77,7 +85,8 @@ def save_network(
     content |= _unshared(model, tuple(inside), mask_names(model))
     record = narrowed_tensors(model)
     narrowing = {"narrowed": record} if record else {}
-    save(path, content, shapes=shapes, settings=dict(settings or {}) | _BY_LAYER | narrowing)
+    known = dict(settings or {}) | _BY_LAYER | narrowing
+    save(path, content, shapes=shapes, report=report, settings=known)
 
 
 def load_network(
