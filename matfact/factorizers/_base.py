@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -14,6 +15,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_feature_names, _check_n_features, check_is_fitted
 
 from matfact import backend, metrics
+from matfact._threads import fit_threads
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._validation import check_calibration, check_matrix
@@ -99,6 +101,12 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """
         self._validate_params()
         W = self._check_input(W, "W", reset=True)
+        with fit_threads(math.prod(W.shape)):
+            self._fit(W, calibration)
+        return self
+
+    def _fit(self, W: Array, calibration: Any) -> None:
+        """Factorize the checked matrix `W`, and report."""
         statistics = None if calibration is None else check_calibration(calibration, W)
         work = backend.contiguous(backend.compute_array(W))
         # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
@@ -116,7 +124,6 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.history_ = history.as_dict()
         self._n_features_out = product.shape[0]
         self._report(work, statistics)
-        return self
 
     def _report(self, W: Array, calibration: InputStatistics | None) -> None:
         """Set the measured attributes, from the factors as they are returned."""
