@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
         fit()  # compiles
         quiet, whole = min(_times(fit, options.seconds))
         with busy(os.cpu_count() or 1):
-            beside, part = (statistics.median(t) for t in zip(*_times(fit, options.seconds)))
+            times = zip(*_times(fit, options.seconds), strict=True)
+            beside, part = (statistics.median(each) for each in times)
         share = (part / beside) / (whole / quiet)
         excess = beside * share / quiet
         rows.append(
@@ -70,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     worst = max(row["excess"] for row in rows)
     print(
-        f"\n{conditions['cpu']}, {options.threads} thread(s), float32, square, seed {options.seed}. "
-        f"{versions}. Largest excess {worst:.2f}."
+        f"\n{conditions['cpu']}, {options.threads} thread(s), float32, square matrices, "
+        f"seed {options.seed}. {versions}. Largest excess {worst:.2f}."
     )
     if options.json:
         options.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
