@@ -14,6 +14,8 @@ from matfact.calibration import InputStatistics
 
 #: Most factors of a chain of sparse ones, each of which takes as much memory as a square matrix.
 MOST_FACTORS = 64
+#: Least magnitude of the largest calibration input: squares of such numbers keep their digits.
+SMALLEST = 1e-140
 #: Entries that a structure around a matrix may have, and how many times as many as the matrix.
 ROOM, PADDING = 1 << 24, 16
 
@@ -103,7 +105,13 @@ def check_calibration(calibration: Any, W: Array) -> InputStatistics:
     if isinstance(calibration, InputStatistics):
         statistics = calibration
     else:
-        statistics = InputStatistics().update(check_matrix(calibration, "calibration"))
+        inputs = check_matrix(calibration, "calibration")
+        if 0.0 < (largest := backend.max_abs(inputs)) < SMALLEST:
+            raise ValueError(
+                f"calibration must hold inputs of at least {SMALLEST:g}, whose squares are no "
+                f"zeros, got {largest:g} as the largest."
+            )
+        statistics = InputStatistics().update(inputs)
     if statistics.n_features != W.shape[1]:
         raise ValueError(
             f"calibration must hold inputs with in_features={W.shape[1]} columns, got "
