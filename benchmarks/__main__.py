@@ -10,6 +10,7 @@ NAMES = (
     "projection",
     "floor",
     "apply",
+    "busy",
     "scoring",
     "study",
     "butterfly",

@@ -216,8 +216,12 @@ def unit(array: Array) -> float:
     It is no subnormal number, the reciprocal of which would overflow.
     """
     magnitude = max_abs(array)
-    smallest = float(namespace(array).finfo(array.dtype).smallest_normal)
-    return max(2.0 ** math.floor(math.log2(magnitude)), smallest) if magnitude else 1.0
+    xp = namespace(array)
+    if magnitude == math.inf:  # of complex numbers, whose parts are finite
+        magnitude = max(max_abs(xp.real(array)), max_abs(xp.imag(array)))
+    if not magnitude:
+        return 1.0
+    return max(2.0 ** (math.frexp(magnitude)[1] - 1), float(xp.finfo(array.dtype).smallest_normal))
 
 
 def power_of_two(magnitude: float) -> float:

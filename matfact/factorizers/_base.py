@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_feature_names, _check_n_features, check_is_fitted
 
 from matfact import backend, metrics
+from matfact._threads import fit_threads
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._validation import check_calibration, check_matrix
@@ -99,6 +102,12 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """
         self._validate_params()
         W = self._check_input(W, "W", reset=True)
+        with fit_threads(math.prod(W.shape)):
+            self._fit(W, calibration)
+        return self
+
+    def _fit(self, W: Array, calibration: Any) -> None:
+        """Factorize the checked matrix `W`, and report."""
         statistics = None if calibration is None else check_calibration(calibration, W)
         work = backend.contiguous(backend.compute_array(W))
         # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
@@ -110,21 +119,22 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         else:
             result = self._factorize_calibrated(scaled, history, statistics)
         del scaled
-        product = FactorProduct(result.factors).rescaled(scale)
-        self.operator_ = product.astype(W.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            operator = FactorProduct(result.factors).rescaled(scale).astype(W.dtype)
+            W_hat = operator.astype(work.dtype).toarray()
+        _check_range(W_hat, W.dtype)
+        self.operator_ = operator
         self.n_iter_ = result.n_iter
         self.history_ = history.as_dict()
-        self._n_features_out = product.shape[0]
-        self._report(work, statistics)
-        return self
+        self._n_features_out = operator.shape[0]
+        self._report(work, W_hat, statistics)
 
-    def _report(self, W: Array, calibration: InputStatistics | None) -> None:
+    def _report(self, W: Array, W_hat: Array, calibration: InputStatistics | None) -> None:
         """Set the measured attributes, from the factors as they are returned."""
         operator = self.operator_
         self.factors_ = operator.factors
         self.nnz_ = operator.nnz
         self.density_ = operator.density
-        W_hat = operator.astype(W.dtype).toarray()
         self.reconstruction_err_ = metrics.relative_error(W, W_hat)
         self.normalized_err_ = metrics.normalized_error(W, self.reconstruction_err_, self.nnz_)
         self.__dict__.pop("layer_err_", None)  # of an earlier fit
@@ -193,3 +203,15 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
         return tags
+
+
+def _check_range(W_hat: Array, dtype: Any) -> None:
+    """Raise ``ValueError`` if an approximation has entries that are infinite in a dtype."""
+    xp = backend.namespace(W_hat)
+    parts = [xp.real(W_hat), xp.imag(W_hat)] if backend.is_complex(W_hat) else [W_hat]
+    largest = float(xp.finfo(dtype).max)
+    if not all(backend.max_abs(part) <= largest for part in parts):
+        raise ValueError(
+            f"W must be smaller: its approximation exceeds {largest:.4g}, the largest number of "
+            f"{dtype}. Fit a fraction of W, or W in a wider dtype."
+        )

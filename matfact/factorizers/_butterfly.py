@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._chain import Layout
+from matfact.factorizers._validation import room
 from matfact.solvers._callback import History
 from matfact.solvers.butterfly import butterfly
 from matfact.solvers.chains import (
@@ -237,6 +239,11 @@ int of shape (in_features,), default="identity"
             raise ValueError(
                 f"chain must make a product of at least {shape[0]}×{shape[1]}, the shape of W, "
                 f"got one of {chain.shape[0]}×{chain.shape[1]}."
+            )
+        if math.prod(chain.shape) > room(shape):
+            raise ValueError(
+                f"chain must make a product of at most {room(shape)} entries for a "
+                f"{shape[0]}×{shape[1]} matrix, got one of {chain.shape[0]}×{chain.shape[1]}."
             )
         return chain
 

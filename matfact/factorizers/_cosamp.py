@@ -13,12 +13,13 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_feature_names, _check_n_features, check_is_fitted
 
 from matfact import backend, metrics
+from matfact._threads import fit_threads
 from matfact.backend import Array
 from matfact.calibration import OutputStatistics
 from matfact.factorizers._validation import check_matrix
 from matfact.solvers import cosamp
 from matfact.solvers._callback import History
-from matfact.solvers.quadratic import quadratic
+from matfact.solvers.quadratic import Selection, quadratic
 
 _SOLVERS = {
     "least_squares": cosamp.least_squares,
@@ -147,18 +148,13 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         self._check_target()
         statistics, dtype, one_output = self._statistics(H, y)
         history = History()
-        if self.max_error is None:
-            solve = _SOLVERS[self.method]
-            result = solve(statistics, self._count(), self.max_iter, history)
-        else:
-            result = cosamp.smallest_selection(
-                statistics, self.max_error**2, self.max_iter, history
-            )
-        xp = backend.namespace(result.weights)
-        weights = xp.astype(result.weights, dtype)
-        problem = quadratic(statistics)
-        # Of the weights as returned, rounded to the dtype.
-        error = problem.error(result.support, backend.wide(weights) / problem.unit)
+        with fit_threads(self.n_features_in_**2):
+            result = self._select(statistics, history)
+            xp = backend.namespace(result.weights)
+            weights = xp.astype(result.weights, dtype)
+            problem = quadratic(statistics)
+            # Of the weights as returned, rounded to the dtype.
+            error = problem.error(result.support, backend.wide(weights) / problem.unit)
         self.support_ = np.zeros(self.n_features_in_, dtype=bool)
         self.support_[result.support] = True
         self.coef_ = weights[:, 0] if one_output else xp.matrix_transpose(weights)
@@ -166,6 +162,13 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         self.n_iter_ = result.n_iter
         self.history_ = history.as_dict()
         return self
+
+    def _select(self, statistics: OutputStatistics, history: History) -> Selection:
+        """Return the units to keep, and their weights."""
+        if self.max_error is None:
+            solve = _SOLVERS[self.method]
+            return solve(statistics, self._count(), self.max_iter, history)
+        return cosamp.smallest_selection(statistics, self.max_error**2, self.max_iter, history)
 
     def _statistics(self, H: Any, y: Any) -> tuple[OutputStatistics, Any, bool]:
         """Return the statistics, the dtype of results, and whether the outputs are 1-D."""

@@ -20,6 +20,7 @@ from matfact.constraints import (
     transposed,
 )
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
+from matfact.factorizers._validation import MOST_FACTORS
 from matfact.operators import SparseFactor
 from matfact.solvers._callback import History
 from matfact.solvers.dsf import dsf, pruned, thin
@@ -57,9 +58,9 @@ class DoubleSparseFactorizer(BaseFactorizer):
         for each of its rows and columns and should be half as many as the other has; with two
         sets `density` must be None.
     n_factors : int, default=2
-        Number of factors. With more than two, one after the other is split off and all are
-        refined together by :class:`Palm4MSA`'s solver; they share the budget as two would, and
-        the two parameters above must keep their defaults. More factors seldom lower the error.
+        Number of factors, at most 64. With more than two, one after the other is split off and
+        all are refined together by :class:`Palm4MSA`'s solver; they share the budget as two would,
+        and the two parameters above must keep their defaults. More factors seldom lower the error.
     max_iter : int, default=100
         Number of sweeps over both factors. Penalties and nonzeros are scheduled over them, so
         that more sweeps find better supports: 400 lower the error by some 5 %, 25 raise it by 10.
@@ -108,7 +109,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         "density": DENSITY,
         "first_factor_density": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
         "constraints": [list, tuple, None],
-        "n_factors": [Interval(Integral, 2, None, closed="left")],
+        "n_factors": [Interval(Integral, 2, MOST_FACTORS, closed="both")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from sklearn.utils._param_validation import Interval
 from matfact import backend
 from matfact.backend import Array
 from matfact.factorizers._base import BaseFactorizer, Factorization
+from matfact.factorizers._validation import MOST_FACTORS, PADDING, ROOM, room
 from matfact.operators import Factor, KroneckerSparseFactor, SelectionFactor
 from matfact.solvers._callback import History
 from matfact.solvers.kaleidoscope import kaleidoscope
@@ -28,11 +30,11 @@ class KaleidoscopeFit(BaseFactorizer):
     Parameters
     ----------
     width : int, default=1
-        Number w of pairs of a butterfly and a reversed one.
+        Number w of pairs of a butterfly and a reversed one, at most 64.
     expansion : int, default=1
         The butterflies are this many times longer than the longer side of `W`, which is a corner
         of their product. Lengths with a prime factor above 5 are rounded up. Toeplitz matrices
-        need 2.
+        need 2. Their squares may hold 2²⁴ entries, or 16 times those of `W` where that is more.
     complex_pairs : bool, default=False
         Whether the factors of a real `W` hold complex numbers as 2×2 blocks of real ones, which
         takes four times the stored values, and which real circulant and Toeplitz matrices need.
@@ -85,7 +87,7 @@ class KaleidoscopeFit(BaseFactorizer):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "width": [Interval(Integral, 1, None, closed="left")],
+        "width": [Interval(Integral, 1, MOST_FACTORS, closed="both")],
         "expansion": [Interval(Integral, 1, None, closed="left")],
         "complex_pairs": ["boolean"],
         "max_iter": [Interval(Integral, 0, None, closed="left")],
@@ -110,7 +112,7 @@ class KaleidoscopeFit(BaseFactorizer):
     def _factorize(self, W: Array, history: History) -> Factorization:
         if self.complex_pairs and backend.is_complex(W):
             raise ValueError("complex_pairs must be False when W is complex, got True.")
-        n = scipy.fft.next_fast_len(self.expansion * max(W.shape), real=True)
+        n = scipy.fft.next_fast_len(self._length(W.shape), real=True)
         values, n_iter = kaleidoscope(
             W, n, width=self.width, complex_pairs=self.complex_pairs, max_iter=self.max_iter,
             tol=self.tol, callback=history,
@@ -122,3 +124,19 @@ class KaleidoscopeFit(BaseFactorizer):
         if W.shape[1] < n:
             factors.append(SelectionFactor.from_index(np.arange(W.shape[1]), n, like=W).T)
         return Factorization(factors, n_iter)
+
+    def _length(self, shape: tuple[int, int]) -> int:
+        """Return how long the butterflies are to be, which are square."""
+        side, longest = max(shape), math.isqrt(room(shape))
+        if side > longest:
+            longest = max(math.isqrt(ROOM), PADDING * min(shape))
+            raise ValueError(
+                f"W must have sides of at most {longest} for butterflies, which are square, got "
+                f"{shape[0]}×{shape[1]}."
+            )
+        if self.expansion > longest // side:
+            raise ValueError(
+                f"expansion must be at most {longest // side} for a {shape[0]}×{shape[1]} matrix, "
+                f"got {self.expansion}."
+            )
+        return self.expansion * side

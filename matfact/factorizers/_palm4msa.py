@@ -27,7 +27,7 @@ from matfact.constraints import (
 )
 from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._dsf import DoubleSparseFactorizer
-from matfact.factorizers._validation import check_matrix
+from matfact.factorizers._validation import MOST_FACTORS, check_matrix
 from matfact.operators import DenseFactor, Factor, FactorProduct, SparseFactor
 from matfact.solvers._callback import History
 from matfact.solvers.hierarchical import Side, hierarchical_palm4msa
@@ -53,8 +53,8 @@ class Palm4MSA(BaseFactorizer):
         is more (of more than two factors, one for each of their rows or columns); with
         `constraints` it must be None.
     n_factors : int, default=2
-        Number of factors, all but that of the longer side of `W` square on the shorter one. One
-        gives magnitude pruning. Not used with `constraints`.
+        Number of factors, at most 64, all but that of the longer side of `W` square on the
+        shorter one. One gives magnitude pruning. Not used with `constraints`.
     constraints : sequence of Constraint or str, or None, default=None
         One set for each factor, in the order of the product: any object of
         :mod:`matfact.constraints`, or the name of one that needs no parameter. None means as
@@ -122,7 +122,7 @@ class Palm4MSA(BaseFactorizer):
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "density": DENSITY,
-        "n_factors": [Interval(Integral, 1, None, closed="left")],
+        "n_factors": [Interval(Integral, 1, MOST_FACTORS, closed="both")],
         "constraints": ["array-like", None],
         "residual_constraints": ["array-like", None],
         "hierarchical": [StrOptions({"left", "right"}), None],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,13 @@ from sklearn.utils.validation import check_array
 from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
+
+#: Most factors of a chain of sparse ones, each of which takes as much memory as a square matrix.
+MOST_FACTORS = 64
+#: Least magnitude of the largest calibration input: squares of such numbers keep their digits.
+SMALLEST = 1e-140
+#: Entries that a structure around a matrix may have, and how many times as many as the matrix.
+ROOM, PADDING = 1 << 24, 16
 
 
 def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
@@ -97,7 +105,13 @@ def check_calibration(calibration: Any, W: Array) -> InputStatistics:
     if isinstance(calibration, InputStatistics):
         statistics = calibration
     else:
-        statistics = InputStatistics().update(check_matrix(calibration, "calibration"))
+        inputs = check_matrix(calibration, "calibration")
+        if 0.0 < (largest := backend.max_abs(inputs)) < SMALLEST:
+            raise ValueError(
+                f"calibration must hold inputs of at least {SMALLEST:g}, whose squares are no "
+                f"zeros, got {largest:g} as the largest."
+            )
+        statistics = InputStatistics().update(inputs)
     if statistics.n_features != W.shape[1]:
         raise ValueError(
             f"calibration must hold inputs with in_features={W.shape[1]} columns, got "
@@ -109,3 +123,8 @@ def check_calibration(calibration: Any, W: Array) -> InputStatistics:
             f"calibration must be on the library and device of W, {places[1]}, got {places[0]}."
         )
     return statistics
+
+
+def room(shape: tuple[int, ...]) -> int:
+    """Return how many entries a structure that pads a matrix of `shape` may have."""
+    return max(ROOM, PADDING * math.prod(shape))

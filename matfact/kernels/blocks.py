@@ -10,9 +10,9 @@ that many blocks at once.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import (
     fma,
     gather,
@@ -32,7 +32,7 @@ VECTOR = 64  #: bytes of a vector with an entry of each of some blocks that are 
 TILE = 4  #: rows computed together, which share what they load
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _four_rows(a, b, c, d, values, first, lead, step, count, source, column, stride):  # type: ignore[no-untyped-def]
     second, third, fourth = first + lead, first + 2 * lead, first + 3 * lead
     for k in range(count):
@@ -44,7 +44,7 @@ def _four_rows(a, b, c, d, values, first, lead, step, count, source, column, str
     return a, b, c, d
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _two_rows(a, b, values, first, lead, step, count, source, column, stride):  # type: ignore[no-untyped-def]
     second = first + lead
     for k in range(count):
@@ -54,7 +54,7 @@ def _two_rows(a, b, values, first, lead, step, count, source, column, stride):  
     return a, b
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _one_row(a, values, first, step, count, source, column, stride):  # type: ignore[no-untyped-def]
     for k in range(count):
         x = load(source, column + k * stride, a)
@@ -62,7 +62,7 @@ def _one_row(a, values, first, step, count, source, column, stride):  # type: ig
     return a
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def kronecker_panel(zero, values, together, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a Kronecker-sparse factor.
 
@@ -124,7 +124,7 @@ def kronecker_panel(zero, values, together, pattern, first, last, source, target
                 i += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def band_panel(zero, values, tiles, pieces, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a matrix of dense pieces.
 
@@ -153,7 +153,7 @@ def band_panel(zero, values, tiles, pieces, first, last, source, target):  # typ
             store(target, row + k, a)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _dot(zero, values, start, count, source, column):  # type: ignore[no-untyped-def]
     """Return the product of a row of a block with consecutive entries of one column."""
     step = width(zero)
@@ -168,7 +168,7 @@ def _dot(zero, values, start, count, source, column):  # type: ignore[no-untyped
     return result
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def kronecker_vector(zero, values, places, together, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute units `first` to `last` of a Kronecker-sparse factor for one column.
 
@@ -197,7 +197,7 @@ def kronecker_vector(zero, values, places, together, pattern, first, last, sourc
             target[row + j * d] = _dot(zero, values, start + j * c, c, gathered, 0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _aligned_blocks(zero, values, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute blocks stored side by side whose columns and rows stand so too."""
     _, b, c, d = pattern
@@ -213,7 +213,7 @@ def _aligned_blocks(zero, values, pattern, first, last, source, target):  # type
             store_values(target, row + j * d, a)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _scattered_blocks(zero, values, columns, rows, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute blocks stored side by side whose columns and rows stand anywhere."""
     _, b, c, d = pattern
@@ -232,7 +232,7 @@ def _scattered_blocks(zero, values, columns, rows, pattern, first, last, source,
             scatter(target[j * d :], rows, block, a)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def band_vector(zero, values, tiles, pieces, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a matrix of dense pieces for one column."""
     for t in range(first, last):

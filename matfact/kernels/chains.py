@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.compilation import compiled
 
 #: Terms of a sum from which the products of batches of matrices are faster.
 _LONG = 16
@@ -43,7 +43,7 @@ def merge(left: Array, right: Array) -> Array:
     return xp.reshape(xp.permute_dims(product, (0, 3, 2, 1, 4)), (a, b * d, radix * width))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _merge(left, right, out):  # type: ignore[no-untyped-def]
     a, d, b, c = left.shape
     n_blocks, _, width = right.shape

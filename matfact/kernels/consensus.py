@@ -6,11 +6,11 @@ one array `V` holds both: ``Z = V`` on the support and ``U = V`` elsewhere.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.kernels.compilation import compiled
 
 
 def consensus_target(cross: Array, V: Array, support: Array, weights: Array) -> Array:
@@ -52,7 +52,7 @@ def absorb_step(Y: Array, V: Array, support: Array, weights: Array) -> tuple[Arr
     return V, weights[:, None] * xp.abs(V)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _consensus_target(cross, V, support, weights, out):  # type: ignore[no-untyped-def]
     for i in range(V.shape[0]):
         for j in range(V.shape[1]):
@@ -60,7 +60,7 @@ def _consensus_target(cross, V, support, weights, out):  # type: ignore[no-untyp
             out[i, j] = cross[i, j] + (pull if support[i, j] else -pull)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _absorb_step(Y, V, support, weights):  # type: ignore[no-untyped-def]
     zero = Y.dtype.type(0)
     for i in range(V.shape[0]):

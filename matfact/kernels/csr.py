@@ -11,9 +11,9 @@ are stored as two halves instead: no infinite number is multiplied by a zero tha
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import (
     fma,
     gather,
@@ -37,7 +37,7 @@ _TAIL = 32  #: entries that take as long as to begin with what a single row has 
 _NARROW = 64
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def arranged(indptr, order, lanes):  # type: ignore[no-untyped-def]
     """Return how to slice a matrix whose rows in `order` grow shorter.
 
@@ -72,7 +72,7 @@ def arranged(indptr, order, lanes):  # type: ignore[no-untyped-def]
     return slices, ends, entries[:e], halves[:e]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _common(lengths):  # type: ignore[no-untyped-def]
     """Return how many entries to store of each row; rows have no fewer than half as many."""
     best, least = 0, lengths.sum() + _TAIL * len(lengths)
@@ -87,7 +87,7 @@ def _common(lengths):  # type: ignore[no-untyped-def]
     return best
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` of a panel as wide as the vector `zero`.
 
@@ -132,14 +132,14 @@ def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, so
             store(target, row, a)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _plus(total, values, columns, e, source):  # type: ignore[no-untyped-def]
     """Add the product of an entry and the row of the panel that its column meets."""
     row = load(source, position(columns, e), total)
     return fma(spread(value(values, e, source), total), row, total)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` for one column; `zero` has as many lanes as they do."""
     for s in range(first, last):
@@ -158,7 +158,7 @@ def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, s
             target[row] = target[row] + rest if common else rest
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _rest(zero, values, columns, e, end, source):  # type: ignore[no-untyped-def]
     """Return the product of consecutive entries of a row with one column, and their end."""
     a = zero

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
+
+from matfact.kernels.compilation import compiled
 
 
 def identify(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ def unpack(bases: np.ndarray) -> list[np.ndarray]:
     return [row.reshape(1 << i, -1, 2, 2) for i, row in enumerate(bases)]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _pass(W, bases, last, tails):  # type: ignore[no-untyped-def]
     """Find factor after factor, from `tails` or, where these are empty, from singular vectors."""
     n, levels = len(W), len(bases)
@@ -67,7 +68,7 @@ def _pass(W, bases, last, tails):  # type: ignore[no-untyped-def]
         rest = out
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _peel(rest, tail, basis, out):  # type: ignore[no-untyped-def]
     """Find the vector of each block, and write what remains of its two rows."""
     blocks, d, width = out.shape
@@ -84,7 +85,7 @@ def _peel(rest, tail, basis, out):  # type: ignore[no-untyped-def]
                 total[c] = u * x[c] + v * y[c]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _leading(x, y):  # type: ignore[no-untyped-def]
     """Return the leading left singular vector of the rows `x` and `y`."""
     p, r, q = 0.0, 0.0, 0.0 * x[0]
@@ -99,7 +100,7 @@ def _leading(x, y):  # type: ignore[no-untyped-def]
     return _unit(0.0 * q + large, np.conj(q)) if half >= 0.0 else _unit(q, 0.0 * q + large)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _fitted(x, y, weights):  # type: ignore[no-untyped-def]
     """Return the direction of the best left vector when the right one is that of `weights`."""
     u = v = 0.0 * x[0]
@@ -109,13 +110,13 @@ def _fitted(x, y, weights):  # type: ignore[no-untyped-def]
     return _unit(u, v)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _unit(u, v):  # type: ignore[no-untyped-def]
     size = math.sqrt(abs(u) ** 2 + abs(v) ** 2)
     return (u / size, v / size) if size > 0.0 else (u, v)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _multiply_tails(bases, last, tails):  # type: ignore[no-untyped-def]
     """Write the conjugate product of the factors after each to `tails`, one after the other."""
     n, stop = last.size // 2, tails.size
@@ -129,7 +130,7 @@ def _multiply_tails(bases, last, tails):  # type: ignore[no-untyped-def]
             tail = _grown(np.conj(bases[level]).reshape(1 << level, size, 2, 2), tail)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _grown(basis, tail):  # type: ignore[no-untyped-def]
     """Return the product of a factor and the one after it, by blocks."""
     a, d, _, _ = basis.shape

@@ -12,10 +12,11 @@ import numba
 
 from matfact.kernels import blocks, csr, panels
 from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processor, publish
+from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "da28affacf65205e"
+SOURCES = "792a15e519fb26d0"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
@@ -216,7 +217,7 @@ def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
     return program, _array(job, X_DATA, X), _array(job, OUT_DATA, X), scratch
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
@@ -262,7 +263,7 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
     return seen
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
     if patience == 0:

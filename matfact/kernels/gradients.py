@@ -14,10 +14,11 @@ import numpy as np
 
 from matfact.kernels import panels
 from matfact.kernels.atomics import pointer
+from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "e562916f5c1de397"
+SOURCES = "acbc8577b58eaf89"
 
 CSR, KRONECKER, SELECTION = range(3)
 #: Columns of a table of steps. What they hold from ``VALUES`` to ``INDICES`` are addresses: of
@@ -78,7 +79,7 @@ def _csr(step):  # type: ignore[no-untyped-def]
     return _array(step[INDPTR], step), _array(step[INDICES], _UINT16)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _kronecker_forward(zero, step, values, source, target):  # type: ignore[no-untyped-def]
     b, c, d = step[B], step[C], step[D]
     for block in range(step[A] * d):
@@ -92,7 +93,7 @@ def _kronecker_forward(zero, step, values, source, target):  # type: ignore[no-u
             store(target, row + j * d, a)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _step_forward(zero, step, source, target):  # type: ignore[no-untyped-def]
     values = _array(step[VALUES], source)
     if step[KIND] == KRONECKER:
@@ -121,7 +122,7 @@ def _sum(a, b, source):  # type: ignore[no-untyped-def]
     return fma(spread(source.dtype.type(1), a), a, b)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _step_backward(zero, step, source, outer, inner):  # type: ignore[no-untyped-def]
     """Compute gradients of activations `source`, `inner`, from those of the output, `outer`."""
     values, gradients = _array(step[VALUES], source), _array(step[GRADIENTS], source)
@@ -146,7 +147,7 @@ def _step_backward(zero, step, source, outer, inner):  # type: ignore[no-untyped
                 store(inner, index[row], load(outer, row, zero))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _kronecker_backward(zero, step, values, gradients, source, outer, inner):  # type: ignore[no-untyped-def]
     b, c, d = step[B], step[C], step[D]
     for block in range(step[A] * d):
@@ -202,7 +203,7 @@ def _panel_backward(zero, steps, X, G, out, start, count, memory):  # type: igno
     panels.unpack(zero, outer, 0, columns, count, flat, 1, columns)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _forward(steps, X, out, memory):  # type: ignore[no-untyped-def]
     start = 0
     while start < len(X):
@@ -219,7 +220,7 @@ def _forward(steps, X, out, memory):  # type: ignore[no-untyped-def]
         start += count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _backward(steps, X, G, out, memory):  # type: ignore[no-untyped-def]
     start = 0
     while start < len(X):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numba
-
+from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import load, load_values, store, store_values, width
 
 _BLOCK = 16  #: rows read together where columns are contiguous: a cache line of each
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def pack(zero, X, row_stride, column_stride, columns, first, last, target):  # type: ignore[no-untyped-def]
     """Copy rows `first` to `last` of `columns` columns of `X`, padded with zeros.
 
@@ -34,7 +33,7 @@ def pack(zero, X, row_stride, column_stride, columns, first, last, target):  # t
                 target[row * lanes + t] = X[row * row_stride + t * column_stride]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def unpack(zero, source, first, last, columns, Y, row_stride, column_stride):  # type: ignore[no-untyped-def]
     """Copy rows `first` to `last` of a panel to `columns` columns of `Y`."""
     lanes = width(zero)
@@ -53,7 +52,7 @@ def unpack(zero, source, first, last, columns, Y, row_stride, column_stride):  #
                 Y[row * row_stride + t * column_stride] = source[row * lanes + t]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def select_panel(zero, index, first, last, source, target):  # type: ignore[no-untyped-def]
     """Copy row ``index[r]`` to row r, or zeros where it is negative."""
     for row in range(first, last):
@@ -61,7 +60,7 @@ def select_panel(zero, index, first, last, source, target):  # type: ignore[no-u
         store(target, row, load(source, chosen, zero) if chosen >= 0 else zero)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def select_vector(index, first, last, source, target):  # type: ignore[no-untyped-def]
     """Do the same for one column."""
     for row in range(first, last):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 
-import numba
 import numpy as np
 
 from matfact import backend
 from matfact._threads import allowed_threads
 from matfact.backend import Array
 from matfact.kernels.atomics import fetch_add
+from matfact.kernels.compilation import compiled
 
 #: Share of nonzeros from which the product of dense arrays is faster.
 DENSE = 0.25
@@ -83,7 +83,7 @@ def _multiply(
         helper.join()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _compress(values, support, indptr, indices, data, transposed):  # type: ignore[no-untyped-def]
     """Write the matrix in compressed sparse rows, and its transpose as a dense array."""
     k = 0
@@ -98,7 +98,7 @@ def _compress(values, support, indptr, indices, data, transposed):  # type: igno
     indptr[values.shape[0]] = k
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _multiply_panels(indptr, indices, data, dense, width, taken, out):  # type: ignore[no-untyped-def]
     """Compute panels of columns that no other thread has taken."""
     buffer = np.empty(dense.shape[0] * width, dense.dtype)
@@ -115,7 +115,7 @@ def _multiply_panels(indptr, indices, data, dense, width, taken, out):  # type: 
 
 # Unsigned positions spare the test for negative ones, which would keep loops from being
 # vectorized. Eight rows are added at a time, so that sums are loaded and stored less often.
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _multiply_panel(indptr, indices, data, panel, out, start, stop):  # type: ignore[no-untyped-def]
     """Write the product with a flat panel to columns `start` to `stop` of `out`."""
     u = np.uint64
@@ -146,7 +146,7 @@ def _multiply_panel(indptr, indices, data, panel, out, start, stop):  # type: ig
             k += u(1)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@compiled(fastmath={"contract", "reassoc"})
 def _supported_inner(values, support, other):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(values.shape[0]):

@@ -89,7 +89,7 @@ class FactorProduct(ArrayLike):
     @property
     def density(self) -> float:
         """Stored values ÷ entries of the dense matrix."""
-        return self.nnz / math.prod(self.shape)
+        return self.nnz / max(1, math.prod(self.shape))
 
     @property
     def flops(self) -> int:
@@ -99,7 +99,7 @@ class FactorProduct(ArrayLike):
     @property
     def flops_ratio(self) -> float:
         """FLOPs of the product ÷ FLOPs of the dense matrix."""
-        return self.flops / (2 * math.prod(self.shape))
+        return self.flops / max(1, 2 * math.prod(self.shape))
 
     def nbytes(self, format: Format = "csr") -> int:
         """Return the bytes of values and positions.

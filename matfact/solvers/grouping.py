@@ -6,10 +6,13 @@ import numpy as np
 import scipy.optimize
 from sklearn.cluster import KMeans
 
+from matfact._threads import single_threaded
+
 Groups = list[np.ndarray]
 
 _MAX_ITER = 20
 _TOLERANCE = 1e-4  #: gain in captured energy, relative to all of it, below which to stop
+_DECIMALS = {"f": 3, "d": 6}  #: of numbers of about one that are not rounding
 _BALANCING = 5  #: reassignments of clusters to groups of fixed sizes
 
 
@@ -115,10 +118,12 @@ def _clusters(W: np.ndarray, groups: Groups) -> Groups:
 
 
 def centers_of(points: np.ndarray, count: int) -> np.ndarray | None:
-    """Return the centers of clusters, None where fewer points differ."""
+    """Return the centers of clusters, None where fewer points differ by more than rounding."""
+    points = points.astype(np.float64).round(_DECIMALS[points.dtype.char])
     if np.unique(points, axis=0).shape[0] < count:
         return None
-    return KMeans(count, n_init=8, random_state=0).fit(points).cluster_centers_
+    with single_threaded():  # its threads add in any order, and wait for one another
+        return KMeans(count, n_init=8, random_state=0).fit(points).cluster_centers_
 
 
 def distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:

@@ -132,6 +132,10 @@ def test_descent_from_nearby_finds_a_product_that_is_no_butterfly():
         ({"width": 0}, np.eye(4), "width"),
         ({"expansion": 0}, np.eye(4), "expansion"),
         ({"max_iter": -1}, np.eye(4), "max_iter"),
+        ({"width": 10**9}, np.eye(4), r"width.*\[1, 64\]"),
+        ({"expansion": 10**9}, np.eye(4), "expansion must be at most 1024 for a 4×4 matrix"),
+        ({}, np.ones((2, 10007)), "sides of at most 4096 .* got 2×10007"),
+        ({}, np.ones((10007, 300)), "sides of at most 4800 .* got 10007×300"),
     ],
 )
 def test_bad_parameters_are_named(options, W, message):
