@@ -150,7 +150,7 @@ def _more(options: list[Option], is_free: bool) -> list[Option]:
 
 
 def _called(option: Option, times: float) -> Option:
-    """Return an option that costs as much as so many calls."""
+    """Return the option at the cost of `times` calls."""
     flops, seconds = round(option.flops * times), option.seconds * times
     return dataclasses.replace(option, flops=flops, seconds=seconds)
 
