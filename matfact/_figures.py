@@ -14,4 +14,6 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+    except OSError as error:  # it needs a folder of its own, be it a temporary one
+        raise ImportError(f"The figure needs matplotlib, which says: {error}") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=dpi)

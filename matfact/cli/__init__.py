@@ -3,6 +3,8 @@
 # Only typer is imported here: the rest waits until a command runs, so that help is immediate.
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -32,3 +34,7 @@ def main(
     ] = False,
 ) -> None:
     """Factorize weight matrices into products of sparse and structured factors."""
+    # Names of tensors and files may hold what the terminal's encoding does not.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # none where it is closed
+            stream.reconfigure(errors="backslashreplace")

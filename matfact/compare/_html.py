@@ -27,7 +27,7 @@ def page(
 ) -> str:
     """Return a page with the figure, the means and every fit, without scripts.
 
-    Without matplotlib the page has no figure.
+    Where matplotlib is not installed, or cannot work, the page has no figure.
     """
     try:
         figure = _html.picture(plot_comparison(rows), "Normalized error by size and method")

@@ -18,8 +18,10 @@ from matfact.compare._archives import check_expansion, is_zip, members
 
 #: Deepest nesting of containers and longest name that are read.
 _DEEPEST, _LONGEST = 64, 1000
-#: What torch's loader runs and what can fill the memory by itself.
-_UNREAD = (b"\nbytearray\n", b"\n_rebuild_device_tensor_from_cpu_tensor\n")
+#: What torch's loader runs and what can fill the memory by itself: codecs can double it each time.
+_UNREAD = (
+    b"\nbytearray\n", b"_codecs\nencode\n", b"\n_rebuild_device_tensor_from_cpu_tensor\n",
+)  # fmt: skip
 _WINDOW = 1 << 16
 
 

@@ -1,7 +1,9 @@
 """Files of torch that are graphs: sharing in them costs what is stored, not what it expands to."""
 
 import collections
+import pickle
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -94,3 +96,32 @@ def test_what_no_state_dict_holds_is_refused(content, saved):
 
 def test_keys_that_are_no_names_are_left_out(saved):
     assert list(load_weights(saved({("x", "y"): W, 3: {"weight": W}}))) == ["3"]
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_codecs_that_double_their_input_are_not_run(is_zip, tmp_path):
+    text = b"\x80\x02](c_codecs\nencode\nq\x00h\x00" + _text("a" * 64) + _text("latin1")
+    text += b"\x86Rq\x01" + (b"h\x00h\x01" + _text("hex") + b"\x86Rq\x01") * 20 + b"e."
+    path = tmp_path / "m.pt"
+    if is_zip:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("m/data.pkl", text)
+            archive.writestr("m/version", "3\n")
+            archive.writestr("m/byteorder", "little")
+    else:
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(pickle.dumps({}, 2), text))
+        assert path.read_bytes() != whole
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than tensors"):
+            load_weights(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 21
+    finally:
+        tracemalloc.stop()
+
+
+def _text(string):
+    """Return how a pickle holds a string."""
+    return b"X" + len(string).to_bytes(4, "little") + string.encode()

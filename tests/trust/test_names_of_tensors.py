@@ -47,3 +47,15 @@ def test_errors_show_no_control_characters(name, tmp_path):
     with pytest.raises(ValueError, match="it also has") as caught:
         load_network(nn.Linear(2, 2, bias=False), tmp_path / "network")
     assert not CONTROL.search(str(caught.value))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_escaped(encoding, tmp_path):
+    checkpoint.save(tmp_path / "network", {"größe.€": np.ones((2, 3)), "fc": np.ones(2)})
+    runner = CliRunner(charset=encoding)
+    result = runner.invoke(app, ["inspect", str(tmp_path / "network")])
+    assert result.exit_code == 0, result.output
+    assert "\\u20ac" in result.output
+    result = runner.invoke(app, ["inspect", str(tmp_path / "größe")])
+    assert result.exit_code == 2
+    assert "there is none" in result.output

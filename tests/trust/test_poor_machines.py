@@ -91,3 +91,25 @@ def test_the_networks_of_the_readme_need_no_home(nobody):
         os.chmod(folder, 0o777)
         done = nobody("-c", code, folder=folder)
         assert (done.stdout, done.returncode) == (expected, 0), done.stderr
+
+
+def test_a_page_is_written_where_matplotlib_finds_no_folder(tmp_path):
+    code = (
+        "import sys, tempfile; tempfile.tempdir = '/dev/null'\n"
+        "from matfact import compare_projections\n"
+        "study = compare_projections({'W': [[1.0, 2.0], [3.0, 5.0]]}, ['magnitude'])\n"
+        "study.to_html(sys.argv[1])\n"
+        "try:\n"
+        "    import matplotlib.figure\n"
+        "except OSError:\n"
+        "    print('no folder')\n"
+    )
+    environment = os.environ | {"MPLCONFIGDIR": "/dev/null/none"}
+    page = tmp_path / "page.html"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(page)], env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "no folder\n", done.stderr
+    assert "<h2>Every fit</h2>" in page.read_text()
+    assert "<img" not in page.read_text()
