@@ -161,7 +161,11 @@ def part_of(total: int, share: float) -> int:
     return count - (total > 0 and count / total > share)
 
 
-class DensityTooSmall(ValueError):  # noqa: N818 (says what is wrong, as a name)
+class UnsuitableMatrix(ValueError):  # noqa: N818 (says what is wrong, as a name)
+    """A matrix is one that a factorizer cannot take: complex, or not finite."""
+
+
+class DensityTooSmall(UnsuitableMatrix):
     """A density leaves fewer values than the structure of a factorization needs."""
 
 

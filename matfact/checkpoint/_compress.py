@@ -227,7 +227,7 @@ def _factorize(task: _Task) -> Shard:
     with single_threaded():
         try:
             product = factorizer.fit(W).operator_
-        except metrics.DensityTooSmall as error:
+        except metrics.UnsuitableMatrix as error:
             return _kept(task, str(error))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -10,6 +10,7 @@ from sklearn.utils.validation import check_array
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.metrics import UnsuitableMatrix
 from matfact.calibration import InputStatistics
 
 #: Most factors of a chain of sparse ones, each of which takes as much memory as a square matrix.
@@ -58,13 +59,13 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
                 "required."
             )
     if xp.isdtype(W.dtype, "complex floating") and not allow_complex:
-        raise ValueError(f"{name} must be real. Complex data not supported: got {W.dtype}.")
+        raise UnsuitableMatrix(f"{name} must be real. Complex data not supported: got {W.dtype}.")
     dtype = backend.storage_dtype(W)
     if W.dtype != dtype:
         W = xp.astype(W, dtype)
     if not bool(xp.all(xp.isfinite(W))):
         what = "NaN" if bool(xp.any(xp.isnan(W))) else "infinity"
-        raise ValueError(f"{name} must be finite. Input {name} contains {what}.")
+        raise UnsuitableMatrix(f"{name} must be finite. Input {name} contains {what}.")
     return W
 
 

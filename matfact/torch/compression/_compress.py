@@ -124,8 +124,9 @@ def compress(
     ------
     ValueError
         If a parameter is invalid or names no layer, if no layer is selected, if a weight to be
-        compressed is not in memory, or if the method cannot take a layer, which is named. Where
-        only the density is too small for its shape, the layer is kept with a warning instead.
+        compressed is not in memory, or if the method fails on a layer, which is named. A layer is
+        kept with a warning if its weight is complex and the method takes real ones only, or if
+        the density is too small for its shape.
 
     Examples
     --------
@@ -294,11 +295,11 @@ def _try(
     adapt: Adaptation = "none",
     shift_bias: bool = False,
 ) -> tuple[Fitted | None, str]:
-    """Return the fit of the layer `name`, or None and why the density does not allow one."""
+    """Return the fit of the layer `name`, or None and why there is none."""
     try:
         shift = shift_bias and has_bias
         return fit_layer(factorizer, matrices, statistics, adapt, shift=shift), ""
-    except metrics.DensityTooSmall as error:
+    except metrics.UnsuitableMatrix as error:
         return None, f"kept: {error}"
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
