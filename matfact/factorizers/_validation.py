@@ -10,8 +10,8 @@ from sklearn.utils.validation import check_array
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.metrics import UnsuitableMatrix
 from matfact.calibration import InputStatistics
+from matfact.metrics import UnsuitableMatrix
 
 #: Most factors of a chain of sparse ones, each of which takes as much memory as a square matrix.
 MOST_FACTORS = 64
