@@ -80,7 +80,11 @@ def _started(limit: int) -> _Helper | None:
 
 def run(calls: Sequence[Callable[[], object]]) -> None:
     """Make all calls, here and on helpers that are free, and return when all are done."""
-    left, done = deque(calls), SimpleQueue[BaseException | None]()
+    if len(calls) == 1:  # as with small batches, which take little longer than what follows
+        calls[0]()
+        return
+    left = deque(calls)
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work() -> None:
         while left:
