@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:
-    """Return an empty figure of so many inches, or say what to install."""
+    """Return an empty figure, its size in inches, or say what to install."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

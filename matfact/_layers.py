@@ -35,7 +35,7 @@ class Kept(NamedTuple):
     reason : str
         In words.
     is_guess : bool
-        Whether only the name says so, and whoever asks for the tensor knows better.
+        Whether only the name says so. A user who asks for the tensor by name overrides it.
     """
 
     reason: str
@@ -133,8 +133,7 @@ def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
 def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
     """Return the real matrices of a file that are worth a study: weights, and tables of numbers.
 
-    Where no tensor is named as a weight, the names are those of whoever wrote the file, and all
-    matrices are taken.
+    If no tensor is named as a weight, the file follows no convention, and all matrices are taken.
     """
     real = [
         name for name, spec in specs.items() if is_floating_matrix(spec) and spec.dtype != "C64"

@@ -44,7 +44,7 @@ class FileState(NamedTuple):
 
 
 class TensorLocation(NamedTuple):
-    """Where the bytes of a tensor are, for whoever reads them, in another process too.
+    """Where the bytes of a tensor are, for readers in any process.
 
     Attributes
     ----------
@@ -261,7 +261,7 @@ def _filled(file: BinaryIO, content: np.ndarray) -> int:
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
-    """Yield so many bytes, or as many as there are, piece by piece."""
+    """Yield up to `nbytes` bytes, piece by piece."""
     while nbytes and (chunk := file.read(min(_CHUNK, nbytes))):
         nbytes -= len(chunk)
         yield chunk

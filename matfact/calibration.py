@@ -22,7 +22,7 @@ _LARGEST = 1e150
 
 
 def _slabs(batch: Array) -> Iterator[slice]:
-    """Yield rows by so many that a slab is not much larger than a Gram matrix."""
+    """Yield slabs of rows, each about the size of a Gram matrix."""
     n_samples, n_features = map(int, batch.shape)
     return backend.slabs(n_samples, max(_SLAB, n_features))
 

@@ -35,7 +35,7 @@ def told_to_users() -> Iterator[None]:
         with _stopped_like_ctrl_c():
             yield
     except BrokenPipeError:
-        raise  # whoever reads the output, as `head`, has seen enough: typer ends in silence
+        raise  # the reader of the output, such as `head`, has closed it: typer ends in silence
     except (ValueError, ImportError, OSError) as error:
         raise _ended(f"Error: {printable(error)}", USAGE) from error
     except MemoryError as error:

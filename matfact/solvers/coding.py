@@ -67,7 +67,7 @@ def _projection_residual(W: Array, atoms: Array) -> Array:
 
 
 def _sparse_residual(W: Array, atoms: Array, n_values: int) -> Array:
-    """Return what is left of `W` without a combination of `atoms` by so many coefficients."""
+    """Return `W` minus its approximation by `n_values` coefficients of the `atoms`."""
     xp = backend.namespace(W)
     gram, cross = atoms @ _adjoint(atoms), W @ _adjoint(atoms)
     diagonal = xp.abs(xp.linalg.diagonal(gram))

@@ -18,7 +18,7 @@ EXPLORE = (0.04, 0.6)
 #: Penalty of the second step.
 SETTLE = 0.9
 #: The share of the nonzeros allowed in the first sweep, which grows linearly to all of them: the
-#: first number, and so many nonzeros more in each row of the square factor.
+#: first number, and this many more nonzeros in each row of the square factor.
 INITIAL_SHARE, INITIAL_EXTRA = 0.5, 2.4
 #: Share of the sweeps after which penalties and supports stay as they end.
 ANNEALED = 0.95

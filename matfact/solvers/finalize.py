@@ -132,8 +132,8 @@ def finalize(
     n_factors : int or None
         How many factors are refitted, from the output side on; None for all.
     damping : float
-        Share of the diagonal of the second moments that is added to it. The more, the less the
-        moments of pairs of inputs count, which few samples know badly.
+        Share of the diagonal of the second moments that is added to it. Larger values give less
+        weight to moments of pairs of inputs, which few samples estimate badly.
 
     Returns
     -------

@@ -66,8 +66,8 @@ def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = Non
     wanted : OutputStatistics
         Those of `X` and `U`.
     damping : float, optional
-        The more, the nearer to `W`. Without, the fewer samples there are for each input, the
-        more, from 0.1 to 1.
+        Larger values keep the result closer to `W`. By default it grows from 0.1 to 1 as the
+        number of samples per input shrinks.
 
     Returns
     -------

@@ -61,7 +61,7 @@ from .calibration.options import Calibration
 from .calibration.statistics import input_statistics
 from .checkpoint.network import load_network, save_network
 from .compression._compress import Compressed, CompressionReport, LayerReport, compress
-from .compression.budget import Budget, layer_options, output_sensitivity
+from .compression.budget import Budget, layer_options
 from .compression.gradual import compress_gradually, cubic_densities
 from .layers._derived import keep_unchecked
 from .layers.conv import FactorizedConv
@@ -89,6 +89,7 @@ from .pruning import (
     pruning_scores,
     to_torch_prune,
 )
+from .sensitivity.outputs import output_sensitivity
 from .sensitivity.triples import exact_triple_scores, triple_scores
 from .tensor_decomposition import TensorTrain, tensor_train, tucker_svd
 from .training.adapters import add_adapters, merge_adapters

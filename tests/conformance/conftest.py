@@ -1,8 +1,9 @@
 """Shared by the conformance tests: one parameter for each factorizer."""
 
 import pytest
-from estimators import FACTORIZERS
 from sklearn.base import clone
+
+from tests.conformance.estimators import FACTORIZERS
 
 
 @pytest.fixture(params=FACTORIZERS.values(), ids=FACTORIZERS)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import scipy.sparse
-from estimators import ESTIMATORS
 from sklearn.base import clone
 
 from matfact import backend
+from tests.conformance.estimators import ESTIMATORS
 
 
 @pytest.fixture

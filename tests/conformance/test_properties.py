@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from estimators import FACTORIZERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.base import clone
+
+from tests.conformance.estimators import FACTORIZERS
 
 matrices = hnp.arrays(
     st.sampled_from([np.float64, np.float32]),

@@ -4,7 +4,6 @@ import pickle
 
 import numpy as np
 import pytest
-from estimators import ESTIMATORS
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -18,6 +17,7 @@ from matfact import (
     MagnitudePruner,
     MonarchProjector,
 )
+from tests.conformance.estimators import ESTIMATORS
 
 
 def _expected_failures(estimator):

@@ -12,7 +12,7 @@ from matfact.constraints import (
     BlockSparsity,
     Diagonal,
     FixedSupport,
-    LowRank,
+    MaxRank,
     NMSparsity,
     RowSparsity,
 )
@@ -127,7 +127,7 @@ def test_row_budgets_cost_little_against_one_budget(rng):
         ({"constraints": ["diagonal", "sparse"]}, r"constraints\[1\]='sparse'"),
         ({"constraints": ["diagonal", "row_sparsity"]}, r"constraints\[1\]='row_sparsity'"),
         ({"constraints": ["diagonal", 3]}, r"constraints\[1\] must be a Constraint"),
-        ({"constraints": [LowRank(2), None]}, r"constraints\[0\] must be a sparsity or a support"),
+        ({"constraints": [MaxRank(2), None]}, r"constraints\[0\] must be a sparsity or a support"),
         ({"constraints": [FixedSupport(np.eye(3)), None]}, r"constraints\[0\]: support_mask"),
         ({"constraints": ["diagonal"] * 2, "density": 0.5}, "density must be None with two"),
         ({"constraints": ["diagonal", None], "density": 0.05}, "density=0.05 allows 20 stored"),

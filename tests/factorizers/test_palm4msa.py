@@ -11,7 +11,7 @@ from matfact.constraints import (
     ColumnSparsity,
     FixedSupport,
     GlobalSparsity,
-    LowRank,
+    MaxRank,
     NMSparsity,
     RowColumnSparsity,
     RowSparsity,
@@ -186,7 +186,7 @@ def test_norms_of_a_dictionary_stay_equal(rng):
 
 def test_each_factor_is_stored_in_the_fewest_values(rng):
     W = rng.standard_normal((16, 24))
-    model = Palm4MSA(constraints=[LowRank(2), "non_negative", GlobalSparsity(60)]).fit(W)
+    model = Palm4MSA(constraints=[MaxRank(2), "non_negative", GlobalSparsity(60)]).fit(W)
     kinds = [type(factor) for factor in model.factors_]
     assert kinds[:2] == [DenseFactor, DenseFactor]
     assert kinds[-1] is SparseFactor

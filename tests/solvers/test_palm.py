@@ -31,7 +31,7 @@ PARAMETERS = {
     "column_sparsity": ColumnSparsity(3),
     "fixed_support": FixedSupport(np.tri(9, k=2)),
     "global_sparsity": GlobalSparsity(30),
-    "low_rank": MaxRank(2),
+    "max_rank": MaxRank(2),
     "n_m_sparsity": NMSparsity(1, 3),
     "row_column_sparsity": RowColumnSparsity(2),
     "row_sparsity": RowSparsity(3),

@@ -6,7 +6,6 @@ import pickle
 import platform
 import signal
 import sys
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -14,16 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+# The benchmarks are not installed with the library.
+from benchmarks import cluster
 from matfact import DoubleSparseFactorizer, MagnitudePruner, compare_projections
 from matfact.checkpoint import _compress, compress
 from matfact.cli import app
 from matfact.compare import Comparison, StoredMatrix, cut_matrices, load_weights
 from matfact.compare import _study as study
-
-# The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[2]))
-
-from benchmarks import cluster
 
 resource = pytest.importorskip("resource")
 

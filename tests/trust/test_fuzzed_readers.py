@@ -3,15 +3,11 @@
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[2]))
-
 from benchmarks import fuzz
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes to be forked")

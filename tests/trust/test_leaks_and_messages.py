@@ -3,7 +3,6 @@
 import ast
 import gc
 import logging
-import sys
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -16,10 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import matfact
 from matfact.checkpoint import compress
-
-sys.path.append(str(Path(__file__).parents[1] / "conformance"))
-
-from estimators import FACTORIZERS
+from tests.conformance.estimators import FACTORIZERS
 
 PACKAGE = Path(matfact.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

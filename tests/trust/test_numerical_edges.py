@@ -1,8 +1,5 @@
 """Every factorizer on matrices at the edges of what numbers can be."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +8,7 @@ from sklearn.base import clone
 
 from matfact import BlockSVD, MonarchProjector, backend
 from matfact.operators import DenseFactor, FactorProduct
-
-sys.path.append(str(Path(__file__).parents[1] / "conformance"))
-
-from estimators import FACTORIZERS
+from tests.conformance.estimators import FACTORIZERS
 
 SIDE = 20
 N_VALUES = SIDE * SIDE // 2

@@ -1,11 +1,9 @@
 """What is set for a while is put back, whoever comes and goes when; and results do not change."""
 
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from matfact import BlockSVD, DoubleSparseFactorizer, MagnitudePruner
 from matfact._threads import allowed_threads, fit_threads, limited_kernels, single_threaded
 from matfact.checkpoint import compress
-
-sys.path.append(str(Path(__file__).parents[1] / "conformance"))
-
-from estimators import FACTORIZERS
+from tests.conformance.estimators import FACTORIZERS
 
 
 def blas_threads():

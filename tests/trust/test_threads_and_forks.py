@@ -2,10 +2,8 @@
 
 import os
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +15,7 @@ from matfact import MagnitudePruner, compare_projections
 from matfact._threads import allowed_threads, single_threaded
 from matfact.checkpoint import compress
 from matfact.operators import FactorProduct, SparseFactor
-
-sys.path.append(str(Path(__file__).parents[1] / "conformance"))
-
-from estimators import FACTORIZERS
+from tests.conformance.estimators import FACTORIZERS
 
 W = np.random.RandomState(0).standard_normal((32, 32))
 

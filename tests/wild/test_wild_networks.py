@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may be downloaded
 
-from architectures import ARCHITECTURES  # noqa: E402
 from torch import nn  # noqa: E402
 
 from matfact.factorizers import DoubleSparseFactorizer  # noqa: E402
 from matfact.torch import compress, load_network, save_network  # noqa: E402
+from tests.wild.architectures import ARCHITECTURES  # noqa: E402
 
 #: Float32, and a few layers behind each other that pass rounding errors on.
 TOLERANCE = 1e3 * torch.finfo(torch.float32).eps

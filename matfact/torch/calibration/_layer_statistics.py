@@ -12,7 +12,7 @@ from matfact import backend
 from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.torch.layers._matricized import Matricized, as_array
 
-#: One batch of so many is kept aside, the second one first.
+#: One batch in this many is kept aside, beginning with the second.
 _PERIOD = 5
 
 #: Of the inputs of a matrix alone, or together with the outputs it has in the dense network.

@@ -32,16 +32,16 @@ class Stopped(BaseException):
 
 
 class _Cancelled(BaseException):
-    """Ends a pass that nobody waits for."""
+    """Ends a pass that is no longer needed."""
 
 
 class Pass:
     """One batch on its way through the network, in a thread that waits where it is told to.
 
     The network's own code calls everything with its own arguments, so that any network can be
-    passed. The thread holds the place in that code. Modules it comes to are run by whoever
-    advances the pass, in the modes of gradients and precision that the thread has there, so that
-    threads that wait hold neither workers nor work space.
+    passed. The thread holds the place in that code. Modules are run by the thread that
+    advances the pass, in the grad and autocast modes of the pass. So threads that wait hold
+    neither workers nor work space.
 
     Parameters
     ----------

@@ -30,12 +30,12 @@ class Calibration:
     Parameters
     ----------
     batches : iterable
-        Tensors, mappings, or tuples, of which the network gets as many entries as its ``forward``
-        requires: what follows counts as labels. Optional arguments, such as an
-        ``attention_mask``, go by name, in mappings. One batch in five, the second first, is kept
-        aside: its error says how far to go in each layer, from not at all to all the way, and is
-        what the report tells. Eight batches or more are best; of a single one nothing can be kept
-        aside, and fixed rules are taken. Small batches take the least memory.
+        Tensors, mappings or tuples. From a tuple the network gets the arguments that its
+        ``forward`` requires; further entries count as labels. Optional arguments, such as an
+        ``attention_mask``, go by name in mappings. One batch in five is kept aside, beginning with
+        the second. Its error decides how far each layer is fitted to the others, and is reported
+        as ``layer_error``. Use eight batches or more: with a single one nothing can be kept aside
+        and fixed rules apply. Small batches take the least memory.
     sequential : bool, default=True
         Whether each layer is calibrated on what the layers before it, already compressed, make of
         the batches. In memory are the Gram matrices of one layer and what enters a block of layers
@@ -45,23 +45,23 @@ class Calibration:
         What makes factorizers that cannot use calibration inputs themselves take them into
         account: columns of the weight are scaled by what enters them, and after the fit the
         values of all factors, or of the one on the output side, are refitted to the inputs [1]_.
-        With "finalize", double sparse factors also choose anew which values of that one are
-        stored. "scale" refits nothing, and "none" only reports the error of outputs.
+        With "finalize", double sparse factorization also reselects the support of that factor.
+        "scale" refits nothing, and "none" only reports the error of outputs.
     feedback : bool, default=True
-        Whether, with sequential calibration, each layer also makes up for what the layers before
-        it have changed: what is factorized is the matrix whose outputs come nearest to those the
-        layer has in the dense network, as far as batches kept aside bear it out. A second pass of
-        each batch runs through that, with the same random numbers.
+        Whether each layer also makes up for errors of the layers before it, with sequential
+        calibration. The matrix factorized is then the one whose outputs come closest to those in
+        the dense network, as far as the batches kept aside confirm it. Each batch runs through the
+        dense network too, with the same random numbers.
     shift_bias : bool, default=True
-        Whether the bias of a layer that has one makes up for the mean of what its outputs lose.
+        Whether the bias of a layer, if it has one, makes up for the mean error of its outputs.
     reestimate_batchnorm : bool, default=False
-        Whether the statistics of batch normalizations are averaged anew over the batches at the
-        end, which must be a collection that can be iterated twice. A repair that counts as a
-        training step in comparisons, so that the report names it.
+        Whether to re-estimate the statistics of batch normalizations on the batches at the end.
+        The batches must be a collection that can be iterated twice. Comparisons should count this
+        as training; the report names it.
     offload_folder : str or Path, optional
-        Where, with sequential calibration, batches keep what enters the next block, in files that
-        vanish by themselves, so that the number of batches does not count in memory. It must exist,
-        on a disk, and have room for what enters two blocks.
+        Folder for the inputs of the next block, with sequential calibration. Memory then does not
+        grow with the number of batches. It must exist, on a disk with room for the inputs of two
+        blocks; the files vanish by themselves.
 
     Raises
     ------

@@ -232,7 +232,7 @@ def _check_name(parameter: str, entry: str, known: list[str], is_pattern: bool) 
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return which of the names that are `known` may be meant by `name`, to end an error with."""
+    """Return the end of an error message: the `known` names that resemble `name`."""
     every = list(known)
     close = difflib.get_close_matches(name, every, cutoff=0.4)
     if close:

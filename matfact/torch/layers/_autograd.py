@@ -37,7 +37,7 @@ class _Product(torch.autograd.Function):
         ctx.chain = chain
         ctx.save_for_backward(x, *values)
         X, steps = _samples(x), _steps(chain, values)
-        # A tensor of its own, as autograd lets nobody write to a view that an operation returns.
+        # A copy: autograd does not allow writing to a view that an operation returns.
         result = x.new_empty(*x.shape[:-1], chain[0].rows)
         out = _samples(result)
         parts = _parts(len(X), values)

@@ -137,7 +137,7 @@ def _bits(tensor: Tensor) -> Any:
 
 
 def keep_unchecked(model: nn.Module) -> nn.Module:
-    """Let layers trust that nobody writes to their values behind the back of autograd.
+    """Skip the check for writes to values that bypass autograd.
 
     In eval mode, layers keep what they have made of their values, and compare these at each pass
     with a copy. That takes little against a product with many samples, up to two thirds of the

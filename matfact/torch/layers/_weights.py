@@ -72,7 +72,7 @@ def others(layer: nn.Module) -> Iterator[str]:
 
 
 def place(parameter: Tensor) -> tuple[Any, ...]:
-    """Return where `parameter` stands in memory, which is the same for those that are tied."""
+    """Return a key for the memory of `parameter`; tied parameters have the same."""
     if parameter.is_meta or is_lazy(parameter) or not parameter.numel():
         return (id(parameter),)
     return parameter.device, parameter.data_ptr()

@@ -82,7 +82,7 @@ class GradualMagnitude:
             _ = parameter.mask  # put in place now, while the optimizer may still be made
 
     def share(self, step: int) -> float:
-        """Return the share of weights that the schedule keeps after so many optimizer steps."""
+        """Return the share of weights that the schedule keeps after `step` optimizer steps."""
         left = 1.0 - min(max(step - self.start, 0), self.steps) / self.steps
         return self.keep + (1.0 - self.keep) * left**3
 

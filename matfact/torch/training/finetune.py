@@ -90,7 +90,7 @@ def fine_tune(
         Score of the network, in eval mode; higher is better. It is called before the first epoch
         and after each. A score that is NaN is worse than any other.
     patience : int, optional
-        Stop after so many epochs without a better score.
+        Stop after this many epochs without a better score.
     progress : callable, optional
         Called after each epoch with its number, its mean loss and its score.
 

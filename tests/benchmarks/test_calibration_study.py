@@ -1,8 +1,6 @@
 """The study of calibration measures what it says, on fresh inputs."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +8,6 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks.networks import calibration, fresh, masked  # noqa: E402
 from benchmarks.networks.subjects import Seen, Subject  # noqa: E402
 from benchmarks.studies import _cells  # noqa: E402

@@ -1,8 +1,6 @@
 """What the papers' experiments compute besides fitting: bounds, budgets and starts."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks.published_dsf import published_dsf  # noqa: E402
 from benchmarks.studies import low_rank, neuron_selection, projection, sparse_inference  # noqa: E402
 from matfact.calibration import OutputStatistics  # noqa: E402

@@ -1,8 +1,6 @@
 """Data sets, architectures and training of the benchmarks on whole networks."""
 
 import gzip
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks.networks import cnn, data, training  # noqa: E402
 from benchmarks.networks.models import build  # noqa: E402
 from benchmarks.studies import _cells  # noqa: E402

@@ -1,8 +1,6 @@
 """A language model is compressed cell by cell, and goes on where a run has stopped."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +8,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks.floor import SCHEDULES, layer_work  # noqa: E402
 from benchmarks.networks import language_model, smollm2  # noqa: E402
 from benchmarks.studies import _cells  # noqa: E402

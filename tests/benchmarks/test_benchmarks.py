@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks import butterfly, floor, machine, projection, readers, writers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 # The benchmarks are not installed with the library.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks import study
 from benchmarks.studies import _cells, markdown_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def toy(fails_at=()):
