@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(["nn.Linear", *options.layers]))
     with machine.threads(options.threads):
         conditions = machine.describe(options.threads)
-        importlib.import_module("matfact.kernels.program")  # without which a process begins
+        importlib.import_module("matfact.kernels.fused")  # without which a process begins
         rows = [row for n in options.sizes for row in measure(n, names, options)]
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"conditions": conditions, "training": options.training, "rows": rows}

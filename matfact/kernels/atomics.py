@@ -17,7 +17,6 @@ def _system(*names: str) -> str | None:
 
 
 _YIELD = _system("sched_yield", "SwitchToThread")
-_PROCESSOR = _system("sched_getcpu", "GetCurrentProcessorNumber")
 
 
 @intrinsic
@@ -62,18 +61,6 @@ def give_way(typingctx):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.none(), generate
-
-
-@intrinsic
-def processor(typingctx):  # type: ignore[no-untyped-def]
-    """Return the number of the processor that runs this thread, -1 where nobody tells."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        if _PROCESSOR is None:
-            return ir.Constant(ir.IntType(64), -1)
-        return builder.sext(_call(builder, _PROCESSOR), ir.IntType(64))
-
-    return types.int64(), generate
 
 
 @intrinsic

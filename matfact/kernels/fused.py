@@ -8,15 +8,21 @@ that comes late does less, and one that never comes is not waited for.
 
 from __future__ import annotations
 
-import numba
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
 
-from matfact.kernels import blocks, csr, panels
-from matfact.kernels.atomics import fetch_add, give_way, look, pointer, processor, publish
+import numba
+import numpy as np
+
+from matfact.kernels import blocks, csr, panels, threads
+from matfact.kernels.atomics import fetch_add, give_way, look, pointer, publish
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "792a15e519fb26d0"
+SOURCES = "48b617ce27a8e083"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
@@ -34,15 +40,23 @@ ROWS_IN, BATCH, PANELS, WIDE_PANELS, PIECES = range(14, 19)
 COUNTERS = 24
 
 #: Places in what callers and helpers share: the number of the job that is open (0 if none), how
-#: many helpers are in it, its address, which kernel can do it, and the processor of its caller.
-OPEN, INSIDE, JOB, KERNEL, PROCESSOR = 0, 8, 16, 17, 18
+#: many helpers are in it, its address, and which kernel can do it.
+OPEN, INSIDE, JOB, KERNEL = 0, 8, 16, 17
 STATE_SIZE = 24
-IN_THE_WAY = -1
 
 WIDE, NARROW, DOT = 256, 64, 64  #: bytes of a panel's rows, and of the vectors of a dot product
 SPACING = 8  #: counters between two that threads use: each has its own cache line
 _SPIN = 200  #: looks at a counter before other threads may run: perhaps the one waited for
 _FAR = 1 << 60  #: entries of arrays whose ends are known otherwise
+_PATIENCE = 2_000  #: looks for another job before a helper sleeps, about half a millisecond
+
+Kernel = Callable[..., object]
+
+_NO_JOB = np.zeros(1, np.int64)
+_state = np.zeros(STATE_SIZE, np.int64)  #: what callers and helpers share
+_kernels: dict[tuple[Any, ...], int] = {}  #: the number of each kernel compiled so far
+_turn = threading.Lock()  #: held by the one caller who has help
+_calls = 0
 
 
 @numba.njit(inline="always")
@@ -66,7 +80,7 @@ def _begin(job, X, out, scratch, state, call, kernel):  # type: ignore[no-untype
     job[X_DATA], job[OUT_DATA] = X.ctypes.data, out.ctypes.data
     job[SCRATCH] = scratch.ctypes.data
     if call > 0:
-        state[JOB], state[KERNEL], state[PROCESSOR] = job.ctypes.data, kernel, processor()
+        state[JOB], state[KERNEL] = job.ctypes.data, kernel
         publish(state, OPEN, call)
 
 
@@ -84,17 +98,13 @@ def _end(state, call):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _next(state, seen, kernel, patience):  # type: ignore[no-untyped-def]
-    """Wait as a helper for another job and enter it; return its number.
+    """Wait as a helper for another job and enter it; return its number, 0 to go to sleep.
 
-    Return 0 to go to sleep, which is late: a thread that sleeps takes longer to wake than a small
-    product takes. Return ``IN_THE_WAY`` on the processor of the caller.
+    That is late: a thread that sleeps takes longer to wake than a small product takes.
     """
     for _ in range(patience):
         number = look(state, OPEN)
         if number > 0 and number != seen:
-            here = processor()
-            if here >= 0 and here == look(state, PROCESSOR):
-                return IN_THE_WAY
             fetch_add(state, INSIDE, 1)
             if look(state, OPEN) == number and state[KERNEL] == kernel:
                 return number
@@ -221,8 +231,6 @@ def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
 def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
-    Return why a helper stopped (see ``_next``).
-
     With 0 pieces, each thread takes whole panels through all phases, so that their activations
     stay in its core's own cache: rows of the scratch space belong to threads, which are counted
     too. Otherwise the rows of each phase are split into so many pieces, and rows of the scratch
@@ -235,7 +243,7 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
     while True:
         if patience > 0:
             seen = _next(state, seen, kernel, patience)
-            if seen <= 0:
+            if seen == 0:
                 break
             job = _array(state, JOB, job)
         program, source, target, memory = _read(job, values, indices, X)
@@ -260,7 +268,6 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
             break
         fetch_add(state, INSIDE, -1)
     _end(state, call)
-    return seen
 
 
 @compiled()
@@ -272,7 +279,7 @@ def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, pat
     while True:
         if patience > 0:
             seen = _next(state, seen, kernel, patience)
-            if seen <= 0:
+            if seen == 0:
                 break
             job = _array(state, JOB, job)
         (steps, entries, positions, table), first, last, memory = _read(job, values, indices, X)
@@ -293,4 +300,60 @@ def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, pat
             break
         fetch_add(state, INSIDE, -1)
     _end(state, call)
-    return seen
+
+
+def enroll(kernel: Kernel, arrays: tuple[np.ndarray, ...]) -> int:
+    """Return the number by which helpers know a kernel for arrays of these dtypes."""
+    key = (kernel, *(array.dtype for array in arrays))
+    return _kernels.setdefault(key, len(_kernels))
+
+
+def run(
+    kernel: Kernel, number: int, job: np.ndarray, arrays: tuple[np.ndarray, ...], n_threads: int
+) -> None:
+    """Call a kernel of this module here and on free helpers.
+
+    Parameters
+    ----------
+    kernel : callable
+        ``kernel(job, *arrays, state, call, number, patience)``.
+    number : int
+        What `enroll` has returned for it.
+    job : ndarray of int64
+        Where everything lies.
+    arrays : tuple of ndarray
+        What the kernel writes into the job, flat.
+    n_threads : int
+        Threads that should work, this one included.
+    """
+    global _calls
+    if n_threads == 1 or not _turn.acquire(blocking=False):
+        kernel(job, *arrays, _state, 0, 0, 0)
+        return
+    try:
+        _calls += 1
+        threads.lend(_watch, n_threads - 1, stays_free=True)
+        kernel(job, *arrays, _state, _calls, number, 0)
+    finally:
+        _turn.release()
+
+
+def _watch() -> None:
+    """Help with jobs until none has come for a while."""
+    number = -1
+    while number != _state[KERNEL]:  # not a kernel of another kind or for other dtypes
+        number = int(_state[KERNEL])
+        kernel, *dtypes = list(_kernels)[number]
+        arrays = tuple(np.zeros(1, dtype) for dtype in dtypes)
+        kernel(_NO_JOB, *arrays, _state, 0, number, _PATIENCE)
+
+
+def _forget() -> None:
+    """Start anew in a forked process, which has no helper."""
+    global _turn
+    _state[:] = 0
+    _turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

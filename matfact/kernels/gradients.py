@@ -18,7 +18,7 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "acbc8577b58eaf89"
+SOURCES = "4ecb04ab9c443d58"
 
 CSR, KRONECKER, SELECTION = range(3)
 #: Columns of a table of steps. What they hold from ``VALUES`` to ``INDICES`` are addresses: of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from matfact._threads import allowed_threads
 from matfact.backend import Array
 from matfact.kernels.atomics import fetch_add
 from matfact.kernels.compilation import compiled
+from matfact.kernels.threads import run
 
 #: Share of nonzeros from which the product of dense arrays is faster.
 DENSE = 0.25
@@ -72,15 +73,7 @@ def _multiply(
     threads = min(allowed_threads(), max(1, out.size // SMALL))
     width = min(PANEL, -(-out.shape[1] // threads))
     arguments = (indptr, indices, data, dense, width, np.zeros(1, np.int64), out)
-    # Threads of our own: Numba's abort the process when two Python threads use them at once.
-    helpers = [
-        threading.Thread(target=_multiply_panels, args=arguments) for _ in range(threads - 1)
-    ]
-    for helper in helpers:
-        helper.start()
-    _multiply_panels(*arguments)
-    for helper in helpers:
-        helper.join()
+    run([functools.partial(_multiply_panels, *arguments)] * threads)
 
 
 @compiled()

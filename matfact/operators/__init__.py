@@ -1,9 +1,9 @@
 """Products of factors, each factor in the storage that suits its structure."""
 
-from matfact.operators._advice import Advice
 from matfact.operators._block import BlockSparseFactor
 from matfact.operators._csr import SparseFactor
 from matfact.operators._dense import DenseFactor
+from matfact.operators._dispatch.advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._product import FactorProduct

@@ -15,7 +15,7 @@ from matfact.backend import Array
 from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
-    from matfact.kernels.program import Program
+    from matfact.operators._dispatch.program import Program
 
 #: Entries of a mask expanded at a time: few, so that memory is used again and not asked for anew.
 _ENTRIES = 1 << 16

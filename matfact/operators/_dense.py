@@ -12,7 +12,7 @@ from matfact.backend import Array
 from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
-    from matfact.kernels.program import Program
+    from matfact.operators._dispatch.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

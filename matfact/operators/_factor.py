@@ -13,7 +13,7 @@ from matfact import backend
 from matfact.backend import Array
 
 if TYPE_CHECKING:
-    from matfact.kernels.program import Program
+    from matfact.operators._dispatch.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,12 +15,12 @@ from matfact import backend
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _storage
-from matfact.operators._advice import Advice, measure
 from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
+from matfact.operators._dispatch.advice import Advice, Method, measure, operand
+from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import plot_factors, to_html
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
-from matfact.operators._plan import COMPUTED, Plan, versions
 from matfact.operators._selection import SelectionFactor
 
 if TYPE_CHECKING:
@@ -210,19 +210,40 @@ class FactorProduct(ArrayLike):
 
     @functools.cached_property
     def _prepared(self) -> Plan | None:
-        return Plan(self.factors) if Plan.suits(self.factors) else None
+        return Plan(self.factors, self._tuned) if Plan.suits(self.factors) else None
+
+    @functools.cached_property
+    def _tuned(self) -> dict[int, Method]:
+        """What `tune` has kept, which outlives values that are written to."""
+        return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what can be prepared again, a dense copy among it."""
+        """Leave out what can be prepared again, a dense copy among it, and what was tuned."""
         return {"factors": self.factors}
+
+    def method_for(self, batch_size: int) -> Method:
+        """Return which way ``@`` takes for an operand of so many columns, in the product's dtype.
+
+        Parameters
+        ----------
+        batch_size : int
+            Columns of the operand, 1 for a vector.
+
+        Returns
+        -------
+        {"factors", "dense"}
+            The way that :meth:`tune` has kept for that many columns, or else that of a fixed rule.
+        """
+        batch_size = _checked(batch_size)
+        return self._plan.method(batch_size, self._plan.dtype) if self._plan else "factors"
 
     def advise(self, batch_size: int) -> Advice:
         """Tell whether the factors or the dense matrix are faster for a batch.
 
         Both are timed at each call, on this machine as it is now, with weights that may be in the
-        cache. ``product @ X`` does not ask: which way it takes follows from shapes and stored
-        values alone, so that its results repeat to the bit. Where the dense matrix is the faster
-        one here, use ``product.toarray()``.
+        cache; nothing is kept. ``product @ X`` does not ask: which way it takes follows from
+        shapes and stored values alone, so that its results repeat to the bit. Where the dense
+        matrix is the faster one here, use ``product.toarray()``, or :meth:`tune` the product.
 
         Parameters
         ----------
@@ -232,14 +253,59 @@ class FactorProduct(ArrayLike):
         Returns
         -------
         Advice
-            The seconds of both ways, and which is the faster.
+            The seconds of the factors and of the array library's product with the dense matrix.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-        batch_size = int(batch_size)
+        batch_size = _checked(batch_size)
         if self._plan:
             return self._plan.advise(batch_size)
-        return measure(self._apply_factors, self.toarray(), batch_size)
+        dense = backend.compute_array(self.toarray())
+        X = operand(self.shape[1], batch_size, dense, dense.dtype)
+        return measure(self._apply_factors, dense.__matmul__, X)
+
+    def tune(self, batch_size: int) -> Advice:
+        """Time both ways that ``@`` can take, and keep the faster for that many columns.
+
+        Operands of `batch_size` columns go that way from now on, whatever their dtype and whatever
+        is written to the values: their results still repeat to the bit, and differ from those
+        before by rounding. This holds for this product in this process alone: copies, pickles,
+        files, and products made of this one go by the rule again.
+
+        Parameters
+        ----------
+        batch_size : int
+            Columns of the operand, at least 1; 1 also stands for vectors.
+
+        Returns
+        -------
+        Advice
+            The seconds of both ways in the product's dtype, what the rule takes, and whether that
+            was ``changed``. The dense matrix is applied as ``@`` does it, by kernels that round
+            alike for any number of threads; :meth:`advise` times the array library's product.
+
+        Raises
+        ------
+        TypeError
+            If ``@`` has one way only, as the values are not on the host, need gradients, or have a
+            dtype that the kernels do not take.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from matfact.operators import DenseFactor, FactorProduct
+        >>> product = FactorProduct([DenseFactor(np.ones((64, 2))), DenseFactor(np.ones((2, 64)))])
+        >>> advice = product.tune(16)
+        >>> product.method_for(16) == advice.method
+        True
+        """
+        batch_size = _checked(batch_size)
+        if self._plan is None:
+            raise TypeError(
+                "tune needs a product whose values are on the host, need no gradient and are "
+                "float16, bfloat16, float32, float64, complex64 or complex128, got "
+                f"{type(self.factors[0].values).__name__} of {self.dtype}. It is always applied "
+                "factor by factor; see advise."
+            )
+        return self._plan.tune(batch_size)
 
     def rescaled(self, scale: float) -> FactorProduct:
         """Return `scale` times the product, its factors' Frobenius norms balanced.
@@ -310,6 +376,12 @@ class FactorProduct(ArrayLike):
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)
         return f"FactorProduct({self.shape[0]}×{self.shape[1]}, {self.density:.1%}: [{inner}])"
+
+
+def _checked(batch_size: int) -> int:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    return int(batch_size)
 
 
 def _merged(left: Factor, right: Factor) -> Factor | None:

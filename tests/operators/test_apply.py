@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matfact._threads import limited_kernels
-from matfact.kernels import cost, helpers
+from matfact.kernels import fused
 from matfact.operators import (
     Advice,
     BlockSparseFactor,
@@ -25,6 +25,7 @@ from matfact.operators import (
     SelectionFactor,
     SparseFactor,
 )
+from matfact.operators._dispatch import cost
 
 KINDS = ("dense", "csr", "kronecker", "butterfly", "blocks", "selection")
 
@@ -228,8 +229,8 @@ def test_limits_on_threads_hold_for_calls_prepared_before(sparse_pair, by_factor
     X = np.ones((200, 999), np.float32)
     sparse_pair @ X
     used = []
-    together = helpers.together
-    monkeypatch.setattr(helpers, "together", lambda *a: used.append(a[-1]) or together(*a))
+    run = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a: used.append(a[-1]) or run(*a))
     with limited_kernels(1):
         sparse_pair @ X
     assert used == [1]

@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 
 from matfact import LowRank  # noqa: E402
+from matfact.operators import FactorProduct  # noqa: E402
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
     FactorizedConv,
@@ -56,6 +57,20 @@ def test_output_is_that_of_the_dense_kernel(name, structure, parameters):
     with torch.no_grad():
         for layer.inference in ("auto", "dense", "factors"):
             torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dense", "factors"])
+def test_patches_are_multiplied_by_the_dense_matrix_in_torch(method, monkeypatch):
+    conv = FactorizedConv.from_scratch(nn.Conv2d(4, 6, 3), MonarchLinear, random_state=0).eval()
+    conv.inference = "factors"  # with no convolution by the dense kernel
+    applied = []
+    apply = FactorProduct.__matmul__
+    monkeypatch.setattr(FactorProduct, "__matmul__", lambda *a: applied.append(1) or apply(*a))
+    monkeypatch.setattr(FactorProduct, "method_for", lambda *_: method)
+    x = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), conv.to_dense()(x))
+    assert bool(applied) == (method == "factors")
 
 
 def test_gradients_reach_all_values():

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from torch.func import functional_call  # noqa: E402
 
 from matfact import BlockSVD, DoubleSparseFactorizer, MonarchProjector  # noqa: E402
+from matfact.operators import FactorProduct  # noqa: E402
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
     ButterflyLinear,
@@ -62,6 +63,26 @@ def test_eval_mode_computes_the_same_and_follows_changes(layer, inference):
             torch.testing.assert_close(layer.eval()(x), expected)
             for parameter in layer.parameters():
                 change(parameter)
+
+
+@pytest.mark.parametrize(
+    ("side", "density", "method"), [(80, 0.9, "dense"), (200, 0.9, "dense"), (200, 0.1, "factors")]
+)
+def test_eval_mode_leaves_the_dense_way_to_torch(side, density, method, monkeypatch):
+    layer = SparseProductLinear(side, side, density=density, random_state=0).eval()
+    x = torch.randn(3, 4, side, generator=torch.Generator().manual_seed(0))
+    applied = []
+    apply = FactorProduct.__matmul__
+    monkeypatch.setattr(FactorProduct, "__matmul__", lambda *a: applied.append(1) or apply(*a))
+    assert layer.to_product().method_for(12) == method
+    with torch.inference_mode():
+        found = layer(x)
+    assert bool(applied) == (method == "factors")
+    with torch.no_grad():
+        torch.testing.assert_close(found, layer.to_dense()(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x), found)
+        layer.factors[0].values.mul_(2)
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_values_are_shared_with_the_product_on_request(layer):

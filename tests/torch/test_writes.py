@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
-import matfact.kernels.program  # noqa: E402, F401 (without it, the first products keep nothing)
+import matfact.kernels.fused  # noqa: E402, F401 (without it, the first products keep nothing)
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
     ButterflyLinear,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from matfact._threads import allowed_threads
 from matfact.kernels import gradients
+from matfact.kernels.threads import run
 from matfact.torch.layers._factors import (
     FactorModule,
     KroneckerFactorModule,
@@ -43,7 +41,7 @@ class _Product(torch.autograd.Function):
         result = x.new_empty(*x.shape[:-1], chain[0].rows)
         out = _samples(result)
         parts = _parts(len(X), values)
-        _run([partial(gradients.forward, steps, X[part], out[part]) for part in parts])
+        run([partial(gradients.forward, steps, X[part], out[part]) for part in parts])
         return result
 
     @staticmethod
@@ -58,7 +56,7 @@ class _Product(torch.autograd.Function):
             collected.append([torch.zeros_like(v) for v in values])
             steps = _steps(ctx.chain, values, collected[-1])
             calls.append(partial(gradients.backward, steps, X[part], G[part], out[part]))
-        _run(calls)
+        run(calls)
         first, *others = collected
         for other in others:
             torch._foreach_add_(first, other)
@@ -81,25 +79,6 @@ def _parts(n_samples: int, values: Sequence[Tensor]) -> list[slice]:
     count = max(1, min(torch.get_num_threads(), allowed_threads(), work // _WORK))
     ends = [n_samples * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
-
-
-def _run(calls: Sequence[Callable[[], None]]) -> None:
-    """Make all calls at once, the first of them here."""
-    first, *others = calls
-    futures = [_pool().submit(call) for call in others]
-    first()
-    for future in futures:
-        future.result()
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Return threads that keep their memory from call to call."""
-    return ThreadPoolExecutor(thread_name_prefix="matfact-training")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # forked processes have no other thread
 
 
 def _samples(x: Tensor) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,9 +47,10 @@ class FactorizedLinear(nn.Module):
         How the layer is applied in eval mode where no gradient is wanted. "dense" multiplies the
         factors once and keeps their product: as fast as the layer replaced, but as large in
         memory. "factors" keeps nothing. "auto" takes what is fastest: on the CPU the kernels of
-        :class:`~matfact.operators.FactorProduct`, which keep the values in their own order;
-        elsewhere it keeps the product where the factors take more work, as torch has no fast
-        kernel for scattered values. What is kept is compared with the values at each pass, see
+        :class:`~matfact.operators.FactorProduct`, which keep the values in their own order, or
+        torch with the product, where that class would multiply by the dense matrix too; elsewhere
+        it keeps the product where the factors take more work, as torch has no fast kernel for
+        scattered values. What is kept is compared with the values at each pass, see
         :func:`keep_unchecked`.
     copy : bool, default=True
         Whether the values of the factors are copied.
@@ -78,7 +81,7 @@ class FactorizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.inference = inference
         self._product: Derived[Tensor] = Derived()
-        self._operator: Derived[FactorProduct] = Derived()
+        self._host: Derived[_Host] = Derived()
 
     @classmethod
     def from_linear(
@@ -135,22 +138,23 @@ class FactorizedLinear(nn.Module):
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output by what is kept for inference, None where that cannot be used."""
         values = self.values()
-        by_kernels = self.inference == "auto" and self._has_kernels(x, values)
-        if by_kernels:
-            columns = self._apply_on_host(x.reshape(-1, self.in_features).T, values)
-            if columns is not None:
-                out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
-                return out if self.bias is None else out.add_(self.bias)
-        if by_kernels or self.keeps_product():
+        if self.inference == "auto" and self._has_kernels(x, values):
+            host = self._host.get(values, self._to_host, self.positions())
+            return None if host is None else self._apply_on_host(host, x)
+        if self.keeps_product():
             product = self._product.get(values, lambda _: self.weight.detach(), self.positions())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
 
-    def _apply_on_host(self, X: Tensor, values: list[Tensor]) -> Tensor | None:
-        """Return the product with columns in memory, None where nothing can be kept for it."""
-        operator = self._operator.get(values, self._to_host, self.positions())
-        return None if operator is None else torch.from_numpy(operator @ X.numpy())
+    def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
+        samples = x.reshape(-1, self.in_features)
+        if host.operator.method_for(len(samples)) == "dense":
+            # By torch: where NumPy's threads take turns with torch's, each waits for the other.
+            return functional.linear(x, host.product, self.bias)
+        columns = torch.from_numpy(host.operator @ samples.T.numpy())
+        out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out.add_(self.bias)
 
     def values(self) -> list[Tensor]:
         """Return the values of the factors: parameters, unless code has put others in place."""
@@ -180,7 +184,7 @@ class FactorizedLinear(nn.Module):
             and is_plain(x)
         )
 
-    def _to_host(self, copies: Sequence[Copy]) -> FactorProduct:
+    def _to_host(self, copies: Sequence[Copy]) -> _Host:
         """Return the product with values in NumPy arrays that nobody writes to."""
         left, factors = iter(copies), []
         for module in self.chain:
@@ -188,7 +192,7 @@ class FactorizedLinear(nn.Module):
             dtype = factor.values.numpy().dtype
             values = next(left).array(dtype) if module.has_values else factor.values.numpy()
             factors.append(factor.with_values(values))
-        return FactorProduct(factors)
+        return _Host(FactorProduct(factors))
 
     def apply_factors(self, x: Tensor) -> Tensor:
         """Return the output without bias."""
@@ -232,6 +236,18 @@ class FactorizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, inference={self.inference!r}"
         )
+
+
+class _Host:
+    """A product whose NumPy values nobody writes to, and the dense matrix once it is needed."""
+
+    def __init__(self, operator: FactorProduct) -> None:
+        self.operator = operator
+
+    @functools.cached_property
+    def product(self) -> Tensor:
+        with torch.inference_mode(False):  # of use outside too
+            return torch.from_numpy(np.ascontiguousarray(self.operator.toarray()))
 
 
 @torch.no_grad()

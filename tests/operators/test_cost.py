@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from matfact.kernels import cost
+from matfact.operators._dispatch import cost
 
 
 def test_work_is_interpolated_between_batches_and_stays_beyond_them():

@@ -1,22 +1,24 @@
-"""How a product is applied: by its factors or by the dense matrix, as a fixed rule says."""
+"""How a product is applied: by its factors or by the dense matrix, by a fixed rule or as tuned."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import numpy as np
 
 from matfact import backend
-from matfact.operators._advice import Advice, measure
 from matfact.operators._dense import DenseFactor
+from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
-    from matfact.kernels.program import Program
+    from matfact.operators._dispatch.program import Program
 
 Apply = Callable[[np.ndarray], np.ndarray]
+K = TypeVar("K")
+V = TypeVar("V")
 
 #: Longest side of factors for which compiling does not pay. BLAS rounds products of such matrices
 #: alike for any number of its threads, which share out longer sums.
@@ -31,19 +33,29 @@ _STORED = COMPUTED | {np.dtype(np.float16)}  #: dtypes of NumPy values
 class Plan:
     """The prepared forms of a product of factors on the host, each made when first needed.
 
-    Which of them multiplies an operand depends on factors, shapes and dtypes alone, and none
-    depends on the number of threads: a product gives the same bits each time, in each process.
+    Which of them multiplies an operand depends on factors, shapes and dtypes alone, unless the
+    product was tuned, and none depends on the number of threads: a product gives the same bits
+    each time, in each process.
+
+    Parameters
+    ----------
+    factors : sequence of Factor
+        Factors that this `suits`.
+    tuned : dict of int to {"factors", "dense"}
+        The ways for operands of some columns instead of the rule's; `tune` writes to it.
     """
 
-    def __init__(self, factors: Sequence[Factor]) -> None:
+    def __init__(self, factors: Sequence[Factor], tuned: dict[int, Method]) -> None:
         self._half = _half(factors)
         self._factors = [f.with_values(backend.host_view(f.values)) for f in factors]
+        self._tuned = tuned
         self._shape = (factors[0].shape[0], factors[-1].shape[1])
         #: Dtype that the values are computed with.
         self.dtype = np.result_type(np.float32, *(f.dtype for f in self._factors if not self._half))
         self.versions = versions(factors)
         #: What to call for operands of a shape and dtype.
         self.ways: dict[tuple[tuple[int, ...], np.dtype], Apply] = {}
+        self._methods: dict[tuple[int, np.dtype], Method] = {}
         self._programs: dict[np.dtype, Program] = {}
         self._dense: dict[np.dtype, np.ndarray] = {}
         self._dense_programs: dict[np.dtype, Program] = {}
@@ -58,28 +70,46 @@ class Plan:
 
     def apply(self, X: np.ndarray) -> np.ndarray:
         """Return the product with `X`, of shape (in,) or (in, batch), of a dtype in COMPUTED."""
-        key = (X.shape, X.dtype)
-        if key not in self.ways:
-            if len(self.ways) >= _KEPT:
-                self.ways.clear()
-            self.ways[key] = self._way(X, np.result_type(self.dtype, X.dtype))
-        return self.ways[key](X)
+        key, ways = (X.shape, X.dtype), self.ways  # by name, as tuning puts others in their place
+        way = ways.get(key)
+        if way is None:
+            way = self._way(X, np.result_type(self.dtype, X.dtype))
+            _keep(ways, key, way)
+        return way(X)
 
     def _way(self, X: np.ndarray, dtype: np.dtype) -> Apply:
         """Return what to call for operands like `X`."""
         if dtype.kind == "c" and self.dtype.kind != "c":
             return functools.partial(self._apply_to_parts, dtype=dtype)
-        batch = X.shape[1] if X.ndim == 2 else 1
+        return self._by(self.method(X.shape[1] if X.ndim == 2 else 1, dtype), X, dtype)
+
+    def method(self, batch: int, dtype: np.dtype) -> Method:
+        """Return which way operands of so many columns are multiplied."""
+        key, methods = (batch, dtype), self._methods
+        method = methods.get(key)
+        if method is None:
+            method = self._tuned.get(batch) or self.rule(batch, dtype)
+            _keep(methods, key, method)
+        return method
+
+    def rule(self, batch: int, dtype: np.dtype) -> Method:
+        """Return which way they are multiplied if nothing is tuned."""
         if self._is_small:
-            if batch * self._saved > _SAVED * len(self._factors):
+            pays = batch * self._saved > _SAVED * len(self._factors)
+        else:
+            # Imported where needed, so that products load without waiting for the compiler.
+            from matfact.operators._dispatch import cost
+
+            pays = cost.factors_pay(self._program(dtype).counts, self._shape, batch)
+        return "factors" if pays else "dense"
+
+    def _by(self, method: Method, X: np.ndarray, dtype: np.dtype) -> Apply:
+        """Return what to call for operands like `X` to multiply them one of two ways."""
+        if self._is_small:
+            if method == "factors":
                 return functools.partial(self._apply_factors, dtype=dtype)
             return self._small_dense(dtype).__matmul__
-        # Imported where needed, so that products can be loaded without waiting for the compiler.
-        from matfact.kernels import cost
-
-        program = self._program(dtype)
-        if not cost.factors_pay(program.counts, self._shape, batch):
-            program = self._dense_program(dtype)
+        program = self._program(dtype) if method == "factors" else self._dense_program(dtype)
         return program.prepared(X.shape) if X.dtype == dtype else program.apply
 
     def _apply_to_parts(self, X: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -108,15 +138,28 @@ class Plan:
         return self._shape[0] * self._shape[1] - 2 * sum(factor.nnz for factor in self._factors)
 
     def advise(self, batch: int) -> Advice:
-        """Time both ways here and now."""
-        if self._is_small:
-            by_factors: Apply = functools.partial(self._apply_factors, dtype=self.dtype)
-        else:
-            by_factors = self._program(self.dtype).apply
-        return measure(by_factors, self._densified(self.dtype), batch)
+        """Time the factors and what NumPy takes for the dense matrix."""
+        X = self._operand(batch)
+        return measure(
+            self._by("factors", X, self.dtype), self._densified(self.dtype).__matmul__, X
+        )
+
+    def tune(self, batch: int) -> Advice:
+        """Time the two ways that operands of so many columns can go here; take the faster."""
+        X = self._operand(batch)
+        by_factors, by_dense = (self._by(way, X, self.dtype) for way in get_args(Method))
+        advice = measure(by_factors, by_dense, X)._replace(rule=self.rule(batch, self.dtype))
+        self._tuned[batch] = advice.method
+        self.ways, self._methods = {}, {}
+        if advice.method == "factors":  # the dense matrix may have been made for this alone
+            self._dense, self._dense_programs = {}, {}
+        return advice
+
+    def _operand(self, batch: int) -> np.ndarray:
+        return operand(self._shape[1], batch, np.zeros(0), self.dtype)
 
     def _program(self, dtype: np.dtype) -> Program:
-        from matfact.kernels.program import Program
+        from matfact.operators._dispatch.program import Program
 
         if dtype not in self._programs:
             program = Program(dtype, self._half, self._shape[1])
@@ -130,7 +173,7 @@ class Plan:
 
         Unlike BLAS it gives the same bits for any number of threads.
         """
-        from matfact.kernels.program import Program
+        from matfact.operators._dispatch.program import Program
 
         if dtype not in self._dense_programs:
             program = Program(dtype, "", self._shape[1])
@@ -155,6 +198,13 @@ class Plan:
             else:
                 dense[:, part] = self._program(dtype).apply(units)
         return dense
+
+
+def _keep(kept: dict[K, V], key: K, value: V) -> None:
+    """Keep a value for a key, or begin anew where there are too many."""
+    if len(kept) >= _KEPT:
+        kept.clear()
+    kept[key] = value
 
 
 def _columns(X: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from matfact._threads import allowed_threads
-from matfact.kernels import csr, fused, helpers
+from matfact.kernels import csr, fused
 from matfact.kernels.blocks import TILE
 
 _HELP = 1 << 15  #: multiplications of vectors from which a second thread pays
@@ -173,7 +173,7 @@ class Program:
             call = self._call(batch, by_columns, threads or self.threads(batch))
             scratch = self._scratch(call.scratch)
             arrays = (*self._arrays[1:3], X.ravel("K"), out.ravel("K"), scratch)
-            helpers.together(call.kernel, call.number, call.job.copy(), arrays, call.threads)
+            fused.run(call.kernel, call.number, call.job.copy(), arrays, call.threads)
         return out
 
     def prepared(self, shape: tuple[int, ...], threads: int | None = None) -> Apply:
@@ -222,7 +222,7 @@ class Program:
             kernel, shape = fused.apply_panels, self._panels(job, batch, threads)
         job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
         operand = np.empty(0, self.dtype)
-        number = helpers.enrolled(kernel, (*self._arrays[1:3], operand, operand, operand))
+        number = fused.enroll(kernel, (*self._arrays[1:3], operand, operand, operand))
         return _Call(job, kernel, number, math.prod(shape), threads)
 
     def _panels(self, job: np.ndarray, batch: int, threads: int) -> tuple[int, int]:
@@ -256,7 +256,7 @@ class _Call:
     """
 
     job: np.ndarray
-    kernel: helpers.Kernel
+    kernel: fused.Kernel
     number: int
     scratch: int
     threads: int

@@ -1,15 +1,17 @@
-"""Which way to apply a product is the faster one."""
+"""Which way to apply a product is the faster one, as timed here and now."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+
+Method = Literal["factors", "dense"]
 
 _ROUNDS = 5  #: timings of which the fastest counts
 
@@ -25,14 +27,17 @@ class Advice(NamedTuple):
         Time by the factors.
     dense_seconds : float
         Time by the dense matrix.
+    rule : {"factors", "dense"}, optional
+        The way that ``@`` takes if it is not tuned. None where nothing was tuned.
     """
 
     batch_size: int
     factors_seconds: float
     dense_seconds: float
+    rule: Method | None = None
 
     @property
-    def method(self) -> str:
+    def method(self) -> Method:
         """The faster way, ``"factors"`` or ``"dense"``."""
         return "factors" if self.factors_seconds <= self.dense_seconds else "dense"
 
@@ -46,22 +51,34 @@ class Advice(NamedTuple):
         """Time by the dense matrix ÷ time by the factors: below 1, factors do not pay."""
         return self.dense_seconds / self.factors_seconds
 
+    @property
+    def changed(self) -> bool:
+        """Whether ``@`` was tuned to another way than the rule's."""
+        return self.rule not in (None, self.method)
+
     def __repr__(self) -> str:
-        verdict = "use the factors" if self.method == "factors" else "use dense"
-        return (
-            f"{verdict}: at batch size {self.batch_size} the factors take "
+        names = {"factors": "the factors", "dense": "dense"}
+        text = (
+            f"use {names[self.method]}: at batch size {self.batch_size} the factors take "
             f"{self.factors_seconds * 1e6:.3g} µs, the dense matrix "
             f"{self.dense_seconds * 1e6:.3g} µs ({self.speedup:.2g}× speed-up)"
         )
+        if self.rule is None:
+            return text
+        return f"{text}; {'changed from' if self.changed else 'as'} the rule: {names[self.rule]}"
 
 
-def measure(by_factors: Callable[[Array], Array], dense: Array, batch: int) -> Advice:
-    """Time both ways of applying a product on random inputs."""
-    values = np.random.RandomState(0).standard_normal((dense.shape[1], batch))
-    dense = backend.compute_array(dense)
-    X = backend.like(values, dense, dtype=dense.dtype)
-    matmul = backend.namespace(dense).matmul
-    return Advice(batch, _fastest(by_factors, X), _fastest(lambda X: matmul(dense, X), X))
+def operand(columns: int, batch: int, like: Array, dtype: Any) -> Array:
+    """Return a random operand to time products with, of the library of `like`."""
+    values = np.random.RandomState(0).standard_normal((columns, batch))
+    return backend.like(values, like, dtype=dtype)
+
+
+def measure(
+    by_factors: Callable[[Array], Array], by_dense: Callable[[Array], Array], X: Array
+) -> Advice:
+    """Time both ways of applying a product to `X`."""
+    return Advice(int(X.shape[1]), _fastest(by_factors, X), _fastest(by_dense, X))
 
 
 def _fastest(call: Callable[[Array], Any], X: Array) -> float:
