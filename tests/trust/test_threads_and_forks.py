@@ -45,8 +45,7 @@ def test_studies_and_compression_leave_the_numbers_of_threads_alone(tmp_path):
     before = thread_settings()
     compare_projections([W, W * np.nan], ["magnitude", "lowrank"])
     assert thread_settings() == before
-    with pytest.raises(ValueError, match=r"b\.weight: W must be finite"):
-        compress(tmp_path / "m.safetensors", tmp_path / "out", MagnitudePruner())
+    compress(tmp_path / "m.safetensors", tmp_path / "out", MagnitudePruner())
     assert thread_settings() == before
 
 
