@@ -1,9 +1,11 @@
 """A walk through networks of many forms, against plain passes of what the network is then."""
 
+import contextvars
 import copy
 import itertools
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -75,6 +77,91 @@ class Shared(nn.Module):
         return self.alias(x)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.down(torch.tanh(self.up(x)))
+
+
+class Telling(nn.Module):
+    """Blocks read how they are to scale from where the network has put it."""
+
+    def __init__(self, told, block=Two):
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.head, self.told = nn.Linear(5, 2), told
+
+    def forward(self, x):
+        self.told.scale = float(x.abs().mean())
+        for block in self.blocks:
+            x = block(x, self.told) if isinstance(block, Reading) else block(x)
+        return self.head(x)
+
+
+class Reading(Two):
+    def forward(self, x, told):
+        return super().forward(x, told.scale)
+
+
+class Local(threading.local):
+    def __deepcopy__(self, memo):
+        return Local()
+
+
+class Told:
+    """An attribute of an object that is no module."""
+
+
+class Remembering(Two):
+    """A block that leaves a context variable to the next."""
+
+    seen = contextvars.ContextVar("seen", default=1.0)
+
+    def forward(self, x):
+        x = super().forward(x, self.seen.get())
+        self.seen.set(float(x.abs().mean()))
+        return x
+
+
+class Forgetting(nn.Module):
+    def forward(self, x):
+        Remembering.seen.set(1.0)
+        return x
+
+
+class Handling(Two):
+    """A block with handlers that take every exception, and one that the network handles."""
+
+    def forward(self, x):
+        try:
+            up = self.up(x)
+        except:  # noqa: E722
+            self.down(torch.zeros(2, 7))
+            raise ValueError("no up") from None
+        return x + self.down(torch.tanh(up))
+
+
+class Calling(nn.Module):
+    """A module that holds no block, and calls those it is given."""
+
+    def forward(self, x, blocks):
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+class CalledByAnother(Stack):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.run = nn.ModuleList(Two() for _ in range(2)), Calling()
+
+    def forward(self, x):
+        return self.head(self.run(x, list(self.blocks)))
+
+
 def networks():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     images = [torch.randn(2, 4, 6, 6) for _ in range(2)]
@@ -88,6 +175,12 @@ def networks():
     )
     yield "shared", Shared(), vectors
     yield "language model", *language_model()
+    scaled = [scale * x for scale, x in zip((1.0, 3.0, 9.0), vectors, strict=True)]
+    yield "object", Telling(Told(), Reading), scaled
+    yield "thread", Telling(Local(), Reading), scaled
+    yield "context", nn.Sequential(Forgetting(), *(Remembering() for _ in range(3))), vectors
+    yield "handlers", Telling(Told(), Handling), vectors
+    yield "called by another", CalledByAnother(), vectors
 
 
 def language_model():
@@ -101,7 +194,10 @@ def language_model():
     return model, [{"input_ids": t, "attention_mask": mask} for t in tokens.split(2)]
 
 
-@pytest.fixture(params=["state", "convolutions", "encoder", "shared", "language model"])
+FORMS = ["state", "convolutions", "encoder", "shared", "language model", "object", "thread"]
+
+
+@pytest.fixture(params=[*FORMS, "context", "handlers", "called by another"])
 def network(request):
     torch.manual_seed(0)
     for name, model, batches in networks():
@@ -261,3 +357,51 @@ def test_what_is_offloaded_is_what_was_computed(tmp_path, monkeypatch):
         pass
     for found, wanted in zip(entered.values(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_a_network_that_cleans_up_with_modules_ends():
+    class Cleaning(Stack):
+        def forward(self, x):
+            try:
+                return super().forward(x)
+            finally:
+                try:
+                    self.blocks[2](x, [])
+                finally:
+                    self.blocks[2](x, [])
+
+    model = Cleaning()
+    stops = sequential_statistics(model, ["blocks.0.first", "blocks.1.first"], [torch.randn(3, 5)])
+    next(stops)
+    closing = threading.Thread(target=stops.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_callers_may_be_in_inference_mode():
+    model = nn.Sequential(Two(), Two())
+    names, batches = ["0.up", "0.down", "1.up", "1.down"], [torch.randn(9, 5) for _ in range(3)]
+
+    def grams():
+        stops = sequential_statistics(copy.deepcopy(model), names, batches, paired=True)
+        return [statistics.by_matrix()[0][0].inputs.gram for _, statistics in stops]
+
+    expected = grams()
+    with torch.inference_mode():
+        found = grams()
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other)
+
+
+def test_runs_beside_each_other_leave_the_compiler_and_the_generators_as_they_were():
+    models = [nn.Sequential(Two(), nn.Dropout(), Two()) for _ in range(2)]
+    runs = [sequential_statistics(model, ["0.up", "2.up"], [torch.randn(3, 5)]) for model in models]
+    stance, state = torch._dynamo.eval_frame._stance.stance, torch.get_rng_state()
+    for run in runs:
+        next(run)
+    for run in runs:  # the first to come is the first to leave
+        run.close()
+    assert torch._dynamo.eval_frame._stance.stance == stance
+    assert torch.equal(torch.get_rng_state(), state)
