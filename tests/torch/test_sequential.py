@@ -1,9 +1,11 @@
 """A walk through networks of many forms, against plain passes of what the network is then."""
 
+import contextvars
 import copy
 import itertools
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -75,6 +77,91 @@ class Shared(nn.Module):
         return self.alias(x)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.down(torch.tanh(self.up(x)))
+
+
+class Telling(nn.Module):
+    """Blocks read how they are to scale from where the network has put it."""
+
+    def __init__(self, told, block=Two):
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.head, self.told = nn.Linear(5, 2), told
+
+    def forward(self, x):
+        self.told.scale = float(x.abs().mean())
+        for block in self.blocks:
+            x = block(x, self.told) if isinstance(block, Reading) else block(x)
+        return self.head(x)
+
+
+class Reading(Two):
+    def forward(self, x, told):
+        return super().forward(x, told.scale)
+
+
+class Local(threading.local):
+    def __deepcopy__(self, memo):
+        return Local()
+
+
+class Told:
+    """An attribute of an object that is no module."""
+
+
+class Remembering(Two):
+    """A block that leaves a context variable to the next."""
+
+    seen = contextvars.ContextVar("seen", default=1.0)
+
+    def forward(self, x):
+        x = super().forward(x, self.seen.get())
+        self.seen.set(float(x.abs().mean()))
+        return x
+
+
+class Forgetting(nn.Module):
+    def forward(self, x):
+        Remembering.seen.set(1.0)
+        return x
+
+
+class Handling(Two):
+    """A block with handlers that take every exception, and one that the network handles."""
+
+    def forward(self, x):
+        try:
+            up = self.up(x)
+        except:  # noqa: E722
+            self.down(torch.zeros(2, 7))
+            raise ValueError("no up") from None
+        return x + self.down(torch.tanh(up))
+
+
+class Calling(nn.Module):
+    """A module that holds no block, and calls those it is given."""
+
+    def forward(self, x, blocks):
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+class CalledByAnother(Stack):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.run = nn.ModuleList(Two() for _ in range(2)), Calling()
+
+    def forward(self, x):
+        return self.head(self.run(x, list(self.blocks)))
+
+
 def networks():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     images = [torch.randn(2, 4, 6, 6) for _ in range(2)]
@@ -88,6 +175,12 @@ def networks():
     )
     yield "shared", Shared(), vectors
     yield "language model", *language_model()
+    scaled = [scale * x for scale, x in zip((1.0, 3.0, 9.0), vectors, strict=True)]
+    yield "object", Telling(Told(), Reading), scaled
+    yield "thread", Telling(Local(), Reading), scaled
+    yield "context", nn.Sequential(Forgetting(), *(Remembering() for _ in range(3))), vectors
+    yield "handlers", Telling(Told(), Handling), vectors
+    yield "called by another", CalledByAnother(), vectors
 
 
 def language_model():
@@ -101,7 +194,10 @@ def language_model():
     return model, [{"input_ids": t, "attention_mask": mask} for t in tokens.split(2)]
 
 
-@pytest.fixture(params=["state", "convolutions", "encoder", "shared", "language model"])
+FORMS = ["state", "convolutions", "encoder", "shared", "language model", "object", "thread"]
+
+
+@pytest.fixture(params=[*FORMS, "context", "handlers", "called by another"])
 def network(request):
     torch.manual_seed(0)
     for name, model, batches in networks():

@@ -205,7 +205,8 @@ class _Likeness:
             for each in (x, dense)
         ])  # fmt: skip
         self._count += rows.shape[1]
-        self._products += _products(rows)
+        # Not in place: the network may be in inference mode here, or its caller.
+        self._products = self._products + _products(rows)
         self._sums = self._sums + rows.sum(1)
 
     @property

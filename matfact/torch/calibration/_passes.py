@@ -98,11 +98,12 @@ class Pass:
 
     def wait_for(self, call: _Call) -> Any:
         """Wait until advanced, and return what comes of going on (called by the thread)."""
-        self._call = call
-        page_out(self.offloaded)
-        self._halted.release()
-        self._go.acquire()
-        self._call = None
+        if not self._cancelled:  # else it is code that cleans up, for which nobody waits
+            self._call = call
+            page_out(self.offloaded)
+            self._halted.release()
+            self._go.acquire()
+            self._call = None
         if self._cancelled:
             raise _Cancelled
         return call.result()
@@ -138,12 +139,14 @@ class Pass:
             Called by each of these that is come to; it may raise :class:`Stopped`.
         """
         assert self._call is not None
-        with contextlib.suppress(Stopped):
-            if (name := self._call.name) in views:
+        if (name := self._call.name) in views:
+            with contextlib.suppress(Stopped):
                 visitor(name, layer_input(self._call.args, self._call.kwargs))
-            else:
-                with _hooked(views, visitor), drawing(self._draws):
-                    self._call.try_out()
+        else:
+            # What the module raises is for the network's own code, when the pass goes on.
+            ignoring = contextlib.suppress(Exception)
+            with _visiting(views, visitor), drawing(self._draws), ignoring:
+                self._call.try_out()
         page_out(self.offloaded)
 
     def cancel(self) -> None:
@@ -200,7 +203,10 @@ class _Call:
             self._error = error
 
     def result(self) -> Any:
-        """Return what the module has returned, or raise what it has raised."""
+        """Return what the module has returned, or raise what it has raised (in the thread)."""
+        for variable, value in self._context.items():  # which later code may read
+            if variable.get(self) is not value:
+                variable.set(value)
         if self._error is not None:
             raise self._error
         return self._outcome
@@ -254,26 +260,46 @@ class WholePass:
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
         """Let the batch run through the network, as :meth:`Pass.visit` does through a module."""
-        with _hooked(views, visitor), drawing(self._draws), torch.no_grad():
+        with _visiting(views, visitor), drawing(self._draws), torch.no_grad():
             try:
-                with contextlib.suppress(Stopped):
-                    forward(self._model, self.batch)
+                forward(self._model, self.batch)
             finally:
                 self._traces.restore()
 
 
 @contextlib.contextmanager
-def _hooked(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
-    """Call `visitor` with the name and the input of each layer that is called."""
+def _visiting(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
+    """Call `visitor` with the name and the input of each layer that is called, until it raises.
+
+    What it raises ends the run and comes out of it, but for :class:`Stopped`, whatever handlers of
+    exceptions in the network make of that.
+    """
+    raised: list[BaseException] = []
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda layer, args, kwargs: visitor(name, layer_input(args, kwargs))
+        def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not raised:
+                try:
+                    visitor(name, layer_input(args, kwargs))
+                except BaseException as error:
+                    raised.append(error)
+            if raised:
+                raise Stopped
+
+        return enter
 
     with contextlib.ExitStack() as handles:
         for name, view in views.items():
             handle = view.layer.register_forward_pre_hook(hook(name), with_kwargs=True)
             handles.callback(handle.remove)
-        yield
+        try:
+            yield
+        except (Exception, Stopped):
+            if not raised:
+                raise
+    error = raised.pop() if raised else Stopped()  # else its frames would keep tensors in memory
+    if not isinstance(error, Stopped):
+        raise error
 
 
 @contextlib.contextmanager

@@ -19,6 +19,28 @@ from matfact.torch.running._traces import Traces
 
 #: A module on the stack of calls, and the number of that call.
 _Call = tuple[str, int]
+#: Shape of a tensor, its norm, and its inner product with fixed numbers.
+Mark = tuple[Any, float, float]
+
+#: How far marks of inputs may be apart, relative to their norm, that differ by rounding.
+_ROUNDING = 0.02
+
+
+def mark(x: Tensor) -> Mark:
+    """Return what tells a tensor from others of its kind."""
+    if x.is_nested:
+        return mark(torch.cat([each.flatten() for each in x.unbind()]))
+    numbers = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
+    values = numbers.flatten().float()
+    fixed = torch.arange(values.numel(), device=x.device, dtype=torch.float32).cos_()
+    return tuple(x.shape), float((values * values).sum().sqrt()), float((values * fixed).sum())
+
+
+def are_alike(a: Mark, b: Mark) -> bool:
+    """Whether two tensors are the same but for rounding, as far as marks tell."""
+    (shape, *sums), (other, *others) = a, b
+    off = max(abs(x - y) for x, y in zip(sums, others, strict=True))
+    return bool(shape == other) and off <= _ROUNDING * max(a[1], b[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +55,26 @@ class Survey:
         For each layer that is called, in the order of first calls: the modules that are called
         once, by every batch that calls the layer, and that all of its calls are part of, from the
         outside in: from ``""``, the network, to the layer itself where it is called once.
-    leaves_tensors : bool
-        Whether passes leave tensors in buffers or attributes of modules.
+    marks : list of dict
+        For each batch and layer, what tells the input of the first call from others.
+    interferes : bool
+        Whether passes may read what others leave behind, such as tensors in buffers or attributes
+        of modules, so that they cannot wait beside each other.
     """
 
     calls: list[Counter[str]]
     around: dict[str, list[str]]
-    leaves_tensors: bool = False
+    marks: list[dict[str, Mark]]
+    interferes: bool = False
 
     @property
     def repeated(self) -> list[str]:
         """The layers that batches cannot come to one after the other, in the order of first calls.
 
         The first that some batch calls more than once, or before others that another calls before
-        it, and all that come after; all of them where a pass leaves tensors behind that another
-        could read.
+        it, and all that come after; all of them where passes interfere.
         """
-        if self.leaves_tensors:
+        if self.interferes:
             return list(self.around)
         turns = {name: i for i, name in enumerate(self.around)}
         found = {turns[name] for calls in self.calls for name, n in calls.items() if n > 1}
@@ -84,7 +109,7 @@ def survey(
     ValueError
         If what enters a layer is not finite; the layer and the batch are named.
     """
-    found, leaves_tensors = Survey([], {}), False
+    found, leaves_tensors = Survey([], {}, []), False
     names = {view.layer: name for name, view in views.items()}
     watched = {
         module: names.get(module, name)
@@ -107,11 +132,12 @@ def survey(
             finally:
                 leaves_tensors |= traces.restore()
             found.calls.append(Counter({name: watch.calls[name] for name in watch.common}))
+            found.marks.append(watch.marks)
             for name, stack in watch.common.items():
                 around = [each for each, _ in stack if watch.calls[each] == 1]
                 before = found.around.get(name, around)
                 found.around[name] = [each for each in before if each in around]
-    return dataclasses.replace(found, leaves_tensors=leaves_tensors)
+    return dataclasses.replace(found, interferes=leaves_tensors)
 
 
 class _Watch:
@@ -124,6 +150,7 @@ class _Watch:
         self.index, self._batch = index, batch
         self.calls: Counter[str] = Counter()
         self.common: dict[str, list[_Call]] = {}
+        self.marks: dict[str, Mark] = {}
         self._stack: list[_Call] = []
 
     def hooks(self, module: nn.Module, name: str, is_layer: bool) -> Iterable[Any]:
@@ -133,7 +160,9 @@ class _Watch:
             if is_layer:
                 before = self.common.get(name, self._stack)
                 self.common[name] = [call for call in before if call in self._stack]
-                self._check(name, layer_input(args, kwargs))
+                x = layer_input(args, kwargs)
+                self._check(name, x)
+                self.marks.setdefault(name, mark(x))
 
         def leave(*_: Any) -> None:
             self._stack.pop()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from matfact.torch.calibration._collect import Arrived, Collected
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration._offload import between, offloading
 from matfact.torch.calibration._passes import Pass, WholePass, waiting_before
-from matfact.torch.calibration._survey import Survey, survey
+from matfact.torch.calibration._survey import Survey, are_alike, mark, survey
 from matfact.torch.calibration.statistics import layer_views
 from matfact.torch.layers._derived import forget
 from matfact.torch.layers._matricized import Matricized
@@ -50,6 +52,10 @@ def sequential_statistics(
     layer, and the batches start again for the next one, which sees what the replacement makes of
     the inputs. In memory are the Gram matrices of one layer, what enters the block of all batches,
     and what one batch makes of it: many small batches take the least.
+
+    Before that, all batches go through the dense network in the same way. If layers are then given
+    anything else than in the first pass, as where blocks read what other batches or threads write,
+    all layers have their turn one by one.
 
     A block is what a list of modules holds, such as a layer of a transformer; a layer that is in
     none is one by itself. From the first layer on that is called more than once, or in another
@@ -100,12 +106,20 @@ def sequential_statistics(
         try:
             seen = survey(model, views, drawn, traces)
             started = _Replay(model, views, seen, paired)
+            if not started.is_faithful(started.batches(Pass, drawn), folder):
+                seen = dataclasses.replace(seen, interferes=True)
+                started = _Replay(model, views, seen, paired)
+            traces.restore()
             del views  # layers that are replaced need not stay in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
             yield from started.through_blocks(started.batches(Pass, drawn), folder)
             yield from started.repeated(whole)
         finally:
             traces.restore()
+
+
+class _UnlikeError(Exception):
+    """A layer is given something else than in the survey."""
 
 
 class _Replay:
@@ -126,6 +140,7 @@ class _Replay:
         self.pending = OrderedDict((name, views[name]) for name in seen.repeated)
         once = {name: view for name, view in views.items() if name not in self.pending}
         self.blocks = _blocks(model, once, seen)
+        self._in_blocks = {name for views in self.blocks.values() for name in views}
         self.dense: dict[str, nn.Module] = {}
 
     def batches(self, kind: Any, drawn: list[tuple[Any, RandomState]]) -> list[Arrived]:
@@ -138,8 +153,56 @@ class _Replay:
 
     def through_blocks(self, batches: list[Arrived], folder: Path | None) -> Stops:
         """Lead batches from block to block, and stop at the layers of each."""
-        order = {name: i for i, name in enumerate(self.blocks)}
         every: list[Any] = [each for b in batches for each in (b.own, b.dense) if each is not None]
+        with self._started(every, folder) as opened:
+            while name := self._next(every):
+                as_dense = self._as_dense(self.blocks[name])
+                arrived = [batch for batch in batches if batch.own.at == name]
+                yield from self._at(name, arrived, as_dense)
+                if not any(self.blocks.values()):  # what comes behind does not matter
+                    break
+                if arrived:
+                    opened[name].set()
+                for dense in (batch.dense for batch in batches):
+                    if dense is not None and dense.at == name:
+                        with as_dense():
+                            dense.advance()
+                for batch in arrived:
+                    batch.own.advance()
+                forget(self._model.get_submodule(name))
+
+    def is_faithful(self, batches: list[Arrived], folder: Path | None) -> bool:
+        """Whether passes that wait for each other, and trials, are what passes one by one are.
+
+        They are not where blocks read what others write to objects, classes or ``threading.local``,
+        or if modules that are handed over call blocks.
+        """
+        passes, left = [batch.own for batch in batches], set(self.blocks)
+        missed = [self._in_blocks & batch.calls.keys() for batch in batches]
+
+        def compare(index: int, name: str, x: Tensor) -> None:
+            if not are_alike(mark(x), self._seen.marks[index][name]):
+                raise _UnlikeError
+            missed[index].discard(name)
+
+        try:
+            with self._started(passes, folder):
+                while left and (name := self._next(passes)):
+                    arrived = [(i, each) for i, each in enumerate(passes) if each.at == name]
+                    for i, each in arrived:
+                        each.visit(self.blocks[name], functools.partial(compare, i))
+                    left.discard(name)
+                    for _, each in arrived if left else ():
+                        each.advance()
+        except Exception:  # one by one, they have passed
+            return False
+        return not any(missed)
+
+    @contextlib.contextmanager
+    def _started(
+        self, passes: list[Any], folder: Path | None
+    ) -> Iterator[dict[str, threading.Event]]:
+        """Lead passes to the first block, and end them after."""
         with contextlib.ExitStack() as hooks:
             opened = {
                 name: hooks.enter_context(waiting_before(self._model, name)) for name in self.blocks
@@ -149,27 +212,17 @@ class _Replay:
                     hooks.enter_context(waiting_before(self._model, name)).set()
             hooks.enter_context(offloading(self._model, self.blocks, folder))
             try:
-                for each in every if self.blocks else ():
+                for each in passes if self.blocks else ():
                     each.advance()
-                while waiting := [each.at for each in every if each.at is not None]:
-                    name = min(waiting, key=order.__getitem__)
-                    as_dense = self._as_dense(self.blocks[name])
-                    arrived = [batch for batch in batches if batch.own.at == name]
-                    yield from self._at(name, arrived, as_dense)
-                    if not any(self.blocks.values()):  # what comes behind does not matter
-                        break
-                    if arrived:
-                        opened[name].set()
-                    for dense in (batch.dense for batch in batches):
-                        if dense is not None and dense.at == name:
-                            with as_dense():
-                                dense.advance()
-                    for batch in arrived:
-                        batch.own.advance()
-                    forget(self._model.get_submodule(name))
+                yield opened
             finally:
-                for each in every:
+                for each in passes:
                     each.cancel()
+
+    def _next(self, passes: list[Any]) -> str | None:
+        """Return the first block before which one waits."""
+        waiting = {each.at for each in passes}
+        return next((name for name in self.blocks if name in waiting), None)
 
     def _at(self, block: str, arrived: list[Arrived], as_dense: _Mode) -> Stops:
         """Yield the layers of a block in the order in which its batches call them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 #: What is added to scores of attention hides a token where it is less.
 _HIDDEN = -1e3
+#: The stance of the compiler, who needs it, and who changes it.
+_STANCE, _WRITTEN, _CHANGING = contextlib.ExitStack(), list[None](), threading.Lock()
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
@@ -179,6 +182,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def as_written() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled networks as they are written: what is compiled calls no new hooks."""
-    return torch.compiler.set_stance("force_eager")
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Run compiled networks as they are written: what is compiled calls no new hooks.
+
+    torch has one stance for all threads: the first that comes changes it, the last puts it back.
+    """
+    with _CHANGING:
+        if not _WRITTEN:
+            _STANCE.enter_context(torch.compiler.set_stance("force_eager"))
+        _WRITTEN.append(None)
+    try:
+        yield
+    finally:
+        with _CHANGING:
+            _WRITTEN.pop()
+            if not _WRITTEN:
+                _STANCE.close()

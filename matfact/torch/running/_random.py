@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from matfact.torch.running._batches import device_of
 
 #: Devices without generators of their own.
 _HOST = ("cpu", "meta")
+#: Held by the thread that has changed the generators.
+_DRAWING = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,8 @@ def batch_states(*models: nn.Module) -> Iterator[RandomState]:
         The networks that passes of a batch go through.
     """
     seeds = torch.Generator()
-    seeds.set_state(torch.get_rng_state())
+    with _DRAWING:
+        seeds.set_state(torch.get_rng_state())
     return _states(seeds, device_of(models[0]), generators_of(*models))
 
 
@@ -117,13 +121,17 @@ def _states(
 
 @contextlib.contextmanager
 def drawing(state: RandomState) -> Iterator[None]:
-    """Let the generators start from `state`, and put them back to where they were after."""
-    before = state.renewed()
-    state.restore()
-    try:
-        yield
-    finally:
-        before.restore()
+    """Let the generators start from `state`, and put them back to where they were after.
+
+    They are the process's, so that other threads that want them wait.
+    """
+    with _DRAWING:
+        before = state.renewed()
+        state.restore()
+        try:
+            yield
+        finally:
+            before.restore()
 
 
 def _elsewhere(device: torch.device) -> list[tuple[Any, tuple[int, ...]]]:
