@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+import numpy as np
 
 from matfact._regular import read_whole
 
 #: Longest report read, in bytes.
 _LONGEST_REPORT = 1 << 26
+
+#: Deepest nesting read, and what tells it.
+_DEEPEST = 200
+_OPENING, _CLOSING = (np.frombuffer(brackets, np.uint8) for brackets in (b"[{", b"]}"))
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+#: Characters looked at together.
+_CHUNK = 1 << 16
 
 T = TypeVar("T")
 
@@ -43,14 +53,35 @@ def parse_json(
 
     try:
         decoded = text if isinstance(text, str) else text.decode()
+        _check_depth(decoded)
         content = json.loads(
             decoded, object_pairs_hook=unique, parse_float=_finite, parse_constant=_refused
         )
-    except RecursionError:
+    except RecursionError:  # of a caller who is deep himself
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
+
+
+def _check_depth(text: str) -> None:
+    """Raise ``ValueError`` where brackets are nested too deeply for Python's parser.
+
+    It calls itself for each, and ends the process where a limit on that has been raised.
+    """
+    if _depth(text) > _DEEPEST and _depth(_STRING.sub("", text)) > _DEEPEST:
+        raise ValueError("nested too deeply")
+
+
+def _depth(text: str) -> int:
+    """Return how deeply brackets are nested, those in strings counted too."""
+    level = deepest = 0
+    for start in range(0, len(text), _CHUNK):
+        codes = np.frombuffer(text[start : start + _CHUNK].encode("ascii", "replace"), np.uint8)
+        steps = np.isin(codes, _OPENING).astype(np.int32) - np.isin(codes, _CLOSING)
+        levels = level + np.cumsum(steps)
+        deepest, level = max(deepest, int(levels.max())), int(levels[-1])
+    return deepest
 
 
 def is_version(content: dict[str, Any], format: str, version: int) -> bool:
