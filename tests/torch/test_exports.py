@@ -12,5 +12,5 @@ def test_every_public_name_can_be_imported():
 
 
 def test_other_names_are_refused():
-    with pytest.raises(AttributeError, match="no attribute 'prune_everything'"):
+    with pytest.raises(AttributeError, match="attribute prune_everything"):
         matfact.torch.prune_everything  # noqa: B018
