@@ -71,17 +71,20 @@ def test_runs_beside_each_other_leave_the_compiler_and_the_generators_as_they_we
 
 
 def test_threads_that_draw_wait_for_each_other():
-    """A run in another thread neither sees nor changes what a batch of this one draws."""
-    model, x = nn.Sequential(Two()), torch.randn(3, 5)
-    state, found = torch.get_rng_state(), []
-    other = threading.Thread(
-        target=lambda: found.extend(sequential_statistics(model, ["0.up"], [x]))
-    )
-    with drawing(RandomState.seeded(7, torch.device("cpu"))):
-        other.start()
-        other.join(0.2)
+    state, cpu = torch.get_rng_state(), torch.device("cpu")
+    is_drawing, is_asked = threading.Event(), threading.Event()
+
+    def draw():
+        with drawing(RandomState.seeded(8, cpu)):
+            is_drawing.set()
+            is_asked.wait(0.2)
+
+    other = threading.Thread(target=draw)
+    other.start()
+    is_drawing.wait()
+    with drawing(RandomState.seeded(7, cpu)):
+        is_asked.set()
+        other.join()
         drawn = torch.rand(2)
-    other.join()
     assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(7)))
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(found) == 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from matfact.torch.calibration._collect import Arrived, Collected
@@ -194,6 +195,8 @@ class _Replay:
                     left.discard(name)
                     for _, each in arrived if left else ():
                         each.advance()
+        except (OSError, MemoryError, torch.OutOfMemoryError):  # a full disk, for one
+            raise
         except Exception:  # one by one, they have passed
             return False
         return not any(missed)
