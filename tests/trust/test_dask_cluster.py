@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pickle
-import platform
 import signal
 import sys
 
@@ -115,24 +114,6 @@ def test_compare_takes_the_address_of_a_scheduler(client, source, tmp_path, monk
     ]
     assert but_for_the_seconds(tables[0]) == but_for_the_seconds(tables[1])
     assert len(tables[0]) == 2 * 4 * 2
-
-
-def new_pages(arrays):
-    """Return how many pages of memory it took to fill arrays of 128 pages, one after the other."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(arrays):
-        np.ones(1 << 17, np.float32)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs its way to allocate memory")
-def test_workers_use_freed_memory_again(client, source, tmp_path):
-    """By Dask's settings each array is mapped anew, which doubles the time of fits."""
-    for i, worker in enumerate(client.ncores()):
-        work = (compress, source, tmp_path / f"{i}", MagnitudePruner())
-        client.submit(*work, workers=[worker], pure=False).result()
-    client.run(new_pages, 2)
-    assert max(client.run(new_pages, 50).values()) < 50 * 128 / 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of processes")
