@@ -95,7 +95,18 @@ def answers(model, batches):
     return torch.cat([answer(model, batch) for batch in batches])
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+#: Near relatives of others in the list, for the slow run.
+RELATIVES = {
+    "bit", "detr", "falcon", "gemma", "gpt_neox", "marian", "mistral", "phi", "qwen2", "qwen2_moe",
+    "qwen3", "rwkv",
+}  # fmt: skip
+PARAMETERS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in RELATIVES else [])
+    for name in ARCHITECTURES
+]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def wild(request):
     return Wild(request.param)
 
