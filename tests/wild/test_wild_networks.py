@@ -95,14 +95,13 @@ def answers(model, batches):
     return torch.cat([answer(model, batch) for batch in batches])
 
 
-#: Near relatives of others in the list, for the slow run.
-RELATIVES = {
-    "bit", "detr", "falcon", "gemma", "gpt_neox", "marian", "mistral", "phi", "qwen2", "qwen2_moe",
-    "qwen3", "rwkv",
+#: Near relatives of others in the list, and those that take long, for the slow run.
+LATER = {
+    "bit", "detr", "falcon", "gemma", "gpt_neox", "marian", "mistral", "mobilenet_v2", "phi",
+    "qwen2", "qwen2_moe", "qwen3", "resnet", "rwkv", "swin", "whisper",
 }  # fmt: skip
 PARAMETERS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in RELATIVES else [])
-    for name in ARCHITECTURES
+    pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in ARCHITECTURES
 ]
 
 
@@ -185,7 +184,9 @@ def positions(model):
     }
 
 
-@pytest.mark.parametrize("name", ["vit_mae", "always_dropping"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("vit_mae", marks=pytest.mark.slow), "always_dropping"]
+)
 def test_networks_that_draw_are_compressed_reproducibly(name):
     states = []
     for _ in range(2):
