@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -55,7 +55,7 @@ def parse_json(
         decoded = text if isinstance(text, str) else text.decode()
         _check_depth(decoded)
         content = json.loads(
-            decoded, object_pairs_hook=unique, parse_float=_finite, parse_constant=_refused
+            decoded, object_pairs_hook=unique, parse_float=_number, parse_constant=_refused
         )
     except RecursionError:  # of a caller who is deep himself
         raise ValueError("nested too deeply") from None
@@ -90,7 +90,7 @@ def is_version(content: dict[str, Any], format: str, version: int) -> bool:
     return content.get("format") == format and type(found) is int and found == version
 
 
-def _finite(text: str) -> float:
+def _number(text: str) -> float:
     number = float(text)
     return number if math.isfinite(number) else _refused(text)
 
@@ -112,6 +112,15 @@ def read_report(path: str | Path, make_row: Callable[..., T]) -> tuple[list[T], 
         return report_rows(parse_json(content), make_row)
     except ValueError as error:
         raise ValueError(f"path must name a report by to_json, not {path}: {error}.") from None
+
+
+def finite(content: Any) -> Any:
+    """Return `content` with None for every infinity or NaN, which JSON lacks."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def report_rows(content: Any, make_row: Callable[..., T]) -> tuple[list[T], dict[str, Any]]:

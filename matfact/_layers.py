@@ -154,6 +154,11 @@ def is_weight_name(name: str) -> bool:
     return name.rpartition(".")[2] == "weight"
 
 
+def layer_of(name: str) -> str:
+    """Return the layer whose weight is `name`, "" for the network itself."""
+    return name.removesuffix("weight").removesuffix(".")
+
+
 def _reason(name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str]) -> Kept | None:
     """Return why one tensor is kept, None where it is a weight."""
     spec = specs[name]

@@ -1,6 +1,10 @@
-"""Text from files, which may hold anything, where it is printed."""
+"""Text that is printed or written: names from files, which may hold anything, and tables."""
 
 from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
 
 
 def printable(text: object) -> str:
@@ -9,3 +13,10 @@ def printable(text: object) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table as CSV, blank where there is None."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([columns, *rows])
+    return buffer.getvalue()

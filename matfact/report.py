@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ import rich.box
 from rich.table import Table
 
 from matfact._files import write_atomically
-from matfact._json import read_report, report_rows
+from matfact._json import finite, read_report, report_rows
 from matfact._layers import LayerReport
 from matfact._report_page import page
+from matfact._text import csv_text
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(LayerReport))
 
@@ -106,15 +104,11 @@ class CompressionReport(Sequence[LayerReport]):
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file, blank where there is no value."""
-        buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer)
-        writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(row) for row in self.rows)
-        write_atomically(path, buffer.getvalue().encode())
+        write_atomically(path, csv_text(COLUMNS, map(dataclasses.astuple, self.rows)).encode())
 
     def content(self) -> dict[str, Any]:
         """Return metadata and rows as JSON has them, with None where no value is finite."""
-        rows = [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows]
+        rows = [finite(dataclasses.asdict(row)) for row in self.rows]
         return {"metadata": self.metadata, "rows": rows}
 
     @classmethod
@@ -166,7 +160,3 @@ def _cells(row: LayerReport) -> list[str]:
         ratio,
         "" if row.seconds is None else f"{row.seconds:.2f}",
     ]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matfact._layers import LayerReport, is_floating_matrix, is_weight_name, matrix_shape
+from matfact._layers import LayerReport, is_floating_matrix, is_weight_name, layer_of, matrix_shape
 from matfact._safetensors_file import SafetensorsFile
 from matfact.checkpoint._manifest import MANIFEST, REPORT, Manifest, Shard, StoredTensor
 from matfact.checkpoint._shards import check_shard
@@ -108,7 +108,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
     def _row(self, tensor: StoredTensor) -> LayerReport:
         rows, columns = matrix_shape(tensor.spec.shape)
         return LayerReport(
-            layer=tensor.name.removesuffix("weight").removesuffix("."),
+            layer=layer_of(tensor.name),
             kind="",
             rows=rows,
             columns=columns,

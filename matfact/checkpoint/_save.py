@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matfact._files import output_folder, replacing_folder
-from matfact._layers import matrix_shape
+from matfact._layers import LayerReport, layer_of, matrix_shape
 from matfact._safetensors import Stored, TensorSpec
 from matfact.backend import Array
 from matfact.checkpoint._manifest import REPORT, Manifest, StoredTensor
@@ -57,6 +57,7 @@ def save(
     products = {k: v for k, v in tensors.items() if isinstance(v, FactorProduct)}
     arrays = {k: _stored(k, v) for k, v in tensors.items() if k not in products}
     specs = {name: _spec(name, product, shapes or {}) for name, product in products.items()}
+    layers = {row.layer: row for row in report or ()}
     with replacing_folder(target) as folder:
         shards = []
         if arrays:
@@ -64,17 +65,15 @@ def save(
             shards.append(write_plain(folder / shard_name(0), pieces))
         for i, (name, product) in enumerate(products.items(), start=1):
             kinds, content = pack(product.factors)
-            known = _recorded(name, report)
+            known = _recorded(layers.get(layer_of(name)))
             tensor = StoredTensor(name, specs[name], kinds, density=product.density, **known)
             shards.append(write_shard(folder / shard_name(i), content, [tensor]))
         settings = dict(settings or {}) | ({} if report is None else {REPORT: report.content()})
         Manifest(tuple(shards), settings, dict(metadata or {})).write(folder)
 
 
-def _recorded(name: str, report: CompressionReport | None) -> dict[str, Any]:
-    """Return what a report says of the weight `name`, for the manifest."""
-    layer = name.removesuffix("weight").removesuffix(".")
-    row = next((row for row in report or () if row.layer == layer), None)
+def _recorded(row: LayerReport | None) -> dict[str, Any]:
+    """Return what a report says of a weight, for the manifest."""
     if row is None:
         return {}
     error = row.relative_error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -13,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from matfact._files import write_atomically
-from matfact._json import read_report
+from matfact._json import finite, read_report
+from matfact._text import csv_text
 from matfact.compare._html import page
 from matfact.compare._rows import COLUMNS, MEASURES, ComparisonRow, SummaryRow
 
@@ -47,11 +46,7 @@ class Comparison(Sequence[ComparisonRow]):
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file, blank where there is no value."""
-        buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer)
-        writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(row) for row in self.rows)
-        write_atomically(path, buffer.getvalue().encode())
+        write_atomically(path, csv_text(COLUMNS, map(dataclasses.astuple, self.rows)).encode())
 
     def to_json(self, path: str | Path) -> None:
         """Write metadata, rows and summary to a JSON file, null where no value is finite."""
@@ -60,7 +55,7 @@ class Comparison(Sequence[ComparisonRow]):
             "rows": [dataclasses.asdict(row) for row in self],
             "summary": [dataclasses.asdict(group) for group in self.summary()],
         }
-        text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(path, text.encode())
 
     def to_html(self, path: str | Path) -> None:
@@ -118,12 +113,3 @@ def _spread(values: Sequence[float]) -> float:
     if not all(map(math.isfinite, values)):
         return math.nan
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _finite(content: Any) -> Any:
-    """Return `content` with None for every infinity or NaN, which JSON lacks."""
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -75,9 +75,8 @@ def compress(
     model : torch.nn.Module
         The network.
     method : str or BaseFactorizer, default="dsf"
-        A factorizer, or the name of one: those of
-        ``matfact.factorizers.METHODS``.
-        With a budget, a sequence of these lets each layer have the one that suits it.
+        A factorizer, or its name in ``matfact.factorizers.METHODS``. With a budget, several: each
+        layer then gets the one that suits it.
     density : float, optional
         Stored values ÷ entries of each layer, in (0, 1]. By default what the factorizer says.
     budget : float or Budget, optional
