@@ -19,7 +19,7 @@ from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import plot_factors, to_html
-from matfact.operators._factor import Factor
+from matfact.operators._factor import Factor, dtype_nbytes
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._selection import SelectionFactor
 
@@ -114,8 +114,8 @@ class FactorProduct(ArrayLike):
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
         if format == "dense":
-            itemsize = self.factors[0].value_nbytes() // max(1, self.factors[0].nnz)
-            return sum(math.prod(factor.shape) for factor in self.factors) * (itemsize or 1)
+            itemsize = dtype_nbytes(self.dtype)
+            return itemsize * sum(math.prod(factor.shape) for factor in self.factors)
         return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
 
     @property
@@ -313,8 +313,8 @@ class FactorProduct(ArrayLike):
         Only powers of two are moved between factors, so that no value is rounded; `scale` should
         be one too. Fine-tuning needs balanced factors (Boža & Macko 2025 leave this out).
         """
-        scalable = [i for i, factor in enumerate(self.factors) if factor.nnz]
-        norms = [backend.norm(self.factors[i].values) for i in scalable]
+        scalable = [i for i, factor in enumerate(self.factors) if math.prod(factor.values.shape)]
+        norms = [self.factors[i].norm for i in scalable]
         if not scalable or 0.0 in norms:
             balanced = [scale if i == 0 else 1.0 for i in range(len(scalable))]
         else:

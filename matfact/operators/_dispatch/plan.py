@@ -47,7 +47,7 @@ class Plan:
 
     def __init__(self, factors: Sequence[Factor], tuned: dict[int, Method]) -> None:
         self._half = _half(factors)
-        self._factors = [f.with_values(backend.host_view(f.values)) for f in factors]
+        self._factors = [f.on_host() for f in factors]
         self._tuned = tuned
         self._shape = (factors[0].shape[0], factors[-1].shape[1])
         #: Dtype that the values are computed with.
