@@ -1,4 +1,5 @@
 __all__ = [
+    "GPTQ",
     "ADMMPruner",
     "BlockSVD",
     "ButterflyFit",
@@ -8,7 +9,10 @@ __all__ = [
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",
+    "OBSPruner",
     "Palm4MSA",
+    "RoundToNearest",
+    "SparseGPT",
     "WandaPruner",
     "compare_projections",
 ]
@@ -25,6 +29,7 @@ from . import torch as torch
 from . import transforms as transforms
 from .compare import compare_projections
 from .factorizers import (
+    GPTQ,
     ADMMPruner,
     BlockSVD,
     ButterflyFit,
@@ -34,7 +39,10 @@ from .factorizers import (
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    OBSPruner,
     Palm4MSA,
+    RoundToNearest,
+    SparseGPT,
     WandaPruner,
 )
 

@@ -12,10 +12,14 @@ from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._dsf import DoubleSparseFactorizer
+from matfact.factorizers._gptq import GPTQ
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
+from matfact.factorizers._obs_pruner import OBSPruner
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._rtn import RoundToNearest
+from matfact.factorizers._sparsegpt import SparseGPT
 from matfact.factorizers._wanda_pruner import WandaPruner
 
 #: A method: its name in the registry, or a name of one's own and an unfitted estimator.
@@ -41,6 +45,30 @@ class Method:
     needs_inputs: bool = False
 
 
+def has_density(estimator: BaseFactorizer) -> bool:
+    """Whether `estimator` can be asked for a number of stored values."""
+    return "density" in estimator.get_params(deep=False)
+
+
+def at_density(estimator: BaseFactorizer, density: float | None) -> BaseFactorizer:
+    """Return a clone of `estimator` at a density, or as it is for None.
+
+    Raises
+    ------
+    ValueError
+        If it has no such parameter.
+    """
+    copy = clone(estimator)
+    if density is None:
+        return copy
+    if not has_density(copy):
+        name = type(copy).__name__
+        raise ValueError(
+            f"density must be None for {name}, which has no such parameter, got {density}."
+        )
+    return copy.set_params(density=density)
+
+
 # Left to choose, a butterfly for a quarter of the values would have two factors and be a Monarch
 # matrix; its chain of many 2×2 blocks is what the name stands for.
 #: All of them, in the order of tables and figures.
@@ -54,9 +82,17 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude pruning", MagnitudePruner()),
     "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
     "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
+    "sparsegpt": Method("SparseGPT", SparseGPT(), needs_inputs=True),
+    "obs": Method("OBS (exact OBC)", OBSPruner(), needs_inputs=True),
+    "rtn": Method("Rounding to nearest", RoundToNearest()),
+    "gptq": Method("GPTQ", GPTQ(), needs_inputs=True),
 }
-#: Those that are compared on weights alone.
-COMPARED = {name: method for name, method in METHODS.items() if not method.needs_inputs}
+#: Those that are compared on weights alone, at the same number of stored values.
+COMPARED = {
+    name: method
+    for name, method in METHODS.items()
+    if not method.needs_inputs and has_density(method.estimator)
+}
 
 
 def label(method: str) -> str:

@@ -1,6 +1,7 @@
 """The estimators every conformance test runs over."""
 
 from matfact import (
+    GPTQ,
     ADMMPruner,
     BlockSVD,
     ButterflyFit,
@@ -10,7 +11,10 @@ from matfact import (
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    OBSPruner,
     Palm4MSA,
+    RoundToNearest,
+    SparseGPT,
     WandaPruner,
 )
 
@@ -26,7 +30,13 @@ FACTORIZERS = {
     "magnitude": MagnitudePruner(),
     "wanda": WandaPruner(),
     "admm": ADMMPruner(),
+    "sparsegpt": SparseGPT(),
+    "obs": OBSPruner(),
+    "rtn": RoundToNearest(),
+    "gptq": GPTQ(),
 }
+#: Those that can be asked for a number of stored values.
+WITH_DENSITY = {n: f for n, f in FACTORIZERS.items() if "density" in f.get_params(deep=False)}
 
 ESTIMATORS = [
     DoubleSparseFactorizer(),
@@ -39,5 +49,9 @@ ESTIMATORS = [
     MagnitudePruner(),
     WandaPruner(),
     ADMMPruner(),
+    SparseGPT(),
+    OBSPruner(),
+    RoundToNearest(),
+    GPTQ(),
     CoSaMPNeuronSelector(),
 ]

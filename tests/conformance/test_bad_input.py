@@ -99,14 +99,14 @@ def test_sparse_matrices_are_refused_with_advice(factorizer):
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, np.nan, "half", True])
-def test_impossible_densities_are_refused(factorizer, W, density):
+def test_impossible_densities_are_refused(with_density, W, density):
     with pytest.raises(ValueError, match="density"):
-        factorizer.set_params(density=density).fit(W)
+        with_density.set_params(density=density).fit(W)
 
 
-def test_density_below_the_structure_is_refused_with_the_least_possible(factorizer):
+def test_density_below_the_structure_is_refused_with_the_least_possible(with_density):
     with pytest.raises(ValueError, match=r"density=1e-06 allows 0 stored values .* at least \d+"):
-        factorizer.set_params(density=1e-6).fit(np.ones((16, 16)))
+        with_density.set_params(density=1e-6).fit(np.ones((16, 16)))
 
 
 def test_zero_matrix_has_error_zero(factorizer):

@@ -54,8 +54,8 @@ def test_attributes_promised_after_fit_are_there_and_agree(factorizer, W):
     np.testing.assert_allclose(model.transform(X), X @ W_hat.T)
 
 
-def test_normalized_error_divides_by_pruning_at_the_same_values(factorizer, W):
-    model = factorizer.fit(W)
+def test_normalized_error_divides_by_pruning_at_the_same_values(with_density, W):
+    model = with_density.fit(W)
     dropped = np.sort(np.abs(W), axis=None)[: W.size - model.nnz_]
     pruning = np.linalg.norm(dropped) / np.linalg.norm(W)
     assert model.normalized_err_ == pytest.approx(model.reconstruction_err_ / pruning)
@@ -83,15 +83,15 @@ def test_serves_as_a_step_of_a_pipeline(factorizer, W):
     assert len(pipeline.get_feature_names_out()) == 24
 
 
-def test_grid_search_finds_the_better_density(factorizer, W):
+def test_grid_search_finds_the_better_density(with_density, W):
     whole = [(np.arange(24), np.arange(24))]
-    search = GridSearchCV(factorizer, {"density": [0.25, 0.6]}, cv=whole, error_score="raise")
+    search = GridSearchCV(with_density, {"density": [0.25, 0.6]}, cv=whole, error_score="raise")
     assert search.fit(W).best_params_ == {"density": 0.6}
 
 
-def test_folds_of_rows_have_finite_scores_that_grow_with_the_density(factorizer, W):
+def test_folds_of_rows_have_finite_scores_that_grow_with_the_density(with_density, W):
     for folds in (None, 2):  # of two, one has as many rows as were fitted
-        search = GridSearchCV(factorizer, {"density": [0.3, 0.9]}, cv=folds, error_score="raise")
+        search = GridSearchCV(with_density, {"density": [0.3, 0.9]}, cv=folds, error_score="raise")
         scores = search.fit(W + 5 * np.outer(W[:, 0], W[0])).cv_results_["mean_test_score"]
         assert np.isfinite(scores).all()
         assert -1 <= scores[0] < scores[1] <= 0
