@@ -1,0 +1,167 @@
+"""Products whose values take few bits each, rounded with regard to what they are values of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from matfact import backend
+from matfact.backend import Array
+from matfact.kernels.rounding import round_rows
+from matfact.operators import (
+    DenseFactor,
+    Factor,
+    FactorProduct,
+    QuantizedFactor,
+    SparseFactor,
+)
+from matfact.operators._quantized import group_bounds
+from matfact.solvers.finalize import finalize
+from matfact.solvers.layerwise import squared_error
+from matfact.solvers.quantization import Grid, fit_grid
+
+#: Rounds over all factors, and passes over the values of a factor in each.
+ROUNDS, PASSES = 3, 6
+#: Sweeps of conjugate gradients that refit the factors not rounded yet.
+REFITS = 2
+
+
+def rounded(product: FactorProduct, bits: int, group_size: int | None = 64) -> FactorProduct:
+    """Return `product` with each value rounded to the nearest level of its group.
+
+    Parameters
+    ----------
+    product : FactorProduct
+        Real factors, of any storage. Those that store no values stay as they are.
+    bits : int
+        Bits of a value, from 2 to 8.
+    group_size : int or None
+        Number of values that share a 16-bit scale, about; None for all of a row.
+    """
+    return FactorProduct([_nearest(factor, bits, group_size) for factor in product.factors])
+
+
+def quantize(
+    product: FactorProduct,
+    W: Array,
+    bits: int,
+    group_size: int | None = 64,
+    second_moment: Array | None = None,
+) -> FactorProduct:
+    """Return `product` with values of few bits, which approximates `W` nearly as well.
+
+    Factors are rounded in turn, from the input side. The values of those that are not rounded yet
+    are refitted on their supports before. In two scattered factors values are then moved to other
+    levels, one by one, as long as that lowers the error: each makes up for the errors of those
+    before it. Rounds over both factors go on while they help.
+
+    Parameters
+    ----------
+    product : FactorProduct
+        Real factors, of any storage; kept as it is.
+    W : array of shape (out_features, in_features)
+        What they approximate.
+    bits, group_size : int
+        As for :func:`rounded`.
+    second_moment : array of shape (in_features, in_features), optional
+        Average of ``x xᵀ`` over inputs whose outputs count; without it all entries of `W` count
+        alike.
+    """
+    if second_moment is None:
+        moment = np.eye(W.shape[1])
+        second_moment = backend.like(moment, W, dtype=backend.namespace(W).float64)
+        metric = None
+    else:
+        metric = backend.namespace(W).astype(second_moment, W.dtype)
+    best = _in_turn(product, W, bits, group_size, second_moment)
+    least = squared_error(W, best, metric)
+    if len(product) != 2 or not all(isinstance(f, SparseFactor | DenseFactor) for f in product):
+        return best
+    for _ in range(ROUNDS):
+        found = _moved(best, W, metric)
+        error = squared_error(W, found, metric)
+        if error >= least * (1 - 1e-4):
+            break
+        best, least = found, error
+    return best
+
+
+def _in_turn(
+    product: FactorProduct, W: Array, bits: int, group_size: int | None, second_moment: Array
+) -> FactorProduct:
+    """Return the product with its factors rounded one after the other, from the input side."""
+    factors = list(product.factors)
+    for i in range(len(factors) - 1, -1, -1):
+        factors[i] = _nearest(factors[i], bits, group_size)
+        if i:
+            refitted = finalize(
+                FactorProduct(factors), W, second_moment, n_sweeps=REFITS, n_factors=i
+            )
+            factors[:i] = refitted.factors[:i]
+    return FactorProduct(factors)
+
+
+def _nearest(factor: Factor, bits: int, group_size: int | None) -> Factor:
+    """Return the factor with its values rounded, itself where it stores none."""
+    if not np.prod(factor.values.shape) or isinstance(factor, QuantizedFactor):
+        return factor
+    bounds = group_bounds(factor, group_size)
+    values = backend.to_numpy(backend.compute_array(factor.values)).reshape(-1)
+    grid = fit_grid(values, bounds, bits)
+    group = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return quantized_factor(factor, grid.nearest(values, group), grid, bits, group_size)
+
+
+def quantized_factor(
+    pattern: Factor, levels: np.ndarray, grid: Grid, bits: int, group_size: int | None
+) -> QuantizedFactor:
+    """Return levels and scales as a factor with the positions, library and dtype of `pattern`."""
+    values = backend.like(levels.reshape(pattern.values.shape), pattern.values)
+    scales = backend.like(grid.scales, pattern.values, dtype=pattern.dtype)
+    return QuantizedFactor(values, scales, bits, group_size, pattern)
+
+
+def _moved(product: FactorProduct, W: Array, metric: Array | None) -> FactorProduct:
+    """Return two quantized factors with levels moved, those of the input side first."""
+    xp = backend.namespace(W)
+    left, right = product.factors
+    A = left.decoded().toarray()
+    transpose = xp.matrix_transpose
+    # Columns of the right factor depend on each other only by correlations of inputs, which the
+    # left one, moved after it, makes up for.
+    right = _moved_rows(right, transpose(W), transpose(A), None, by_columns=True)
+    B = right.decoded().toarray()
+    left = _moved_rows(left, W, B, metric, by_columns=False)
+    return FactorProduct([left, right])
+
+
+def _moved_rows(
+    factor: QuantizedFactor, target: Array, other: Array, metric: Array | None, *, by_columns: bool
+) -> QuantizedFactor:
+    """Return the factor with levels moved so that ``X · other`` comes nearer to `target`.
+
+    `X` is the factor, or its transpose `by_columns`.
+    """
+    xp = backend.namespace(target)
+    known = other if metric is None else xp.matmul(other, metric)
+    gram = backend.to_numpy(xp.matmul(known, xp.matrix_transpose(other)))
+    cross = backend.to_numpy(xp.matmul(target, xp.matrix_transpose(known)))
+    rows, columns = factor.shape
+    places = factor.locations
+    order = (
+        np.lexsort((places // columns, places % columns)) if by_columns else np.arange(len(places))
+    )
+    row, column = places[order] // columns, places[order] % columns
+    row, column, n_rows = (column, row, columns) if by_columns else (row, column, rows)
+    indptr = np.searchsorted(row, np.arange(n_rows + 1))
+    flat = backend.to_numpy(factor.values).reshape(-1)[order]
+    levels = np.unique(flat).astype(np.float64)
+    group = np.repeat(np.arange(len(factor.bounds) - 1), np.diff(factor.bounds))
+    scales = backend.to_numpy(factor.scales).astype(np.float64)[group][order]
+    codes = np.searchsorted(levels, flat)
+    X = backend.to_numpy(factor.decoded().toarray())
+    gradient = (X.T if by_columns else X).astype(np.float64) @ gram - cross
+    round_rows(codes, scales, levels, column, indptr, gradient, gram.astype(np.float64), PASSES)
+    moved = np.empty_like(flat)
+    moved[order] = levels[codes].astype(np.int8)
+    values = backend.like(moved.reshape(factor.values.shape), factor.values)
+    return QuantizedFactor(values, factor.scales, factor.bits, factor.group_size, factor.pattern)
