@@ -5,12 +5,14 @@ from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._cosamp import CoSaMPNeuronSelector
+from matfact.factorizers._double_binary import DoubleBinaryFactorizer
 from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.factorizers._kaleidoscope import KaleidoscopeFit
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._quantized import Quantized
 from matfact.factorizers._registry import METHODS
 from matfact.factorizers._wanda_pruner import WandaPruner
 
@@ -22,6 +24,7 @@ __all__ = [
     "BlockSVD",
     "ButterflyFit",
     "CoSaMPNeuronSelector",
+    "DoubleBinaryFactorizer",
     "DoubleSparseFactorizer",
     "Factorization",
     "KaleidoscopeFit",
@@ -29,5 +32,6 @@ __all__ = [
     "MagnitudePruner",
     "MonarchProjector",
     "Palm4MSA",
+    "Quantized",
     "WandaPruner",
 ]

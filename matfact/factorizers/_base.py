@@ -62,6 +62,11 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             Callback to hand to the solver.
         """
 
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether calibration inputs change what is fitted."""
+        return type(self)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
+
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics
     ) -> Factorization:

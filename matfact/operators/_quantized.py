@@ -115,8 +115,9 @@ class QuantizedFactor(Factor):
         return self.pattern.index_nbytes(format)
 
     def value_nbytes(self) -> int:
-        """Bytes of codes, levels and 16-bit scales."""
-        return -(-self.nnz * self.bits // 8) + 2**self.bits + 2 * (len(self.bounds) - 1)
+        """Bytes of codes, of 16-bit scales, and of levels unless they are all integers."""
+        levels = 2**self.bits if self.bits < BITS[-1] else 0
+        return -(-self.nnz * self.bits // 8) + levels + 2 * (len(self.bounds) - 1)
 
     def __repr__(self) -> str:
         rows, columns = self.shape

@@ -290,7 +290,7 @@ def fit_scales(product: BinaryProduct, W: Array, metric: Array | None = None) ->
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
     wanted = _by(W, metric)
-    _fit_outputs(product, wanted, metric)
+    fit_outputs(product, W, metric)
     left, right = product.a[:, None] * product.S, product.right
     moved = _by(right, metric)
     gram = xp.matmul(transpose(left), left) * xp.matmul(moved, transpose(right))
@@ -301,12 +301,12 @@ def fit_scales(product: BinaryProduct, W: Array, metric: Array | None = None) ->
         product.b = _ratio(target, xp.sum(P * P, axis=0), product.b)
     else:
         product.b = _solved(xp.matmul(transpose(P), P) * metric, target)
-    _fit_outputs(product, wanted, metric)
+    fit_outputs(product, W, metric)
 
 
-def _fit_outputs(product: BinaryProduct, wanted: Array, metric: Array | None) -> None:
-    """Fit the scales of the outputs."""
-    xp = backend.namespace(wanted)
+def fit_outputs(product: BinaryProduct, W: Array, metric: Array | None = None) -> None:
+    """Fit the scales of the outputs of `product` by least squares."""
+    xp, wanted = backend.namespace(W), _by(W, metric)
     P = xp.matmul(product.S * product.m[None, :], product.right)
     product.a = _ratio(xp.sum(P * wanted, axis=1), xp.sum(P * _by(P, metric), axis=1), product.a)
 

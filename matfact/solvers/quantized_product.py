@@ -37,7 +37,7 @@ def rounded(product: FactorProduct, bits: int, group_size: int | None = 64) -> F
     group_size : int or None
         Number of values that share a 16-bit scale, about; None for all of a row.
     """
-    return FactorProduct([_nearest(factor, bits, group_size) for factor in product.factors])
+    return FactorProduct([rounded_factor(factor, bits, group_size) for factor in product.factors])
 
 
 def quantize(
@@ -74,7 +74,7 @@ def quantize(
         metric = backend.namespace(W).astype(second_moment, W.dtype)
     best = _in_turn(product, W, bits, group_size, second_moment)
     least = squared_error(W, best, metric)
-    if len(product) != 2 or not all(isinstance(f, SparseFactor | DenseFactor) for f in product):
+    if len(best) != 2 or not all(_has_rows(factor) for factor in best):
         return best
     for _ in range(ROUNDS):
         found = _moved(best, W, metric)
@@ -85,13 +85,20 @@ def quantize(
     return best
 
 
+def _has_rows(factor: Factor) -> bool:
+    """Whether values of a quantized factor can be moved row by row."""
+    return isinstance(factor, QuantizedFactor) and isinstance(
+        factor.pattern, SparseFactor | DenseFactor
+    )
+
+
 def _in_turn(
     product: FactorProduct, W: Array, bits: int, group_size: int | None, second_moment: Array
 ) -> FactorProduct:
     """Return the product with its factors rounded one after the other, from the input side."""
     factors = list(product.factors)
     for i in range(len(factors) - 1, -1, -1):
-        factors[i] = _nearest(factors[i], bits, group_size)
+        factors[i] = rounded_factor(factors[i], bits, group_size)
         if i:
             refitted = finalize(
                 FactorProduct(factors), W, second_moment, n_sweeps=REFITS, n_factors=i
@@ -100,7 +107,7 @@ def _in_turn(
     return FactorProduct(factors)
 
 
-def _nearest(factor: Factor, bits: int, group_size: int | None) -> Factor:
+def rounded_factor(factor: Factor, bits: int, group_size: int | None) -> Factor:
     """Return the factor with its values rounded, itself where it stores none."""
     if not np.prod(factor.values.shape) or isinstance(factor, QuantizedFactor):
         return factor
@@ -124,6 +131,8 @@ def _moved(product: FactorProduct, W: Array, metric: Array | None) -> FactorProd
     """Return two quantized factors with levels moved, those of the input side first."""
     xp = backend.namespace(W)
     left, right = product.factors
+    assert isinstance(left, QuantizedFactor)
+    assert isinstance(right, QuantizedFactor)
     A = left.decoded().toarray()
     transpose = xp.matrix_transpose
     # Columns of the right factor depend on each other only by correlations of inputs, which the

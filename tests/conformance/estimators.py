@@ -5,12 +5,14 @@ from matfact import (
     BlockSVD,
     ButterflyFit,
     CoSaMPNeuronSelector,
+    DoubleBinaryFactorizer,
     DoubleSparseFactorizer,
     KaleidoscopeFit,
     LowRank,
     MagnitudePruner,
     MonarchProjector,
     Palm4MSA,
+    Quantized,
     WandaPruner,
 )
 
@@ -28,8 +30,17 @@ FACTORIZERS = {
     "admm": ADMMPruner(),
 }
 
+#: Those whose values take few bits, which are not exact however many are stored.
+QUANTIZED = {
+    "double-binary": DoubleBinaryFactorizer(bits=8.0, max_iter=30),
+    "quantized": Quantized(bits=8),
+    "quantized-admm": Quantized(ADMMPruner(), bits=6, group_size=None),
+}
+
 ESTIMATORS = [
+    DoubleBinaryFactorizer(max_iter=20),
     DoubleSparseFactorizer(),
+    Quantized(bits=8),
     Palm4MSA(),
     ButterflyFit(),
     KaleidoscopeFit(),

@@ -153,7 +153,7 @@ def _fit_matrix(
 def _chosen(factorizer: BaseFactorizer, problem: Problem, adapt: Adaptation) -> Choice:
     """Return what batches kept aside have chosen, if there are any."""
     # Copies are fitted, and forgotten at once, since factorizers keep what they have found.
-    if problem.wanted is not None and uses_inputs(factorizer):
+    if problem.wanted is not None and factorizer.uses_inputs:
         return _calibrated(factorizer, problem, problem.wanted.inputs)
     if problem.wanted is None or adapt == "none":
         return Choice(clone(factorizer).fit(problem.target).operator_)
@@ -214,11 +214,6 @@ def _adapted(
             yield Choice(present)
 
     return problem.improved(Choice(product), refits())
-
-
-def uses_inputs(factorizer: BaseFactorizer) -> bool:
-    """Whether `factorizer` takes calibration inputs itself."""
-    return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
 def _layer_error(errors: Iterable[tuple[float, float]]) -> float | None:
