@@ -1,7 +1,7 @@
 """The elementwise passes of ADMM under a sparsity constraint.
 
-The consensus variable `Z` of ADMM is zero off the support and its scaled dual `U` on it, so that
-one array `V` holds both: ``Z = V`` on the support and ``U = V`` elsewhere.
+The consensus variable `Z` of ADMM is zero off the support, and its scaled dual `U` is zero on it.
+One array `V` therefore holds both: ``Z = V`` on the support and ``U = V`` elsewhere.
 """
 
 from __future__ import annotations
