@@ -244,7 +244,7 @@ def test_fit_is_deterministic():
         ({"chain": [(1, 2, 2)]}, "chain must be a name or a list"),
         ({"chain": []}, "chain must be a name or a list"),
         ({"chain": [(1, 16, 16, 1)], "rank": 1}, "rank must be None"),
-        ({"chain": [(1, 8, 16, 1)]}, "chain must make a product of at least 16×16"),
+        ({"chain": [(1, 8, 16, 1)]}, "chain must give a product of at least 16×16"),
         ({"chain": "circulant"}, "chain"),
         ({"rank": 0}, "rank"),
         ({"permutation": np.zeros(16, int)}, "permutation must hold each of 0 … 15 once"),
