@@ -163,7 +163,7 @@ def test_no_number_is_lost_in_another_dtype(there, here, tmp_path):
         return nn.Sequential(layer)
 
     save_network(build(there), tmp_path / "network")
-    with pytest.raises(ValueError, match=f"'0.numbers' is of {there} there and of {here} here"):
+    with pytest.raises(ValueError, match=f"'0.numbers' is {there} there and {here} here"):
         load_network(build(here), tmp_path / "network")
 
 

@@ -192,5 +192,5 @@ def test_every_call_of_a_layer_counts():
 
 def test_weights_that_are_computed_are_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="hold their weight as it is, got '0'"):
+    with pytest.raises(ValueError, match="with a plain weight, got '0'"):
         exact_triple_scores(model, [torch.ones(2, 8)])
