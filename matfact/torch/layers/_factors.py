@@ -21,8 +21,7 @@ from matfact.operators import (
 
 _BLOCK = 64  #: largest blocks, in entries, for which the kernel always beats batched products
 _MANY = 64  #: samples from which batched products are faster for larger blocks
-_WIDTH = 32  #: maximum width of the blocks into which factors are merged; at most the number of
-samples
+_WIDTH = 32  #: maximum width of merged blocks; at most the number of samples
 
 
 class FactorModule(nn.Module):

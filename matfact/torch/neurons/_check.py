@@ -64,7 +64,7 @@ def objection(trial: Trial, block: NeuronBlock) -> str | None:
             _run(trial, block, kept, random, cut) for cut in (_ignore_units, _cut_units)
         )
         if found is None or expected is None or not _agree(found, expected, trial.model):
-            return f"without {block.n_units - len(kept)} of its units, the network computes other outputs"
+            return f"without {block.n_units - len(kept)} of its units, its outputs change"
     return None
 
 
