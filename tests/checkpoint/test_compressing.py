@@ -1,4 +1,4 @@
-"""From safetensors files to checkpoints: what is chosen, taken up again and refused."""
+"""Conversion of safetensors files to checkpoints: selection, resuming and errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Products of factors behave as the arrays they stand for, in NumPy's and SciPy's hands."""
+"""Products of factors behave like arrays in NumPy and SciPy."""
 
 import operator
 

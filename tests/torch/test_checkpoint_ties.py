@@ -1,4 +1,4 @@
-"""Checkpoints that hold other names than the network: tied weights, buffers that it makes."""
+"""Checkpoints with other names than the network: tied weights, buffers it creates."""
 
 import pytest
 

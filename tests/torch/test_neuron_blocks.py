@@ -1,4 +1,4 @@
-"""Which units count as a block: those that nothing else reads, tried in networks of all kinds."""
+"""Units that qualify as a block, in networks of all kinds: nothing else may read them."""
 
 import copy
 

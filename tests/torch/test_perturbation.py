@@ -1,4 +1,4 @@
-"""Scores of singular triples: the fast ones order them as the exact ones do."""
+"""Scores of singular triples: fast and exact scores give the same ranking."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which layers of a network are taken, and what is said of the others."""
+"""Selection of layers, and the reasons for keeping the others."""
 
 import copy
 import functools

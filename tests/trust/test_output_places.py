@@ -1,4 +1,4 @@
-"""Whatever stands where a command is told to write: it is left alone, or kept in mode and place."""
+"""Existing files at the output path are not touched, or replaced with mode and owner kept."""
 
 import ast
 import os
