@@ -70,9 +70,9 @@ class ADMMPruner(BasePruner):
         squared error of the outputs, with damping and before values are refit; without
         calibration, ``‖W − Ŵ‖_F²`` of the scaled `W`.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     See Also
     --------

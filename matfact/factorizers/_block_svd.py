@@ -86,9 +86,9 @@ class BlockSVD(BaseFactorizer):
         ``objective`` (squared relative error, or squared layer error with calibration) and
         ``seconds``, one entry per blocking.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------

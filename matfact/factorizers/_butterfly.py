@@ -102,9 +102,9 @@ int of shape (in_features,), default="identity"
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled and padded `W`) and ``seconds``, after the
         identification and after each sweep.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------

@@ -71,7 +71,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
     n_features_in_ : int
         Number of hidden units of the block.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `H`, where it has any.
+        Names of the columns of `H`, if it has any.
 
     Notes
     -----

@@ -80,15 +80,15 @@ class DoubleSparseFactorizer(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        Sweeps over all factors.
+        Number of sweeps over all factors.
     history_ : dict of list
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
         The objective may rise while the schedule searches for supports. A final refit of the
         values, not recorded here, lowers it again.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -169,7 +169,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         return Factorization([SparseFactor.from_dense(factor) for factor in factors], n_iter)
 
     def _best(self, W: Array, found: list[Array], sets: Sequence[Constraint]) -> list[Array]:
-        """Return the best of the ADMM factors, pruning, PALM and low rank.
+        """Return the best of ADMM, pruning, PALM and low rank.
 
         Regressions that start from the identity fail on fast transforms, whose entries have equal
         magnitude; there the gradient steps of PALM are better. On matrices of low rank they leave

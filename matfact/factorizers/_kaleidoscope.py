@@ -66,9 +66,9 @@ class KaleidoscopeFit(BaseFactorizer):
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, at the start and after
         each step.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------

@@ -74,9 +74,9 @@ class MonarchProjector(BaseFactorizer):
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`, or squared layer error with calibration)
         and ``seconds``, one entry.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------

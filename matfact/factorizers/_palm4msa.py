@@ -101,9 +101,9 @@ class Palm4MSA(BaseFactorizer):
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
         The objective may rise while steps are long; the best factors found are returned.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------

@@ -17,7 +17,7 @@ from matfact.kernels.atomics import pointer
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
-#: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
+#: Digest of the inlined modules, since Numba recompiles only if this file changes.
 SOURCES = "4ecb04ab9c443d58"
 
 CSR, KRONECKER, SELECTION = range(3)

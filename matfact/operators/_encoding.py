@@ -36,7 +36,7 @@ def encode(
     factors : sequence of Factor
         The factors, of any array library.
     dtype : str, optional
-        ``"BF16"`` rounds real values to bfloat16. By default they are kept as they are.
+        ``"BF16"`` rounds real values to bfloat16. By default dtypes are kept.
     """
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Stored] = {}
@@ -116,7 +116,7 @@ def stored_array(array: Array, dtype: str | None = None) -> Stored:
         bits = backend.to_numpy(array.view(backend.namespace(array).uint8))
         return TensorSpec(FLOAT8[name], bits.shape), bits.tobytes()
     host = backend.to_numpy(array)
-    if name == "float16":  # which arrives as float32, as does bfloat16
+    if name == "float16":  # read as float32, like bfloat16
         host = host.astype(np.float16)
     return stored(host, "BF16" if name == "bfloat16" else dtype)
 

@@ -62,7 +62,7 @@ class KroneckerSparseFactor(Factor):
         radix = n_blocks // a
         if other_d != 1 or n_blocks % a or c % radix:
             return None
-        from matfact.kernels.chains import merge  # Numba is loaded where it is needed
+        from matfact.kernels.chains import merge  # loads Numba only if needed
 
         right = backend.compute_array(other.values)[:, 0, :, :]
         product = merge(backend.compute_array(self.values), right)

@@ -240,7 +240,7 @@ class FactorProduct(ArrayLike):
     def advise(self, batch_size: int) -> Advice:
         """Time the factors and the dense matrix for a batch.
 
-        Both are timed anew in every call, on this machine and possibly with weights in the cache;
+        Every call times both again, on this machine and possibly with weights in the cache;
         nothing is stored. ``product @ X`` is not affected: its method depends only on shapes and
         stored values, so that results are bit-reproducible. If the dense matrix is faster, use
         ``product.toarray()`` or :meth:`tune` the product.

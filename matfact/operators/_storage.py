@@ -26,7 +26,7 @@ def pack(
 ) -> tuple[tuple[str, ...], Iterator[bytes]]:
     """Return the storage format of each factor, and the bytes of a file with all of them.
 
-    ``dtype="BF16"`` rounds real values to bfloat16; by default they are kept as they are.
+    ``dtype="BF16"`` rounds real values to bfloat16; by default dtypes are kept.
     """
     entries, tensors = encode(factors, dtype)
     manifest = {"format": "matfact", "version": FORMAT_VERSION, "factors": entries}

@@ -264,7 +264,7 @@ def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted
 
 
 def _is_real(task: Task) -> bool:
-    assert task.view is not None  # of what is fitted
+    assert task.view is not None  # fitted layers have a view
     return not any(matrix.is_complex() for matrix in task.view.matrices())
 
 
@@ -276,10 +276,10 @@ def _note_lack(task: Task, statistics: LayerStatistics | None) -> None:
     if not _is_real(task):
         why = "its inputs are complex"
     elif task.kind == "NonDynamicallyQuantizableLinear":
-        why = "attention reads its weight and never calls it, so that its inputs are unknown"
+        why = "its inputs are unknown, since attention reads its weight without calling it"
     else:
         why = "no calibration input reached it"
-    task.message = f"{why}: fitted without"
+    task.message = f"{why}: fitted without calibration"
     warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
 
 

@@ -80,7 +80,7 @@ class Problem:
         judge = None if aside is None else _with_outputs(aside, W)
         unshifted = judge if shift else None
         if judge is not None and shift:
-            judge = judge.centered(_with_outputs(fitted, W))  # type: ignore[arg-type]  # alike
+            judge = judge.centered(_with_outputs(fitted, W))  # type: ignore[arg-type]
         if judge is not None and not judge.energy:  # zero outputs cannot judge fits
             judge = None
         target, damping = _target(W, wanted, judge)

@@ -138,7 +138,7 @@ def refusal(layer: nn.Module) -> str | None:
     if base not in _VIEWS and base.__module__.partition(".")[0] != "transformers":
         return "its class is not the Conv1D of transformers"
     if changed := [name for name in _METHODS if _differs(layer, base, name)]:
-        return f"it has a {changed[0]} of its own"
+        return f"it has a custom {changed[0]}"
     if issubclass(base, (FactorizedLinear, FactorizedConv)):
         return None
     if held := [name for name in others(layer) if name != "parametrizations"]:

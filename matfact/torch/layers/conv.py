@@ -135,7 +135,7 @@ class FactorizedConv(nn.Module):
 
         With `n_positions`, include the work of computing the kernel for that many positions.
         """
-        kernel, *_ = self._groups()  # all are alike
+        kernel, *_ = self._groups()  # all have the same structure
         work = sum(factor.work for factor in kernel.chain)
         dense: float = kernel.in_features * kernel.out_features
         if n_positions is not None:
