@@ -247,8 +247,14 @@ def test_fit_is_deterministic():
         ({"chain": [(1, 8, 16, 1)]}, "chain must give a product of at least 16×16"),
         ({"chain": "circulant"}, "chain"),
         ({"rank": 0}, "rank"),
-        ({"permutation": np.zeros(16, int)}, "permutation must hold each of 0 … 15 once"),
-        ({"permutation": [1, 0]}, "permutation must hold each of 0 … 15 once"),
+        (
+            {"permutation": np.zeros(16, int)},
+            "permutation must hold each column index of W, 0 to 15, exactly once",
+        ),
+        (
+            {"permutation": [1, 0]},
+            "permutation must hold each column index of W, 0 to 15, exactly once",
+        ),
         ({"max_iter": 0}, "max_iter"),
         ({"tol": -1.0}, "tol"),
         ({"method": "magic"}, "method"),
