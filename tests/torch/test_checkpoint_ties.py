@@ -193,5 +193,5 @@ def test_factors_must_fit_the_dtype_too(tmp_path):
     double = nn.Sequential(nn.Linear(16, 24)).double()
     model, _ = compress(double, "lowrank", density=0.5)
     save_network(model, tmp_path / "network")
-    with pytest.raises(ValueError, match=r"'0\.weight' is of torch.float64"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is torch.float64"):
         load_network(nn.Sequential(nn.Linear(16, 24)), tmp_path / "network")
