@@ -11,11 +11,12 @@ _HEADINGS = {
     "normalized_error": "normalized\nerror",
     "relative_error": "relative\nerror",
     "density": "density\nused",
+    "bits_per_weight": "bits a\nweight",
     "seconds": "seconds",
     "flops_ratio": "FLOPs\nratio",
 }
-#: The measures that vary from matrix to matrix; budgets hardly do.
-_SPREAD = {"normalized_error", "relative_error", "seconds"}
+#: The measures whose spread tells something of a method; budgets hardly vary.
+_SPREAD = {"normalized_error", "relative_error"}
 
 
 def summary_table(comparison: Comparison) -> Table:
