@@ -91,13 +91,19 @@ def test_printed_table_shows_means_spreads_and_failures():
     text = rendered(TABLE)
     assert "0.600 ± 0.141" in text
     assert "0.333" in text
+    assert "7.50" in text
     assert "failed" in text
 
 
 def test_printed_table_fits_eighty_columns():
     shape = {"rows": 1536, "columns": 384, "size": "1536×384"}
     wide = [
-        dataclasses.replace(row(method="butterfly", error=error), **shape, requested_density=asked)
+        dataclasses.replace(
+            row(method="butterfly", error=error),
+            **shape,
+            requested_density=asked,
+            bits_per_weight=17.5,
+        )
         for error in (1.111, 1.555)
         for asked in (0.25, 0.5)
     ]
