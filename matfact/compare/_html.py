@@ -16,6 +16,7 @@ _MEASURES = (
     ("normalized error", "normalized_error"),
     ("relative error", "relative_error"),
     ("density", "density"),
+    ("bits a weight", "bits_per_weight"),
     ("FLOPs ÷ dense", "flops_ratio"),
     ("seconds", "seconds"),
 )

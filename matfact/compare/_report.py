@@ -11,11 +11,12 @@ _HEADINGS = {
     "normalized_error": "normalized\nerror",
     "relative_error": "relative\nerror",
     "density": "density\nused",
+    "bits_per_weight": "bits",
     "seconds": "seconds",
     "flops_ratio": "FLOPs\nratio",
 }
-#: Measures shown with their spread; those of budgets hardly vary.
-_SPREAD = {"normalized_error", "relative_error", "seconds"}
+#: The measures whose spread tells something of a method; budgets hardly vary.
+_SPREAD = {"normalized_error", "relative_error"}
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -35,7 +36,8 @@ def summary_table(comparison: Comparison) -> Table:
     several = len({group.requested_density for group in summary}) > 1
     table = Table(
         box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,  # fits 80 columns
-        caption="mean ± standard deviation; normalized: ÷ error of magnitude pruning",
+        caption="mean ± standard deviation; normalized: ÷ error of magnitude pruning; "
+        "bits: a weight, as files hold them",
     )  # fmt: skip
     for heading in (*(["asked"] if several else []), "size"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -62,5 +64,6 @@ def _cells(group: SummaryRow) -> list[str]:
     cells = []
     for name in _HEADINGS:
         spread = f" ± {group.std[name]:.3f}" if name in _SPREAD and group.n_ok > 1 else ""
-        cells.append(f"{group.mean[name]:.3f}{spread}")
+        digits = 2 if name == "bits_per_weight" else 3
+        cells.append(f"{group.mean[name]:.{digits}f}{spread}")
     return [*cells, f"[red]{group.n_failed} failed[/]"] if group.n_failed else cells

@@ -39,7 +39,9 @@ class ComparisonRow:
     flops_ratio : float or None
         Operations to apply the product ÷ those of the dense matrix.
     nbytes : int or None
-        Bytes of values and positions, with scattered values in CSR.
+        Bytes of values and positions, in CSR where they are scattered.
+    bits_per_weight : float or None
+        Bits of the factors as files hold them ÷ entries of the matrix.
     message : str
         Why the fit failed, or what it warned about.
     """
@@ -59,6 +61,7 @@ class ComparisonRow:
     n_iter: int | None = None
     flops_ratio: float | None = None
     nbytes: int | None = None
+    bits_per_weight: float | None = None
     message: str = ""
 
 
@@ -90,5 +93,5 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(ComparisonRow))
 #: Numeric columns that can be averaged.
 MEASURES = (
     "density", "nnz", "relative_error", "normalized_error", "seconds", "n_iter", "flops_ratio",
-    "nbytes",
+    "nbytes", "bits_per_weight",
 )  # fmt: skip

@@ -221,6 +221,7 @@ def _measure(task: _Task) -> dict[str, Any]:
         "n_iter": fitted.n_iter_,
         "flops_ratio": fitted.operator_.flops_ratio,
         "nbytes": fitted.operator_.nbytes(),
+        "bits_per_weight": fitted.bits_per_weight_,
     }
 
 

@@ -97,7 +97,7 @@ class Comparison(Sequence[ComparisonRow]):
 
 def _summarize(rows: Sequence[ComparisonRow]) -> SummaryRow:
     ok = [row for row in rows if row.status == "ok"]
-    values = {name: [getattr(row, name) for row in ok] for name in MEASURES} if ok else {}
+    values = {name: [_number(getattr(row, name)) for row in ok] for name in MEASURES} if ok else {}
     return SummaryRow(
         method=rows[0].method,
         size=rows[0].size,
@@ -107,6 +107,11 @@ def _summarize(rows: Sequence[ComparisonRow]) -> SummaryRow:
         mean={name: statistics.fmean(column) for name, column in values.items()},
         std={name: _spread(column) for name, column in values.items()},
     )
+
+
+def _number(measure: float | None) -> float:
+    """Return a measure, NaN where a file of an earlier version, or of one not finite, has none."""
+    return math.nan if measure is None else measure
 
 
 def _spread(values: Sequence[float]) -> float:

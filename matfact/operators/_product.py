@@ -19,6 +19,7 @@ from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import plot_factors, to_html
+from matfact.operators._encoding import stored_nbytes
 from matfact.operators._factor import Factor, dtype_nbytes
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._selection import SelectionFactor
@@ -26,7 +27,7 @@ from matfact.operators._selection import SelectionFactor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-Format = Literal["csr", "bitmask", "smallest", "dense"]
+Format = Literal["csr", "bitmask", "smallest", "dense", "stored"]
 
 
 class FactorProduct(ArrayLike):
@@ -106,16 +107,19 @@ class FactorProduct(ArrayLike):
 
         Parameters
         ----------
-        format : {"csr", "bitmask", "smallest", "dense"}, default="csr"
-            Storage of the positions of scattered nonzeros: column indices, one bit per entry, the
-            smaller of both for each factor, or none, with every entry of every factor stored.
-            Structured factors need few positions or none in the first three.
+        format : {"csr", "bitmask", "smallest", "dense", "stored"}, default="csr"
+            How scattered nonzeros are located: column indices, one bit an entry, whichever of
+            the two is smaller for each factor, not at all (every entry of every factor is
+            stored), or as :meth:`save` does, whose file has a header of some hundred bytes
+            besides. Structured factors need few positions or none, except in ``"dense"``.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
         if format == "dense":
             itemsize = dtype_nbytes(self.dtype)
             return itemsize * sum(math.prod(factor.shape) for factor in self.factors)
+        if format == "stored":
+            return sum(map(stored_nbytes, self.factors))
         return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
 
     @property
