@@ -1,7 +1,7 @@
-"""Run one of the papers' experiments, or go on with it where a former run has stopped.
+"""Run or resume one of the papers' experiments.
 
-Every finished cell is a line of ``cells.jsonl`` in the folder of the results and is not run
-again; after the last one ``table.md``, ``figure.png`` and ``results.json`` are written.
+Every finished cell is a line of ``cells.jsonl`` in the output folder and is not run again. At the
+end, ``table.md``, ``figure.png`` and ``results.json`` are written.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _console = Console(highlight=False, soft_wrap=True)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    add("--output", type=Path, help="folder of the results (build/studies/NAME)")
-    add("--quick", action="store_true", help="the small form, to see that all runs")
+    add("--output", type=Path, help="output folder (build/studies/NAME)")
+    add("--quick", action="store_true", help="smoke test with a small version")
     add("--seeds", type=int, help="repetitions of each cell (the study's own number; quick: 1)")
     add("--cells", default="", help="regular expression of the cells to run, as JSON")
-    add("--n-jobs", type=int, default=1, help="cells that run at a time")
-    add("--report", action="store_true", help="run nothing; write what is finished")
+    add("--n-jobs", type=int, default=1, help="number of parallel cells")
+    add("--report", action="store_true", help="only write the results of finished cells")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def execute(study: Any, options: argparse.Namespace) -> int:
-    """Run what is not finished of `study`, a module or an object as good as one, and write it."""
+    """Run the unfinished cells of `study`, a module or similar object, and write the results."""
     form = f"{options.name}-quick" if options.quick else options.name
     folder = options.output or Path("build/studies") / form
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def load(name: str) -> Any:
 
 
 def _run(study: Any, cells: list[_cells.Cell], file: Path, options: argparse.Namespace) -> int:
-    """Run cells and keep their records; return how many have failed."""
+    """Run cells and store their records; return the number of failures."""
     failures = 0
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -92,7 +92,7 @@ def _run(study: Any, cells: list[_cells.Cell], file: Path, options: argparse.Nam
 
 
 def _line(cell: _cells.Cell, outcome: _cells.Record | str) -> str:
-    """Return what is shown of a cell when it ends."""
+    """Return the summary of a finished cell."""
     head = " ".join(f"{name}={value}" for name, value in cell.items())
     if isinstance(outcome, str):
         return f"{head}: failed\n{outcome}"

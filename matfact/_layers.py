@@ -1,7 +1,7 @@
-"""Which weights of a network are factorized, why others are not, and the record of each layer.
+"""Selection of the weights to factorize, and the record of each layer.
 
-In memory a layer is known by its class. A file has names, shapes and dtypes, so that what is no
-weight of a linear layer or a convolution is told by these, and by what else its layer holds.
+In memory a layer is known by its class. A file has only names, shapes and dtypes, so weights of
+linear layers and convolutions are recognized by these and by the other tensors of the layer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from matfact._safetensors import TensorSpec
 
-#: Dtypes, by their names in safetensors files, whose numbers are the values themselves.
+#: Unquantized dtypes, by their names in safetensors files.
 FLOATS = ("F16", "BF16", "F32", "F64", "C64")
-#: Axes of the weights of linear layers, and of convolutions in one to three dimensions.
+#: Numbers of axes of the weights of linear layers and of 1-D to 3-D convolutions.
 AXES = range(2, 6)
 
-#: Tables look up rows instead of multiplying.
+#: Embedding tables look up rows instead of multiplying.
 _TABLE = re.compile(
     r"embed|(^|_)emb(s|_|$)|^w[tp]e$|^shared$|^relative_attention_bias$|codebook", re.IGNORECASE
 )
@@ -35,7 +35,7 @@ class Kept(NamedTuple):
     reason : str
         In words.
     is_guess : bool
-        Whether only the name says so. A user who asks for the tensor by name overrides it.
+        Whether this is inferred from the name only. Requesting the tensor by name overrides it.
     """
 
     reason: str
@@ -51,17 +51,18 @@ class LayerReport:
     layer : str
         Its name.
     kind : str
-        Its class before.
+        Its class before compression.
     rows, columns, groups : int
-        Shape of its matrix, and how many such it has (groups of a convolution).
+        Shape of its matrix, and number of such matrices (groups of a convolution).
     method : str
-        Class of the factorizer; empty where the layer is kept.
+        Class of the factorizer; empty if the layer is kept.
     status : {"compressed", "kept", "planned"}
-        What became of it. Measures are None unless it is compressed.
+        Outcome. Measures are None unless it is "compressed".
     dense_nbytes, dense_flops : int
-        Bytes of its weight before, and operations for one input (one position of an image).
+        Before compression: bytes of the weight, and operations for one input (one position of an
+        image).
     requested_density : float or None
-        Density asked for; None where the method has no such parameter or its default was taken.
+        Requested density; None if the method has no such parameter or used its default.
     density : float or None
         Stored values ÷ entries of the weight.
     relative_error : float or None
@@ -69,22 +70,22 @@ class LayerReport:
     normalized_error : float or None
         Relative error ÷ that of magnitude pruning with as many stored values.
     layer_error : float or None
-        How far the layer's outputs are from those it has in the dense network, relative to these,
-        for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
-        which with sequential calibration are those in the compressed network, and the outputs `U`,
-        less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
-        where no input was kept aside, as of a single batch, or all outputs are zero. Methods that
-        use inputs themselves are fitted to all batches after it was measured.
+        Relative error of the layer's outputs on calibration batches that were held out:
+        ``‖U − XŴᵀ‖_F / ‖U‖_F``. `X` holds the layer's inputs, with sequential calibration those in
+        the compressed network. `U` holds the outputs in the dense network, centred if a bias
+        corrects their mean; without feedback it is ``XWᵀ``. None if no batch was held out, for
+        instance with a single batch, or if all outputs are zero. Methods that use inputs are refit
+        to all batches afterwards.
     fitted_layer_error : float or None
-        The same for the batches that the layer was fitted to, which is mostly less.
+        The same error on the batches used for the fit, usually smaller.
     nbytes : int or None
         Bytes of values and positions, in the smaller of CSR and bit masks.
     flops : int or None
-        Operations for one input after.
+        Operations for one input after compression.
     seconds : float or None
         Wall time of the fit.
     message : str
-        Why the layer is kept, or what is to be known about it.
+        Why the layer is kept, or a remark.
     """
 
     layer: str
@@ -114,16 +115,16 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
-    """Return the tensors of a network that are no weights to be factorized, and why.
+    """Return the tensors of a network that are not factorized, and why.
 
-    Weights are those of linear layers and of convolutions in one to three dimensions, as
-    :func:`matfact.torch.compress` takes them: named ``weight``, floating-point or complex, of two
-    to five axes, in a layer that holds nothing but them and a bias.
+    Weights of linear layers and of 1-D to 3-D convolutions are factorized, as in
+    :func:`matfact.torch.compress`: tensors named ``weight``, floating-point or complex, with two to
+    five axes, in a layer with no other tensor except a bias.
 
     Parameters
     ----------
     specs : mapping of str to TensorSpec
-        All tensors by name: the others in a layer tell what its weight is.
+        All tensors by name; the other tensors of a layer help to recognize its weight.
     """
     ordered = sorted(specs)
     reasons = {name: _reason(name, specs, ordered) for name in specs}
@@ -131,9 +132,9 @@ def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
 
 
 def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Return the real matrices of a file that are worth a study: weights, and tables of numbers.
+    """Return the real matrices of a file to study: weights and embedding tables.
 
-    If no tensor is named as a weight, the file follows no convention, and all matrices are taken.
+    If no tensor is named like a weight, all matrices are returned.
     """
     real = [
         name for name, spec in specs.items() if is_floating_matrix(spec) and spec.dtype != "C64"
@@ -145,22 +146,22 @@ def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def is_floating_matrix(spec: TensorSpec) -> bool:
-    """Whether a tensor can be seen as a matrix of numbers, its trailing axes taken together."""
+    """Whether a tensor is a matrix of numbers after merging its trailing axes."""
     return spec.dtype in FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
 
 
 def is_weight_name(name: str) -> bool:
-    """Whether `name` is that of the weight of a layer."""
+    """Whether `name` is the name of a layer's weight."""
     return name.rpartition(".")[2] == "weight"
 
 
 def layer_of(name: str) -> str:
-    """Return the layer whose weight is `name`, "" for the network itself."""
+    """Return the layer with weight `name`, "" for the network itself."""
     return name.removesuffix("weight").removesuffix(".")
 
 
 def _reason(name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str]) -> Kept | None:
-    """Return why one tensor is kept, None where it is a weight."""
+    """Return why a tensor is kept, or None if it is a weight."""
     spec = specs[name]
     if spec.dtype not in FLOATS:
         return Kept(f"dtype {spec.dtype}")
@@ -179,7 +180,7 @@ def _reason(name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str]) 
 
 
 def _guess(name: str, spec: TensorSpec) -> Kept | None:
-    """Return what the name of a layer without bias tells."""
+    """Return what the name of a layer without bias suggests."""
     layer = next((part for part in reversed(name.split(".")[:-1]) if not part.isdigit()), "")
     if len(spec.shape) == 2 and _TABLE.search(layer):
         return Kept("embeddings, by its name", is_guess=True)
@@ -189,13 +190,13 @@ def _guess(name: str, spec: TensorSpec) -> Kept | None:
 
 
 def _other_in_layer(name: str, ordered: Sequence[str]) -> str | None:
-    """Return a tensor, other than the bias, in the layer whose weight is `name`, if there is one.
+    """Return another tensor, not the bias, in the layer with weight `name`, or None.
 
-    Scales and zero points of quantized layers, gains, masks and adapters are such.
+    Examples are scales and zero points of quantized layers, gains, masks and adapters.
     """
     layer = name.removesuffix("weight")
     own = (name, f"{layer}bias")
-    if not layer:  # the layer is the network itself, or the names are no paths
+    if not layer:  # the layer is the network itself, or names are not paths
         return next((other for other in ordered if "." not in other and other not in own), None)
     start = bisect.bisect_left(ordered, layer)
     inside = (other for other in ordered[start : start + 3] if other.startswith(layer))

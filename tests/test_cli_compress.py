@@ -103,7 +103,7 @@ def test_what_is_copied_is_counted_by_reason_and_what_was_asked_for_is_named(sou
     assert "not named weight" in " ".join(invoke("inspect", tmp_path / "out").output.split())
     asked = invoke("compress", source, tmp_path / "asked", *OPTIONS, "--layers", r"layer.1|^\d\.b")
     names = ", ".join(f"{i}.bias" for i in range(9))
-    assert f"Kept {names}: asked for, but not named weight" in " ".join(asked.output.split())
+    assert f"Kept {names}: requested, but not named weight" in " ".join(asked.output.split())
 
 
 def test_a_network_of_which_no_layer_could_be_factorized_is_a_failure(tmp_path):

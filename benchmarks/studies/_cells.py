@@ -1,4 +1,4 @@
-"""Cells of a study: what is run once, kept in a file, and averaged over seeds."""
+"""Cells of a study: run once, stored in a file, and averaged over seeds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import joblib
 import matfact
 from benchmarks import machine
 
-#: What a result depends on, its seed too.
+#: Everything a result depends on, including its seed.
 Cell = dict[str, Any]
-#: A finished cell, as it is kept: ``cell``, ``result``, ``cpu_seconds``, ``finished``, ``matfact``.
+#: A finished cell, as stored: ``cell``, ``result``, ``cpu_seconds``, ``finished``, ``matfact``.
 Record = dict[str, Any]
 
 
@@ -62,12 +62,12 @@ class Row:
 
 
 def key(cell: Cell) -> str:
-    """Return the text by which a cell is known."""
+    """Return the key of a cell."""
     return json.dumps(cell, sort_keys=True)
 
 
 def with_seeds(cells: Iterable[Cell], seeds: int) -> list[Cell]:
-    """Return the cells for each seed, all of the first seed before those of the next."""
+    """Return the cells for all seeds, seed after seed."""
     cells = list(cells)
     fixed = [cell for cell in cells if "seed" in cell]
     free = [cell for cell in cells if "seed" not in cell]
@@ -75,7 +75,7 @@ def with_seeds(cells: Iterable[Cell], seeds: int) -> list[Cell]:
 
 
 def load(path: Path) -> dict[str, Record]:
-    """Return the finished cells of a file; a line that was cut off is left out."""
+    """Return the finished cells of a file, without truncated lines."""
     records = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -87,7 +87,7 @@ def load(path: Path) -> dict[str, Record]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a finished cell in one write, so that lines of processes at work together never mix."""
+    """Append a finished cell in one write, so that lines of parallel processes never mix."""
     line = json.dumps(record) + "\n"
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         line = "\n" + line  # a run was killed while it wrote
@@ -113,7 +113,7 @@ def _run_one(
     try:
         with machine.threads(threads):
             result = function(dict(cell))
-    except Exception:  # one cell that fails must not end the study
+    except Exception:  # a failed cell must not end the study
         return cell, traceback.format_exc()
     return cell, {
         "cell": cell,
@@ -125,7 +125,7 @@ def _run_one(
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Return one row for each cell, over all of its seeds, in the order they come."""
+    """Return one row per cell, over all of its seeds, in order."""
     groups: dict[str, tuple[Cell, list[dict[str, Any]]]] = {}
     for record in records:
         cell = {name: value for name, value in record["cell"].items() if name != "seed"}

@@ -1,4 +1,4 @@
-"""One fit of a comparison, and means over several."""
+"""Rows of a comparison, and their means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonRow:
-    """One fit of one method to one matrix.
+    """Fit of one method to one matrix.
 
     Attributes
     ----------
@@ -21,9 +21,13 @@ class ComparisonRow:
     method : str
         Name of the method.
     requested_density : float or None
-        Density asked for; None for an estimator that has no such parameter.
+        Requested density; None if the estimator has no such parameter.
+    requested_bits : float or None
+        Requested bits a weight; None in a comparison by density.
+    value_bits : int or None
+        Bits of a stored value, where they were chosen.
     status : {"ok", "failed"}
-        Whether the fit succeeded. All that follows but `message` is None where it did not.
+        Whether the fit succeeded. If it failed, all later fields except `message` are None.
     density : float or None
         Stored values ÷ entries of the matrix.
     nnz : int or None
@@ -40,6 +44,8 @@ class ComparisonRow:
         Operations to apply the product ÷ those of the dense matrix.
     nbytes : int or None
         Bytes of values and positions, in CSR where they are scattered.
+    bits_per_weight : float or None
+        Bits of the factors as files hold them ÷ entries of the matrix.
     message : str
         Why the fit failed, or what it warned about.
     """
@@ -59,22 +65,37 @@ class ComparisonRow:
     n_iter: int | None = None
     flops_ratio: float | None = None
     nbytes: int | None = None
+    requested_bits: float | None = None
+    value_bits: int | None = None
+    bits_per_weight: float | None = None
     message: str = ""
+
+    @property
+    def budget(self) -> str:
+        """What was requested, as a label."""
+        return budget(self.requested_bits, self.requested_density)
+
+
+def budget(bits: float | None, density: float | None) -> str:
+    """Return requested bits a weight, or a requested density, as a label."""
+    if bits is not None:
+        return f"{bits:g} bits"
+    return "" if density is None else f"{density:g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class SummaryRow:
-    """The fits of one method to the matrices of one size.
+    """Fits of one method to the matrices of one size.
 
     Attributes
     ----------
-    method, size, requested_density
+    method, size, requested_density, requested_bits
         As in :class:`ComparisonRow`.
     n_ok, n_failed : int
-        Fits that succeeded and that did not.
+        Numbers of successful and failed fits.
     mean, std : dict of str to float
-        Mean and standard deviation (of the sample; 0 for one fit) of every measure in
-        :data:`MEASURES` over the fits that succeeded; empty where none did.
+        Mean and sample standard deviation (0 for one fit) of every measure in :data:`MEASURES` over
+        the successful fits; empty if there are none.
     """
 
     method: str
@@ -84,11 +105,12 @@ class SummaryRow:
     n_failed: int
     mean: Mapping[str, float]
     std: Mapping[str, float]
+    requested_bits: float | None = None
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ComparisonRow))
-#: The columns that are measured, and can be averaged.
+#: Numeric columns that can be averaged.
 MEASURES = (
     "density", "nnz", "relative_error", "normalized_error", "seconds", "n_iter", "flops_ratio",
-    "nbytes",
+    "nbytes", "bits_per_weight",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Methods against each other on the same matrices, at the same number of stored values."""
+"""Comparison of methods on the same matrices with the same number of stored values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import joblib
@@ -22,17 +23,18 @@ from matfact.backend import Array
 from matfact.compare._environment import environment
 from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
-from matfact.factorizers import BaseFactorizer
+from matfact.factorizers import BaseFactorizer, Quantized
+from matfact.factorizers._at_bits import fit_at_bits
 from matfact.factorizers._registry import MethodLike, make_estimators
 
 _log = logging.getLogger(__name__)
 
-#: A matrix, or where to read it.
+#: A matrix, or a stored matrix.
 Matrix = Array | StoredMatrix
 #: Called after each fit with its row and the number of fits in the study; may raise to stop.
 Progress = Callable[[ComparisonRow, int], None]
 
-#: Methods and dtypes that this process has compiled.
+#: Methods and dtypes compiled in this process.
 _compiled: set[tuple[type, str]] = set()
 
 
@@ -41,39 +43,44 @@ def compare_projections(
     methods: Sequence[MethodLike] | None = None,
     *,
     densities: Sequence[float] = (metrics.DEFAULT_DENSITY,),
+    bits: Sequence[float] | None = None,
     n_jobs: int | None = None,
     random_state: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
     """Approximate every matrix by every method at every density, and measure the errors.
 
-    Source: Section 5.3 and Fig. 3 of [1]_. Each fit runs on one thread, so that the table (but for
-    the seconds) does not depend on `n_jobs` or on the machine's cores.
+    Source: Section 5.3 and Fig. 3 of [1]_. Each fit runs on one thread, so the results, except
+    times, do not depend on `n_jobs` or on the number of cores.
 
     Parameters
     ----------
     matrices : mapping of str to array or StoredMatrix, or sequence of such
-        Matrices of shape (out_features, in_features), by name; in a sequence they are named by
-        their position. What :func:`cut_matrices` has left out is noted in the metadata.
+        Matrices of shape (out_features, in_features), by name; in a sequence, by position. Layers
+        not used by :func:`cut_matrices` are recorded in the metadata.
     methods : sequence of str or (str, estimator), optional
-        Names in ``matfact.compare.METHODS``, or names of your own with an unfitted estimator,
-        which is cloned and given each density where it has such a parameter. None means all in
-        the registry.
+        Names in ``matfact.compare.METHODS``, or pairs of any name and an unfitted estimator, which
+        is cloned and set to each density if it has this parameter. None means all registered
+        methods.
     densities : sequence of float, default=(0.25,)
         Stored values ÷ entries of the matrix, each in (0, 1].
+    bits : sequence of float, optional
+        Bits a weight as files hold them, each positive. With them every method gets the same
+        bytes instead of the same number of values: it chooses its density and how many bits a
+        value takes, and `densities` are not used.
     n_jobs : int, optional
-        Fits that run at a time, -1 for one on each core. None means 1, or what an enclosing
-        ``joblib.parallel_config`` says, which may also hand the work to Dask or Ray.
+        Number of parallel fits; -1 for all cores. None means 1, or the setting of an enclosing
+        ``joblib.parallel_config``, which may also select Dask or Ray.
     random_state : int, default=0
-        Seed given to every estimator that has a ``random_state`` and leaves it at None.
+        Seed of every estimator with ``random_state=None``.
     progress : callable, optional
-        Called as ``progress(row, total)`` whenever a fit ends, in the order they end.
+        Called as ``progress(row, total)`` whenever a fit ends.
 
     Returns
     -------
     Comparison
-        One row for each fit, in the order of `matrices`, `methods` and `densities`. A fit that
-        fails is a row with status ``"failed"`` and the reason.
+        One row per fit, in the order of `matrices`, `methods` and `densities`. A failed fit has
+        status ``"failed"`` and the reason.
 
     Raises
     ------
@@ -95,16 +102,21 @@ def compare_projections(
     [('magnitude', 64, 1.0), ('magnitude', 128, 1.0)]
     """
     named = _name_matrices(matrices)
-    estimators = make_estimators(methods)
-    tasks = _tasks(named, estimators, densities, random_state)
-    metadata = _describe(named, estimators, densities, random_state)
+    estimators = make_estimators(methods, by_bits=bits is not None)
+    tasks = _tasks(named, estimators, densities, bits, random_state)
+    metadata = _describe(named, estimators, random_state)
+    metadata |= (
+        {"densities": [float(d) for d in densities]}
+        if bits is None
+        else {"bits": [float(b) for b in bits]}
+    )
     if left_out := getattr(matrices, "left_out", None):
         metadata["left_out"] = dict(left_out)
-    # The largest matrices first, so that no worker is left with one while the others are idle.
+    # Largest matrices first, to balance the load of workers.
     order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
     rows: dict[int, ComparisonRow] = {}
     calls = [joblib.delayed(_run)(i, tasks[i]) for i in order]
-    # One thread also here: workers that are threads of this process share it.
+    # One thread here too: workers may be threads of this process.
     with single_threaded(), results(n_jobs, calls) as arriving:
         for i, row in arriving:
             rows[i] = row
@@ -119,13 +131,11 @@ def compare_projections(
 def _describe(
     matrices: Mapping[str, Matrix],
     estimators: Mapping[str, BaseFactorizer],
-    densities: Sequence[float],
     random_state: int,
 ) -> dict[str, Any]:
-    """Return the metadata of a study: what was asked for, and where it runs."""
+    """Return the metadata of a study: its arguments and environment."""
     return {
         "methods": {name: repr(est) for name, est in estimators.items()},
-        "densities": [float(density) for density in densities],
         "random_state": random_state,
         "dtype": sorted({str(W.dtype).rpartition(".")[2] for W in matrices.values()}),
         "threads_per_fit": 1,
@@ -135,13 +145,14 @@ def _describe(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One fit to be run, maybe in another process."""
+    """A fit to run, possibly in another process."""
 
     name: str
     W: Matrix
     method: str
     estimator: BaseFactorizer
     density: float | None
+    bits: float | None = None
 
 
 def _name_matrices(matrices: Mapping[str, Matrix] | Sequence[Matrix]) -> dict[str, Matrix]:
@@ -164,8 +175,11 @@ def _tasks(
     matrices: Mapping[str, Matrix],
     estimators: Mapping[str, BaseFactorizer],
     densities: Sequence[float],
+    bits: Sequence[float] | None,
     random_state: int,
 ) -> list[_Task]:
+    if bits is not None:
+        _check_bits(bits)
     if not np.ndim(densities) or not len(densities):
         raise ValueError(f"densities must be a sequence of at least one, got {densities!r}.")
     for density in densities:
@@ -175,15 +189,26 @@ def _tasks(
         for method, estimator in estimators.items():
             params = estimator.get_params(deep=False)
             seed = {"random_state": random_state} if params.get("random_state", 0) is None else {}
+            for each in bits or ():
+                seeded = clone(estimator).set_params(**seed)
+                tasks.append(_Task(name, W, method, seeded, None, float(each)))
             asked: Sequence[float | None] = densities if "density" in params else (None,)
-            for goal in asked:
+            for goal in asked if bits is None else ():
                 given = seed if goal is None else seed | {"density": goal}
                 tasks.append(_Task(name, W, method, clone(estimator).set_params(**given), goal))
     return tasks
 
 
+def _check_bits(bits: Sequence[float]) -> None:
+    if not np.ndim(bits) or not len(bits):
+        raise ValueError(f"bits must be a sequence of at least one, got {bits!r}.")
+    for goal in bits:
+        if isinstance(goal, bool) or not isinstance(goal, Real) or not 0 < goal <= 64:
+            raise ValueError(f"bits must hold numbers in (0, 64], got {goal!r}.")
+
+
 def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
-    """Fit, and return the row with its place in the table."""
+    """Fit, and return the row with its position in the table."""
     rows, columns = (int(n) for n in task.W.shape)
     row = ComparisonRow(
         matrix=task.name,
@@ -192,13 +217,14 @@ def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
         size=str(rows) if rows == columns else f"{rows}×{columns}",
         method=task.method,
         requested_density=task.density,
+        requested_bits=task.bits,
         status="ok",
     )
     with single_threaded(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
             measures = _measure(task)
-        except Exception as error:  # one fit that fails must not end the study
+        except Exception as error:  # a failed fit must not end the study
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             return index, dataclasses.replace(row, status="failed", message=reason)
     message = " ".join(dict.fromkeys(str(warning.message) for warning in caught))
@@ -210,7 +236,10 @@ def _measure(task: _Task) -> dict[str, Any]:
         task = dataclasses.replace(task, W=task.W.read())
     _compile(task)
     start = time.perf_counter()
-    fitted = task.estimator.fit(task.W)
+    if task.bits is None:
+        fitted = task.estimator.fit(task.W)
+    else:
+        fitted = fit_at_bits(task.estimator, task.W, task.bits)
     seconds = time.perf_counter() - start
     return {
         "density": fitted.density_,
@@ -221,11 +250,13 @@ def _measure(task: _Task) -> dict[str, Any]:
         "n_iter": fitted.n_iter_,
         "flops_ratio": fitted.operator_.flops_ratio,
         "nbytes": fitted.operator_.nbytes(),
+        "value_bits": fitted.bits if isinstance(fitted, Quantized) else None,
+        "bits_per_weight": fitted.bits_per_weight_,
     }
 
 
 def _compile(task: _Task) -> None:
-    """Fit a corner of the matrix once per process and method, so that no time includes Numba's."""
+    """Fit a corner of the matrix once per process and method, to compile outside of timings."""
     key = (type(task.estimator), str(task.W.dtype))
     if key in _compiled:
         return
@@ -233,5 +264,5 @@ def _compile(task: _Task) -> None:
     estimator = clone(task.estimator)
     if task.density is not None:
         estimator.set_params(density=None)  # the corner may be too small for the density
-    with contextlib.suppress(Exception):  # where it fails, the fit that counts will tell
+    with contextlib.suppress(Exception):  # errors will show in the actual fit
         estimator.fit(cast(Array, task.W)[:32, :32])

@@ -5,6 +5,7 @@ from matfact.factorizers._base import DENSITY, BaseFactorizer, Factorization
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._cosamp import CoSaMPNeuronSelector
+from matfact.factorizers._double_binary import DoubleBinaryFactorizer
 from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.factorizers._gptq import GPTQ
 from matfact.factorizers._kaleidoscope import KaleidoscopeFit
@@ -13,6 +14,7 @@ from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
 from matfact.factorizers._obs_pruner import OBSPruner
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._quantized import Quantized
 from matfact.factorizers._registry import METHODS
 from matfact.factorizers._rtn import RoundToNearest
 from matfact.factorizers._sparsegpt import SparseGPT
@@ -27,6 +29,7 @@ __all__ = [
     "BlockSVD",
     "ButterflyFit",
     "CoSaMPNeuronSelector",
+    "DoubleBinaryFactorizer",
     "DoubleSparseFactorizer",
     "Factorization",
     "KaleidoscopeFit",
@@ -35,6 +38,7 @@ __all__ = [
     "MonarchProjector",
     "OBSPruner",
     "Palm4MSA",
+    "Quantized",
     "RoundToNearest",
     "SparseGPT",
     "WandaPruner",

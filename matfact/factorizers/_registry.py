@@ -11,6 +11,7 @@ from matfact.factorizers._admm_pruner import ADMMPruner
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
+from matfact.factorizers._double_binary import DoubleBinaryFactorizer
 from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.factorizers._gptq import GPTQ
 from matfact.factorizers._lowrank import LowRank
@@ -22,7 +23,7 @@ from matfact.factorizers._rtn import RoundToNearest
 from matfact.factorizers._sparsegpt import SparseGPT
 from matfact.factorizers._wanda_pruner import WandaPruner
 
-#: A method: its name in the registry, or a name of one's own and an unfitted estimator.
+#: A method: a registered name, or a pair of any name and an unfitted estimator.
 MethodLike = str | tuple[str, BaseFactorizer]
 
 
@@ -33,47 +34,28 @@ class Method:
     Attributes
     ----------
     label : str
-        What figures call it.
+        Name in figures.
     estimator : BaseFactorizer
-        What is fitted, its density aside.
+        Estimator to clone; its density is set later.
     needs_inputs : bool
-        Whether it is another method only by calibration inputs.
+        Whether it differs from another method only with calibration inputs.
     """
 
     label: str
     estimator: BaseFactorizer
     needs_inputs: bool = False
 
-
-def has_density(estimator: BaseFactorizer) -> bool:
-    """Whether `estimator` can be asked for a number of stored values."""
-    return "density" in estimator.get_params(deep=False)
-
-
-def at_density(estimator: BaseFactorizer, density: float | None) -> BaseFactorizer:
-    """Return a clone of `estimator` at a density, or as it is for None.
-
-    Raises
-    ------
-    ValueError
-        If it has no such parameter.
-    """
-    copy = clone(estimator)
-    if density is None:
-        return copy
-    if not has_density(copy):
-        name = type(copy).__name__
-        raise ValueError(
-            f"density must be None for {name}, which has no such parameter, got {density}."
-        )
-    return copy.set_params(density=density)
+    @property
+    def has_density(self) -> bool:
+        """Whether the number of stored values can be requested."""
+        return "density" in self.estimator.get_params(deep=False)
 
 
-# Left to choose, a butterfly for a quarter of the values would have two factors and be a Monarch
-# matrix; its chain of many 2×2 blocks is what the name stands for.
-#: All of them, in the order of tables and figures.
+# With chain="auto" a butterfly of density 0.25 would have two factors and be a Monarch matrix.
+#: All methods, in the order of tables and figures.
 METHODS: dict[str, Method] = {
     "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
+    "double_binary": Method("Double binary (DBF)", DoubleBinaryFactorizer()),
     "palm4msa": Method("Palm4MSA", Palm4MSA()),
     "butterfly": Method("Butterfly", ButterflyFit(chain="square_dyadic")),
     "blocksvd": Method("Block SVD", BlockSVD()),
@@ -87,36 +69,44 @@ METHODS: dict[str, Method] = {
     "rtn": Method("Rounding to nearest", RoundToNearest()),
     "gptq": Method("GPTQ", GPTQ(), needs_inputs=True),
 }
-#: Those that are compared on weights alone, at the same number of stored values.
-COMPARED = {
-    name: method
-    for name, method in METHODS.items()
-    if not method.needs_inputs and has_density(method.estimator)
-}
+#: Methods that can be compared without calibration inputs, at the same number of bits.
+COMPARED_BY_BITS = {name: method for name, method in METHODS.items() if not method.needs_inputs}
+#: Those that can be compared at the same number of stored values.
+COMPARED = {name: method for name, method in COMPARED_BY_BITS.items() if method.has_density}
 
 
 def label(method: str) -> str:
-    """Return what figures call the method named `method`."""
+    """Return the name of `method` in figures."""
     return METHODS[method].label if method in METHODS else method
 
 
-def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFactorizer]:
+def make_estimators(
+    methods: Sequence[MethodLike] | None, *, by_bits: bool = False
+) -> dict[str, BaseFactorizer]:
     """Return an unfitted estimator for each method, by name.
+
+    Parameters
+    ----------
+    methods : sequence of str or (str, estimator), optional
+        Names, or pairs of a name and an estimator; None for all that can be compared.
+    by_bits : bool
+        Whether they are compared at the same number of bits a weight.
 
     Raises
     ------
     ValueError
-        If a name is unknown or comes twice, or an entry is of another kind.
+        If a name is unknown or repeated, or an entry is neither a name nor a pair.
     """
     estimators: dict[str, BaseFactorizer] = {}
-    for method in COMPARED if methods is None else methods:
-        if isinstance(method, str) and method in COMPARED:
-            name, estimator = method, COMPARED[method].estimator
+    known = COMPARED_BY_BITS if by_bits else COMPARED
+    for method in known if methods is None else methods:
+        if isinstance(method, str) and method in known:
+            name, estimator = method, known[method].estimator
         elif isinstance(method, tuple) and isinstance(method[-1], BaseFactorizer):
             name, estimator = method
         else:
             raise ValueError(
-                f"methods must hold names among {', '.join(COMPARED)} or pairs "
+                f"methods must hold names among {', '.join(known)} or pairs "
                 f"(name, factorizer), got {method!r}."
             )
         if name in estimators:

@@ -1,4 +1,4 @@
-"""A product of factors: what every fit returns."""
+"""Product of factors, the result of every fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,33 +18,33 @@ from matfact.operators import _storage
 from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
-from matfact.operators._display import plot_factors, to_html
+from matfact.operators._display import Displayed
+from matfact.operators._encoding import stored_nbytes
 from matfact.operators._factor import Factor, dtype_nbytes
-from matfact.operators._kronecker import KroneckerSparseFactor
+from matfact.operators._kronecker import merged
+from matfact.operators._quantized import BITS
+from matfact.operators._rounding import rounded
 from matfact.operators._selection import SelectionFactor
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
-
-Format = Literal["csr", "bitmask", "smallest", "dense"]
+Format = Literal["csr", "bitmask", "smallest", "dense", "stored"]
 
 
-class FactorProduct(ArrayLike):
-    """The linear operator ``F_1 F_2 … F_Q``, applied from right to left.
+class FactorProduct(ArrayLike, Displayed):
+    """Linear operator ``F_1 F_2 … F_Q``, applied from right to left.
 
-    It is array-like: ``np.asarray`` multiplies it out, ``@`` with another product chains the
-    factors of both, with anything else it gives an array; numbers scale it, and
-    :func:`scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers take it as it is.
+    Products are array-like. ``np.asarray`` returns the dense matrix, and numbers scale the product.
+    ``@`` with another product chains the factors of both; with arrays it returns an array.
+    :func:`scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers accept a product.
 
     Parameters
     ----------
     factors : sequence of Factor
-        Factors whose shapes chain, all of one array library.
+        Factors with matching inner dimensions, from one array library.
 
     Raises
     ------
     ValueError
-        If there is no factor or two neighbours do not fit.
+        If there is no factor, or two neighbours do not fit.
 
     Examples
     --------
@@ -75,7 +75,7 @@ class FactorProduct(ArrayLike):
 
     @functools.cached_property
     def dtype(self) -> Any:
-        """Dtype of the stored values, of factors of several the one that holds them all."""
+        """Dtype of the stored values; if factors differ, the dtype they promote to."""
         dtypes = [factor.dtype for factor in self.factors]
         if all(dtype == dtypes[0] for dtype in dtypes):
             return dtypes[0]
@@ -93,7 +93,7 @@ class FactorProduct(ArrayLike):
 
     @property
     def flops(self) -> int:
-        """Floating point operations to apply the product to one sample."""
+        """Floating-point operations to apply the product to one sample."""
         return sum(factor.flops for factor in self.factors)
 
     @property
@@ -106,16 +106,19 @@ class FactorProduct(ArrayLike):
 
         Parameters
         ----------
-        format : {"csr", "bitmask", "smallest", "dense"}, default="csr"
+        format : {"csr", "bitmask", "smallest", "dense", "stored"}, default="csr"
             How scattered nonzeros are located: column indices, one bit an entry, whichever of
-            the two is smaller for each factor, or not at all (every entry of every factor is
-            stored). Structured factors need few positions or none in the first three.
+            the two is smaller for each factor, not at all (every entry of every factor is
+            stored), or as :meth:`save` does, whose file has a header of some hundred bytes
+            besides. Structured factors need few positions or none, except in ``"dense"``.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
         if format == "dense":
             itemsize = dtype_nbytes(self.dtype)
             return itemsize * sum(math.prod(factor.shape) for factor in self.factors)
+        if format == "stored":
+            return sum(map(stored_nbytes, self.factors))
         return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
 
     @property
@@ -128,18 +131,57 @@ class FactorProduct(ArrayLike):
         return FactorProduct([factor.conj() for factor in self.factors])
 
     def astype(self, dtype: Any) -> FactorProduct:
-        """Return the product with its values in another dtype, itself where they have it."""
+        """Return the product in another dtype, itself if it already has it."""
         if all(factor.dtype == dtype for factor in self.factors):
             return self
         return FactorProduct([factor.astype(dtype) for factor in self.factors])
+
+    def quantized(self, bits: int, group_size: int | None = 64) -> FactorProduct:
+        """Return the product with each value rounded to one of ``2**bits`` levels.
+
+        :class:`~matfact.Quantized` loses less: it knows the matrix, and possibly the inputs.
+
+        Parameters
+        ----------
+        bits : int
+            Bits of a value, from 2 to 8.
+        group_size : int or None, default=64
+            Number of values of a row that share a 16-bit scale, about; None for all of them.
+
+        Returns
+        -------
+        FactorProduct
+            Factors that store no values stay as they are.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, or values are complex.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from matfact.operators import DenseFactor, FactorProduct
+        >>> W = np.random.default_rng(0).standard_normal((64, 64))
+        >>> product = FactorProduct([DenseFactor(W)]).quantized(8)
+        >>> product.nbytes("stored"), bool(abs(product.toarray() - W).max() < 0.02)
+        (4224, True)
+        """
+        if bits not in BITS:
+            raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}.")
+        if group_size is not None and (not isinstance(group_size, Integral) or group_size < 1):
+            raise ValueError(f"group_size must be None or a positive integer, got {group_size!r}.")
+        if any(backend.is_complex(factor.values) for factor in self.factors):
+            raise ValueError(f"values must be real to be quantized, got {self.dtype}.")
+        return FactorProduct([rounded(factor, bits, group_size) for factor in self.factors])
 
     def toarray(self) -> Array:
         """Return the product as a dense array."""
         *factors, last = self.factors
         if factors and isinstance(last, SelectionFactor):
             return last.apply_right(FactorProduct(factors).toarray())
-        while factors and (merged := _merged(factors[-1], last)):
-            last = merged
+        while factors and (both := merged(factors[-1], last)):
+            last = both
             factors.pop()
         product = backend.compute_array(last.toarray())
         for factor in reversed(factors):
@@ -149,12 +191,12 @@ class FactorProduct(ArrayLike):
     def __matmul__(self, X: Any) -> Any:
         """Apply the product to a vector of shape (in,) or to the columns of (in, batch).
 
-        With another product this is the product of all factors, with a SciPy ``LinearOperator``
-        another such operator, and with a SciPy sparse matrix an array.
+        With another product the result is the product of all factors, with a SciPy
+        ``LinearOperator`` a ``LinearOperator``, and with a SciPy sparse matrix an array.
         """
         plan = self._plan
         if plan and type(X) is np.ndarray and (way := plan.ways.get((X.shape, X.dtype))):
-            return way(X)  # at once: small products take few microseconds
+            return way(X)  # fast path: small products take few microseconds
         if isinstance(X, FactorProduct):
             return self._chained(X)
         if isinstance(X, LinearOperator):
@@ -168,7 +210,7 @@ class FactorProduct(ArrayLike):
         if plan and backend.is_numpy(X) and X.dtype in COMPUTED:
             return plan.apply(X)
         xp = backend.namespace(X, self.factors[0].values)
-        both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
+        both_half = backend.is_half(X) and dtype_nbytes(self.factors[0].dtype) == 2
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
         host = backend.host_view(result) if plan else None
@@ -190,19 +232,19 @@ class FactorProduct(ArrayLike):
         libraries = [backend.namespace(p.factors[0].values) for p in (self, other)]
         if libraries[0] is not libraries[1]:
             names = " and ".join(library.__name__ for library in libraries)
-            raise TypeError(f"products must be of one array library, got {names}.")
+            raise TypeError(f"products must have the same array library, got {names}.")
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
 
     def _apply_factors(self, X: Array) -> Array:
-        """Apply one factor after the other, by the operations of the array library."""
+        """Apply the factors one after the other with the array library."""
         for factor in reversed(self.factors):
             X = factor.apply(X)
         return X
 
     @property
     def _plan(self) -> Plan | None:
-        """What is prepared for the kernels, anew after values of torch were written to."""
+        """Prepared forms for the kernels, rebuilt after torch values were modified."""
         plan = self._prepared
         if plan and plan.versions and plan.versions != versions(self.factors):
             del self._prepared
@@ -214,36 +256,36 @@ class FactorProduct(ArrayLike):
 
     @functools.cached_property
     def _tuned(self) -> dict[int, Method]:
-        """What `tune` has kept, which outlives values that are written to."""
+        """Results of `tune`, which survive changes of the values."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what can be prepared again, a dense copy among it, and what was tuned."""
+        """Drop caches, including a dense copy, and the results of tuning."""
         return {"factors": self.factors}
 
     def method_for(self, batch_size: int) -> Method:
-        """Return which way ``@`` takes for an operand of so many columns, in the product's dtype.
+        """Return the method that ``@`` uses for operands of the product's dtype.
 
         Parameters
         ----------
         batch_size : int
-            Columns of the operand, 1 for a vector.
+            Columns of the operand; 1 for a vector.
 
         Returns
         -------
         {"factors", "dense"}
-            The way that :meth:`tune` has kept for that many columns, or else that of a fixed rule.
+            The result of :meth:`tune` for this batch size, or else of a fixed rule.
         """
         batch_size = _checked(batch_size)
         return self._plan.method(batch_size, self._plan.dtype) if self._plan else "factors"
 
     def advise(self, batch_size: int) -> Advice:
-        """Tell whether the factors or the dense matrix are faster for a batch.
+        """Time the factors and the dense matrix for a batch.
 
-        Both are timed at each call, on this machine as it is now, with weights that may be in the
-        cache; nothing is kept. ``product @ X`` does not ask: which way it takes follows from
-        shapes and stored values alone, so that its results repeat to the bit. Where the dense
-        matrix is the faster one here, use ``product.toarray()``, or :meth:`tune` the product.
+        Every call times both again, on this machine and possibly with weights in the cache;
+        nothing is stored. ``product @ X`` is not affected: its method depends only on shapes and
+        stored values, so that results are bit-reproducible. If the dense matrix is faster, use
+        ``product.toarray()`` or :meth:`tune` the product.
 
         Parameters
         ----------
@@ -253,7 +295,7 @@ class FactorProduct(ArrayLike):
         Returns
         -------
         Advice
-            The seconds of the factors and of the array library's product with the dense matrix.
+            Seconds with the factors, and of the array library's product with the dense matrix.
         """
         batch_size = _checked(batch_size)
         if self._plan:
@@ -263,12 +305,11 @@ class FactorProduct(ArrayLike):
         return measure(self._apply_factors, dense.__matmul__, X)
 
     def tune(self, batch_size: int) -> Advice:
-        """Time both ways that ``@`` can take, and keep the faster for that many columns.
+        """Time both methods of ``@`` and use the faster one for this batch size from now on.
 
-        Operands of `batch_size` columns go that way from now on, whatever their dtype and whatever
-        is written to the values: their results still repeat to the bit, and differ from those
-        before by rounding. This holds for this product in this process alone: copies, pickles,
-        files, and products made of this one go by the rule again.
+        The choice applies to operands with `batch_size` columns of any dtype, and survives changes
+        of the values. Results remain bit-reproducible, but differ from earlier ones by rounding.
+        Only this object is tuned: copies, pickles, files and products derived from it use the rule.
 
         Parameters
         ----------
@@ -278,15 +319,16 @@ class FactorProduct(ArrayLike):
         Returns
         -------
         Advice
-            The seconds of both ways in the product's dtype, what the rule takes, and whether that
-            was ``changed``. The dense matrix is applied as ``@`` does it, by kernels that round
-            alike for any number of threads; :meth:`advise` times the array library's product.
+            Seconds of both methods in the product's dtype, the method of the rule, and whether
+            tuning ``changed`` it. The dense matrix is applied by the kernels of ``@``, whose
+            results do not depend on the number of threads; :meth:`advise` times the array library's
+            product.
 
         Raises
         ------
         TypeError
-            If ``@`` has one way only, as the values are not on the host, need gradients, or have a
-            dtype that the kernels do not take.
+            If ``@`` has only one method, because values are not on the host, need gradients, or
+            have a dtype that the kernels do not support.
 
         Examples
         --------
@@ -308,10 +350,10 @@ class FactorProduct(ArrayLike):
         return self._plan.tune(batch_size)
 
     def rescaled(self, scale: float) -> FactorProduct:
-        """Return `scale` times the product, its factors' Frobenius norms balanced.
+        """Return `scale` times the product, with balanced Frobenius norms of the factors.
 
-        Only powers of two are moved between factors, so that no value is rounded; `scale` should
-        be one too. Fine-tuning needs balanced factors (Boža & Macko 2025 leave this out).
+        Only powers of two are moved between factors, so no value is rounded; `scale` should be a
+        power of two as well. Fine-tuning needs balanced factors (Boža & Macko 2025 omit this).
         """
         scalable = [i for i, factor in enumerate(self.factors) if math.prod(factor.values.shape)]
         norms = [self.factors[i].norm for i in scalable]
@@ -345,34 +387,6 @@ class FactorProduct(ArrayLike):
     def __getitem__(self, index: int) -> Factor:
         return self.factors[index]
 
-    def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-        """Draw where the values of each factor stand, and how large they are.
-
-        Parameters
-        ----------
-        figure : matplotlib.figure.Figure or SubFigure, optional
-            What to draw into; a new figure without it.
-
-        Returns
-        -------
-        matplotlib.figure.Figure or SubFigure
-            One panel a factor, left to right as they are multiplied; places without a value are
-            blank. Save it with its ``savefig``.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed.
-        """
-        return plot_factors(self.factors, figure)
-
-    def _repr_html_(self) -> str:
-        return to_html(
-            f"FactorProduct {self.shape[0]}×{self.shape[1]}: {self.nnz:,} values "
-            f"({self.density:.1%}), {self.flops:,} FLOPs, {self.nbytes():,} bytes",
-            self.factors,
-        )
-
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)
         return f"FactorProduct({self.shape[0]}×{self.shape[1]}, {self.density:.1%}: [{inner}])"
@@ -382,10 +396,3 @@ def _checked(batch_size: int) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     return int(batch_size)
-
-
-def _merged(left: Factor, right: Factor) -> Factor | None:
-    """Return the product of two neighbours where it keeps a block-diagonal structure."""
-    if isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor):
-        return left.merged(right)
-    return None

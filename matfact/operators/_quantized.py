@@ -115,8 +115,9 @@ class QuantizedFactor(Factor):
         return self.pattern.index_nbytes(format)
 
     def value_nbytes(self) -> int:
-        """Bytes of codes, levels and 16-bit scales."""
-        return -(-self.nnz * self.bits // 8) + 2**self.bits + 2 * (len(self.bounds) - 1)
+        """Bytes of codes, of 16-bit scales, and of levels unless they are all integers."""
+        levels = 2**self.bits if self.bits < BITS[-1] else 0
+        return -(-self.nnz * self.bits // 8) + levels + 2 * (len(self.bounds) - 1)
 
     def __repr__(self) -> str:
         rows, columns = self.shape
@@ -142,17 +143,24 @@ def group_bounds(pattern: Factor, group_size: int | None) -> np.ndarray:
     ndarray of shape (n_groups + 1,)
         Increasing places in the flattened values.
     """
+    lengths, counts = group_counts(pattern, group_size)
+    row = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = (np.cumsum(lengths) - lengths)[row] + lengths[row] * number // counts[row]
+    return np.append(begins, lengths.sum())
+
+
+def group_counts(pattern: Factor, group_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of values, and of groups, of each row that has any."""
     if isinstance(pattern, SparseFactor):
         lengths = np.diff(pattern.indptr)
     elif isinstance(pattern, DenseFactor):
-        lengths = np.full(pattern.shape[0], pattern.shape[1])
+        rows, columns = pattern.shape
+        lengths = np.full(rows if columns else 0, columns)
     else:
         lengths = np.asarray([math.prod(pattern.values.shape)])
     lengths = lengths[lengths > 0].astype(np.int64)
     counts = np.ones_like(lengths)
     if group_size is not None:
         counts = np.maximum(1, (2 * lengths + group_size) // (2 * group_size))
-    row = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = (np.cumsum(lengths) - lengths)[row] + lengths[row] * number // counts[row]
-    return np.append(begins, lengths.sum())
+    return lengths, counts

@@ -9,7 +9,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.solvers import quantization
+from matfact.operators import _grid
 from matfact.solvers.error_feedback import Settle, feedback, sweep
 
 
@@ -36,9 +36,7 @@ def round_to_nearest(W: Array, bounds: np.ndarray, bits: int, *, min_max: bool) 
     """Return each weight rounded to the nearest level of its group; arguments as for `gptq`."""
     host = np.ascontiguousarray(backend.to_numpy(W), np.float64)
     groups = _row_groups(host.shape[0], bounds)
-    grid = (quantization.min_max_grid if min_max else quantization.fit_grid)(
-        host.reshape(-1), groups, bits
-    )
+    grid = (_grid.min_max_grid if min_max else _grid.fit_grid)(host.reshape(-1), groups, bits)
     group = np.repeat(np.arange(len(groups) - 1), np.diff(groups))
     levels = grid.nearest(host.reshape(-1), group)
     lost = host.reshape(-1) - levels * grid.scales[group]
@@ -110,7 +108,7 @@ def _sweep(
     group = np.searchsorted(bounds, order, side="right") - 1
     scales = np.zeros((rows, len(bounds) - 1))
     choices = backend.like(grids.levels, W, W.dtype)
-    middles = backend.like(quantization.thresholds(grids.levels), W, W.dtype)
+    middles = backend.like(_grid.thresholds(grids.levels), W, W.dtype)
 
     def begin(panel: slice, T: Array) -> Settle:
         if act_order:
@@ -149,19 +147,19 @@ class _Grids:
         groups = _row_groups(len(W), bounds)
         flat, counted = W.reshape(-1), np.tile(weights, len(W))
         if min_max:
-            self.levels = quantization.min_max_grid(flat, groups, bits).levels
+            self.levels = _grid.min_max_grid(flat, groups, bits).levels
         else:
-            self.levels = quantization.fit_levels(flat, groups, bits, counted)
+            self.levels = _grid.fit_levels(flat, groups, bits, counted)
 
     def scales(self, values: np.ndarray, group: int) -> np.ndarray:
         """Return the scale of each row of `values`, the weights of a group of columns."""
         rows, width = values.shape
         flat, groups = np.ascontiguousarray(values).reshape(-1), np.arange(rows + 1) * width
         if self._min_max:
-            return quantization.min_max_grid(flat, groups, self._bits).scales
+            return _grid.min_max_grid(flat, groups, self._bits).scales
         start, stop = self._bounds[group], self._bounds[group + 1]
         counted = np.tile(self._weights[start:stop], rows)
-        return quantization.fit_scales(flat, groups, self.levels, counted)
+        return _grid.fit_scales(flat, groups, self.levels, counted)
 
 
 def _row_groups(rows: int, bounds: np.ndarray) -> np.ndarray:
@@ -177,5 +175,5 @@ def _permuted(array: Array, order: np.ndarray, axis: int) -> Array:
 def _rounded(W: Array, levels: Array, scales: np.ndarray, objective: float) -> Rounded:
     """Return levels and scales in the library and dtype of `W`, scales as they can be stored."""
     xp = backend.namespace(W)
-    scales = quantization.rounded_scales(scales).reshape(W.shape[0], -1)
+    scales = _grid.rounded_scales(scales).reshape(W.shape[0], -1)
     return Rounded(backend.like(levels, W, xp.int8), backend.like(scales, W, W.dtype), objective)

@@ -6,6 +6,7 @@ from matfact import (
     BlockSVD,
     ButterflyFit,
     CoSaMPNeuronSelector,
+    DoubleBinaryFactorizer,
     DoubleSparseFactorizer,
     KaleidoscopeFit,
     LowRank,
@@ -13,6 +14,7 @@ from matfact import (
     MonarchProjector,
     OBSPruner,
     Palm4MSA,
+    Quantized,
     RoundToNearest,
     SparseGPT,
     WandaPruner,
@@ -32,14 +34,21 @@ FACTORIZERS = {
     "admm": ADMMPruner(),
     "sparsegpt": SparseGPT(),
     "obs": OBSPruner(),
-    "rtn": RoundToNearest(),
-    "gptq": GPTQ(),
 }
-#: Those that can be asked for a number of stored values.
-WITH_DENSITY = {n: f for n, f in FACTORIZERS.items() if "density" in f.get_params(deep=False)}
+
+#: Those whose values take few bits, which are not exact however many are stored.
+QUANTIZED = {
+    "double-binary": DoubleBinaryFactorizer(bits=8.0, max_iter=30),
+    "quantized": Quantized(bits=8),
+    "rtn": RoundToNearest(bits=8),
+    "gptq": GPTQ(bits=8),
+    "quantized-admm": Quantized(ADMMPruner(), bits=6, group_size=None),
+}
 
 ESTIMATORS = [
+    DoubleBinaryFactorizer(max_iter=20),
     DoubleSparseFactorizer(),
+    Quantized(bits=8),
     Palm4MSA(),
     ButterflyFit(),
     KaleidoscopeFit(),

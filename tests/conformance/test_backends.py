@@ -43,7 +43,7 @@ def test_results_stay_with_the_library_and_agree_with_numpy(factorizer, convert,
     model = factorizer.fit(given)
     for factor in model.factors_:
         assert type(factor.values) is type(given)
-        assert factor.dtype == given.dtype
+        assert factor.values.dtype == given.dtype
         assert backend.device(factor.values) == backend.device(given)
     # Rounding may lead iterative methods to other supports, hardly to another error.
     assert model.reconstruction_err_ == pytest.approx(expected, rel=0.03)

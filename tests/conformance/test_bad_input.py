@@ -99,14 +99,14 @@ def test_sparse_matrices_are_refused_with_advice(factorizer):
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, np.nan, "half", True])
-def test_impossible_densities_are_refused(with_density, W, density):
+def test_impossible_densities_are_refused(factorizer, W, density):
     with pytest.raises(ValueError, match="density"):
-        with_density.set_params(density=density).fit(W)
+        factorizer.set_params(density=density).fit(W)
 
 
-def test_density_below_the_structure_is_refused_with_the_least_possible(with_density):
+def test_density_below_the_structure_is_refused_with_the_least_possible(factorizer):
     with pytest.raises(ValueError, match=r"density=1e-06 allows 0 stored values .* at least \d+"):
-        with_density.set_params(density=1e-6).fit(np.ones((16, 16)))
+        factorizer.set_params(density=1e-6).fit(np.ones((16, 16)))
 
 
 def test_zero_matrix_has_error_zero(factorizer):

@@ -1,4 +1,4 @@
-"""The estimators are scikit-learn estimators, and serve in its tools."""
+"""The estimators are scikit-learn estimators, and work with its tools."""
 
 import pickle
 
@@ -54,8 +54,16 @@ def test_attributes_promised_after_fit_are_there_and_agree(factorizer, W):
     np.testing.assert_allclose(model.transform(X), X @ W_hat.T)
 
 
-def test_normalized_error_divides_by_pruning_at_the_same_values(with_density, W):
-    model = with_density.fit(W)
+def test_bits_per_weight_are_those_of_a_file(factorizer, W, tmp_path):
+    model = factorizer.fit(W)
+    model.operator_.save(tmp_path / "p.safetensors")
+    content = (tmp_path / "p.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert model.bits_per_weight_ == 8 * (len(content) - header) / W.size
+
+
+def test_normalized_error_divides_by_pruning_at_the_same_values(factorizer, W):
+    model = factorizer.fit(W)
     dropped = np.sort(np.abs(W), axis=None)[: W.size - model.nnz_]
     pruning = np.linalg.norm(dropped) / np.linalg.norm(W)
     assert model.normalized_err_ == pytest.approx(model.reconstruction_err_ / pruning)
@@ -83,15 +91,15 @@ def test_serves_as_a_step_of_a_pipeline(factorizer, W):
     assert len(pipeline.get_feature_names_out()) == 24
 
 
-def test_grid_search_finds_the_better_density(with_density, W):
+def test_grid_search_finds_the_better_density(factorizer, W):
     whole = [(np.arange(24), np.arange(24))]
-    search = GridSearchCV(with_density, {"density": [0.25, 0.6]}, cv=whole, error_score="raise")
+    search = GridSearchCV(factorizer, {"density": [0.25, 0.6]}, cv=whole, error_score="raise")
     assert search.fit(W).best_params_ == {"density": 0.6}
 
 
-def test_folds_of_rows_have_finite_scores_that_grow_with_the_density(with_density, W):
+def test_folds_of_rows_have_finite_scores_that_grow_with_the_density(factorizer, W):
     for folds in (None, 2):  # of two, one has as many rows as were fitted
-        search = GridSearchCV(with_density, {"density": [0.3, 0.9]}, cv=folds, error_score="raise")
+        search = GridSearchCV(factorizer, {"density": [0.3, 0.9]}, cv=folds, error_score="raise")
         scores = search.fit(W + 5 * np.outer(W[:, 0], W[0])).cv_results_["mean_test_score"]
         assert np.isfinite(scores).all()
         assert -1 <= scores[0] < scores[1] <= 0

@@ -1,4 +1,4 @@
-"""Calibration on networks and batches that break what it used to assume."""
+"""Calibration on unusual networks and batches."""
 
 import copy
 import math

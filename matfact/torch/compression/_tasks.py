@@ -1,4 +1,4 @@
-"""Which layers of a network are compressed, and how."""
+"""Selection of layers to compress, and how to compress each."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ from matfact.torch.running._traces import OF_ALL_MODULES
 
 #: A factorizer, or its name in :data:`matfact.factorizers.METHODS`.
 Method = str | BaseFactorizer
-#: Layers by regular expression, by name, or by a function of name and module.
+#: Selection of layers: a regular expression, names, or a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
-#: Which of the selected layers may be kept.
+#: Positions of layers to keep.
 Position = Literal["first", "last"]
-#: What one layer gets in place of the rule: a method, a density, both, or None to be kept.
+#: Override for a layer: a method, a density, both, or None to keep it.
 Override = Method | float | tuple[Method, float] | None
 
 
 @dataclasses.dataclass
 class Task:
-    """A layer and what to do with it.
+    """A layer and how to compress it.
 
     Attributes
     ----------
     names : list of str
-        Every name the layer has in the network.
+        All names of the layer in the network.
     kind : str
         Its class.
     dimensions : Dimensions
-        Those of its matrices.
+        Dimensions of its matrices.
     view : Matricized or None
-        The layer as matrices; None where it is of a kind that is not taken.
+        Matrix view of the layer; None if it is not supported.
     factorizer : BaseFactorizer or None
-        Unfitted; None where the layer is kept.
+        Unfitted estimator; None if the layer is kept.
     message : str
-        Why it is kept, or what is to be known about it.
+        Why it is kept, or a remark.
     is_given : bool
-        Whether an override says what it gets.
+        Whether it has an override.
     """
 
     names: list[str]
@@ -72,11 +72,11 @@ class Task:
     is_given: bool = False
 
     def keep(self, message: str) -> None:
-        """Leave the layer as it is, and say why."""
+        """Keep the layer, with a reason."""
         self.factorizer, self.message = None, message
 
     def problem(self) -> tuple[BaseFactorizer, list[Array], bool]:
-        """Return the factorizer, the matrices, and whether there is a bias."""
+        """Return the factorizer, the matrices, and whether the layer has a bias."""
         assert self.factorizer is not None
         assert self.view is not None
         layer: Any = self.view.layer
@@ -130,8 +130,8 @@ def plan(
     Raises
     ------
     ValueError
-        If a parameter is invalid, names no layer, or no layer is selected; or if a layer that is
-        to be compressed has no weight in memory.
+        If a parameter is invalid or matches no layer, if no layer is selected, or if the weight of
+        a layer to compress is not in memory.
     """
     metrics.check_density(density)
     found = [(names, layer) for names, layer in distinct_layers(model) if is_linear(layer)]
@@ -142,12 +142,12 @@ def plan(
         if any(is_selected(name, layer, layers) for name in names)
     ]
     if not tasks:
-        raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
+        raise ValueError(f"layers must select linear layers or convolutions, got {layers!r}.")
     for task in tasks:
         task.is_given = bool(_matching(task.names, overrides))
     for position, task in zip(get_args(Position), (tasks[0], tasks[-1]), strict=True):
         if position in keep:
-            task.keep("kept as asked")
+            task.keep("kept as requested")
     _keep_shared(model, tasks)
     _keep_held(model, tasks)
     for task in tasks:
@@ -167,12 +167,12 @@ def _task(names: list[str], layer: nn.Module, factorizer: BaseFactorizer | None)
     if view is None:
         task.keep(f"kept: {refusal(layer)}")
     elif factorizer is None:
-        task.keep("kept as asked")
+        task.keep("kept as requested")
     return task
 
 
 def _keep_held(model: nn.Module, tasks: list[Task]) -> None:
-    """Keep layers that a plain attribute holds, through which they may go on being called."""
+    """Keep layers that are also plain attributes, through which they may still be called."""
     holders: dict[Any, str] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -186,18 +186,18 @@ def _keep_held(model: nn.Module, tasks: list[Task]) -> None:
     for task in tasks:
         layer = None if task.view is None else task.view.layer
         if task.factorizer is not None and layer in holders:
-            task.keep(f"kept: {holders[layer]} holds it too, where nothing can take its place")
+            task.keep(f"kept: {holders[layer]} holds it too, where it cannot be replaced")
 
 
 def _check_values(task: Task) -> None:
-    """Raise ``ValueError`` where a weight is not in memory, and keep it where it is not finite."""
+    """Raise ``ValueError`` for weights not in memory, and keep layers with non-finite weights."""
     if task.view is None or task.factorizer is None:
         return
     weight, name = task.view.weight, task.names[0]
     if weight.is_meta:
         raise ValueError(
-            f"model must have in memory what is to be compressed, but the weight of {name!r} is on "
-            "the meta device: never loaded, or offloaded. Load it, or leave the layer out by "
+            f"model must have the weights to compress in memory, but the weight of {name!r} is on "
+            "the meta device: never loaded, or offloaded. Load it, or exclude the layer with "
             "layers or overrides."
         )
     if not is_finite(weight):
@@ -206,7 +206,7 @@ def _check_values(task: Task) -> None:
 
 
 def check_names(layers: Layers | None, overrides: Mapping[str, Override], known: list[str]) -> None:
-    """Raise ``ValueError`` where a name or a regular expression is that of no layer."""
+    """Raise ``ValueError`` for a name or regular expression that matches no layer."""
     if layers is not None and not callable(layers):
         is_pattern = isinstance(layers, str)
         for entry in [layers] if is_pattern else layers:
@@ -232,7 +232,7 @@ def _check_name(parameter: str, entry: str, known: list[str], is_pattern: bool) 
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the `known` names that resemble `name`."""
+    """Return the end of an error message, with the `known` names similar to `name`."""
     every = list(known)
     close = difflib.get_close_matches(name, every, cutoff=0.4)
     if close:
@@ -251,7 +251,7 @@ def is_selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
 def _factorizer(
     names: list[str], method: Method, density: float | None, overrides: Mapping[str, Override]
 ) -> BaseFactorizer | None:
-    """Return the unfitted factorizer of a layer, None to keep it."""
+    """Return the unfitted factorizer of a layer, or None to keep it."""
     for override in _matching(names, overrides):
         if override is None:
             return None
@@ -275,14 +275,14 @@ def _factorizer(
 
 
 def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Override]:
-    """Return the overrides of a layer: one of its names first, then the patterns in order."""
+    """Return the overrides of a layer: first by name, then by pattern in order."""
     exact = [overrides[name] for name in names if name in overrides]
     patterns = (k for k in overrides if any(re.search(k, name) for name in names))
     return exact or [overrides[pattern] for pattern in patterns]
 
 
 def _keep_shared(model: nn.Module, tasks: list[Task]) -> None:
-    """Keep layers of which another module uses a parameter, which replacing them would split."""
+    """Keep layers that share a parameter with another module: replacing them would untie it."""
     tied = tied_places(model)
     for task in tasks:
         if task.view is None or task.factorizer is None:

@@ -1,4 +1,4 @@
-"""The tensors in batches and outputs of any kind."""
+"""Tensors in batches and outputs of any kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Yield the tensors in `value`, in containers or attributes of objects.
 
-    Numbers are among them, and the samples of nested tensors one by one.
+    Includes numbers, and the samples of nested tensors one by one.
     """
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
@@ -30,7 +30,7 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return what `function` makes of `x`, of each of its samples where they are nested."""
+    """Apply `function` to `x`, or to each of its samples if it is nested."""
     if not x.is_nested:
         return function(x)
     return torch.nested.as_nested_tensor(
@@ -39,11 +39,11 @@ def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def first_filled(batches: Iterable[Any]) -> Any:
-    """Return the first batch that is not empty, of batches that can be iterated over again."""
+    """Return the first non-empty batch; `batches` must be iterable more than once."""
     if isinstance(batches, Iterator):
         raise ValueError(
-            "batches must be something to iterate over more than once, such as a list or a "
-            f"DataLoader, got a {type(batches).__name__}."
+            "batches must be iterable more than once, like a list or a DataLoader, got a "
+            f"{type(batches).__name__}."
         )
     for batch in batches:
         if any(tensor.numel() for tensor in tensors_in(batch)):
