@@ -102,6 +102,7 @@ def within_budget(
         If the budget is below the cost of the cheapest choice.
     """
     planned = {m: plan(model, methods[m], None, layers, overrides or {}, keep) for m in methods}
+    _check_densities(planned)
     every = next(iter(planned.values()))
     _check_weights(model, budget.weights or {})
     latency = apply_seconds if budget.cost == "seconds" else None
@@ -127,6 +128,14 @@ def within_budget(
         is_dense = option.method == DENSE
         chosen[name] = None if is_dense else (methods[option.method], option.density)
     return allocation, chosen
+
+
+def _check_densities(planned: Mapping[str, list[Task]]) -> None:
+    """Raise ``ValueError`` unless every method that layers can choose has a density."""
+    for label, tasks in planned.items():
+        chosen = [task.factorizer for task in tasks if task.factorizer and not task.is_given]
+        if not all(factorizer.has_density for factorizer in chosen):
+            raise ValueError(f"methods must have a density to choose, got {label}.")
 
 
 def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list[_Work]:
@@ -208,6 +217,7 @@ def layer_options(
         metrics.check_density(density)
     named = named_methods(methods)
     planned = {m: plan(model, named[m], None, layers, {}) for m in named}
+    _check_densities(planned)
     every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
     seen = _captured(model, calibration, _taken(every))
