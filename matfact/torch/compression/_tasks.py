@@ -271,9 +271,6 @@ def _factorizer(
         raise ValueError(
             f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}."
         )
-    if density is not None and not factorizer.has_density:
-        name = type(factorizer).__name__
-        raise ValueError(f"density must be None for {name}, which has none, got {density}.")
     return factorizer if density is None else factorizer.set_params(density=density)
 
 
