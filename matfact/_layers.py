@@ -1,7 +1,7 @@
 """Which weights of a network are factorized, why others are not, and the record of each layer.
 
-In memory a layer is known by its class. A file has names, shapes and dtypes, so that what is no
-weight of a linear layer or a convolution is told by these, and by what else its layer holds.
+One rule, :func:`reason_to_keep`, decides from what is known of a weight. A network in memory knows
+more (:mod:`matfact.torch.layers._matricized`) than a file, which has names, shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import bisect
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from matfact._safetensors import TensorSpec
+from matfact._safetensors import TensorSpec, array_dtype
 
-#: Dtypes, by their names in safetensors files, whose numbers are the values themselves.
-FLOATS = ("F16", "BF16", "F32", "F64", "C64")
+#: Dtypes whose numbers are the values themselves.
+_FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 #: Axes of the weights of linear layers, and of convolutions in one to three dimensions.
 AXES = range(2, 6)
 
@@ -25,6 +25,12 @@ _TABLE = re.compile(
     r"embed|(^|_)emb(s|_|$)|^w[tp]e$|^shared$|^relative_attention_bias$|codebook", re.IGNORECASE
 )
 _NORM = re.compile(r"norm(?!al)|^ln(_|\d|$)", re.IGNORECASE)
+#: What pruning and normalization in torch append to the names of the tensors they keep.
+SUFFIXES = ("_orig", "_mask", "_g", "_v", "_u")
+_PART = re.compile(rf"(^|\.)(weight({'|'.join(SUFFIXES)})|parametrizations\.weight\..+)$")
+
+NOT_FINITE = "weight with values that are not finite"
+IN_NO_LAYER = "in no linear layer or convolution"
 
 
 class Kept(NamedTuple):
@@ -40,6 +46,60 @@ class Kept(NamedTuple):
 
     reason: str
     is_guess: bool = False
+
+
+class Weight(NamedTuple):
+    """What is known of the weight of a linear layer or a convolution.
+
+    Attributes
+    ----------
+    dtype : str
+        By its name in array libraries.
+    shape : tuple of int
+        Of the weight.
+    axes : sequence of int
+        Numbers of axes that the layer may have.
+    bias : tuple of int or None
+        Shape of the bias, if there is one.
+    others : sequence of str
+        What the layer holds besides.
+    shared : mapping of str to str
+        Which of the layer's tensors another layer holds too, and their names there.
+    odd : str or None
+        What only a network knows: a reason to keep the layer, if there is one.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    axes: Sequence[int] = AXES
+    bias: tuple[int, ...] | None = None
+    others: Sequence[str] = ()
+    shared: Mapping[str, str] = {}
+    odd: str | None = None
+
+
+def reason_to_keep(weight: Weight) -> str | None:
+    """Return why a weight is not factorized, or None if it is."""
+    axes = weight.axes
+    if weight.odd is not None:
+        return weight.odd
+    if weight.dtype not in _FLOATS:
+        return f"weight of dtype {weight.dtype}"
+    if len(weight.shape) not in axes:
+        allowed = str(axes[0]) if len(axes) == 1 else f"{axes[0]} to {axes[-1]}"
+        return f"weight with {len(weight.shape)} axes instead of {allowed}"
+    if not math.prod(weight.shape):
+        return "weight without entries"
+    if weight.others:
+        return f"layer that holds more than weight and bias: {min(weight.others)}"
+    outputs = {weight.shape[0]}
+    if len(weight.shape) == 2:  # some linear layers keep their weight transposed
+        outputs.add(weight.shape[1])
+    if weight.bias is not None and weight.bias not in {(n,) for n in outputs}:
+        return f"bias of shape {weight.bias}"
+    for own, other in weight.shared.items():
+        return f"{own} shared with {other}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +167,20 @@ class LayerReport:
     seconds: float | None = None
     message: str = ""
 
+    @property
+    def outcome(self) -> str:
+        """The method, or that the layer is kept and why."""
+        return self.method or ": ".join(filter(None, (self.status, self.message)))
+
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the shape of a weight as a matrix: (out, in·kh·kw) for a convolution."""
     return (shape[0], math.prod(shape[1:]))
 
 
-def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
+def kept_tensors(
+    specs: Mapping[str, TensorSpec], shared: Mapping[str, str] | None = None
+) -> dict[str, Kept]:
     """Return the tensors of a network that are no weights to be factorized, and why.
 
     Weights are those of linear layers and of convolutions in one to three dimensions, as
@@ -124,9 +191,11 @@ def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
     ----------
     specs : mapping of str to TensorSpec
         All tensors by name: the others in a layer tell what its weight is.
+    shared : mapping of str to str, optional
+        Tensors that several layers use, with another name of each.
     """
     ordered = sorted(specs)
-    reasons = {name: _reason(name, specs, ordered) for name in specs}
+    reasons = {name: _reason(name, specs, ordered, shared or {}) for name in specs}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -146,7 +215,9 @@ def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 def is_floating_matrix(spec: TensorSpec) -> bool:
     """Whether a tensor can be seen as a matrix of numbers, its trailing axes taken together."""
-    return spec.dtype in FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
+    return (
+        array_dtype(spec.dtype) in _FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
+    )
 
 
 def is_weight_name(name: str) -> bool:
@@ -159,22 +230,26 @@ def layer_of(name: str) -> str:
     return name.removesuffix("weight").removesuffix(".")
 
 
-def _reason(name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str]) -> Kept | None:
+def _reason(
+    name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str], shared: Mapping[str, str]
+) -> Kept | None:
     """Return why one tensor is kept, None where it is a weight."""
     spec = specs[name]
-    if spec.dtype not in FLOATS:
-        return Kept(f"dtype {spec.dtype}")
-    if not is_floating_matrix(spec):
-        return Kept("no matrix and no kernel")
-    if not is_weight_name(name):
-        return Kept("not named weight")
-    if other := _other_in_layer(name, ordered):
-        return Kept(f"its layer also holds {other}")
-    bias = specs.get(f"{name.removesuffix('weight')}bias")
-    widths = {spec.shape[0], spec.shape[-1] if len(spec.shape) == 2 else spec.shape[0]}
-    if bias is not None and (len(bias.shape) != 1 or bias.shape[0] not in widths):
-        shape = "×".join(map(str, bias.shape)) or "()"
-        return Kept(f"its bias has shape {shape}")
+    if _PART.search(name):
+        return Kept("part of what a layer computes its weight from")
+    if not is_weight_name(name) or len(spec.shape) < 2:
+        return Kept(IN_NO_LAYER)
+    prefix = name.removesuffix("weight")
+    bias = specs.get(f"{prefix}bias")
+    weight = Weight(
+        array_dtype(spec.dtype),
+        spec.shape,
+        bias=None if bias is None else bias.shape,
+        others=others_in_layer(_held(prefix, ordered)),
+        shared={own: shared[prefix + own] for own in ("weight", "bias") if prefix + own in shared},
+    )
+    if (reason := reason_to_keep(weight)) is not None:
+        return Kept(reason)
     return None if bias is not None else _guess(name, spec)
 
 
@@ -182,21 +257,31 @@ def _guess(name: str, spec: TensorSpec) -> Kept | None:
     """Return what the name of a layer without bias tells."""
     layer = next((part for part in reversed(name.split(".")[:-1]) if not part.isdigit()), "")
     if len(spec.shape) == 2 and _TABLE.search(layer):
-        return Kept("embeddings, by its name", is_guess=True)
+        return Kept(f"{IN_NO_LAYER}: embeddings, by the name", is_guess=True)
     if _NORM.search(layer):
-        return Kept("normalization, by its name", is_guess=True)
+        return Kept(f"{IN_NO_LAYER}: normalization, by the name", is_guess=True)
     return None
 
 
-def _other_in_layer(name: str, ordered: Sequence[str]) -> str | None:
-    """Return a tensor, other than the bias, in the layer whose weight is `name`, if there is one.
+def others_in_layer(held: Iterable[str]) -> list[str]:
+    """Return what a layer holds besides what its weight and its bias are stored in.
 
     Scales and zero points of quantized layers, gains, masks and adapters are such.
     """
-    layer = name.removesuffix("weight")
-    own = (name, f"{layer}bias")
-    if not layer:  # the layer is the network itself, or the names are no paths
-        return next((other for other in ordered if "." not in other and other not in own), None)
-    start = bisect.bisect_left(ordered, layer)
-    inside = (other for other in ordered[start : start + 3] if other.startswith(layer))
-    return next((other for other in inside if other not in own), None)
+    names = set(held)
+    own = {base if base in names else f"{base}{suffix}"
+           for base in ("weight", "bias") for suffix in SUFFIXES}  # fmt: skip
+    return sorted(names - own)
+
+
+def _held(prefix: str, ordered: Sequence[str]) -> Iterator[str]:
+    """Yield the first names in the layer whose tensors start with `prefix`, and its weight."""
+    yield "weight"
+    if not prefix:  # the layer is the network itself, or the names are no paths
+        yield from (name for name in ordered if "." not in name)
+        return
+    start = bisect.bisect_left(ordered, prefix)
+    for name in ordered[start : start + 4 + len(SUFFIXES)]:
+        own, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix):
+            yield f"{own}.{rest}" if rest and own in ("weight", "bias") else own

@@ -273,7 +273,7 @@ def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tupl
     return chosen
 
 
-def _is_plain(layer: Any, tied: set[tuple[Any, ...]]) -> bool:
+def _is_plain(layer: Any, tied: Collection[tuple[Any, ...]]) -> bool:
     """Whether a layer multiplies by a real weight of its own alone, in one group."""
     return (
         isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))

@@ -192,7 +192,7 @@ def _warn_of_none(tasks: list[Task]) -> None:
     """Say so where nothing can be compressed of what has been selected."""
     if all(task.view is None for task in tasks):
         first = tasks[0]
-        message = f"no selected layer can be compressed; {first.names[0]} is {first.message}."
+        message = f"no selected layer can be compressed; {first.names[0]} is kept: {first.message}."
         warnings.warn(message, CompressionWarning, stacklevel=3)
 
 
@@ -299,7 +299,7 @@ def _try(
         shift = shift_bias and has_bias
         return fit_layer(factorizer, matrices, statistics, adapt, shift=shift), ""
     except metrics.UnsuitableMatrix as error:
-        return None, f"kept: {error}"
+        return None, str(error)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
 
@@ -311,7 +311,7 @@ def _installed(
     with contextlib.closing(fits):
         for task, fitted in fits:
             if fitted is None:
-                message = f"{task.names[0]}: {task.message}"
+                message = f"{task.names[0]} is kept: {task.message}"
                 warnings.warn(message, CompressionWarning, stacklevel=4)
                 row = task.report("kept")
             else:
