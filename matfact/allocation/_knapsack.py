@@ -3,7 +3,7 @@
 The multiple-choice knapsack: a Lagrangian relaxation gives a selection and a bound on all others,
 and a search over what the bound leaves open makes the selection the best there is. For 100 layers
 of 30 options it proves that in a tenth of a second; HiGHS (``scipy.optimize.milp``), which finds
-the same selection, has not closed the gap after 30.
+the same selection, may not have closed the gap after 30.
 """
 
 from __future__ import annotations
