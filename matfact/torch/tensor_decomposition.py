@@ -20,8 +20,10 @@ from matfact.torch.compression._tasks import check_names, is_selected
 from matfact.torch.layers._inherit import copied, move_hooks
 from matfact.torch.layers._matricized import distinct_layers, is_linear, refusal
 from matfact.torch.layers._weights import effective, is_finite, is_frozen, place, tied_places
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 
+@outside_inference_mode
 def tucker_svd(
     model: nn.Module,
     *,
@@ -73,7 +75,7 @@ def tucker_svd(
             raise ValueError("inplace must be False where the network itself is one layer.")
         whole = nn.Sequential(model)
         return tucker_svd(whole, ranks=ranks, singular_values=singular_values).get_submodule("0")
-    model = model if inplace else copied(model)
+    model = _own(model, inplace)
     for names, layer in _chosen(model, layers):
         if isinstance(layer, nn.Linear):
             parts = _svd_parts(layer, singular_values)
@@ -87,6 +89,7 @@ def tucker_svd(
     return model
 
 
+@outside_inference_mode
 def tensor_train(
     model: nn.Module,
     max_rank: int = 10,
@@ -120,7 +123,7 @@ def tensor_train(
     for name, value in (("max_rank", max_rank), ("n_cores", n_cores)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    model = model if inplace else copied(model)
+    model = _own(model, inplace)
     for _, layer in _chosen(nn.Sequential(model) if is_linear(model) else model, layers):
         weight = layer.weight
         train = TensorTrain(weight.shape, max_rank, n_cores)
@@ -253,6 +256,14 @@ def energy_rank(matrix: np.ndarray, share: float) -> int:
     energies = np.cumsum(np.linalg.svd(matrix, compute_uv=False) ** 2)
     # Rounding of the sums must not cost a rank.
     return 1 + int(np.sum(energies < share * energies[-1] * (1 - 1e-12)))
+
+
+def _own(model: nn.Module, inplace: bool) -> nn.Module:
+    """Return the network to change: `model` itself, or a copy."""
+    if not inplace:
+        return copied(model)
+    check_trainable(model)
+    return model
 
 
 def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tuple[list[str], Any]]:

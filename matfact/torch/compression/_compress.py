@@ -29,6 +29,7 @@ from matfact.torch.compression._undo import Replaced, undone_on_error
 from matfact.torch.compression.budget import Budget, named_methods, within_budget
 from matfact.torch.layers._inherit import copied
 from matfact.torch.layers._matricized import is_linear, other_matrices, replace
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 #: What the package hands on from here.
 __all__ = ["Compressed", "CompressionReport", "LayerReport", "compress"]
@@ -46,6 +47,7 @@ class Compressed(NamedTuple):
     report: CompressionReport
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module,
     method: Method | Sequence[Method] = "dsf",
@@ -149,6 +151,8 @@ def compress(
     original = model
     if not (inplace or dry_run):
         model = copied(model)
+    elif inplace:
+        check_trainable(model)
     if is_layer:
         model = nn.Sequential(model)  # in which it can be replaced
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
@@ -193,7 +197,7 @@ def _warn_of_none(tasks: list[Task]) -> None:
     if all(task.view is None for task in tasks):
         first = tasks[0]
         message = f"no selected layer can be compressed; {first.names[0]} is kept: {first.message}."
-        warnings.warn(message, CompressionWarning, stacklevel=3)
+        warnings.warn(message, CompressionWarning, stacklevel=4)
 
 
 def _finished(

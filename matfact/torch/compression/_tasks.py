@@ -220,7 +220,7 @@ def _check_values(task: Task) -> None:
         )
     if not is_finite(weight):
         task.keep(NOT_FINITE)
-        warnings.warn(f"{name} is kept: {task.message}.", CompressionWarning, stacklevel=4)
+        warnings.warn(f"{name} is kept: {task.message}.", CompressionWarning, stacklevel=5)
 
 
 def check_names(layers: Layers | None, overrides: Mapping[str, Override], known: list[str]) -> None:

@@ -25,6 +25,7 @@ from matfact.torch.layers._factors import FactorModule
 from matfact.torch.layers._matricized import is_linear, refusal
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._tensors import outside_inference_mode
 
 #: Which parameters to prune, from a module and the name of one of its parameters.
 Predicate = Callable[[nn.Module, str], bool]
@@ -289,7 +290,7 @@ def collapsed_layers(parameters: Iterable[Prunable]) -> list[str]:
             f"Nothing is kept of {', '.join(labels)}: the network has collapsed there. Keep more, "
             "or use scope='layer' or method='synflow'.",
             LayerCollapseWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return labels
 
@@ -300,6 +301,7 @@ def masked_parameters(model: nn.Module) -> list[Prunable]:
     return [parameter for parameter in everything if parameter.masked]
 
 
+@outside_inference_mode
 def make_permanent(model: nn.Module) -> nn.Module:
     """Remove all masks, and leave zeros where they pruned.
 
@@ -318,6 +320,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
     return model
 
 
+@outside_inference_mode
 def to_torch_prune(model: nn.Module) -> nn.Module:
     """Turn all masks into those of :mod:`torch.nn.utils.prune`, for tools that expect these.
 

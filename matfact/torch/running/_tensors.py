@@ -1,12 +1,16 @@
-"""The tensors in batches and outputs of any kind."""
+"""The tensors in networks, and in batches and outputs of any kind."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -49,3 +53,26 @@ def first_filled(batches: Iterable[Any]) -> Any:
         if any(tensor.numel() for tensor in tensors_in(batch)):
             return batch
     raise ValueError("batches must hold at least one batch with samples, got none.")
+
+
+def outside_inference_mode(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let `function` run outside of inference mode, so that what it makes can be trained."""
+
+    @functools.wraps(function)
+    def outside(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        tracked = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(tracked):
+            return function(*args, **kwargs)
+
+    return outside
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ``ValueError`` where parameters cannot be trained, made in inference mode."""
+    made = next((name for name, each in model.named_parameters() if each.is_inference()), None)
+    if made is not None:
+        raise ValueError(
+            f"model must be made outside torch.inference_mode() to be changed, but {made!r} was "
+            "made inside, and can never be trained: make a copy of the network outside, with "
+            "copy.deepcopy."
+        )
