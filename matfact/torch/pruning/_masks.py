@@ -275,11 +275,11 @@ def _refusal(module: nn.Module) -> str | None:
     if isinstance(module, (FactorizedLinear, FactorizedConv)):
         return None  # whose factors are
     if "weight" not in module._parameters and "weight_mask" not in module._buffers:
-        return "its weight is computed from other parameters"
+        return "weight computed from other parameters"
     if not isinstance(module, _ConvTransposeNd):
         return refusal(module)
     own = any(type(module).forward is kind.forward for kind in _TRANSPOSED)
-    return None if own and "forward" not in vars(module) else "it has a forward of its own"
+    return None if own and "forward" not in vars(module) else "layer with a forward of its own"
 
 
 def collapsed_layers(parameters: Iterable[Prunable]) -> list[str]:
