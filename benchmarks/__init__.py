@@ -1,1 +1,1 @@
-"""Measurements against other libraries; run with ``python -m benchmarks NAME``."""
+"""Benchmarks and comparisons with other libraries; run ``python -m benchmarks NAME``."""

@@ -23,7 +23,7 @@ NAMES = (
     "writers",
     "cluster",
 )
-#: Read by the numerical libraries when they are loaded, so they are set before any import.
+#: Read by numerical libraries when they are loaded, so set before any import.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",
 )  # fmt: skip
@@ -32,7 +32,7 @@ THREAD_VARIABLES = (
 def main(arguments: list[str] | None = None) -> int:
     first = argparse.ArgumentParser(prog="benchmarks", description=__doc__, add_help=False)
     first.add_argument("benchmark", choices=NAMES)
-    first.add_argument("--threads", type=int, default=1, help="threads of every method")
+    first.add_argument("--threads", type=int, default=1, help="number of threads")
     known, _ = first.parse_known_args(arguments)
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(known.threads)

@@ -1,8 +1,7 @@
-"""One start of an encoder in a process of its own: ``python benchmarks/_one_start.py …``.
+"""Start an encoder in a separate process: ``python benchmarks/_one_start.py …``.
 
-Prints JSON: seconds until the network is loaded (imports of this library included, those of torch
-and transformers not), of the first forward pass, with one sentence, and of later ones for each
-batch size.
+Prints JSON: seconds to load the network (including imports of this library, but not of torch and
+transformers), of the first forward pass with one sentence, and of later passes per batch size.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, BertModel
 
-WARM = 1.5  #: seconds for which products run before they are timed
-TIMED = 9  #: forward passes timed
+WARM = 1.5  #: seconds of warm-up before timing
+TIMED = 9  #: number of timed forward passes
 
 
 def main(form: str, config: str, folder: str, threads: str, tokens: str, batches: str) -> None:
@@ -46,7 +45,7 @@ def loaded(form: str, config: str, folder: str) -> Any:
 
 
 def later(model: Any, x: torch.Tensor) -> float:
-    """Return the median time of a forward pass, after a while of them."""
+    """Return the median time of a forward pass, after a warm-up."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < WARM:
         model(x)

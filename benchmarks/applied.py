@@ -1,4 +1,4 @@
-"""What is applied, and by whom."""
+"""Products to apply, and methods to apply them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sparse(n: int, nnz: int, rng: np.random.RandomState) -> SparseFactor:
 
 
 def _spread(n: int, nnz: int, rng: np.random.RandomState) -> np.ndarray:
-    """Return one random place in each of `nnz` equal stretches: fast for large n."""
+    """Return one random position in each of `nnz` equal intervals, which is fast for large n."""
     edges = np.linspace(0, n * n, nnz + 1).astype(np.int64)
     return edges[:-1] + (rng.random_sample(nnz) * np.diff(edges)).astype(np.int64)
 
@@ -101,21 +101,21 @@ STRUCTURES: dict[str, Structure] = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to apply a product.
+    """Method to apply a product.
 
     Attributes
     ----------
     name : str
-        What tables call it.
+        Name in tables.
     prepare : callable
-        ``prepare(product, matrix)`` returns what is timed, a function of the operand; `matrix` is
-        a dense matrix of the shape and dtype of the product.
+        ``prepare(product, matrix)`` returns the function of the operand to time; `matrix` is a
+        dense matrix with the shape and dtype of the product.
     is_present : callable
-        Whether what it needs is installed.
+        Whether its requirements are installed.
     suits : callable
-        Whether it is measured for a structure, given by name.
+        Whether to measure it for a structure, given by name.
     operand : callable
-        Turns the NumPy operand into what the method takes.
+        Converts the NumPy operand for the method.
     """
 
     name: str

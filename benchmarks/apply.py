@@ -1,8 +1,8 @@
-"""Seconds to apply factors to a batch, against the dense matrix, in one process.
+"""Time to apply factors to a batch, compared with the dense matrix, in one process.
 
-Weights rotate over enough layers to come from memory, as in a network; repeats are interleaved,
-so that a slow moment of the machine falls on all; medians and their ratios to dense are reported.
-The break-even table is what the library itself measures with ``FactorProduct.advise``.
+Weights rotate over enough layers to come from memory, as in a network. Repeats are interleaved, so
+slow moments of the machine affect all methods. Medians and their ratios to dense are reported. The
+break-even table is measured with ``FactorProduct.advise``.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from matfact._files import write_atomically
 from matfact.operators import FactorProduct
 
 Row = dict[str, Any]
-_SETTLE = 0.13  #: seconds, after which the threads of other methods have gone to sleep
-_WARM = 0.03  #: seconds of calls before any are timed, in which threads wake and spread over cores
+_SETTLE = 0.13  #: seconds after which the threads of other methods sleep
+_WARM = 0.03  #: seconds of warm-up, in which threads wake up and spread over cores
 DENSITIES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
     add("--sizes", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192], help="sides")
     add("--batches", type=int, nargs="*", default=[1, 16, 64, 256, 1024], help="batch sizes")
     add("--structures", nargs="*", default=list(STRUCTURES), choices=list(STRUCTURES))
-    add("--methods", default="", help="regular expression of the methods to run, besides dense")
+    add("--methods", default="", help="regular expression of the methods to run besides dense")
     add("--repeats", type=int, default=7, help="timings of each method")
     add("--cache", type=float, default=64, help="MiB of dense weights to rotate over")
-    add("--slow", type=float, default=0.5, help="calls longer than this many seconds: timed once")
-    add("--resume", action="store_true", help="keep the rows that the output has, measure the rest")
-    add("--quick", action="store_true", help="tiny matrices and one repeat, to see that all runs")
+    add("--slow", type=float, default=0.5, help="time calls longer than this many seconds once")
+    add("--resume", action="store_true", help="keep existing rows and measure the rest")
+    add("--quick", action="store_true", help="smoke test with tiny matrices and one repeat")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,7 +80,7 @@ def measure(
     products = [structure(n, rng) for _ in range(min(layers, 24))]
     chosen = [m for m in METHODS if m is METHODS[0] or re.search(options.methods, m.name)]
     methods = [m for m in chosen if m.is_present() and m.suits(name)]
-    # Which values a dense matrix holds does not change how long it takes.
+    # The time does not depend on the values of a dense matrix.
     matrices = [rng.standard_normal(product.shape).astype(product.dtype) for product in products]
     pairs = list(zip(products, matrices, strict=True))
     prepared = {m.name: [m.prepare(*pair) for pair in pairs] for m in methods}
@@ -104,10 +104,10 @@ def interleaved(
     X: np.ndarray,
     options: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Return the times of each method for one layer, the mean over a rotation."""
+    """Return the time per layer of each method, averaged over a rotation."""
     operands = {m.name: m.operand(X) for m in methods}
     times: dict[str, list[float]] = {m.name: [] for m in methods}
-    for method in methods:  # compile, and prepare each layer
+    for method in methods:  # compile and prepare
         for call in prepared[method.name]:
             call(operands[method.name])
     for _ in range(options.repeats):
@@ -126,7 +126,7 @@ def interleaved(
 
 
 def warm(calls: list[Callable[[Any], Any]], operand: Any, seconds: float) -> None:
-    """Make some of `calls` for a while."""
+    """Run `calls` for a while."""
     stop = time.perf_counter() + seconds
     for call in itertools.cycle(calls):
         call(operand)
@@ -140,7 +140,7 @@ def check(
     product: FactorProduct,
     X: np.ndarray,
 ) -> None:
-    """Make sure that all methods apply the same factors."""
+    """Check that all methods give the same result."""
     exact = X.astype(np.float64)
     for factor in reversed(product.factors):
         exact = factor.apply(exact)
@@ -154,11 +154,11 @@ def check(
 
 
 def break_even(options: argparse.Namespace) -> list[Row]:
-    """Return what the library advises for shapes, densities and batches."""
+    """Return the library's advice for shapes, densities and batches."""
     rows = []
     for n in options.sizes:
         if n > 2048:
-            continue  # the ratios hardly change from there
+            continue  # ratios hardly change beyond this
         for density in DENSITIES:
             product = STRUCTURES["sparse 25 %"](n, np.random.RandomState(0), density)
             for batch in options.batches:
@@ -181,7 +181,7 @@ def markdown(
         lines += ["", f"### {structure}", "", _times(chosen).rstrip()]
     if advised:
         lines += ["", "### Break-even of two sparse factors", ""]
-        lines += ["Speed-up over dense; 'dense' where the factors do not pay.", ""]
+        lines += ["Speed-up over dense; 'dense' if the factors are slower.", ""]
         lines.append(_speedups(advised).rstrip())
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,8 @@
-"""Fits beside processes that keep all cores busy: how many times the quiet time they take.
+"""Slow-down of fits when other processes keep all cores busy.
 
-The share of the processor that a fit gets is its processor time ÷ wall time there, relative to the
-same when nothing else runs. "excess" is what the share does not explain: busy time × share ÷ quiet
-time. Run it with as many threads as the machine has cores, on a machine that is quiet but for it.
+The share of the processor is CPU time ÷ wall time, relative to the same on a quiet machine. The
+"excess", busy time × share ÷ quiet time, is the slow-down not explained by the share. Run it with
+as many threads as cores, on an otherwise quiet machine.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ METHODS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 512, 1024])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of repeats in each case")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of repeats per case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=3.0, help="excess that is too much")
-    parser.add_argument("--json", type=Path, help="where to write the measurements")
+    parser.add_argument("--limit", type=float, default=3.0, help="maximum allowed excess")
+    parser.add_argument("--json", type=Path, help="output file")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,7 +88,7 @@ def _fit(name: str, size: int, seed: int) -> Callable[[], object]:
 
 
 def _times(fit: Callable[[], object], seconds: float) -> list[tuple[float, float]]:
-    """Return wall and processor times of at least three fits, of as many as take so long."""
+    """Return wall and CPU times of at least three fits, for at least `seconds`."""
     times: list[tuple[float, float]] = []
     while len(times) < 3 or sum(wall for wall, _ in times) < seconds:
         start = time.perf_counter(), time.process_time()
@@ -99,7 +99,7 @@ def _times(fit: Callable[[], object], seconds: float) -> list[tuple[float, float
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Keep so many cores busy."""
+    """Keep `count` cores busy."""
     command = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(command) for _ in range(count)]
     time.sleep(1.0)  # until they have started

@@ -1,8 +1,8 @@
-"""Butterfly fits: error and seconds against pyfaust and lazylinop, in one process.
+"""Butterfly fits: error and time compared with pyfaust and lazylinop, in one process.
 
-All methods get the same matrices in double precision, columns already in the order in which they
-are nearest to a butterfly, and fit the same log₂ n factors of 2×2 blocks. Repeats are interleaved;
-the fastest counts, as the shortest fits take less than a millisecond.
+All methods get the same matrices in double precision, with columns in the order closest to a
+butterfly, and fit the same log₂ n factors of 2×2 blocks. Repeats are interleaved; the fastest
+counts, since the shortest fits take less than a millisecond.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the result")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
     add("--sizes", type=int, nargs="*", default=[64, 256, 1024], help="sides, powers of two")
-    add("--seconds", type=float, default=0.5, help="least time spent on each fit, by repeating it")
-    add("--seed", type=int, default=0, help="of the random matrix")
-    add("--quick", action="store_true", help="one small size and no repeats, to see that all runs")
+    add("--seconds", type=float, default=0.5, help="repeat each fit for at least this long")
+    add("--seed", type=int, default=0, help="seed of the random matrix")
+    add("--quick", action="store_true", help="smoke test with one small size and no repeats")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def collect(size: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def measure(name: str, W: np.ndarray, methods: list[Method], least: float) -> Iterator[Row]:
-    """Yield a row for each method, all fitted in turn until that has taken `least` seconds."""
+    """Yield a row per method, fitting all in turn for at least `least` seconds."""
     times: dict[str, list[float]] = {method.name: [] for method in methods}
     factors: dict[str, Factors] = {}
     while not all(sum(t) > least for t in times.values()):
@@ -102,7 +102,7 @@ def ours(W: np.ndarray, density: float, **options: Any) -> Factors:
 
 @functools.cache
 def module(name: str) -> Any:
-    """Import a peer once, so that looking for it is not timed."""
+    """Import a peer once, outside of timings."""
     return quietly(name)
 
 

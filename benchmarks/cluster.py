@@ -1,4 +1,4 @@
-"""Compress on a Dask cluster of local processes: seconds by workers, bytes, memory of a worker."""
+"""Compression on a Dask cluster of local processes: time, output, and memory per worker."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DENSITY = 0.25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--measure", nargs="*", default=["speed", "memory"], choices=["speed", "memory"])
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
-    add("--layers", type=int, default=8, help="layers compressed to measure speed")
-    add("--rounds", type=int, default=4, help="measurements of speed, the best of which counts")
-    add("--side", type=int, default=288, help="of these layers")
-    add("--workers", type=int, nargs="*", default=[1, 4], help="of one thread each")
-    add("--sides", type=int, nargs="*", default=[512, 1024, 2048], help="of layers, for memory")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
+    add("--layers", type=int, default=8, help="number of layers for the measurement of speed")
+    add("--rounds", type=int, default=4, help="measurements of speed; the best counts")
+    add("--side", type=int, default=288, help="side of these layers")
+    add("--workers", type=int, nargs="*", default=[1, 4], help="numbers of one-thread workers")
+    add("--sides", type=int, nargs="*", default=[512, 1024, 2048], help="sides, for memory")
     add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="for memory")
     add("--quick", action="store_true", help="tiny layers")
 
@@ -71,7 +71,7 @@ def write(path: Path, sides: Sequence[int]) -> None:
 
 @contextmanager
 def cluster(workers: int, methods: Sequence[str]) -> Iterator[Any]:
-    """Start workers that have loaded and compiled what the methods need."""
+    """Start workers, with all modules loaded and compiled."""
     from distributed import Client, LocalCluster
 
     local = LocalCluster(
@@ -89,7 +89,7 @@ def warm(methods: Sequence[str]) -> None:
 
 
 def speed(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compress the same network in this process and on clusters, in turn; keep the best of each."""
+    """Compress a network in this process and on clusters, in turn; keep the best times."""
     source = folder / "speed.safetensors"
     write(source, [options.side] * options.layers)
     warm(["dsf"])
@@ -113,7 +113,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def timed(source: Path, out: Path, client: Any) -> dict[str, Any]:
-    """Compress once; return seconds, and whose processor time was spent in them."""
+    """Compress once; return wall and CPU times."""
     before, start = spent(client), time.perf_counter()
     compress(client, source, out, estimator("dsf"))
     seconds = time.perf_counter() - start
@@ -126,10 +126,10 @@ def timed(source: Path, out: Path, client: Any) -> dict[str, Any]:
 
 
 def compress(client: Any, *work: Any) -> None:
-    """Compress by all workers, or in this process where there is no cluster."""
+    """Compress with all workers, or in this process without a cluster."""
     if client is None:
         checkpoint.compress(*work)
-    elif sum(client.ncores().values()) == 1:  # joblib would work in this process
+    elif sum(client.ncores().values()) == 1:  # joblib would run in this process
         client.submit(checkpoint.compress, *work, pure=False).result()
     else:
         with joblib.parallel_config("dask", client=client):
@@ -137,15 +137,15 @@ def compress(client: Any, *work: Any) -> None:
 
 
 def spent(client: Any) -> tuple[float, float]:
-    """Return the processor time of this process and the workers, and of the whole machine."""
+    """Return the CPU time of this process and the workers, and of the whole machine."""
     ours = time.process_time() + sum(client.run(time.process_time).values() if client else ())
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    busy = sum(map(int, fields)) - int(fields[3]) - int(fields[4])  # but idle and waiting for I/O
+    busy = sum(map(int, fields)) - int(fields[3]) - int(fields[4])  # without idle and I/O wait
     return ours, busy / os.sysconf("SC_CLK_TCK")
 
 
 def memory(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure what a worker takes for one layer, and for many up to the same size."""
+    """Measure the memory of a worker for one layer, and for many up to the same size."""
     rows = []
     for method in options.methods:
         for side in options.sides:
@@ -157,7 +157,7 @@ def memory(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def taken(folder: Path, method: str, sides: Sequence[int]) -> dict[str, Any]:
-    """Return the most memory a worker took beyond that at rest ÷ bytes of the largest layer."""
+    """Return the peak memory of a worker above idle, divided by the bytes of the largest layer."""
     source, out = folder / f"{max(sides)}x{len(sides)}.safetensors", folder / f"{method}-{sides}"
     write(source, sides)
     with cluster(1, [method]) as client:

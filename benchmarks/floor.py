@@ -1,7 +1,7 @@
-"""How far the double sparse fits are from what the machine's arithmetic and memory allow.
+"""Time of double sparse fits compared with the limits of arithmetic and memory.
 
-The floor is ``operations ÷ measured matrix product rate + bytes ÷ measured bandwidth`` of the
-operations that each method chooses to do, in float32; caches do not count.
+The floor is ``operations ÷ measured matrix product rate + bytes ÷ measured bandwidth`` of each
+method's operations in float32, ignoring caches.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from benchmarks.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What a method does to update one of the two factors of an n×n matrix, once.
+    """Work of one update of one of the two factors of an n×n matrix.
 
     Attributes
     ----------
     outer : int
-        Updates of each factor in a fit, by default.
+        Default number of updates of each factor.
     operations : float
-        Floating point operations of an update ÷ n³.
+        Floating-point operations of an update ÷ n³.
     passes : int
         Arrays of n² entries read or written outside of matrix products.
     """
@@ -59,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     add("--sizes", type=int, nargs="*", default=[256, 1024, 2048], help="sides of the matrices")
-    add("--outer", type=int, help="updates of each factor, where not the method's default")
+    add("--outer", type=int, help="updates of each factor (default: the method's)")
     add("--density", type=float, default=0.25, help="stored values ÷ entries")
     add("--repeats", type=int, default=3, help="timings of each fit")
     add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="timed")
-    add("--quick", action="store_true", help="a tiny matrix and one repeat")
+    add("--quick", action="store_true", help="smoke test with a tiny matrix and one repeat")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(n: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the floor of each method at one size and how its fit compares with it."""
+    """Return the floor of each method at one size, and the time of its fit."""
     W = np.random.RandomState(0).standard_normal((n, n)).astype(np.float32)
     rate, bandwidth = rates(n)
     rows = []
@@ -103,7 +103,7 @@ def measure(n: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def rates(n: int) -> tuple[float, float]:
-    """Return operations a second of n×n matrix products, and bytes a second of a sum."""
+    """Return operations per second of n×n matrix products, and bytes per second of a sum."""
     W = np.random.RandomState(0).standard_normal((n, n)).astype(np.float32)
     large = np.ones((3, 2**24), np.float32)
     bandwidth = large.nbytes / seconds(lambda: np.add(large[0], large[1], out=large[2]), 7)
@@ -113,8 +113,8 @@ def rates(n: int) -> tuple[float, float]:
 def layer_work(shape: tuple[int, int], density: float, outer: int) -> tuple[float, float]:
     """Return the operations and bytes of matfact DSF on a matrix of any shape.
 
-    As above: half of the values in each factor, three quarters of them on average, and for each
-    factor two steps and what is touched besides.
+    Counted as above: half of the values in each factor, three quarters of them on average, and two
+    steps per factor.
     """
     side, length = sorted(shape)
     stored = density * side * length * 3 / 4  # of both factors, on average

@@ -1,4 +1,4 @@
-"""Cells: what is run once, kept in a file, gone on with after a stop, and averaged over seeds."""
+"""Cells of a benchmark: run once, stored in a file, resumed, and averaged over seeds."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import matfact
 from benchmarks import machine
 
-#: In the folder of the results: a line for each finished cell.
+#: File in the output folder, with a line per finished cell.
 FILE = "cells.jsonl"
 console = Console(highlight=False, soft_wrap=True)
-#: What a result depends on, its seed too.
+#: Everything a result depends on, including its seed.
 Cell = dict[str, Any]
-#: A finished cell, as it is kept: ``cell``, ``result``, ``cpu_seconds``, ``finished``, ``matfact``.
+#: A finished cell, as stored: ``cell``, ``result``, ``cpu_seconds``, ``finished``, ``matfact``.
 Record = dict[str, Any]
 
 
@@ -68,12 +68,12 @@ class Row:
 
 
 def key(cell: Cell) -> str:
-    """Return the text by which a cell is known."""
+    """Return the key of a cell."""
     return json.dumps(cell, sort_keys=True)
 
 
 def with_seeds(cells: Iterable[Cell], seeds: int) -> list[Cell]:
-    """Return the cells for each seed, all of the first seed before those of the next."""
+    """Return the cells for all seeds, seed after seed."""
     cells = list(cells)
     fixed = [cell for cell in cells if "seed" in cell]
     free = [cell for cell in cells if "seed" not in cell]
@@ -81,7 +81,7 @@ def with_seeds(cells: Iterable[Cell], seeds: int) -> list[Cell]:
 
 
 def load(path: Path) -> dict[str, Record]:
-    """Return the finished cells of a file; a line that was cut off is left out."""
+    """Return the finished cells of a file, without truncated lines."""
     records = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -93,7 +93,7 @@ def load(path: Path) -> dict[str, Record]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a finished cell in one write, so that lines of processes at work together never mix."""
+    """Append a finished cell in one write, so that lines of parallel processes never mix."""
     line = json.dumps(record) + "\n"
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         line = "\n" + line  # a run was killed while it wrote
@@ -114,22 +114,22 @@ def finish(
     threads: int = 1,
     n_jobs: int = 1,
 ) -> int:
-    """Run the cells that are not in `file` yet and keep their records; return how many failed.
+    """Run the unfinished cells and store their records; return the number of failures.
 
     Parameters
     ----------
     title : str
-        What is shown beside the progress.
+        Label of the progress bar.
     function : callable
         Returns the results of a cell.
     cells : sequence of dict
         All cells.
     file : Path
-        Where they are kept.
+        File of the finished cells.
     pattern : str
         Regular expression of the cells to run, as JSON.
     threads, n_jobs : int
-        Threads of a cell, and cells at a time.
+        Threads per cell, and number of parallel cells.
     """
     known = load(file)
     todo = [cell for cell in cells if key(cell) not in known and re.search(pattern, key(cell))]
@@ -150,7 +150,7 @@ def finish(
 
 
 def _line(cell: Cell, outcome: Record | str) -> str:
-    """Return what is shown of a cell when it ends."""
+    """Return the summary of a finished cell."""
     head = " ".join(f"{name}={value}" for name, value in cell.items())
     if isinstance(outcome, str):
         return f"{head}: failed\n{outcome}"
@@ -177,7 +177,7 @@ def _run_one(
     try:
         with machine.threads(threads):
             result = function(dict(cell))
-    except Exception:  # one cell that fails must not end the study
+    except Exception:  # a failed cell must not end the study
         return cell, traceback.format_exc()
     return cell, {
         "cell": cell,
@@ -189,7 +189,7 @@ def _run_one(
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Return one row for each cell, over all of its seeds, in the order they come."""
+    """Return one row per cell, over all of its seeds, in order."""
     groups: dict[str, tuple[Cell, list[dict[str, Any]]]] = {}
     for record in records:
         cell = {name: value for name, value in record["cell"].items() if name != "seed"}

@@ -1,8 +1,8 @@
-"""Milliseconds of factorized PyTorch layers against ``torch.nn.Linear``, in one process.
+"""Time of factorized PyTorch layers compared with ``torch.nn.Linear``, in one process.
 
-Each time is that of a forward pass in eval mode, the mean over enough layers to leave the cache,
-as in a network; with ``--training`` a forward and a backward pass. Repeats are interleaved, so that
-a slow moment of the machine falls on all; medians and their ratios to the dense layer are shown.
+Times are for a forward pass in eval mode, or with ``--training`` a forward and a backward pass,
+averaged over enough layers to leave the cache, as in a network. Repeats are interleaved, so slow
+moments of the machine affect all layers. Medians and their ratios to the dense layer are shown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from matfact.torch import (
 )
 
 Row = dict[str, Any]
-_SETTLE = 0.01  #: seconds, after which the threads of other libraries have gone to sleep
+_SETTLE = 0.01  #: seconds after which the threads of other libraries sleep
 
 
 def kaleidoscope(n: int) -> FactorizedLinear:
@@ -62,14 +62,14 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the result")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
     add("--sizes", type=int, nargs="*", default=[512, 1024, 4096], help="widths")
     add("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="batch sizes")
     add("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS))
     add("--repeats", type=int, default=7, help="timings of each layer")
     add("--cache", type=float, default=64, help="MiB of dense weights to rotate over")
     add("--training", action="store_true", help="forward and backward in training mode")
-    add("--quick", action="store_true", help="a small width and one repeat, to see that all runs")
+    add("--quick", action="store_true", help="smoke test with a small width and one repeat")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def interleaved(
     x: torch.Tensor,
     options: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Return the times of each kind of layer, means over a rotation."""
+    """Return the time of each kind of layer, averaged over a rotation."""
     for rotation in layers.values():  # compiles, and prepares each layer
         for layer in rotation:
             step(layer, x)

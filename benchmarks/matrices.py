@@ -1,4 +1,4 @@
-"""The matrices that methods are measured on."""
+"""Test matrices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Matrix:
 
 
 def synthetic(size: int, seed: int) -> Iterator[Matrix]:
-    """Yield random matrices of side `size` in float32, as weights are."""
+    """Yield random matrices of side `size` in float32, like weights."""
     rng = np.random.RandomState(seed)
     gaussian = rng.standard_normal((size, size))
     rank = max(1, size // 16)
@@ -68,9 +68,9 @@ def trained(
 
 
 def stacked(path: Path | None, layers: str, size: int, dtype: str = "float32") -> Iterator[Matrix]:
-    """Yield a square of side `size` out of layers of one shape side by side.
+    """Yield a square of side `size` cut from concatenated layers of one shape.
 
-    Models of a size that is measured in minutes have no larger square matrices.
+    Models small enough for these benchmarks have no larger square matrices.
     """
     weights, model, by_shape = _layers(path, layers)
     for shape, names in by_shape.items():

@@ -1,4 +1,4 @@
-"""Memory of this process, where Linux tells."""
+"""Memory of this process, on Linux."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def reset_peak() -> int | None:
-    """Begin to record the peak anew, and return the bytes in use; None where that is impossible."""
+    """Reset the peak and return the bytes in use, or None if that is impossible."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -15,7 +15,7 @@ def reset_peak() -> int | None:
 
 
 def resident(field: str) -> int | None:
-    """Return bytes in memory, now (``VmRSS``) or at the peak (``VmHWM``), None if unknown."""
+    """Return the current (``VmRSS``) or peak (``VmHWM``) memory in bytes, None if unknown."""
     file = Path("/proc/self/status")
     lines = file.read_text().splitlines() if file.exists() else []
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]

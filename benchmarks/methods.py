@@ -1,4 +1,4 @@
-"""What is measured: this library's estimators, the published baseline and truncated SVD."""
+"""Methods: the estimators of this library, the published baseline and truncated SVD."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Method:
     Attributes
     ----------
     name : str
-        What tables call it.
+        Name in tables.
     family : str
-        Methods of one family are compared in one table.
+        Table in which the method is compared.
     fit : callable
         ``fit(W, density, **setting)`` returns the factors. Only this call is timed.
     is_present : callable
-        Whether what it needs is installed.
+        Whether its requirements are installed.
     suits : callable
-        Whether it can take a matrix.
+        Whether it supports a matrix.
     largest : int or None
-        Side of the largest square matrix that it can do in minutes.
+        Side of the largest square matrix that takes minutes at most.
     sweep : (str, tuple), optional
-        Setting that trades error for seconds, and its values.
+        Parameter that trades error for time, and its values.
     trace : callable, optional
         ``trace(W, density)`` returns the progress of one fit.
     """
@@ -125,7 +125,7 @@ def magnitude(W: np.ndarray, density: float) -> Factors:
 
 
 def published(W: np.ndarray, density: float, outer: int = 40) -> Factors:
-    """Run the published baseline to its end."""
+    """Run the published baseline."""
     import torch
 
     from benchmarks.published_dsf import published_dsf
@@ -135,7 +135,7 @@ def published(W: np.ndarray, density: float, outer: int = 40) -> Factors:
 
 
 def published_trace(W: np.ndarray, density: float) -> Trace:
-    """Follow the published baseline; evaluating its error is not counted as its time."""
+    """Trace the published baseline, without counting the time to evaluate its error."""
     import torch
 
     from benchmarks.published_dsf import published_dsf

@@ -1,7 +1,7 @@
-"""Errors and seconds of projections at one density: this library and others, in one process.
+"""Errors and times of projections at one density: this library and others, in one process.
 
-Every method fits every matrix that suits it; repeats are interleaved, so that a slow moment of
-the machine falls on all. Errors and stored values are taken from the dense factors, in double
+Every method fits every suitable matrix. Repeats are interleaved, so slow moments of the machine
+affect all methods. Errors and stored values are computed from the dense factors, in double
 precision, in the same way for all.
 """
 
@@ -32,19 +32,19 @@ Setting = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
     add("--density", type=float, default=0.25, help="stored values ÷ entries")
     add("--sizes", type=int, nargs="*", default=[256, 1024], help="sides, powers of two")
-    add("--seed", type=int, default=0, help="of the random matrices")
+    add("--seed", type=int, default=0, help="seed of the random matrices")
     add("--repeats", type=int, default=3, help="timings of each fit")
-    add("--slow", type=float, default=20.0, help="fits longer than this are timed once")
+    add("--slow", type=float, default=20.0, help="time fits longer than this once")
     add("--weights", type=Path, action="append", default=[], help="model file (repeatable)")
-    add("--layers", default=LAYERS, help="regular expression of the layers taken from models")
-    add("--per-shape", type=int, default=2, help="matrices of each shape taken from a model")
+    add("--layers", default=LAYERS, help="regular expression of the layers of models")
+    add("--per-shape", type=int, default=2, help="number of matrices per shape and model")
     add("--methods", default="", help="regular expression of the methods to run")
     add("--matrices", default="", help="regular expression of the matrices to run")
-    add("--no-curves", action="store_true", help="leave out the error-versus-seconds curves")
-    add("--quick", action="store_true", help="tiny matrices and one repeat, to see that all runs")
+    add("--no-curves", action="store_true", help="skip the error-versus-time curves")
+    add("--quick", action="store_true", help="smoke test with tiny matrices and one repeat")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -158,7 +158,7 @@ def fit_once(matrix: Matrix, method: Method, setting: Setting, row: Row, density
         row["seconds"].append(time.perf_counter() - start)
         if len(row["seconds"]) == 1:
             row |= evaluate(matrix.values, factors())
-    except Exception as error:  # a failure of one method is a result, and not the end
+    except Exception as error:  # a failure of a method is a result
         row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
 
 

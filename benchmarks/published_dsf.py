@@ -1,9 +1,9 @@
 """Double sparse factorization as published: the baseline of the benchmarks.
 
-A plain transcription of Boža & Macko 2025, Algorithm 1, written from the paper with the settings of
-its authors. It is deliberately not optimized: thresholds come from full sorts, systems are solved
-by LU inverses, the Gram matrix is built before and after normalization, and each inner solve ends
-with an update that nothing reads.
+A direct implementation of Boža & Macko 2025, Algorithm 1, written from the paper with the settings
+of its authors. It is deliberately not optimized: thresholds come from full sorts, systems are
+solved by LU inverses, the Gram matrix is computed before and after normalization, and each inner
+solve ends with an unused update.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 DAMPING = 1e-2  #: of the unit diagonal of the Gram matrix
-MASK_UPDATES = 2  #: inner iterations in which the support is chosen anew
+MASK_UPDATES = 2  #: inner iterations that choose the support
 
 
 def published_dsf(

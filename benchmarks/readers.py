@@ -1,6 +1,6 @@
-"""Processor time and memory that readers take for each tensor, in files of ever more of them.
+"""CPU time and memory of readers per tensor, for growing numbers of tensors.
 
-What grows with the size of a file, and no faster, has columns of equal numbers.
+Linear growth shows as columns of equal numbers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Write, Read = Callable[[Path, int], object], Callable[[Path], object]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the result")
-    add("--tensors", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="in each file")
-    add("--reader", action="append", choices=READERS, help="only this one; may be repeated")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
+    add("--tensors", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="tensors per file")
+    add("--reader", action="append", choices=READERS, help="only this reader (repeatable)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,12 +49,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def warm_up(name: str) -> None:
-    """Load the libraries that are only loaded when they are used."""
+    """Import lazily loaded libraries."""
     measured(name, 10)
 
 
 def measured(name: str, count: int) -> dict[str, Any]:
-    """Return seconds, and bytes of memory where they are known, of reading `count` tensors."""
+    """Return the seconds, and if known the bytes of memory, to read `count` tensors."""
     write, read = READERS[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"m.{name}"
@@ -139,7 +139,7 @@ def _read_checkpoint(path: Path) -> object:
     return dict(network)
 
 
-#: What writes a file with so many tensors, and what reads it.
+#: Functions that write a file with a number of tensors, and that read it.
 READERS: dict[str, tuple[Write, Read]] = {
     "header": (_write_safetensors, _read_header),
     "source": (_write_safetensors, _read_source),

@@ -1,4 +1,4 @@
-"""JSON, a Markdown table and a figure of what was measured."""
+"""Results as JSON, a Markdown table and a figure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _EXACT = 1e-6  #: relative errors below are shown as such: normalized ones say l
 
 
 def print_conditions(conditions: dict[str, Any], options: argparse.Namespace) -> None:
-    """Say on what, with what and how it is measured."""
+    """Print the conditions of the measurement."""
     for name, value in {**conditions, "options": vars(options)}.items():
         _console.print(f"{name}: {value}", markup=False, soft_wrap=True)
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Show a fit as soon as it is done."""
+    """Print a finished fit."""
     shape = "×".join(map(str, row["shape"]))
     head = f"{row['matrix']} ({shape} {row['dtype']}) {row['method']}:"
     _console.print(head, _cell([row]) or "", row["message"], markup=False, soft_wrap=True)
@@ -121,7 +121,7 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 
 def speedups(curves: list[dict[str, Any]], reference: str = "published DSF") -> str:
-    """Say how soon other methods reach the error at which the reference ends by default."""
+    """Return the time at which other methods reach the final error of the reference."""
     lines = []
     for curve in curves:
         ok = [row for row in curve["rows"] if row["status"] == "ok"]
@@ -145,8 +145,8 @@ def speedups(curves: list[dict[str, Any]], reference: str = "published DSF") -> 
 def draw(curves: list[dict[str, Any]], path: Path) -> None:
     """Draw error against seconds.
 
-    Markers are finished fits of more and more iterations; thin lines are the progress of one
-    fit with default settings, whose annealing makes its early errors larger.
+    Markers are finished fits with increasing iterations. Thin lines are the progress of one fit
+    with default settings; its annealing makes early errors larger.
     """
     methods = list(dict.fromkeys(row["method"] for curve in curves for row in curve["rows"]))
     colours = dict(zip(methods, _COLOURS * math.ceil(len(methods) / len(_COLOURS)), strict=False))

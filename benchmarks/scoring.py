@@ -1,8 +1,8 @@
-"""Scores of singular triples: all at once against a forward pass for each (Liu et al.).
+"""Scores of singular triples: all at once compared with a forward pass each (Liu et al.).
 
-A small convolutional network, trained here on scikit-learn's digits, says how well the fast
-scores order the triples; a network of the size of VGG16, untrained, how much faster they are. The
-exact scores of the latter are timed on a few triples and extrapolated to all of them.
+A small convolutional network trained on scikit-learn's digits shows how well the fast scores rank
+the triples; an untrained network of the size of VGG16 shows how much faster they are. Exact scores
+of the latter are timed on a few triples and extrapolated.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ STATISTICS = ("perturbation", "variance")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the result")
-    add("--samples", type=int, default=256, help="inputs the digits' network is scored on")
-    add("--images", type=int, default=16, help="inputs of the network of VGG16's size")
-    add("--timed", type=int, default=10, help="triples whose exact scores are timed")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
+    add("--samples", type=int, default=256, help="inputs of the network for digits")
+    add("--images", type=int, default=16, help="inputs of the VGG16-sized network")
+    add("--timed", type=int, default=10, help="number of exact scores to time")
     add("--seed", type=int, default=0)
 
 

@@ -1,9 +1,9 @@
-"""Seconds until a compressed encoder has answered first, against the dense one, and after that.
+"""Time to the first answer, and of later passes, of a compressed encoder and the dense one.
 
-Each start is that of a process of its own, the forms in turn; minima and medians are shown. Dense
-weights are loaded by `transformers`, which maps them into memory unchecked, and from a checkpoint
-of this library, whose checksums are verified. With a cold cache, the files of the weights were
-dropped from it before.
+Each start is a separate process, with the forms in turn; minima and medians are shown. Dense
+weights are loaded by `transformers`, which maps them into memory without checks, and from a
+checkpoint of this library, with verified checksums. With a cold cache, the files of the weights
+were dropped from it before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from matfact.compare._weights import demo_folder
 
 Row = dict[str, Any]
 CHILD = Path(__file__).with_name("_one_start.py")
-#: What is started, and how it is loaded.
+#: Forms of the encoder, and how to load them.
 FORMS = {"dense": "transformers", "dense, checkpoint": "matfact", "compressed": "matfact"}
 LAYERS = r"encoder\.layer\.\d"
 
@@ -33,13 +33,11 @@ LAYERS = r"encoder\.layer\.\d"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, default=Path("build/benchmarks/startup"), help="folder of files")
-    add("--density", type=float, default=0.25, help="of the 36 linear layers")
-    add("--repeats", type=int, default=3, help="starts of each form and cache")
-    add(
-        "--batches", type=int, nargs="*", default=[1, 32], help="batch sizes; the first comes first"
-    )
-    add("--tokens", type=int, default=32, help="tokens of each sentence")
-    add("--cold", action="store_true", help="with a cold cache; products are not timed then")
+    add("--density", type=float, default=0.25, help="density of the 36 linear layers")
+    add("--repeats", type=int, default=3, help="number of starts per form")
+    add("--batches", type=int, nargs="*", default=[1, 32], help="batch sizes, in order")
+    add("--tokens", type=int, default=32, help="tokens per sentence")
+    add("--cold", action="store_true", help="use a cold cache; later passes are then not timed")
 
 
 def run(options: argparse.Namespace) -> int:

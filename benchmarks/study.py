@@ -1,7 +1,7 @@
-"""Run one of the papers' experiments, or go on with it where a former run has stopped.
+"""Run or resume one of the papers' experiments.
 
-Every finished cell is a line of ``cells.jsonl`` in the folder of the results and is not run
-again; after the last one ``table.md``, ``figure.png`` and ``results.json`` are written.
+Every finished cell is a line of ``cells.jsonl`` in the output folder and is not run again. At the
+end, ``table.md``, ``figure.png`` and ``results.json`` are written.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NAMES = sorted(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    add("--output", type=Path, help="folder of the results (build/studies/NAME)")
-    add("--quick", action="store_true", help="the small form, to see that all runs")
+    add("--output", type=Path, help="output folder (build/studies/NAME)")
+    add("--quick", action="store_true", help="smoke test with a small version")
     add("--seeds", type=int, help="repetitions of each cell (the study's own number; quick: 1)")
     add("--cells", default="", help="regular expression of the cells to run, as JSON")
-    add("--n-jobs", type=int, default=1, help="cells that run at a time")
-    add("--report", action="store_true", help="run nothing; write what is finished")
+    add("--n-jobs", type=int, default=1, help="number of parallel cells")
+    add("--report", action="store_true", help="only write the results of finished cells")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""Stream a checkpoint with the layers of a 7B network through ``matfact compress``.
+"""Compress a synthetic checkpoint with the layer shapes of a 7B network.
 
 Writes a file of a few blocks (4096 wide, 11008 in the middle, bfloat16), compresses it in a
-process of its own, and reports seconds and the most memory that process had.
+separate process, and reports the time and peak memory of that process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Markdown tables, as the pages of ``docs/`` have them."""
+"""Markdown tables for the pages of ``docs/``."""
 
 from __future__ import annotations
 

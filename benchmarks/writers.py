@@ -1,6 +1,6 @@
-"""Milliseconds per tensor to write networks of ever more tiny tensors: the same for any count.
+"""Time per tensor to write networks of many tiny tensors, which should not depend on their number.
 
-Each count is that of the layers in a file of 4×4 matrices, of which ``compress`` makes a file each.
+A file has `count` layers of 4×4 matrices, each of which ``compress`` writes to a separate file.
 ``resume`` is the same call on the finished folder, which checks every file, and ``save`` writes the
 factors from memory.
 """
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, default=Path("build/benchmarks"), help="folder of the result")
+    add("--output", type=Path, default=Path("build/benchmarks"), help="output folder")
     add("--counts", type=int, nargs="*", default=[250, 500, 1000, 2000, 4000], help="of tensors")
 
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(count: int) -> Row:
-    """Return the seconds that each way of writing takes for `count` tensors."""
+    """Return the seconds of each way of writing `count` tensors."""
     rng, method = np.random.default_rng(0), MagnitudePruner(density=0.5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

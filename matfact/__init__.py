@@ -4,6 +4,6 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-# The public names and their homes are in __init__.pyi, which type checkers read too.
+# Public names and their modules are listed in __init__.pyi, which type checkers read too.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__.remove("torch")  # which may not be installed
+__all__.remove("torch")  # may not be installed

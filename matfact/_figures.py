@@ -1,4 +1,4 @@
-"""Figures of matplotlib, an optional dependency."""
+"""Matplotlib figures; matplotlib is optional."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:
-    """Return an empty figure, its size in inches, or say what to install."""
+    """Return an empty figure of the given size in inches, or say what to install."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
-    except OSError as error:  # it needs a folder of its own, be it a temporary one
-        raise ImportError(f"The figure needs matplotlib, which says: {error}") from error
+    except OSError as error:  # matplotlib needs a writable folder, at least a temporary one
+        raise ImportError(f"The figure needs matplotlib, but: {error}") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=dpi)

@@ -1,7 +1,7 @@
-"""Files and folders that are written whole or not at all, and only where they may be.
+"""Atomic writing of files and folders.
 
-Each is written beside its place, under a name that tells whose it is, and then moved there. Its
-writer holds a lock on it, so that what a killed process left behind can be told and removed.
+Each is written under a partial name beside its target and then moved there. The writer holds a
+lock on it, so that leftovers of killed processes can be recognized and removed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where files that are open cannot be removed
+except ImportError:  # Windows, where open files cannot be removed
     fcntl = None  # type: ignore[assignment]
 
-#: Characters of the name of a file that those of its partial ones hold: room for any encoding.
+#: Characters of a file's name used in its partial names, short enough for any encoding.
 _SHOWN = 50
 _PARTIAL = re.compile(rf"\.(.{{1,{_SHOWN}}})\.matfact-[0-9a-f]{{16}}\.part", re.DOTALL)
 _KINDS = {
@@ -31,53 +31,52 @@ _KINDS = {
 
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file that a user names; an earlier one stays whole until the new one is complete.
+    """Write a file atomically: an existing file stays intact until the new one is complete.
 
     Parameters
     ----------
     path : str or Path
-        The file. Where it is a link, what it leads to is written. Mode and owner of an earlier
-        file are kept.
+        The file. Links are followed. Mode and owner of an existing file are kept.
     content : bytes or iterable of bytes
-        All of it, or its pieces in order, which need not fit in memory together.
+        The content, or an iterable of its pieces, which need not fit in memory together.
 
     Raises
     ------
     OSError
-        If the file may not be written.
+        If the file cannot be written.
     ValueError
-        If what stands there is no regular file.
+        If `path` exists and is not a regular file.
     """
     with replacing(_led_to(path)) as file:
         file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def check_output(path: str | Path, inputs: Iterable[Path] = ()) -> None:
-    """Raise before the work what writing a file would raise after it.
+    """Check before the work starts that a file can be written, and raise otherwise.
 
     Parameters
     ----------
     path : str or Path
-        The file to be written.
+        The file to write.
     inputs : iterable of Path
-        Files to be read, none of which may be `path`.
+        Files that are read; `path` must not be one of them.
     """
     target = _led_to(path)
     for file in inputs if target.exists() else ():
         if file.exists() and target.samefile(file):
-            raise ValueError(f"{path} must be another file than {file}, which is read.")
+            raise ValueError(f"{path} must differ from {file}, which is read.")
     with _partial(target, _earlier(target)):
         pass
 
 
 def output_folder(path: str | Path) -> Path:
-    """Return the folder that `path` leads to, which must be new or empty.
+    """Return the folder `path`, with links followed, which must be new or empty.
 
-    What killed processes left behind of it is removed.
+    Leftovers of killed processes are removed.
     """
     target = Path(os.path.realpath(path))
     if os.path.lexists(target) and not (target.is_dir() and _may_be_replaced(target)):
-        raise FileExistsError(f"path must name a new or an empty folder, got {path}.")
+        raise FileExistsError(f"path must name a new or empty folder, got {path}.")
     if target.parent.is_dir():
         remove_partial_files(target.parent, target.name)
     return target
@@ -85,10 +84,9 @@ def output_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block is left without an error.
+    """Open a file that replaces `path` when the block ends without an error.
 
-    A link is not followed: in folders of ours there is none, and whoever put one there could have
-    us write elsewhere.
+    Links are not followed: our folders contain none, and a planted one could redirect the write.
     """
     with _partial(path, _earlier(path)) as partial:
         with partial.open("wb") as file:
@@ -101,7 +99,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that takes the place of `path` when the block is left without an error."""
+    """Make a folder that replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _partial(path, path.stat() if path.exists() else None, is_folder=True) as partial:
         yield partial
@@ -111,14 +109,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Lock a file or folder until the block is left or the process ends.
+    """Lock a file or folder until the block or the process ends.
 
-    Systems and file systems without locks let everyone in.
+    Does nothing on systems and file systems without locks.
 
     Raises
     ------
     BlockingIOError
-        If somebody else has it.
+        If another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -137,19 +135,19 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file or folder is called as those that are being written."""
+    """Whether a file or folder has the name of a partial one."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_partial_files(folder: Path, name: str | None = None) -> None:
-    """Remove what writes into `folder`, of the file `name` or all, left when they were killed."""
+    """Remove leftovers of killed writers from `folder`, of the file `name` or of all files."""
     names: list[str] = []
-    with contextlib.suppress(PermissionError):  # some folders can be written to and not listed
+    with contextlib.suppress(PermissionError):  # some folders are writable but cannot be listed
         names = os.listdir(folder)
     for each in names:
-        match = _PARTIAL.fullmatch(each) if each[0] == "." else None  # folders may be large
+        match = _PARTIAL.fullmatch(each) if each[0] == "." else None
         if match is not None and (name is None or match[1] == name[:_SHOWN]):
-            # What is still being written, or is another user's, stays.
+            # Files still being written and files of other users stay.
             with contextlib.suppress(OSError), claimed(folder / each):
                 _remove(folder / each)
 
@@ -158,7 +156,7 @@ def remove_partial_files(folder: Path, name: str | None = None) -> None:
 def _partial(
     path: Path, earlier: os.stat_result | None, *, is_folder: bool = False
 ) -> Iterator[Path]:
-    """Make a file or folder beside `path`, with the mode and owner of what stands there."""
+    """Make a partial file or folder beside `path`, with the mode and owner of an existing one."""
     partial = path.with_name(f".{path.name[:_SHOWN]}.matfact-{secrets.token_hex(8)}.part")
     try:
         if is_folder:
@@ -174,22 +172,22 @@ def _partial(
 
 
 def _led_to(path: str | Path) -> Path:
-    """Return the file that a user names, links followed; what was left beside it is removed."""
+    """Return the file `path`, with links followed, after removing leftovers beside it."""
     target = Path(os.path.realpath(path))
-    _earlier(Path(path), os.stat)  # what links in /proc lead to need have no name
+    _earlier(Path(path), os.stat)  # links in /proc may point to things without a name
     remove_partial_files(target.parent, target.name)
     return target
 
 
 def _make_alike(partial: Path, earlier: os.stat_result, path: Path) -> None:
-    """Give a new file the owner and mode of an earlier one."""
+    """Give a new file the owner and mode of an existing one."""
     own, theirs = ((s.st_uid, s.st_gid) for s in (partial.stat(), earlier))
     if own != theirs:
         try:
             os.chown(partial, *theirs)
         except PermissionError:
             raise PermissionError(
-                f"{path} belongs to another user or group, which a new file would not: remove it."
+                f"{path} belongs to another user or group, and a new file would not: remove it."
             ) from None
     partial.chmod(stat.S_IMODE(earlier.st_mode))
 
@@ -197,7 +195,7 @@ def _make_alike(partial: Path, earlier: os.stat_result, path: Path) -> None:
 def _earlier(
     path: Path, status: Callable[[Path], os.stat_result] = os.lstat
 ) -> os.stat_result | None:
-    """Return the status of what is at `path`, which must be fit to be replaced, or nothing."""
+    """Return the status of `path`, None if it does not exist; raise if it may not be replaced."""
     try:
         found = status(path)
     except FileNotFoundError:
@@ -222,8 +220,8 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a loss of power, where the system can."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folder, and some are not readable
+    """Make the names in `folder` survive a power failure, if the system can."""
+    with contextlib.suppress(PermissionError):  # on Windows, or if it is not readable
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

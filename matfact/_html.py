@@ -1,4 +1,4 @@
-"""Reports as pages of their own: one file, no scripts, nothing fetched."""
+"""Self-contained HTML reports: one file, no scripts, nothing fetched."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ img { max-width: 100%; height: auto }
 
 
 def escape(text: object) -> str:
-    """Return text from anywhere as HTML that shows it and does nothing else."""
+    """Escape text for HTML."""
     return html.escape(printable(text))
 
 
 def page(title: str, lead: str, facts: Mapping[str, Any], *parts: str) -> str:
-    """Return a page: a heading, a sentence, a list of facts and then `parts`, which are HTML."""
+    """Return a page with a heading, a sentence, a list of facts and `parts` (HTML)."""
     items = "".join(f"<li>{escape(k)}: {escape(v)}</li>" for k, v in facts.items())
     body = "\n".join(parts)
     return f"""<!doctype html>
@@ -44,7 +44,7 @@ def page(title: str, lead: str, facts: Mapping[str, Any], *parts: str) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; cells are HTML, headings text."""
+    """Return a table. Cells are HTML, headings are text."""
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for cells in rows
@@ -53,7 +53,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def measured(value: float | None, largest: float = 0.0) -> str:
-    """Return a number, with a bar as long as its share of `largest` where that is positive."""
+    """Return a number with a bar for its share of `largest`, if that is positive."""
     if value is None:
         return ""
     if not 0.0 < largest < float("inf"):
@@ -63,7 +63,7 @@ def measured(value: float | None, largest: float = 0.0) -> str:
 
 
 def picture(figure: Figure, description: str) -> str:
-    """Return a figure as an image that the page itself contains."""
+    """Return a figure as an image embedded in the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()

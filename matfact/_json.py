@@ -1,4 +1,4 @@
-"""JSON from files that are not trusted."""
+"""JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from matfact._regular import read_whole
 
-#: Longest report read, in bytes.
+#: Maximum size of a report, in bytes.
 _LONGEST_REPORT = 1 << 26
 
-#: Deepest nesting read, and what tells it.
+#: Maximum nesting, and the brackets that measure it.
 _DEEPEST = 200
 _OPENING, _CLOSING = (np.frombuffer(brackets, np.uint8) for brackets in (b"[{", b"]}"))
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-#: Characters looked at together.
+#: Characters examined at a time.
 _CHUNK = 1 << 16
 
 T = TypeVar("T")
@@ -29,20 +29,20 @@ T = TypeVar("T")
 def parse_json(
     text: bytes | str, convert: Callable[[dict[str, Any]], Any] = lambda content: content
 ) -> dict[str, Any]:
-    """Return the JSON object `text`.
+    """Parse the JSON object `text`.
 
     Parameters
     ----------
     text : bytes or str
-        All of it.
+        The whole text.
     convert : callable, optional
-        Called with each object, inner ones first; what it returns takes the object's place.
+        Called with each object, inner ones first; its result replaces the object.
 
     Raises
     ------
     ValueError
-        If it is anything else, is nested beyond measure, repeats a key, or holds a number that is
-        not finite.
+        If `text` is not a JSON object, is nested too deeply, repeats a key, or holds a number that
+        is not finite.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:
@@ -57,7 +57,7 @@ def parse_json(
         content = json.loads(
             decoded, object_pairs_hook=unique, parse_float=_number, parse_constant=_refused
         )
-    except RecursionError:  # of a caller who is deep himself
+    except RecursionError:  # if the caller's stack is already deep
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
@@ -65,16 +65,16 @@ def parse_json(
 
 
 def _check_depth(text: str) -> None:
-    """Raise ``ValueError`` where brackets are nested too deeply for Python's parser.
+    """Raise ``ValueError`` if brackets are nested too deeply for Python's parser.
 
-    It calls itself for each, and ends the process where a limit on that has been raised.
+    The parser is recursive and can crash the process if the recursion limit has been raised.
     """
     if _depth(text) > _DEEPEST and _depth(_STRING.sub("", text)) > _DEEPEST:
         raise ValueError("nested too deeply")
 
 
 def _depth(text: str) -> int:
-    """Return how deeply brackets are nested, those in strings counted too."""
+    """Return the nesting depth of brackets, including brackets in strings."""
     level = deepest = 0
     for start in range(0, len(text), _CHUNK):
         codes = np.frombuffer(text[start : start + _CHUNK].encode("ascii", "replace"), np.uint8)
@@ -85,7 +85,7 @@ def _depth(text: str) -> int:
 
 
 def is_version(content: dict[str, Any], format: str, version: int) -> bool:
-    """Whether `content` says that it is of this format and version; ``true`` is not 1."""
+    """Whether `content` declares this format and version; ``true`` is not 1."""
     found = content.get("version")
     return content.get("format") == format and type(found) is int and found == version
 
@@ -100,12 +100,12 @@ def _refused(text: str) -> NoReturn:
 
 
 def read_report(path: str | Path, make_row: Callable[..., T]) -> tuple[list[T], dict[str, Any]]:
-    """Return the rows and the metadata of a report that was written as JSON.
+    """Return the rows and metadata of a report written as JSON.
 
     Raises
     ------
     ValueError
-        If the file holds anything else.
+        If the file is not such a report.
     """
     content = read_whole(path, _LONGEST_REPORT)
     try:
@@ -115,7 +115,7 @@ def read_report(path: str | Path, make_row: Callable[..., T]) -> tuple[list[T], 
 
 
 def finite(content: Any) -> Any:
-    """Return `content` with None for every infinity or NaN, which JSON lacks."""
+    """Return `content` with None for every infinity and NaN, which JSON lacks."""
     if isinstance(content, Mapping):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -124,7 +124,7 @@ def finite(content: Any) -> Any:
 
 
 def report_rows(content: Any, make_row: Callable[..., T]) -> tuple[list[T], dict[str, Any]]:
-    """Return the rows and the metadata that a report holds, or raise ``ValueError``."""
+    """Return the rows and metadata of a report, or raise ``ValueError``."""
     try:
         rows, metadata = [make_row(**row) for row in content["rows"]], content["metadata"]
     except (KeyError, TypeError) as error:

@@ -1,7 +1,8 @@
-"""Which weights of a network are factorized, why others are not, and the record of each layer.
+"""Selection of the weights to factorize, and the record of each layer.
 
-One rule, :func:`reason_to_keep`, decides from what is known of a weight. A network in memory knows
-more (:mod:`matfact.torch.layers._matricized`) than a file, which has names, shapes and dtypes.
+One rule, :func:`reason_to_keep`, decides from the known properties of a weight. A file has only
+names, shapes and dtypes; of a network in memory, more is known
+(:mod:`matfact.torch.layers._matricized`).
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from typing import NamedTuple
 
 from matfact._safetensors import TensorSpec, array_dtype
 
-#: Dtypes whose numbers are the values themselves.
+#: Unquantized dtypes.
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-#: Axes of the weights of linear layers, and of convolutions in one to three dimensions.
+#: Numbers of axes of the weights of linear layers and of 1-D to 3-D convolutions.
 AXES = range(2, 6)
 
-#: Tables look up rows instead of multiplying.
+#: Embedding tables look up rows instead of multiplying.
 _TABLE = re.compile(
     r"embed|(^|_)emb(s|_|$)|^w[tp]e$|^shared$|^relative_attention_bias$|codebook", re.IGNORECASE
 )
 _NORM = re.compile(r"norm(?!al)|^ln(_|\d|$)", re.IGNORECASE)
-#: What pruning and normalization in torch append to the names of the tensors they keep.
+#: Suffixes that pruning and normalization in torch append to tensor names.
 SUFFIXES = ("_orig", "_mask", "_g", "_v", "_u")
 _PART = re.compile(rf"(^|\.)(weight({'|'.join(SUFFIXES)})|parametrizations\.weight\..+)$")
 
 NOT_FINITE = "weight with values that are not finite"
-IN_NO_LAYER = "in no linear layer or convolution"
+IN_NO_LAYER = "not in a linear layer or convolution"
 
 
 class Kept(NamedTuple):
@@ -41,7 +42,7 @@ class Kept(NamedTuple):
     reason : str
         In words.
     is_guess : bool
-        Whether only the name says so. A user who asks for the tensor by name overrides it.
+        Whether this is inferred from the name only. Requesting the tensor by name overrides it.
     """
 
     reason: str
@@ -49,24 +50,24 @@ class Kept(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """What is known of the weight of a linear layer or a convolution.
+    """Known properties of the weight of a linear layer or convolution.
 
     Attributes
     ----------
     dtype : str
-        By its name in array libraries.
+        Its name in array libraries.
     shape : tuple of int
-        Of the weight.
+        Shape of the weight.
     axes : sequence of int
-        Numbers of axes that the layer may have.
+        Allowed numbers of axes.
     bias : tuple of int or None
         Shape of the bias, if there is one.
     others : sequence of str
-        What the layer holds besides.
+        Names of other tensors and modules of the layer.
     shared : mapping of str to str
-        Which of the layer's tensors another layer holds too, and their names there.
+        Tensors of the layer that are shared with another layer, with their names there.
     odd : str or None
-        What only a network knows: a reason to keep the layer, if there is one.
+        A reason to keep the layer that only a network in memory can tell, or None.
     """
 
     dtype: str
@@ -91,9 +92,9 @@ def reason_to_keep(weight: Weight) -> str | None:
     if not math.prod(weight.shape):
         return "weight without entries"
     if weight.others:
-        return f"layer that holds more than weight and bias: {min(weight.others)}"
+        return f"layer with more than a weight and a bias: {min(weight.others)}"
     outputs = {weight.shape[0]}
-    if len(weight.shape) == 2:  # some linear layers keep their weight transposed
+    if len(weight.shape) == 2:  # some linear layers have a transposed weight
         outputs.add(weight.shape[1])
     if weight.bias is not None and weight.bias not in {(n,) for n in outputs}:
         return f"bias of shape {weight.bias}"
@@ -111,17 +112,18 @@ class LayerReport:
     layer : str
         Its name.
     kind : str
-        Its class before.
+        Its class before compression.
     rows, columns, groups : int
-        Shape of its matrix, and how many such it has (groups of a convolution).
+        Shape of its matrix, and number of such matrices (groups of a convolution).
     method : str
-        Class of the factorizer; empty where the layer is kept.
+        Class of the factorizer; empty if the layer is kept.
     status : {"compressed", "kept", "planned"}
-        What became of it. Measures are None unless it is compressed.
+        Outcome. Measures are None unless it is "compressed".
     dense_nbytes, dense_flops : int
-        Bytes of its weight before, and operations for one input (one position of an image).
+        Before compression: bytes of the weight, and operations for one input (one position of an
+        image).
     requested_density : float or None
-        Density asked for; None where the method has no such parameter or its default was taken.
+        Requested density; None if the method has no such parameter or used its default.
     density : float or None
         Stored values ÷ entries of the weight.
     relative_error : float or None
@@ -129,22 +131,22 @@ class LayerReport:
     normalized_error : float or None
         Relative error ÷ that of magnitude pruning with as many stored values.
     layer_error : float or None
-        How far the layer's outputs are from those it has in the dense network, relative to these,
-        for calibration batches that were kept aside: ``‖U − XŴᵀ‖_F / ‖U‖_F`` with the inputs `X`,
-        which with sequential calibration are those in the compressed network, and the outputs `U`,
-        less their means where a bias makes up for them. Without feedback `U` is ``XWᵀ``. None
-        where no input was kept aside, as of a single batch, or all outputs are zero. Methods that
-        use inputs themselves are fitted to all batches after it was measured.
+        Relative error of the layer's outputs on calibration batches that were held out:
+        ``‖U − XŴᵀ‖_F / ‖U‖_F``. `X` holds the layer's inputs, with sequential calibration those in
+        the compressed network. `U` holds the outputs in the dense network, centred if a bias
+        corrects their mean; without feedback it is ``XWᵀ``. None if no batch was held out, for
+        instance with a single batch, or if all outputs are zero. Methods that use inputs are refit
+        to all batches afterwards.
     fitted_layer_error : float or None
-        The same for the batches that the layer was fitted to, which is mostly less.
+        The same error on the batches used for the fit, usually smaller.
     nbytes : int or None
         Bytes of values and positions, in the smaller of CSR and bit masks.
     flops : int or None
-        Operations for one input after.
+        Operations for one input after compression.
     seconds : float or None
         Wall time of the fit.
     message : str
-        Why the layer is kept, or what is to be known about it.
+        Why the layer is kept, or a remark.
     """
 
     layer: str
@@ -169,7 +171,7 @@ class LayerReport:
 
     @property
     def outcome(self) -> str:
-        """The method, or that the layer is kept and why."""
+        """The method, or the status with the reason."""
         return self.method or ": ".join(filter(None, (self.status, self.message)))
 
 
@@ -181,18 +183,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def kept_tensors(
     specs: Mapping[str, TensorSpec], shared: Mapping[str, str] | None = None
 ) -> dict[str, Kept]:
-    """Return the tensors of a network that are no weights to be factorized, and why.
+    """Return the tensors of a network that are not factorized, and why.
 
-    Weights are those of linear layers and of convolutions in one to three dimensions, as
-    :func:`matfact.torch.compress` takes them: named ``weight``, floating-point or complex, of two
-    to five axes, in a layer that holds nothing but them and a bias.
+    Weights of linear layers and of 1-D to 3-D convolutions are factorized, as in
+    :func:`matfact.torch.compress`: tensors named ``weight``, floating-point or complex, with two to
+    five axes, in a layer with no other tensor except a bias.
 
     Parameters
     ----------
     specs : mapping of str to TensorSpec
-        All tensors by name: the others in a layer tell what its weight is.
+        All tensors by name; the other tensors of a layer help to recognize its weight.
     shared : mapping of str to str, optional
-        Tensors that several layers use, with another name of each.
+        Tensors shared by several layers, each with another of its names.
     """
     ordered = sorted(specs)
     reasons = {name: _reason(name, specs, ordered, shared or {}) for name in specs}
@@ -200,9 +202,9 @@ def kept_tensors(
 
 
 def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Return the real matrices of a file that are worth a study: weights, and tables of numbers.
+    """Return the real matrices of a file to study: weights and embedding tables.
 
-    If no tensor is named as a weight, the file follows no convention, and all matrices are taken.
+    If no tensor is named like a weight, all matrices are returned.
     """
     real = [
         name for name, spec in specs.items() if is_floating_matrix(spec) and spec.dtype != "C64"
@@ -214,29 +216,29 @@ def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def is_floating_matrix(spec: TensorSpec) -> bool:
-    """Whether a tensor can be seen as a matrix of numbers, its trailing axes taken together."""
+    """Whether a tensor is a matrix of numbers after merging its trailing axes."""
     return (
         array_dtype(spec.dtype) in _FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
     )
 
 
 def is_weight_name(name: str) -> bool:
-    """Whether `name` is that of the weight of a layer."""
+    """Whether `name` is the name of a layer's weight."""
     return name.rpartition(".")[2] == "weight"
 
 
 def layer_of(name: str) -> str:
-    """Return the layer whose weight is `name`, "" for the network itself."""
+    """Return the layer with weight `name`, "" for the network itself."""
     return name.removesuffix("weight").removesuffix(".")
 
 
 def _reason(
     name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str], shared: Mapping[str, str]
 ) -> Kept | None:
-    """Return why one tensor is kept, None where it is a weight."""
+    """Return why a tensor is kept, or None if it is a weight."""
     spec = specs[name]
     if _PART.search(name):
-        return Kept("part of what a layer computes its weight from")
+        return Kept("used to compute the weight of a layer")
     if not is_weight_name(name) or len(spec.shape) < 2:
         return Kept(IN_NO_LAYER)
     prefix = name.removesuffix("weight")
@@ -254,19 +256,19 @@ def _reason(
 
 
 def _guess(name: str, spec: TensorSpec) -> Kept | None:
-    """Return what the name of a layer without bias tells."""
+    """Return what the name of a layer without bias suggests."""
     layer = next((part for part in reversed(name.split(".")[:-1]) if not part.isdigit()), "")
     if len(spec.shape) == 2 and _TABLE.search(layer):
-        return Kept(f"{IN_NO_LAYER}: embeddings, by the name", is_guess=True)
+        return Kept(f"{IN_NO_LAYER}: embeddings, by its name", is_guess=True)
     if _NORM.search(layer):
-        return Kept(f"{IN_NO_LAYER}: normalization, by the name", is_guess=True)
+        return Kept(f"{IN_NO_LAYER}: normalization, by its name", is_guess=True)
     return None
 
 
 def others_in_layer(held: Iterable[str]) -> list[str]:
-    """Return what a layer holds besides what its weight and its bias are stored in.
+    """Return the names that a layer holds, without those of its weight and bias.
 
-    Scales and zero points of quantized layers, gains, masks and adapters are such.
+    Examples are scales and zero points of quantized layers, gains, masks and adapters.
     """
     names = set(held)
     own = {base if base in names else f"{base}{suffix}"
@@ -275,9 +277,9 @@ def others_in_layer(held: Iterable[str]) -> list[str]:
 
 
 def _held(prefix: str, ordered: Sequence[str]) -> Iterator[str]:
-    """Yield the first names in the layer whose tensors start with `prefix`, and its weight."""
+    """Yield ``weight`` and the first names in the layer whose tensors start with `prefix`."""
     yield "weight"
-    if not prefix:  # the layer is the network itself, or the names are no paths
+    if not prefix:  # the layer is the network itself, or names are not paths
         yield from (name for name in ordered if "." not in name)
         return
     start = bisect.bisect_left(ordered, prefix)

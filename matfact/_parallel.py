@@ -1,4 +1,4 @@
-"""Work handed out by joblib: to processes of this machine, or to a cluster."""
+"""Parallel work with joblib, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import joblib
 
 @contextmanager
 def results(n_jobs: int | None, calls: Sequence[Any]) -> Iterator[Iterator[Any]]:
-    """Hand out calls, and give what they return as it arrives, or at the end where it cannot (Ray).
+    """Run calls in parallel and yield results as they arrive (with Ray, all at the end).
 
-    Whatever ends the block early, an error or a signal, ends the workers before it is raised.
+    An error or a signal that ends the block early stops the workers before it is raised.
 
     Parameters
     ----------
     n_jobs : int or None
-        Calls at a time, as joblib counts them.
+        Number of parallel calls, as in joblib.
     calls : sequence
-        What ``joblib.delayed`` makes.
+        Calls made by ``joblib.delayed``.
     """
     if n_jobs is not None and n_jobs > len(calls):
         n_jobs = max(1, len(calls))  # joblib would start all of them
@@ -33,25 +33,25 @@ def results(n_jobs: int | None, calls: Sequence[Any]) -> Iterator[Iterator[Any]]
         yield arriving
     except BaseException as error:
         if isinstance(arriving, Generator):
-            arriving.throw(error)  # were it closed, joblib would warn of work that is lost
+            arriving.throw(error)  # closing it would make joblib warn of lost work
         raise
 
 
 @contextmanager
 def on_cluster(scheduler: str | None) -> Iterator[None]:
-    """Let pools hand their work to the Dask cluster with a scheduler, here if that is None.
+    """Run parallel work on the Dask cluster of `scheduler`, or locally if it is None.
 
     Parameters
     ----------
     scheduler : str or None
-        Its address, such as ``tcp://scheduler:8786``.
+        Address of the scheduler, such as ``tcp://scheduler:8786``.
 
     Raises
     ------
     ImportError
         If Dask is not installed.
     OSError
-        If there is no scheduler at the address.
+        If no scheduler answers at the address.
     """
     if scheduler is None:
         yield
@@ -62,7 +62,7 @@ def on_cluster(scheduler: str | None) -> Iterator[None]:
         raise ImportError(
             "A cluster needs Dask: pip install 'matfact[distributed]', here and on all workers."
         ) from error
-    # Workers of a busy machine take longer to appear than the 10 s that joblib waits.
+    # On a busy machine, workers may take longer to start than the 10 s that joblib waits.
     pool = {"backend": "dask", "wait_for_workers_timeout": 60}
     with Client(scheduler) as client, joblib.parallel_config(client=client, **pool):
         yield

@@ -1,4 +1,4 @@
-"""Opening what is to be read: regular files, of which no more is read than they may hold."""
+"""Reading of regular files, up to a size limit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to be read.
+    """Open a file for reading.
 
     Raises
     ------
     ValueError
-        If it is no regular file. Pipes and devices may hold a reader up for ever.
+        If it is not a regular file. Pipes and devices may block a reader forever.
     """
-    # Without O_NONBLOCK, a pipe is not even opened before somebody writes to it.
+    # Without O_NONBLOCK, opening a pipe blocks until something writes to it.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""A compression report as a page of its own."""
+"""Compression report as an HTML page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from matfact import _html
 from matfact._layers import LayerReport
 
-#: Heading and attribute of what is drawn as a bar too.
+#: Heading and attribute of the measures that are also drawn as bars.
 _MEASURES = (
     ("density", "density"),
     ("relative error", "relative_error"),
@@ -18,7 +18,7 @@ _MEASURES = (
 
 
 def page(rows: Sequence[LayerReport], lead: str, facts: Mapping[str, Any]) -> str:
-    """Return the page, which needs no other file."""
+    """Return the self-contained page."""
     headings = ["layer", "method", "shape", *(heading for heading, _ in _MEASURES)]
     headings += ["seconds", "bytes before", "after"]
     largest = {name: _largest(rows, name) for _, name in _MEASURES}

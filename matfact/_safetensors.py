@@ -1,7 +1,7 @@
 """The safetensors format: headers and bytes of tensors.
 
-The package of that name maps files into memory, where another process that cuts one ends this one,
-and writes only what is in memory all at once. NumPy has no bfloat16, so tensors are bytes here.
+The safetensors package maps files into memory, so truncating a file crashes its readers, and it
+can only write tensors that are all in memory. Tensors are bytes here since NumPy lacks bfloat16.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 
 from matfact._json import parse_json
 
-#: Longest header, in bytes, that the format allows.
+#: Maximum size of a header in the format, in bytes.
 _LONGEST_HEADER = 100_000_000
 
-#: Bytes of an entry, for every dtype that fills whole bytes.
+#: Bytes per entry, for every dtype of whole bytes.
 ITEMSIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-#: Dtypes of 8 bits, by the names that array libraries give them; NumPy has none.
+#: 8-bit floating dtypes, by their names in array libraries; NumPy has none.
 FLOAT8 = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
@@ -40,14 +40,14 @@ _ENTRY = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class TensorSpec(NamedTuple):
-    """Dtype, by its name in the format, and shape of a tensor."""
+    """Dtype (its name in the format) and shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an entry."""
+        """Bytes per entry."""
         return ITEMSIZES[self.dtype]
 
     @property
@@ -57,23 +57,23 @@ class TensorSpec(NamedTuple):
 
 
 def array_dtype(dtype: str) -> str:
-    """Return the name that array libraries give to a dtype of the format."""
+    """Return the name of a safetensors dtype in array libraries."""
     return _OF_ARRAYS.get(dtype, dtype)
 
 
-#: A tensor to be written: what it is, and its bytes.
+#: A tensor to write: its spec and its bytes.
 Stored = tuple[TensorSpec, bytes]
 
 
 class Header(NamedTuple):
-    """What the header of a file says.
+    """Header of a file.
 
     Attributes
     ----------
     specs : dict of str to TensorSpec
-        The tensors by name, in the order of their bytes, which follow one another without gaps.
+        The tensors by name, in the order of their bytes, which are contiguous.
     metadata : dict of str to str
-        Whatever else it holds.
+        Other entries of the header.
     """
 
     specs: dict[str, TensorSpec]
@@ -81,7 +81,7 @@ class Header(NamedTuple):
 
 
 def read_head(read: Callable[[int], bytes], nbytes: int) -> bytes:
-    """Return the header of a file of `nbytes` bytes, and the eight of its length before it."""
+    """Return the header of a file of `nbytes` bytes, including its eight-byte length."""
     first = read(8)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > min(nbytes - 8, _LONGEST_HEADER):
@@ -90,11 +90,11 @@ def read_head(read: Callable[[int], bytes], nbytes: int) -> bytes:
 
 
 def parse_header(text: str, nbytes: int) -> Header:
-    """Return what a header says of the `nbytes` bytes after it, or raise ``ValueError``."""
-    known: dict[str, TensorSpec] = {}  # there may be millions of tensors, of a few kinds
+    """Parse a header followed by `nbytes` bytes, or raise ``ValueError``."""
+    known: dict[str, TensorSpec] = {}  # millions of tensors may share a few specs
 
     def convert(fields: dict[str, Any]) -> Any:
-        """Return place and spec of an entry."""
+        """Return offsets and spec of an entry."""
         if not (fields.keys() >= _ENTRY and isinstance(fields["shape"], list)):
             return fields
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -111,24 +111,24 @@ def parse_header(text: str, nbytes: int) -> Header:
     if not all(isinstance(entry, tuple) for entry in fields.values()):
         raise ValueError("an entry is not dtype, shape and offsets")
     specs, end = {}, 0
-    # Tensors without bytes come before the one that begins in the same place.
+    # Empty tensors come before the tensor with the same offset.
     for name in sorted(fields, key=lambda n: 2 * fields[n][0] + (fields[n][1].nbytes > 0)):
         begin, specs[name] = fields.pop(name)
         if begin != end:
             raise ValueError(f"tensor {name!r} does not begin where the one before ends")
         end += specs[name].nbytes
     if end != nbytes:
-        raise ValueError(f"its tensors take {end} bytes, and there are {nbytes}")
+        raise ValueError(f"its tensors take {end} bytes, but there are {nbytes}")
     return Header(specs, metadata)
 
 
 def is_known_to_numpy(dtype: str) -> bool:
-    """Whether arrays can hold a dtype; bfloat16 becomes float32."""
+    """Whether NumPy arrays can hold a dtype; bfloat16 becomes float32."""
     return dtype in ("BOOL", "BF16") or dtype in _NUMPY
 
 
 def as_array(spec: TensorSpec, content: np.ndarray) -> np.ndarray:
-    """Return what bytes stand for: the very bytes, where NumPy has such numbers."""
+    """Return bytes as an array, without a copy if NumPy has the dtype."""
     if spec.dtype == "BF16":
         return from_bfloat16(content.view("<u2")).reshape(spec.shape)
     if spec.dtype == "BOOL":
@@ -137,7 +137,7 @@ def as_array(spec: TensorSpec, content: np.ndarray) -> np.ndarray:
 
 
 def stored(array: np.ndarray, dtype: str | None = None) -> Stored:
-    """Return `array` as a tensor to be written, ``dtype="BF16"`` in bfloat16."""
+    """Return `array` as a tensor to write, in bfloat16 with ``dtype="BF16"``."""
     if dtype == "BF16":
         return TensorSpec("BF16", array.shape), to_bfloat16(array).astype("<u2").tobytes()
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -147,14 +147,14 @@ def stored(array: np.ndarray, dtype: str | None = None) -> Stored:
 
 
 def in_aligned_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return `specs` with wide entries first, which aligns them all."""
+    """Return `specs` with wide entries first, so that all are aligned."""
     return dict(sorted(specs.items(), key=lambda item: -item[1].itemsize))
 
 
 def serialize(
     specs: Mapping[str, TensorSpec], content: Iterable[bytes], metadata: Mapping[str, str]
 ) -> Iterator[bytes]:
-    """Yield the bytes of a file that holds `specs`, whose bytes follow one another in `content`."""
+    """Yield the bytes of a file with the tensors `specs`; `content` yields their bytes in order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, spec in specs.items():
@@ -162,7 +162,7 @@ def serialize(
         offsets = [begin, end]
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    text += b" " * (-len(text) % 8)  # align tensors
     yield len(text).to_bytes(8, "little") + text
     yield from content
 
@@ -173,17 +173,17 @@ def to_bfloat16(array: np.ndarray) -> np.ndarray:
         single = np.ascontiguousarray(array, dtype=np.float32)
     bits = single.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    # The addition could carry a NaN into infinity; its upper half with the quiet bit is a NaN.
+    # The addition could turn a NaN into infinity; a NaN's upper half with the quiet bit stays NaN.
     return np.where(np.isnan(single), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return the float32 numbers of which `bits` (uint16) are the upper halves."""
+    """Return the float32 numbers with upper halves `bits` (uint16)."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def checked_spec(dtype: Any, shape: Any) -> TensorSpec:
-    """Return the spec, or raise ``ValueError`` where it is none."""
+    """Return a validated spec, or raise ``ValueError``."""
     if not isinstance(dtype, str) or dtype not in ITEMSIZES:
         raise ValueError(f"{dtype!r} is not a dtype")
     if not is_sizes(shape) or len(shape) > 32:
@@ -192,5 +192,5 @@ def checked_spec(dtype: Any, shape: Any) -> TensorSpec:
 
 
 def is_sizes(values: Any) -> bool:
-    """Whether `values` is a list of whole numbers that are sizes in memory."""
+    """Whether `values` is a list of integers that are valid sizes."""
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values)

@@ -1,7 +1,7 @@
 """Reading files in the safetensors format.
 
-Nothing is mapped into memory: a file that somebody cuts while it is mapped ends the process. What
-was opened is what is used: bytes that are read later are checked against what is known of the file.
+Nothing is mapped into memory, since truncating a mapped file crashes the process. Bytes read later
+are checked against the state of the file when it was opened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHUNK = 1 << 22
 
 
 class FileState(NamedTuple):
-    """What tells that a file has been changed or replaced, wherever it is seen from."""
+    """State that reveals a changed or replaced file, from any process or machine."""
 
     nbytes: int
     mtime_ns: int
@@ -44,7 +44,7 @@ class FileState(NamedTuple):
 
 
 class TensorLocation(NamedTuple):
-    """Where the bytes of a tensor are, for readers in any process.
+    """Location of a tensor's bytes, for readers in any process.
 
     Attributes
     ----------
@@ -55,11 +55,11 @@ class TensorLocation(NamedTuple):
     spec : TensorSpec
         Its dtype and shape.
     begin : int
-        Place of its first byte.
+        Offset of its first byte.
     state : FileState
         State of the file when its header was read.
     sha256 : bytes, optional
-        Checksum of the tensor's bytes, where the file was hashed.
+        Checksum of the tensor's bytes, if the file was hashed.
     """
 
     path: Path
@@ -70,12 +70,12 @@ class TensorLocation(NamedTuple):
     sha256: bytes | None = None
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the bytes piece by piece; that they are not the expected ones is told at the end.
+        """Yield the bytes in pieces; a wrong checksum raises at the end.
 
         Raises
         ------
         ValueError
-            If the file is not what it was.
+            If the file has changed.
         """
         left, digest = self.spec.nbytes, hashlib.sha256()
         with self._opened() as file:
@@ -88,12 +88,12 @@ class TensorLocation(NamedTuple):
             raise self._changed()
 
     def read(self) -> np.ndarray:
-        """Return the tensor in memory of its own; bfloat16 becomes float32, which holds it exactly.
+        """Return a copy of the tensor; bfloat16 becomes float32, which is exact.
 
         Raises
         ------
         ValueError
-            If NumPy has no such dtype, or the file is not what it was.
+            If NumPy lacks the dtype, or the file has changed.
         """
         self.check_dtype()
         content = np.empty(self.spec.nbytes, dtype=np.uint8)
@@ -104,7 +104,7 @@ class TensorLocation(NamedTuple):
         return as_array(self.spec, content)
 
     def check_dtype(self) -> None:
-        """Raise ``ValueError`` if NumPy has no such dtype."""
+        """Raise ``ValueError`` if NumPy lacks the dtype."""
         if not is_known_to_numpy(self.spec.dtype):
             raise ValueError(
                 f"{self.name!r} in {self.path} has dtype {self.spec.dtype}, unknown to NumPy."
@@ -123,35 +123,35 @@ class TensorLocation(NamedTuple):
 
     def _changed(self) -> ValueError:
         return ValueError(
-            f"{self.path} must stay as it is while it is read, but tensor {self.name!r} is not "
-            "what it was when the file was opened."
+            f"{self.path} must stay as it is while it is read, but tensor {self.name!r} has "
+            "changed since the file was opened."
         )
 
 
 class SafetensorsFile:
-    """A file in the safetensors format, of which one tensor after the other can be read.
+    """File in the safetensors format, read one tensor at a time.
 
-    It is opened anew for each of them, and what is read is checked: against the checksum, once
-    :attr:`sha256` has been asked for, otherwise against size and time of the file.
+    The file is reopened for each tensor. What is read is checked against checksums once
+    :attr:`sha256` has been computed, and against the file's size and time before.
 
     Parameters
     ----------
     path : str or Path
         The file. Its header is read and checked against the size of the file.
     in_memory : bool, default=False
-        Whether to read all of it at once. Tensors are then views of its bytes.
+        Whether to read the whole file at once. Tensors are then views of its bytes.
 
     Attributes
     ----------
     specs : dict of str to TensorSpec
         The tensors by name, in the order of their bytes.
     metadata : dict of str to str
-        Whatever else the header holds.
+        Other entries of the header.
 
     Raises
     ------
     ValueError
-        If the file is truncated or its header is not what the format prescribes.
+        If the file is truncated or its header is invalid.
     """
 
     def __init__(self, path: str | Path, *, in_memory: bool = False) -> None:
@@ -180,33 +180,33 @@ class SafetensorsFile:
         return self._state.nbytes
 
     def _rest(self, file: BinaryIO, head: bytes) -> np.ndarray:
-        """Return the bytes of the whole file, of which `head` was read."""
+        """Return the bytes of the whole file; `head` was already read."""
         content = np.empty(self._state.nbytes, dtype=np.uint8)
         content[: self._start] = np.frombuffer(head, np.uint8)
         if _filled(file, content[self._start :]) < content.size - self._start:
-            raise ValueError("it was cut while it was read")
+            raise ValueError("it was truncated while it was read")
         return content
 
     def location(self, name: str) -> TensorLocation:
-        """Return where tensor `name` is."""
+        """Return the location of tensor `name`."""
         begin = self._begins[name]
         spec, digest = self.specs[name], self._digests.get(name)
         return TensorLocation(self.path, name, spec, begin, self._state, digest)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of tensor `name` piece by piece."""
+        """Yield the bytes of tensor `name` in pieces."""
         if self._content is None:
             yield from self.location(name).chunks()
         else:
             yield self._bytes(name).tobytes()
 
     def read(self, name: str) -> np.ndarray:
-        """Return tensor `name`; bfloat16 becomes float32, which holds it exactly.
+        """Return tensor `name`; bfloat16 becomes float32, which is exact.
 
         Raises
         ------
         ValueError
-            If NumPy has no such dtype, or the file is not what it was.
+            If NumPy lacks the dtype, or the file has changed.
         """
         if self._content is None:
             return self.location(name).read()
@@ -223,13 +223,13 @@ class SafetensorsFile:
 
     @functools.cached_property
     def _begins(self) -> dict[str, int]:
-        """Place of the first byte of each tensor."""
+        """Offset of the first byte of each tensor."""
         ends = itertools.accumulate((s.nbytes for s in self.specs.values()), initial=self._start)
         return dict(zip(self.specs, ends, strict=False))
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Checksum of the file; all that is read from then on must be what was hashed for it."""
+        """Checksum of the file. Everything read afterwards is checked against it."""
         if self._content is not None:
             return hashlib.sha256(self._content.data).hexdigest()
         with open_regular(self.path) as file:
@@ -256,12 +256,12 @@ class SafetensorsFile:
 
 
 def _filled(file: BinaryIO, content: np.ndarray) -> int:
-    """Read into an array, and return how many bytes there were."""
+    """Read into an array and return the number of bytes read."""
     return file.readinto(content.data) if content.size else 0  # type: ignore[attr-defined]
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
-    """Yield up to `nbytes` bytes, piece by piece."""
+    """Yield up to `nbytes` bytes in pieces."""
     while nbytes and (chunk := file.read(min(_CHUNK, nbytes))):
         nbytes -= len(chunk)
         yield chunk

@@ -1,4 +1,4 @@
-"""Text that is printed or written: names from files, which may hold anything, and tables."""
+"""Output of untrusted names and of tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def printable(text: object) -> str:
-    """Return text of which no character controls a terminal or the order of what stands beside."""
+    """Replace characters that control a terminal or the direction of text."""
     shown = str(text)
     if shown.isprintable():
         return shown
@@ -16,7 +16,7 @@ def printable(text: object) -> str:
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table as CSV, blank where there is None."""
+    """Return a table as CSV. None is blank."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerows([columns, *rows])
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""How many threads fits and kernels use; what is set for them is put back."""
+"""Thread counts of fits and kernels. Settings are restored afterwards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import numba
 from threadpoolctl import ThreadpoolController
 
-#: Entries from which the products of a fit pay for threads that may have to wait for one another.
-#: Below, decompositions on two threads take up to 80 times as long as on one where other processes
-#: keep the cores busy, as threads spin until the others are there.
+#: Matrix size from which several BLAS threads pay off. Below it, decompositions on two threads
+#: of a busy machine took up to 80 times as long as on one, because threads spin while they wait.
 LARGE = 1 << 22
 
 
 class _Limits(threading.local):
-    """How many threads the kernels may use that this thread calls, 0 for all."""
+    """Number of threads for kernels called from this thread, 0 for all."""
 
     threads = 0
 
@@ -27,14 +26,14 @@ _limits = _Limits()
 
 
 def max_threads() -> int:
-    """Return how many threads may work on one product: ``NUMBA_NUM_THREADS``, or all cores."""
+    """Return the maximum number of threads per product: ``NUMBA_NUM_THREADS``, or all cores."""
     return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def allowed_threads() -> int:
-    """Return how many threads a kernel called from this thread may use.
+    """Return the number of threads a kernel called from this thread may use.
 
-    Numba is not asked, since that starts its own pool of threads.
+    Numba is not asked, since that would start its thread pool.
     """
     return _limits.threads or max_threads()
 
@@ -51,10 +50,10 @@ def limited_kernels(count: int) -> Iterator[None]:
 
 
 class _OneBlasThread:
-    """BLAS on one thread for as long as anyone is inside.
+    """Limit BLAS to one thread while any thread is inside.
 
-    Its setting is that of the whole process. The first to enter keeps what it was and the last to
-    leave puts it back, in whichever order they come and go.
+    The setting applies to the whole process. The first thread to enter saves it and the last to
+    leave restores it.
     """
 
     def __init__(self) -> None:
@@ -81,7 +80,7 @@ _one_blas_thread = _OneBlasThread()
 
 @functools.cache
 def _blas() -> list[Any]:
-    """Return the libraries of NumPy and SciPy, which take longer to find than a small fit."""
+    """Return the BLAS libraries of NumPy and SciPy, cached since the search is slow."""
     import scipy.linalg  # noqa: F401
 
     return ThreadpoolController().select(user_api="blas").lib_controllers
@@ -89,7 +88,7 @@ def _blas() -> list[Any]:
 
 def _set_blas(counts: list[int]) -> None:
     for library, count in zip(_blas(), counts, strict=True):
-        # Since 3.8 threadpoolctl heeds only the thread that was the first to set a count.
+        # Since version 3.8, threadpoolctl honours only the first thread that sets a count.
         allow_others = getattr(library, "clear_controlling_thread", lambda force: None)
         allow_others(force=True)
         library.set_num_threads(count)
@@ -97,7 +96,7 @@ def _set_blas(counts: list[int]) -> None:
 
 
 def fit_threads(n_entries: int) -> AbstractContextManager[None]:
-    """Run BLAS on one thread for a matrix of few entries, as it is set for a larger one."""
+    """Run BLAS on one thread for a small matrix; leave it as it is for a large one."""
     return _one_blas_thread if n_entries < LARGE else nullcontext()
 
 
@@ -105,9 +104,8 @@ def fit_threads(n_entries: int) -> AbstractContextManager[None]:
 def single_threaded() -> Iterator[None]:
     """Run BLAS, OpenMP and the kernels on one thread.
 
-    Fits running side by side then share the cores without contention, and none depends on how
-    many there are: sums split over threads round differently. The setting of OpenMP is that of
-    this Python thread.
+    Parallel fits then share the cores without contention, and results do not depend on the number
+    of threads, which affects how sums round. The OpenMP setting applies to this Python thread only.
     """
     openmp = ThreadpoolController().select(user_api="openmp")
     with limited_kernels(1), _one_blas_thread, openmp.limit(limits=1):

@@ -1,7 +1,7 @@
-"""Which array library, which device, which dtype: the only module that knows.
+"""Array libraries, devices and dtypes, which no other module deals with.
 
-Everything else asks for the namespace of its input and uses the Python Array API standard.
-The few operations the standard lacks (selection, Cholesky solves) are here too.
+Other modules take the namespace of their input and use the Python Array API standard. Operations
+that the standard lacks (selection, Cholesky solves) are here too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import scipy.linalg
 
 Array = Any  #: an array of any library that follows the Array API standard
-#: What NumPy's numbers beyond double precision, by character, are rounded to.
+#: Dtypes that replace NumPy's extended precision, by dtype character.
 _DOUBLE = {"g": np.float64, "G": np.complex128}
 
 
 def _compat() -> ModuleType:
-    """Return the package that tells libraries apart; to load a network takes NumPy alone."""
+    """Import array_api_compat late: loading a network needs only NumPy."""
     import array_api_compat
 
     return array_api_compat
@@ -29,24 +29,24 @@ def _compat() -> ModuleType:
 def namespace(*arrays: Array) -> ModuleType:
     """Return the Array API namespace shared by `arrays`."""
     if all(type(array) is np.ndarray for array in arrays):
-        from array_api_compat import numpy  # at once: small fits ask hundreds of times
+        from array_api_compat import numpy  # fast path: small fits call this hundreds of times
 
         return numpy
     return _compat().array_namespace(*arrays)
 
 
 def is_numpy(array: Array) -> bool:
-    """Whether `array` is a NumPy array, so that SciPy and Numba apply."""
+    """Whether `array` is a NumPy array, which SciPy and Numba can use."""
     return isinstance(array, np.ndarray)
 
 
 def is_array(obj: Any) -> bool:
-    """Whether `obj` already belongs to an Array API library (lists and DataFrames do not)."""
+    """Whether `obj` is an array of an Array API library (lists and DataFrames are not)."""
     return _compat().is_array_api_obj(obj)
 
 
 def detached(array: Array) -> Array:
-    """Return `array` cut from the graph that gradients would flow through (torch only)."""
+    """Return `array` detached from the autograd graph (torch only)."""
     return array.detach() if _compat().is_torch_array(array) else array
 
 
@@ -56,7 +56,7 @@ def device(array: Array) -> Any:
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """Copy `array` to host memory as a NumPy array (16-bit floats arrive as float32)."""
+    """Copy `array` to the host as a NumPy array (16-bit floats become float32)."""
     if _compat().is_torch_array(array):
         array = detached(array).cpu().resolve_conj()
         return (array.float() if is_half(array) else array).numpy()
@@ -67,9 +67,9 @@ def to_numpy(array: Array) -> np.ndarray:
 
 
 def host_view(array: Array) -> np.ndarray | None:
-    """Return `array` as a NumPy array that shares its memory, None where that is impossible.
+    """Return `array` as a NumPy array that shares its memory, or None if that is impossible.
 
-    bfloat16 numbers, which NumPy has not, come as their bits: integers of 16.
+    bfloat16, which NumPy lacks, is viewed as 16-bit integers.
     """
     if is_numpy(array):
         return array
@@ -87,38 +87,38 @@ def version(array: Array) -> int:
 
 
 def is_bfloat16(array: Array) -> bool:
-    """Whether `array` has the 16-bit floating dtype that NumPy lacks."""
+    """Whether `array` has dtype bfloat16, which NumPy lacks."""
     return str(array.dtype).rpartition(".")[2] == "bfloat16"
 
 
 def like(values: Any, reference: Array, dtype: Any = None) -> Array:
-    """Return host `values` as an array of `reference`'s library, on its device."""
+    """Return host `values` as an array with the library and device of `reference`."""
     xp = namespace(reference)
     if not is_numpy(reference):
         values = np.ascontiguousarray(values)
         if _compat().is_torch_array(reference) and not values.flags.writeable:
-            values = values.copy()  # torch cannot represent read-only memory
+            values = values.copy()  # torch does not support read-only memory
     return xp.asarray(values, dtype=dtype, device=device(reference))
 
 
 def contiguous(array: Array) -> Array:
-    """Return `array`, copied only where NumPy holds it in another than C order."""
+    """Return `array`, copied if it is a NumPy array that is not in C order."""
     return np.ascontiguousarray(array) if is_numpy(array) else array
 
 
 def is_half(array: Array) -> bool:
-    """Whether `array` has a 16-bit floating dtype, which is stored but not computed in."""
+    """Whether `array` has a 16-bit floating dtype, used for storage but not for computing."""
     if is_numpy(array) and array.dtype.itemsize != 2:
-        return False  # at once: small fits ask dozens of times
+        return False  # fast path: small fits call this dozens of times
     return str(array.dtype).rpartition(".")[2] in {"float16", "bfloat16"}
 
 
 def compute_array(array: Array) -> Array:
-    """Return `array` in the dtype the solvers work in.
+    """Return `array` in the dtype that solvers compute in.
 
-    float32, float64 and complex dtypes are kept, 16-bit floats become float32, integers and
-    booleans become float64. NumPy's numbers of foreign byte order become native ones, and those
-    longer than double precision are rounded to it.
+    float32, float64 and complex dtypes are kept; 16-bit floats become float32, integers and
+    booleans float64. In NumPy, foreign byte order becomes native and extended precision is rounded
+    to double.
     """
     if is_numpy(array):
         if array.dtype.char in "fdFD" and array.dtype.isnative:
@@ -133,9 +133,9 @@ def compute_array(array: Array) -> Array:
 
 
 def storage_dtype(array: Array) -> Any:
-    """Return the dtype in which results for `array` are returned: its own, or float64.
+    """Return the dtype of results for `array`: its own, or float64.
 
-    NumPy's long numbers become those of double precision, all in native byte order.
+    In NumPy, extended precision becomes double, and all dtypes are in native byte order.
     """
     if is_numpy(array):
         if array.dtype.kind in "fc":
@@ -154,14 +154,14 @@ def is_complex(array: Array) -> bool:
 
 
 def slabs(n_rows: int, size: int = 256) -> Iterator[slice]:
-    """Yield all rows, `size` at a time: what is derived of so few takes little memory."""
+    """Yield slices of `size` rows, to bound the memory of intermediate results."""
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
 
 
 def zeroed(array: Array, support: Array) -> Array:
-    """Return the finite matrix `array`, overwritten with zeros off the support."""
-    # A product, since NumPy takes ten times as long to select.
+    """Set the finite matrix `array` to zero off the support, in place, and return it."""
+    # Multiplying is ten times as fast as selecting in NumPy.
     for rows in slabs(array.shape[0]):
         array[rows, ...] *= namespace(array).astype(support[rows, ...], array.dtype)
     return array
@@ -186,38 +186,38 @@ def norm(array: Array) -> float:
     plain = _plain_norm(array)
     if 1e-140 < plain < math.inf:
         return plain
-    # Squares have overflowed, or vanished.
+    # Squares have overflowed or underflowed.
     array = wide(array)
     scale = power_of_two(max_abs(array))
     return scale * _plain_norm(array * (1 / scale)) if scale else 0.0
 
 
 def _plain_norm(array: Array) -> float:
-    """Return the Frobenius norm of `array`, where the squares of its entries are normal."""
+    """Return the Frobenius norm of `array` if the squares of its entries are normal numbers."""
     if not is_numpy(array):
         return float(namespace(array).linalg.vector_norm(wide(array)))
     flat, energy = array.reshape(-1), 0.0
     for part in slabs(flat.size, 1 << 16):
         entries = wide(flat[part]).view(np.float64)
-        energy += float(np.vdot(entries, entries))  # which does not warn of infinity, as @ would
+        energy += float(np.vdot(entries, entries))  # unlike @, does not warn of infinity
     return math.sqrt(energy)
 
 
 def inner(a: Array, b: Array) -> float:
-    """Return the inner product of two real arrays of one shape."""
+    """Return the inner product of two real arrays of the same shape."""
     if is_numpy(a):
         return float(np.vdot(a, b))
     return float(namespace(a).sum(a * b))
 
 
 def unit(array: Array) -> float:
-    """Return the power of two that the largest magnitude of a floating `array` is 1 to 2 times of.
+    """Return the power of two `u` such that the largest magnitude is in [u, 2u).
 
-    It is no subnormal number, the reciprocal of which would overflow.
+    It is never subnormal, so its reciprocal does not overflow.
     """
     magnitude = max_abs(array)
     xp = namespace(array)
-    if magnitude == math.inf:  # of complex numbers, whose parts are finite
+    if magnitude == math.inf:  # of complex numbers with finite parts
         magnitude = max(max_abs(xp.real(array)), max_abs(xp.imag(array)))
     if not magnitude:
         return 1.0
@@ -225,9 +225,9 @@ def unit(array: Array) -> float:
 
 
 def power_of_two(magnitude: float) -> float:
-    """Return a power of two near `magnitude`, 0 for 0, that has a finite reciprocal.
+    """Return a power of two near `magnitude` with a finite reciprocal; 0 for 0.
 
-    Multiplying by it or by its reciprocal rounds nothing, and is faster than a division.
+    Multiplying by it or by its reciprocal is exact, and faster than division.
     """
     if magnitude == 0.0:
         return 0.0
@@ -235,7 +235,7 @@ def power_of_two(magnitude: float) -> float:
 
 
 def max_abs(array: Array) -> float:
-    """Return the largest magnitude in `array`, 0 when it has no entry."""
+    """Return the largest magnitude in `array`, 0 if it is empty."""
     xp = namespace(array)
     return float(xp.max(xp.abs(array))) if _compat().size(array) else 0.0
 
@@ -243,7 +243,7 @@ def max_abs(array: Array) -> float:
 def kth_largest(array: Array, k: int, axis: int = -1) -> Array:
     """Return the `k`-th largest entry along `axis` (1 ≤ k ≤ length), keeping the axis.
 
-    A selection where the library has one (NumPy, CuPy, torch), a sort elsewhere.
+    Uses selection where the library has it (NumPy, CuPy, torch), else a sort.
     """
     xp = namespace(array)
     position = array.shape[axis] - k
@@ -258,7 +258,7 @@ def kth_largest(array: Array, k: int, axis: int = -1) -> Array:
 
 
 def spd_inverse(matrix: Array) -> Array:
-    """Return the inverse of a symmetric positive definite `matrix` from its Cholesky factor."""
+    """Return the inverse of a symmetric positive definite `matrix`, by Cholesky."""
     if is_numpy(matrix):
         potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
         factor, info = potrf(matrix, lower=False)
@@ -278,7 +278,7 @@ def spd_solve(matrix: Array, rhs: Array) -> Array:
     xp = namespace(matrix)
     if not is_numpy(matrix):
         return xp.linalg.solve(matrix, rhs)
-    # In Fortran's eyes the arrays are transposed: Xᵀ L Lᵀ = rhsᵀ, solved in place from the right.
+    # LAPACK sees the arrays transposed: Xᵀ L Lᵀ = rhsᵀ, solved in place from the right.
     potrf = scipy.linalg.get_lapack_funcs("potrf", (matrix,))
     trsm = scipy.linalg.get_blas_funcs("trsm", (matrix,))
     factor, info = potrf(matrix.T, lower=True, clean=False, overwrite_a=True)

@@ -1,4 +1,4 @@
-"""Streaming statistics of a layer: what data-aware factorizations need to know."""
+"""Streaming statistics of a layer's inputs and outputs, for calibrated factorizations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Self
 from matfact import backend, metrics
 from matfact.backend import Array
 
-#: Rows converted to double precision at a time at least, which bounds the extra memory.
+#: Minimum number of rows converted to double precision at a time, to bound the extra memory.
 _SLAB = 256
 
-#: An input whose variance is a smaller share of its second moment is constant.
+#: An input counts as constant if variance ÷ second moment is below this.
 _CONSTANT = 1e-12
 
-#: Entries must be smaller, so that no sum of their squares overflows.
+#: Entries must be smaller than this, so that sums of their squares do not overflow.
 _LARGEST = 1e150
 
 
@@ -28,7 +28,7 @@ def _slabs(batch: Array) -> Iterator[slice]:
 
 
 def _check_size(batch: Array, name: str) -> None:
-    """Raise ``ValueError`` if `batch` is complex, or squares of its entries are not finite."""
+    """Raise ``ValueError`` if `batch` is complex or the squares of its entries are not finite."""
     if backend.is_complex(batch):
         raise ValueError(f"{name} must be real, got {batch.dtype}.")
     if not backend.max_abs(batch) < _LARGEST:
@@ -36,7 +36,7 @@ def _check_size(batch: Array, name: str) -> None:
 
 
 def _zeros_like(inputs: Array, outputs: Array) -> tuple[Array, Array]:
-    """Return what ``inputsᵀ · outputs`` and the sum of outputs start from."""
+    """Return initial values of ``inputsᵀ · outputs`` and of the sum of outputs."""
     xp, device = backend.namespace(outputs), backend.device(outputs)
     n_inputs, n_outputs = inputs.shape[1], outputs.shape[1]
     sums = xp.zeros((n_inputs, n_outputs), dtype=outputs.dtype, device=device)
@@ -44,7 +44,7 @@ def _zeros_like(inputs: Array, outputs: Array) -> tuple[Array, Array]:
 
 
 def _total(a: Array, b: Array) -> Array:
-    """Return a sum in an array of its own, of sums that are None where nothing was added."""
+    """Return the sum of two arrays as a new array; None counts as zero."""
     known = [each for each in (a, b) if each is not None]
     if len(known) < 2:
         return backend.namespace(*known).asarray(known[0], copy=True) if known else None
@@ -52,7 +52,7 @@ def _total(a: Array, b: Array) -> Array:
 
 
 def _add_gram(gram: Array, X: Array) -> None:
-    """Add ``XᵀX``, a few rows at a time and each pair of features once."""
+    """Add ``XᵀX``, in slabs of rows, computing each pair of features once."""
     xp = backend.namespace(X)
     for rows in backend.slabs(gram.shape[0]):
         products = xp.matmul(xp.matrix_transpose(X[:, rows]), X[:, rows.start :])
@@ -64,15 +64,14 @@ def _add_gram(gram: Array, X: Array) -> None:
 class InputStatistics:
     """Sums and second moments of a layer's inputs, accumulated in double precision.
 
-    Batches are forgotten as soon as they are added, so that any number of inputs takes the memory
-    of one Gram matrix.
+    Batches are not kept, so memory is that of one Gram matrix for any number of inputs.
 
     Attributes
     ----------
     count : int
         Number of inputs seen.
     gram : array of shape (n_features, n_features)
-        ``XᵀX`` of all inputs `X`, on the device of the batches.
+        ``XᵀX`` of all inputs `X`, on the same device as the batches.
 
     Examples
     --------
@@ -99,7 +98,7 @@ class InputStatistics:
         Parameters
         ----------
         batch : array of shape (n_samples, n_features)
-            Real inputs, of one array library and on one device for all batches.
+            Real inputs. All batches must share one array library and device.
 
         Returns
         -------
@@ -109,7 +108,7 @@ class InputStatistics:
         Raises
         ------
         ValueError
-            If `batch` is not 2-D, has another number of features than earlier ones, or is not
+            If `batch` is not 2-D, differs in the number of features from earlier ones, or is not
             finite.
         """
         if batch.ndim != 2 or (self.count and batch.shape[1] != self.n_features):
@@ -129,7 +128,7 @@ class InputStatistics:
         return self
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
-        """Return the statistics of the inputs of both."""
+        """Return the statistics of both sets of inputs together."""
         result = InputStatistics()
         result.count = self.count + other.count
         result.gram, result._sum = _total(self.gram, other.gram), _total(self._sum, other._sum)
@@ -156,7 +155,7 @@ class InputStatistics:
         return self.second_moment - self.mean[:, None] * self.mean[None, :]
 
     def reordered(self, order: Array) -> InputStatistics:
-        """Return the statistics of the inputs with their features in another order."""
+        """Return the statistics with the features permuted."""
         xp, index = backend.namespace(self.gram), backend.like(order, self.gram)
         result = InputStatistics()
         result.count, result._sum = self.count, xp.take(self._sum, index)
@@ -164,7 +163,7 @@ class InputStatistics:
         return result
 
     def damped(self, damping: float) -> InputStatistics:
-        """Return the statistics with a share of the diagonal of the Gram matrix added to it."""
+        """Return the statistics with a share of the Gram matrix's diagonal added to it."""
         result = InputStatistics()
         result.count, result._sum = self.count, self._sum
         added = damping * backend.namespace(self.gram).linalg.diagonal(self.gram)
@@ -174,12 +173,12 @@ class InputStatistics:
     def centered(self, about: InputStatistics | None = None) -> InputStatistics:
         """Return the statistics of the deviations from the mean, for maps with a bias.
 
-        Inputs that hardly deviate, by rounding perhaps, count as constant.
+        Inputs with negligible variance count as constant.
 
         Parameters
         ----------
         about : InputStatistics, optional
-            Whose mean is meant. By default their own.
+            Statistics that provide the mean. By default these statistics.
         """
         xp = backend.namespace(self.gram)
         mean = self.mean if about is None else about.mean
@@ -201,13 +200,13 @@ class InputStatistics:
 class OutputStatistics:
     """Statistics of a layer's inputs together with its outputs, or with any targets.
 
-    They determine the error of every linear map of the inputs onto the outputs, and thus its least
-    squares fit, also on a subset of the inputs.
+    They determine the error of any linear map from inputs to outputs, and hence least-squares fits
+    on all inputs or on a subset.
 
     Attributes
     ----------
     inputs : InputStatistics
-        Those of the inputs `X`.
+        Statistics of the inputs `X`.
     cross : array of shape (n_features, n_outputs)
         ``XᵀU`` for the outputs `U`.
     energy : float
@@ -236,9 +235,9 @@ class OutputStatistics:
         Parameters
         ----------
         inputs : array of shape (n_samples, n_features)
-            Real inputs, of one array library and on one device for all batches.
+            Real inputs. All batches must share one array library and device.
         outputs : array of shape (n_samples, n_outputs)
-            What belongs to them, of the same library and device.
+            Outputs for these inputs, with the same library and device.
 
         Returns
         -------
@@ -248,7 +247,7 @@ class OutputStatistics:
         Raises
         ------
         ValueError
-            If a shape does not fit the other's or earlier ones, or an entry is not finite.
+            If shapes do not match each other or earlier batches, or an entry is not finite.
         """
         if outputs.ndim != 2 or inputs.shape[0] != outputs.shape[0]:
             raise ValueError(
@@ -276,7 +275,7 @@ class OutputStatistics:
         return self
 
     def __add__(self, other: OutputStatistics) -> OutputStatistics:
-        """Return the statistics of the pairs of both."""
+        """Return the statistics of both sets of pairs together."""
         result = OutputStatistics()
         result.inputs, result.energy = self.inputs + other.inputs, self.energy + other.energy
         result.cross, result._sum = _total(self.cross, other.cross), _total(self._sum, other._sum)
@@ -290,12 +289,12 @@ class OutputStatistics:
     def centered(self, about: OutputStatistics | None = None) -> OutputStatistics:
         """Return the statistics of the deviations from the means, for maps with a bias.
 
-        Inputs that hardly deviate, by rounding perhaps, count as constant.
+        Inputs with negligible variance count as constant.
 
         Parameters
         ----------
         about : OutputStatistics, optional
-            Whose means are meant. By default their own.
+            Statistics that provide the means. By default these statistics.
         """
         source = self if about is None else about
         inputs, outputs = source.inputs.mean, source.mean
@@ -330,14 +329,14 @@ class OutputStatistics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MapStatistics:
-    """Statistics of inputs with the outputs that a linear map makes of them.
+    """Statistics of inputs and of their outputs under a linear map.
 
-    They tell what :class:`OutputStatistics` do, and hold the map instead of sums over outputs.
+    Equivalent to :class:`OutputStatistics`, but holds the map instead of sums over outputs.
 
     Parameters
     ----------
     inputs : InputStatistics
-        Those of the inputs.
+        Statistics of the inputs.
     W : array of shape (n_outputs, n_features)
         The map.
     """
@@ -364,6 +363,6 @@ class MapStatistics:
         )
 
     def centered(self, about: MapStatistics | None = None) -> MapStatistics:
-        """Return the statistics of the deviations, as :class:`OutputStatistics` do."""
+        """Return the statistics of the deviations, like :class:`OutputStatistics`."""
         inputs = self.inputs.centered(None if about is None else about.inputs)
         return MapStatistics(inputs, self.W)

@@ -1,4 +1,4 @@
-"""Errors, stored values and budgets: how every result is measured."""
+"""Errors, stored values and budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from matfact import backend
 from matfact.backend import Array
 
-#: Density a factorizer aims at when the caller names none (Boža & Macko 2025 report 25 %).
+#: Default density (Boža & Macko 2025 report 25 %).
 DEFAULT_DENSITY = 0.25
 
 
@@ -25,7 +25,7 @@ def relative_error(W: Array, W_hat: Array) -> float:
     Returns
     -------
     float
-        0 when both are zero, infinity when only `W` is.
+        0 if both are zero, infinity if only `W` is.
     """
     error, total = _norms(W, W_hat)
     if math.isinf(error) or math.isinf(total):
@@ -37,7 +37,7 @@ def relative_error(W: Array, W_hat: Array) -> float:
 
 
 def _norms(W: Array, W_hat: Array, scale: float = 1.0) -> tuple[float, float]:
-    """Return ``‖W − Ŵ‖_F`` and ``‖W‖_F``, both ÷ `scale`."""
+    """Return ``‖W − Ŵ‖_F`` and ``‖W‖_F``, both divided by `scale`."""
     errors, totals = [], []
     with np.errstate(over="ignore"):
         for slab, slab_hat in _slabs(W, W_hat, scale):
@@ -47,7 +47,7 @@ def _norms(W: Array, W_hat: Array, scale: float = 1.0) -> tuple[float, float]:
 
 
 def _slabs(W: Array, W_hat: Array, scale: float) -> Iterator[tuple[Array, Array]]:
-    """Yield both matrices ÷ `scale`, a few rows at a time in double precision."""
+    """Yield slabs of rows of both matrices, divided by `scale`, in double precision."""
     for rows in backend.slabs(W.shape[0]):
         yield backend.wide(W[rows, :]) / scale, backend.wide(W_hat[rows, :]) / scale
 
@@ -65,11 +65,11 @@ def layer_error(W: Array, W_hat: Array, gram: Array) -> float:
     Returns
     -------
     float
-        0 when both outputs are zero, infinity when only those of `W` are.
+        0 if both outputs are zero, infinity if only those of `W` are.
 
     Notes
     -----
-    Gram matrices hold squares, so that errors below about 1e-8 are rounding.
+    Because Gram matrices hold squares, errors below about 1e-8 are rounding.
     """
     scale = max(backend.max_abs(W), backend.max_abs(W_hat))
     if scale == 0.0:
@@ -100,27 +100,27 @@ def output_energy(W: Array, gram: Array) -> float:
         product = xp.matmul(slab, xp.astype(gram, slab.dtype, copy=False))
         product *= xp.conj(slab) if backend.is_complex(slab) else slab
         energy += complex(xp.sum(product)).real
-    # Not below 0, which the rounding of a singular Gram matrix could give.
+    # The rounding of a singular Gram matrix could give a negative value.
     return max(0.0, energy)
 
 
 def least_chain(shape: tuple[int, int], n_factors: int) -> int:
-    """Return the fewest values of sparse factors, square but for one, of which all count.
+    """Return the minimum number of values of sparse factors, square except for one.
 
-    Two can stand for the largest entries of the matrix alone. More of them need a value for each
-    row or column, as an identity has.
+    Two factors can represent single entries of the matrix. With more, each factor needs one value
+    per row or column, like an identity.
     """
     if n_factors <= 2:
         return n_factors
-    # No more than the matrix itself, which tiny ones cannot have.
+    # At most the size of the matrix, which is smaller for tiny matrices.
     return max(n_factors, min((n_factors - 1) * min(shape) + max(shape), shape[0] * shape[1]))
 
 
 def magnitude_error(W: Array, nnz: int) -> float:
     """Return the relative error of keeping the `nnz` largest entries of `W`.
 
-    This is the best error any single matrix with `nnz` stored values can reach, and the
-    denominator of :func:`normalized_error`.
+    This is the smallest error of any matrix with `nnz` nonzeros, and the denominator of
+    :func:`normalized_error`.
     """
     magnitudes = np.abs(backend.to_numpy(backend.compute_array(W))).reshape(-1)
     total, n_lost = backend.norm(magnitudes), magnitudes.size - nnz
@@ -134,8 +134,8 @@ def magnitude_error(W: Array, nnz: int) -> float:
 def normalized_error(W: Array, error: float, nnz: int) -> float:
     """Return `error` divided by that of magnitude pruning with `nnz` stored values.
 
-    Source: Boža & Macko 2025, Fig. 3. An exact approximation scores 0; an inexact one that stores
-    as many values as the exact magnitude pruning scores infinity.
+    The measure of Boža & Macko 2025, Fig. 3. It is 0 for an exact approximation, and infinity for
+    an inexact one where magnitude pruning would be exact.
     """
     if error == 0.0:
         return 0.0
@@ -153,41 +153,41 @@ def check_density(density: float | None) -> None:
 
 
 def part_of(total: int, share: float) -> int:
-    """Return how many of `total` things are a share of them, rounded down.
+    """Return `share` of `total`, rounded down.
 
-    Unlike ``int(share * total)``, it takes 0.29 of 100, in binary 28.999…, to be 29.
+    Unlike ``int(share * total)`` it is robust to binary rounding: 0.29 of 100 is 29.
     """
     count = math.floor(round(share * total, 9))
     return count - (total > 0 and count / total > share)
 
 
-class UnsuitableMatrix(ValueError):  # noqa: N818 (says what is wrong, as a name)
-    """A matrix is one that a factorizer cannot take: complex, or not finite."""
+class UnsuitableMatrix(ValueError):  # noqa: N818 (the name says what is wrong)
+    """A matrix is not suitable for a factorizer: complex or not finite."""
 
 
 class DensityTooSmall(UnsuitableMatrix):
-    """A density leaves fewer values than the structure of a factorization needs."""
+    """A density is too small for the structure of a factorization."""
 
 
 def stored_value_budget(density: float | None, shape: tuple[int, int], minimum: int = 1) -> int:
-    """Return how many values may be stored for a matrix of `shape`.
+    """Return the number of values that may be stored for a matrix of `shape`.
 
     Parameters
     ----------
     density : float or None
-        Stored values ÷ entries of the matrix, in (0, 1]. None asks for the default density, or
-        the least the structure can store where that is more.
+        Stored values ÷ entries of the matrix, in (0, 1]. None means the default density, raised if
+        needed to `minimum` values.
     shape : tuple of int
         Shape of the matrix.
     minimum : int
-        Fewest values the structure can store for this shape.
+        Minimum number of values of the structure for this shape.
 
     Raises
     ------
     ValueError
         If `density` is outside (0, 1].
     DensityTooSmall
-        If it leaves fewer than `minimum` values.
+        If it allows fewer than `minimum` values.
     """
     check_density(density)
     size = shape[0] * shape[1]

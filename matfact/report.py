@@ -1,4 +1,4 @@
-"""What a compression did to a network, layer by layer."""
+"""Report of a compression, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class CompressionReport(Sequence[LayerReport]):
     Parameters
     ----------
     rows : iterable of LayerReport
-        One for each layer considered, in the order of the network.
+        One per layer considered, in the order of the network.
     metadata : mapping of str to object, optional
-        What was asked for, and what was done besides.
+        What was requested, and other things that were done.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class CompressionReport(Sequence[LayerReport]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights of all layers in the report, kept ones included."""
+        """Bytes of the weights of all layers in the report, including kept layers."""
         return sum(row.dense_nbytes if row.nbytes is None else row.nbytes for row in self.rows)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of their weights before."""
+        """Bytes of the same weights before compression."""
         return sum(row.dense_nbytes for row in self.rows)
 
     @property
     def density(self) -> float:
-        """Stored values ÷ entries of all weights, kept ones included."""
+        """Stored values ÷ entries of all weights, including kept layers."""
         entries = [row.rows * row.columns * row.groups for row in self.rows]
         stored = [
             n * (1.0 if row.density is None else row.density)
@@ -59,11 +59,11 @@ class CompressionReport(Sequence[LayerReport]):
 
     @property
     def seconds(self) -> float:
-        """Wall time of all fits, which may have run at the same time."""
+        """Sum of the wall times of all fits, which may have run in parallel."""
         return sum(row.seconds or 0.0 for row in self.rows)
 
     def table(self) -> Table:
-        """Return a table for the terminal: print it with ``rich.print``."""
+        """Return a table to print with ``rich.print``."""
         table = Table(
             box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
             caption="; ".join(self._remarks()) or None, caption_justify="left",
@@ -83,16 +83,16 @@ class CompressionReport(Sequence[LayerReport]):
         return table
 
     def _remarks(self) -> list[str]:
-        """Return what was done besides, and which matrices are in no layer of the report."""
+        """Return notes on other changes, and on matrices that are in no layer of the report."""
         return [*self.metadata.get("steps", ()), *self.untouched()]
 
     def untouched(self, most: int = 3) -> list[str]:
-        """Return a sentence on the matrices that are in no layer, with their shares, if any are.
+        """Return a sentence on the matrices that are in no layer, if any, with their shares.
 
         Parameters
         ----------
         most : int, default=3
-            How many to name, the largest ones.
+            How many of them to name, largest first.
         """
         shares = dict(self.metadata.get("untouched", {}))
         if not shares:
@@ -103,31 +103,31 @@ class CompressionReport(Sequence[LayerReport]):
         return [f"{IN_NO_LAYER}, {share}: {', '.join(names)}"]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a CSV file, blank where there is no value."""
+        """Write the rows to a CSV file. Missing values are blank."""
         write_atomically(path, csv_text(COLUMNS, map(dataclasses.astuple, self.rows)).encode())
 
     def content(self) -> dict[str, Any]:
-        """Return metadata and rows as JSON has them, with None where no value is finite."""
+        """Return metadata and rows for JSON, with None for values that are not finite."""
         rows = [finite(dataclasses.asdict(row)) for row in self.rows]
         return {"metadata": self.metadata, "rows": rows}
 
     @classmethod
     def from_content(cls, content: Any) -> CompressionReport:
-        """Rebuild a report from its :meth:`content`; ``ValueError`` where it is none."""
+        """Rebuild a report from its :meth:`content`. Raise ``ValueError`` if it is invalid."""
         return cls(*report_rows(content, LayerReport))
 
     def to_json(self, path: str | Path) -> None:
-        """Write metadata and rows to a JSON file, null where no value is finite."""
+        """Write metadata and rows to a JSON file, with null for values that are not finite."""
         text = json.dumps(self.content(), indent=1, allow_nan=False)
         write_atomically(path, text.encode())
 
     @classmethod
     def from_json(cls, path: str | Path) -> CompressionReport:
-        """Read a report written by :meth:`to_json`; ``ValueError`` where it is none."""
+        """Read a report written by :meth:`to_json`. Raise ``ValueError`` if it is invalid."""
         return cls(*read_report(path, LayerReport))
 
     def to_html(self, path: str | Path) -> None:
-        """Write a page with the table and its bars, one file without scripts."""
+        """Write an HTML page with the table and bars: one file, no scripts."""
         facts = {**self.metadata, "untouched": "; ".join(self.untouched(most=20)) or "nothing"}
         lead = (
             f"{len(self)} layers, {self.nbytes:,} of {self.dense_nbytes:,} bytes, "
@@ -150,7 +150,7 @@ class CompressionReport(Sequence[LayerReport]):
 
 
 def _cells(row: LayerReport) -> list[str]:
-    """Return the measures of a row as text, blank where there is none."""
+    """Return the measures of a row as text, blank if missing."""
     shape = f"{row.rows}×{row.columns}" + (f"×{row.groups}" if row.groups > 1 else "")
     ratio = "" if row.nbytes is None else f"{row.nbytes / row.dense_nbytes:.1%}"
     errors = (row.density, row.relative_error, row.normalized_error, row.layer_error)

@@ -1,9 +1,9 @@
-"""Fast transforms, ready made: exact products of O(n log n) stored values for any length.
+"""Fast transforms of any length as exact products with O(n log n) stored values.
 
-All of them come from one complex transform, ``E[k, j] = exp(−2πi k j / N)``, as a chain of
-Kronecker-sparse factors: the mixed-radix Fourier transform of length N where N has small prime
-factors only, a convolution with a chirp (Bluestein) elsewhere. Real transforms are real parts of
-complex ones; their factors are real, with 2×2 blocks for complex numbers.
+All are built from the complex transform ``E[k, j] = exp(−2πi k j / N)`` as a chain of
+Kronecker-sparse factors: a mixed-radix Fourier transform if N has only small prime factors, else a
+convolution with a chirp (Bluestein). Real transforms are real parts of complex ones; their factors
+are real, with 2×2 blocks for complex numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Norm = Literal["backward", "ortho"]
 
 
 def hadamard(n: int, *, norm: Norm = "backward", dtype: Any = np.float64) -> FactorProduct:
-    """Return the Hadamard transform in Sylvester's order, as ``scipy.linalg.hadamard``.
+    """Return the Hadamard transform in Sylvester order, like ``scipy.linalg.hadamard``.
 
     Parameters
     ----------
@@ -68,24 +68,24 @@ def hadamard(n: int, *, norm: Norm = "backward", dtype: Any = np.float64) -> Fac
 
 
 def dft(n: int, *, norm: Norm = "backward", dtype: Any = np.complex128) -> FactorProduct:
-    """Return the discrete Fourier transform, as ``scipy.fft.fft``.
+    """Return the discrete Fourier transform, like ``scipy.fft.fft``.
 
-    The inverse is ``dft(n, norm="ortho").conj()`` for the orthonormal transform, and that ÷ n for
-    the plain one.
+    The inverse is the conjugate, ``dft(n, norm="ortho").conj()`` for the orthonormal transform, and
+    the conjugate divided by n for ``norm="backward"``.
 
     Parameters
     ----------
     n : int
-        Length. Large prime factors cost a convolution of more than twice the length.
+        Length. Large prime factors require a convolution of more than twice the length.
     norm : {"backward", "ortho"}, default="backward"
-        No scale, or 1/√n so that the transform is unitary.
+        No scaling, or 1/√n so that the transform is unitary.
     dtype : dtype, default=complex128
         Complex dtype of the factors.
 
     Returns
     -------
     FactorProduct
-        A factor with n p stored values for each prime factor p of n, and a permutation.
+        One factor with n p stored values for each prime factor p of n, and a permutation.
 
     References
     ----------
@@ -111,18 +111,18 @@ def dft(n: int, *, norm: Norm = "backward", dtype: Any = np.complex128) -> Facto
 def dct(
     n: int, type: int = 2, *, norm: Norm = "backward", dtype: Any = np.float64
 ) -> FactorProduct:
-    """Return a discrete cosine transform, as ``scipy.fft.dct``.
+    """Return a discrete cosine transform, like ``scipy.fft.dct``.
 
     Parameters
     ----------
     n : int
         Length, at least 2 for type 1.
     type : {1, 2, 3, 4}, default=2
-        Which of them. Types 2 and 3 go through a Fourier transform of length n, 1 and 4 through
+        Type of the transform. Types 2 and 3 use a Fourier transform of length n, types 1 and 4
         one of about twice the length.
     norm : {"backward", "ortho"}, default="backward"
-        SciPy's scale, or the orthogonal transform (for type 1 too, as
-        ``orthogonalize=True``, its default there).
+        SciPy's scaling, or the orthogonal transform (including type 1, like SciPy with its default
+        ``orthogonalize=True``).
     dtype : dtype, default=float64
         Floating dtype of the factors.
 
@@ -155,23 +155,23 @@ def dct(
 def dst(
     n: int, type: int = 2, *, norm: Norm = "backward", dtype: Any = np.float64
 ) -> FactorProduct:
-    """Return a discrete sine transform, as ``scipy.fft.dst``.
+    """Return a discrete sine transform, like ``scipy.fft.dst``.
 
     Parameters
     ----------
     n : int
         Length.
     type : {1, 2, 3, 4}, default=2
-        Which of them.
+        Type of the transform.
     norm : {"backward", "ortho"}, default="backward"
-        SciPy's scale, or the orthogonal transform.
+        SciPy's scaling, or the orthogonal transform.
     dtype : dtype, default=float64
         Floating dtype of the factors.
 
     Returns
     -------
     FactorProduct
-        The transform, of the cost of :func:`dct`.
+        The transform, at the cost of :func:`dct`.
 
     Examples
     --------
@@ -185,7 +185,7 @@ def dst(
     _check(n, norm, type)
     if type == 1:
         return _dst1(n, norm).product(dtype, real=True)
-    # sin(π(k+½)(j+½)/n), and its like of type 2, is (−1)ʲ times the cosine n − 1 − k.
+    # sin(π(k+½)(j+½)/n) is (−1)ʲ times the cosine with index n − 1 − k; likewise for type 2.
     signs = np.where(np.arange(n) % 2, -1.0, 1.0)
     cosine = _cosine(n, type, norm).scaled(np.ones(n), signs)
     product = dataclasses.replace(cosine, rows=cosine.rows[::-1]).product(dtype, real=True)
@@ -193,7 +193,7 @@ def dst(
 
 
 def circulant(c: Any, *, dtype: Any = None) -> FactorProduct:
-    """Return the circulant matrix with first column `c`, as ``scipy.linalg.circulant``.
+    """Return the circulant matrix with first column `c`, like ``scipy.linalg.circulant``.
 
     Parameters
     ----------
@@ -205,8 +205,8 @@ def circulant(c: Any, *, dtype: Any = None) -> FactorProduct:
     Returns
     -------
     FactorProduct
-        ``Fᴴ diag(F c) F / n``, in real factors where `c` is real. Lengths with a large prime
-        factor are embedded in a longer circulant.
+        ``Fᴴ diag(F c) F / n``, with real factors if `c` is real. If n has a large prime factor, the
+        matrix is embedded in a larger circulant.
 
     Examples
     --------
@@ -242,7 +242,7 @@ def toeplitz(c: Any, r: Any = None, *, dtype: Any = None) -> FactorProduct:
     Returns
     -------
     FactorProduct
-        Part of a circulant of at least m + n − 1 rows, in real factors where `c` and `r` are.
+        Part of a circulant with at least m + n − 1 rows, with real factors if `c` and `r` are real.
 
     Examples
     --------
@@ -259,14 +259,14 @@ def toeplitz(c: Any, r: Any = None, *, dtype: Any = None) -> FactorProduct:
 
 @dataclasses.dataclass(frozen=True)
 class _Transform:
-    """Rows and columns picked from a product of complex Kronecker-sparse factors.
+    """Selected rows and columns of a product of complex Kronecker-sparse factors.
 
     Parameters
     ----------
     values : list of ndarray of shape (a, d, b, c)
         Values of the factors.
     rows, columns : ndarray of int
-        Where each output (input) stands among the rows (columns) of the product.
+        Position of each output (input) among the rows (columns) of the product.
     """
 
     values: list[np.ndarray]
@@ -274,7 +274,7 @@ class _Transform:
     columns: np.ndarray
 
     def scaled(self, row_scales: np.ndarray, column_scales: np.ndarray) -> Self:
-        """Multiply the outputs and the inputs by the entries of two vectors."""
+        """Scale the outputs and the inputs by two vectors."""
         values = list(self.values)
         a, d, b, _ = values[0].shape
         scales = _spread(row_scales, self.rows, a * b * d).reshape(a, b, d)
@@ -285,7 +285,7 @@ class _Transform:
         return dataclasses.replace(self, values=values)
 
     def product(self, dtype: Any, *, real: bool = False) -> FactorProduct:
-        """Return the product in `dtype`, or its real part (what it makes of real inputs)."""
+        """Return the product in `dtype`, or its real part, the output for real inputs."""
         values = real_part(self.values) if real else self.values
         factors: list[Factor] = [KroneckerSparseFactor(v.astype(dtype)) for v in values]
         height, width = factors[0].shape[0], factors[-1].shape[1]
@@ -299,14 +299,14 @@ class _Transform:
 
 
 def _spread(scales: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
-    """Return `scales` at `places` of a vector of zeros."""
+    """Return a vector of zeros with `scales` at `places`."""
     spread = np.zeros(length, dtype=scales.dtype)
     spread[places] = scales
     return spread
 
 
 def _places(n: int) -> np.ndarray:
-    """Return where each input stands in digit-reversed order."""
+    """Return the position of each input in digit-reversed order."""
     return np.argsort(digit_reversal(radices(n)))
 
 
@@ -319,7 +319,7 @@ def _toeplitz(c: np.ndarray, r: np.ndarray) -> _Transform:
 
 
 def _exponential(size: int, n: int) -> _Transform:
-    """Return ``exp(−2πi k j / n)`` for k and j below `size`, by the cheaper way."""
+    """Return ``exp(−2πi k j / n)`` for k and j below `size`, by the cheaper algorithm."""
     convolved = scipy.fft.next_fast_len(2 * size - 1, real=True)
     if fourier_nnz(n) <= 2 * fourier_nnz(convolved):
         return _Transform(fourier(n), np.arange(size), _places(n)[:size])
@@ -329,7 +329,7 @@ def _exponential(size: int, n: int) -> _Transform:
 
 
 def _cosine(n: int, type: int, norm: Norm) -> _Transform:
-    """Return the cosine transform of type 2 or 4, or the transpose of that of type 3."""
+    """Return the cosine transform of type 2 or 4, or the transpose of type 3."""
     k, ones = np.arange(n), np.ones(n)
     rows = 2 * root_of_unity(2 * k + 1 if type == 4 else k, 8 * n if type == 4 else 4 * n)
     if norm == "ortho":
@@ -347,7 +347,7 @@ def _cosine(n: int, type: int, norm: Norm) -> _Transform:
 
 
 def _dct1(n: int, norm: Norm) -> _Transform:
-    """Return the cosine transform of type 1: ``cos(π k j / (n − 1))`` with its ends weighted."""
+    """Return the cosine transform of type 1: ``cos(π k j / (n − 1))`` with weighted ends."""
     if n < 2:
         raise ValueError(f"n must be at least 2 for the cosine transform of type 1, got {n}.")
     rows, columns = np.ones(n), np.full(n, 2.0)

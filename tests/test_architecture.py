@@ -1,4 +1,4 @@
-"""The house: which part of the package may import which, and that no files import each other."""
+"""Allowed imports between the parts of the package, and no import cycles."""
 
 import ast
 import graphlib

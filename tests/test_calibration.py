@@ -87,8 +87,8 @@ def test_layer_error_of_an_earlier_fit_is_forgotten():
         (LowRank(), np.ones((2, 3)), "calibration must hold inputs with in_features=4"),
         (LowRank(), np.full((2, 4), np.inf), "calibration must be finite"),
         (LowRank(), InputStatistics(), "calibration must hold inputs"),
-        (LowRank(), torch.ones((2, 4)), "calibration must be on the library"),
-        (MagnitudePruner(), np.ones((2, 4)), "calibration must be None for MagnitudePruner"),
+        (LowRank(), torch.ones((2, 4)), "calibration must have the library"),
+        (MagnitudePruner(), np.ones((2, 4)), "calibration must be None: MagnitudePruner"),
     ],
 )
 def test_bad_calibration_is_refused(estimator, calibration, message):

@@ -98,12 +98,12 @@ def test_what_is_copied_is_counted_by_reason_and_what_was_asked_for_is_named(sou
     save_file(weights, source)
     result = invoke("compress", source, tmp_path / "out", *OPTIONS)
     assert result.exit_code == 0
-    reason = "in no linear layer or convolution"
+    reason = "not in a linear layer or convolution"
     assert f"Kept 0.bias, 1.bias, 2.bias and 7 more: {reason}" in " ".join(result.output.split())
-    assert "in no linear" in " ".join(invoke("inspect", tmp_path / "out").output.split())
+    assert "not in a linear" in " ".join(invoke("inspect", tmp_path / "out").output.split())
     asked = invoke("compress", source, tmp_path / "asked", *OPTIONS, "--layers", r"layer.1|^\d\.b")
     names = ", ".join(f"{i}.bias" for i in range(9))
-    assert f"Kept {names}: asked for, but {reason}" in " ".join(asked.output.split())
+    assert f"Kept {names}: requested, but {reason}" in " ".join(asked.output.split())
 
 
 def test_a_network_of_which_no_layer_could_be_factorized_is_a_failure(tmp_path):

@@ -1,4 +1,4 @@
-"""What the README and the documentation say is what happens."""
+"""The code in README and documentation runs and gives the stated output."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Which tensors of a file are weights, told by names, shapes, dtypes and their neighbours."""
+"""Recognition of weights in a file by names, shapes, dtypes and neighbours."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from matfact._safetensors import TensorSpec
 
 
 def taken(**tensors):
-    """Return which tensors are weights, of those given by dtype and shape, or shape alone."""
+    """Return the weights among tensors given by dtype and shape, or only by shape."""
     specs = {
         name: TensorSpec(*(spec if isinstance(spec[0], str) else ("F32", spec)))
         for name, spec in tensors.items()

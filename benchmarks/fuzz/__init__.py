@@ -1,7 +1,7 @@
-"""Damaged and hostile files for every reader: none may crash, hang, or take much memory.
+"""Fuzzing of all file readers, which must not crash, hang, or use much memory.
 
-Valid files are damaged in their bytes and, with lengths and checksums put right again, in what
-they say. Readers run in forked processes, so that a crash is a finding and not the end.
+Valid files are damaged in their bytes, or in their contents with lengths and checksums corrected.
+Readers run in forked processes, so that a crash is recorded as a finding.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from benchmarks.fuzz._damage import Files, put
 from benchmarks.fuzz._readers import Reader, readers
 from benchmarks.memory import reset_peak, resident
 
-SECONDS = 1.0  #: of processor time that one file may take
-#: What ends a reader: its processor time, or that it waits for something that never comes.
+SECONDS = 1.0  #: maximum CPU time per file
+#: Signals that end a reader: CPU time limit, and timeout.
 TIMERS = (
     (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
     (signal.SIGALRM, signal.ITIMER_REAL, 30.0),
 )
-#: Bytes that it may take: so many times its size, and what libraries take when first used.
+#: Maximum memory: a multiple of the file size, plus the first use of libraries.
 FACTOR, SLACK = 4, 16 << 20
-BATCH = 250  #: files read by one process
+BATCH = 250  #: files per process
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """An input that was not dealt with."""
+    """An input that was not handled correctly."""
 
     reader: str
     number: int
@@ -47,7 +47,7 @@ class Finding:
 
 
 class HangError(BaseException):
-    """The reader took too long, which no reader may take for a damaged file."""
+    """The reader took too long. Readers must not treat this as a damaged file."""
 
 
 def _too_long(number: int, frame: Any) -> None:
@@ -69,7 +69,7 @@ def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
         outcome = ("read", "")
     except (ValueError, OSError) as error:
         outcome = ("refused", str(error))
-    except BaseException as error:  # whatever else comes out is a finding
+    except BaseException as error:  # any other exception is a finding
         last = traceback.extract_tb(error.__traceback__)[-1]
         outcome = ("bad", f"{error!r:.200} at {Path(last.filename).name}:{last.lineno}")
     finally:
@@ -82,7 +82,7 @@ def attempt(reader: Reader, files: Files, folder: Path) -> tuple[str, str]:
 
 
 def make(reader: Reader, name: str, seed: int, number: int) -> Files:
-    """Return the input with a number, always the same."""
+    """Return input number `number`, deterministically."""
     rng = random.Random(f"{name} {seed} {number}")
     return reader.damage(rng, rng.choice(reader.seeds))
 
@@ -90,7 +90,7 @@ def make(reader: Reader, name: str, seed: int, number: int) -> Files:
 def run_batch(
     name: str, reader: Reader, seed: int, numbers: range
 ) -> tuple[collections.Counter[str], list[Finding]]:
-    """Read inputs in a forked process; one that kills it is a finding, and the rest is read."""
+    """Read inputs in a forked process; an input that kills it is a finding, the rest is read."""
     counts: collections.Counter[str] = collections.Counter()
     findings: list[Finding] = []
     while numbers:
@@ -116,7 +116,7 @@ def run_batch(
 
 
 def _child(name: str, reader: Reader, seed: int, numbers: range, into: int) -> None:
-    """Write one line for each input, and end the process."""
+    """Write one line per input, and exit."""
     try:
         warnings.simplefilter("ignore")
         _limit_memory()
@@ -130,8 +130,8 @@ def _child(name: str, reader: Reader, seed: int, numbers: range, into: int) -> N
 
 
 def _limit_memory() -> None:
-    """Let no more than a gigabyte be asked for beyond what is, even if it is never used."""
-    import resource  # which Windows lacks, as it does fork
+    """Limit further allocations to a gigabyte, even if unused."""
+    import resource  # Windows lacks it, and fork
 
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc") else 0
     if pages:
@@ -146,7 +146,7 @@ def _memory_folder() -> str | None:
 def fuzz(
     count: int, seed: int, names: Sequence[str] | None = None
 ) -> Iterator[tuple[str, collections.Counter[str], list[Finding]]]:
-    """Give about `count` inputs to all readers; yield outcomes of each, and what went wrong."""
+    """Give about `count` inputs to all readers; yield the outcomes and findings of each."""
     found = {n: r for n, r in readers().items() if names is None or n in names}
     shares = {name: 0.1 if reader.works else 1.0 for name, reader in found.items()}
     for name, reader in found.items():
@@ -162,7 +162,7 @@ def fuzz(
 
 
 def warm(reader: Reader) -> None:
-    """Read each valid file, which must succeed; what is imported then is there before any fork."""
+    """Read each valid file, which must succeed, so that all modules are imported before forks."""
     for files in reader.seeds:
         with tempfile.TemporaryDirectory() as folder:
             outcome, problem = attempt(reader, files, Path(folder))
@@ -173,7 +173,7 @@ def warm(reader: Reader) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=10_000, help="inputs, over all readers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", action="append", help="only this one; may be repeated")
+    parser.add_argument("--reader", action="append", help="only this reader (repeatable)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -185,5 +185,5 @@ def run(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{finding.reader} {finding.number}: {finding.problem}", file=sys.stderr)
         total, n_bad = total + counts.total(), n_bad + len(findings)
-    print(f"{total} inputs, {n_bad} findings; seconds are of processor time, from the start")
+    print(f"{total} inputs, {n_bad} findings; seconds are CPU time since the start")
     return bool(n_bad)

@@ -1,4 +1,4 @@
-"""Damage to valid files: to their bytes, and to what they say."""
+"""Damage to the bytes and contents of valid files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ import numpy as np
 
 
 class Special(enum.Enum):
-    """What stands where a file should be."""
+    """Special files in place of regular ones."""
 
-    FIFO = "a pipe that nobody writes to"
-    ZERO = "a device without end"
+    FIFO = "a pipe without a writer"
+    ZERO = "an endless device"
     NULL = "an empty device"
     FOLDER = "a folder"
     LOOP = "a link to itself"
-    SPARSE = "three gigabytes of nothing"
+    SPARSE = "a sparse file of three gigabytes"
 
 
-Files = dict[str, bytes | Special]  #: by name; readers of one file get one
+Files = dict[str, bytes | Special]  #: by name; single-file readers get one
 
 HOSTILE: list[Any] = [
     0, 1, -1, 2, 7, 255, 2**16, 2**24, 2**31 - 1, 2**32, 2**53, 2**61 + 1, 2**62, 2**63, 2**64,
@@ -115,13 +115,13 @@ def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged_zip(rng: random.Random, content: bytes) -> bytes:
-    """Damage the archive, or one of its members with the checksum put right."""
+    """Damage the archive, or one of its members with the checksum corrected."""
     if rng.random() < 0.4:
         return flipped(rng, content)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    if rng.random() < 0.02:  # a bomb of several members, none of which is one by itself
+    if rng.random() < 0.02:  # a decompression bomb of several harmless members
         method = zipfile.ZIP_DEFLATED
         members |= {f"more{i}.npy": _compressible(rng) for i in range(rng.randint(4, 8))}
     else:
@@ -143,7 +143,7 @@ def _compressible(rng: random.Random) -> bytes:
 
 
 def one(damage: Callable[[random.Random, bytes], bytes]) -> Callable[[random.Random, Files], Files]:
-    """Return a damage of the only file."""
+    """Return a function that damages the only file."""
 
     def damaged(rng: random.Random, files: Files) -> Files:
         return {name: damage(rng, content) for name, content in files.items()}
@@ -152,7 +152,7 @@ def one(damage: Callable[[random.Random, bytes], bytes]) -> Callable[[random.Ran
 
 
 def damaged_checkpoint(rng: random.Random, files: Files) -> Files:
-    """Damage any file; most times make the checksums agree, so that more of the code is reached."""
+    """Damage any file, usually with corrected checksums, to reach more code."""
     files = dict(files)
     victim = rng.choice(list(files))
     if rng.random() < 0.2:
@@ -173,7 +173,7 @@ def damaged_checkpoint(rng: random.Random, files: Files) -> Files:
 
 
 def damaged_record(rng: random.Random, files: Files) -> Files:
-    """Damage the record of work begun, or one of the lines in it, whose checksum is made right."""
+    """Damage the journal, or one of its lines with the checksum corrected."""
     lines = files["out/journal.log"].split(b"\n")
     if rng.random() < 0.3:
         return files | {"out/journal.log": flipped(rng, files["out/journal.log"])}
@@ -184,7 +184,7 @@ def damaged_record(rng: random.Random, files: Files) -> Files:
 
 
 def damaged_json(rng: random.Random, content: bytes) -> bytes:
-    """Damage the bytes, or what they say."""
+    """Damage the bytes or the contents."""
     if rng.random() < 0.3:
         return flipped(rng, content)
     return json.dumps(changed(rng, json.loads(content))).encode()
@@ -197,12 +197,12 @@ def damaged_index(rng: random.Random, files: Files) -> Files:
 
 
 def damaged_arguments(rng: random.Random, files: Files) -> Files:
-    """Return arguments of a command, some of them senseless."""
+    """Return arguments of a command, some of them nonsensical."""
     arguments = json.loads(files["arguments"])
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(1, len(arguments))
         if arguments[at - 1] == "--jobs":
-            continue  # processes without number are what it asks for
+            continue  # would start unlimited processes
         text = rng.choice((str(rng.choice(HOSTILE)), arguments[at][::-1], "-" + arguments[at], ","))
         arguments[at] = text.replace("\0", "\x01")
     return files | {"arguments": json.dumps(arguments).encode()}
@@ -211,7 +211,7 @@ def damaged_arguments(rng: random.Random, files: Files) -> Files:
 def or_special(
     damage: Callable[[random.Random, Files], Files],
 ) -> Callable[[random.Random, Files], Files]:
-    """Return a damage that now and then puts something else in the place of a file."""
+    """Return a function that sometimes replaces a file by a special one."""
 
     def damaged(rng: random.Random, files: Files) -> Files:
         if rng.random() < 0.97:
@@ -223,7 +223,7 @@ def or_special(
 
 
 def put(path: Path, content: bytes | Special) -> None:
-    """Write a file, or make what stands in its place."""
+    """Write a file, or create a special one."""
     path.parent.mkdir(exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)

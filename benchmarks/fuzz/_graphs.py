@@ -1,4 +1,4 @@
-"""Object graphs in files of torch: containers that share others, and tensors that share bytes."""
+"""Object graphs in torch files: shared containers, and tensors that share bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.fuzz._damage import Files, damaged_zip, flipped
 
 
 def damaged_graph(rng: random.Random, files: Files) -> Files:
-    """Return a file of torch with a graph made at random, sometimes with damaged bytes."""
+    """Return a torch file with a random graph, sometimes with damaged bytes."""
     import torch
 
     out = io.BytesIO()

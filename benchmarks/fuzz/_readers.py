@@ -1,4 +1,4 @@
-"""What reads files that may be damaged, and valid files for each."""
+"""File readers, with valid files for each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from benchmarks.fuzz._graphs import damaged_graph
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Something that reads files.
+    """A file reader.
 
     Attributes
     ----------
@@ -42,9 +42,9 @@ class Reader:
     damage : callable
         Damages one of them.
     read : callable
-        Reads all there is in a folder that holds it.
+        Reads everything in a folder with the file.
     works : bool
-        Whether it also does work, which takes time and memory: a tenth as many files will do.
+        Whether it also does work, which takes time and memory; it then gets a tenth as many files.
     """
 
     seeds: list[Files]
@@ -54,7 +54,7 @@ class Reader:
 
 
 def readers() -> dict[str, Reader]:
-    """Return all readers, by name; that of torch only where it is installed."""
+    """Return all readers by name; that of torch only if it is installed."""
     with tempfile.TemporaryDirectory() as folder:
         found = _readers(Path(folder))
     return found
@@ -128,7 +128,7 @@ def _seed_weights() -> dict[str, np.ndarray]:
 
 
 def _seed_products() -> list[Any]:
-    """Return a product of each storage."""
+    """Return a product in each storage format."""
     from matfact import operators as ops
 
     rng = np.random.RandomState(0)
@@ -162,7 +162,7 @@ def _save_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
 
 
 def _begun(folder: Path, source: bytes) -> Files:
-    """Return work on `source` that was stopped."""
+    """Return interrupted work on `source`."""
     from matfact import MagnitudePruner, checkpoint
 
     def stop(shard: Any, total: int) -> None:
@@ -210,7 +210,7 @@ def _torch_readers(folder: Path, weights: dict[str, np.ndarray]) -> dict[str, Re
 
 
 def _network_reader(folder: Path, torch: Any) -> Reader:
-    """Return the reader of networks, one with a tied table and a convolution."""
+    """Return the reader of networks, with a tied embedding and a convolution."""
     from matfact import LowRank
     from matfact.torch import compress, load_network, save_network
 
@@ -294,7 +294,7 @@ def _read_index(folder: Path) -> None:
 
 
 def _run_command(folder: Path) -> None:
-    """Run a command; what ends with a message and one of its exit statuses is as it should be."""
+    """Run a command, which must end with a message and one of its exit statuses."""
     from typer.testing import CliRunner
 
     from matfact.cli import app

@@ -1,8 +1,8 @@
-"""Compress whole networks, real ones and ones trained here.
+"""Compression of whole networks, pretrained or trained here.
 
-Each is a module ``benchmarks/networks/some_name.py`` with a function ``run(quick, folder, cells)``,
-which runs the cells that a regular expression is found in, writes what it measures to the folder
-and returns the exit status. The quick form does with what is installed.
+Each benchmark is a module ``benchmarks/networks/some_name.py`` with a function ``run(quick, folder,
+cells)``, which runs the cells that match a regular expression, writes results to the folder and
+returns the exit status. The quick form needs no further data.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ NAMES = ("encoder", "language-model", "cnn", "calibration")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    add("--output", type=Path, help="folder of the results (build/networks/NAME)")
-    add("--quick", action="store_true", help="the small form, to see that all runs")
+    add("--output", type=Path, help="output folder (build/networks/NAME)")
+    add("--quick", action="store_true", help="smoke test with a small version")
     add("--cells", default="", help="regular expression of the cells to run, as JSON")
     add("--data", help="folder of data sets (the environment's MATFACT_DATA)")
 

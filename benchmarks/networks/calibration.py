@@ -1,10 +1,10 @@
-"""How far calibration can be trusted with few samples: six networks, on inputs that are fresh.
+"""Calibration with few samples: six networks, measured on fresh inputs.
 
-Each is compressed by double sparse factorization as it is by default, without feedback, without
-calibration, and by ADMM with the same samples. Judged by one measure a network, named beforehand:
-the divergence (Kullback–Leibler, nats) of predictions, 1 − cosine of embeddings, or the relative
-error of the output. Real texts are ``text/*.txt`` in the folder of data sets; the quick form trains
-three tiny networks on what is installed.
+Each network is compressed by double sparse factorization with default options, without feedback,
+and without calibration, and by ADMM with the same samples. One measure per network is chosen in
+advance: the Kullback–Leibler divergence of predictions (in nats), 1 − cosine of embeddings, or the
+relative error of the output. Real texts are ``text/*.txt`` in the folder of data sets; the quick
+form trains three tiny networks on what is installed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from matfact.torch import CompressionWarning, compress
 
 SEEDS = 1
 DENSITIES = (0.5, 0.3)
-#: Calibration samples, and those of a batch.
+#: Calibration samples, and samples per batch.
 SAMPLES = {16: 4, 64: 8, 256: 16}
 DEFAULT, UNCALIBRATED = "DSF", "DSF, uncalibrated"
 CALIBRATED = {DEFAULT: True, "DSF, no feedback": False, "ADMM": True}
-#: How much worse than the best of the others the default may be, and how far from an error on fresh
-#: inputs the reported one.
+#: Maximum ratio of the default to the best other method, and maximum deviation of reported errors
+#: from errors on fresh inputs.
 WORSE, ERROR = 1.02, 0.15
 
 
@@ -67,7 +67,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
         options = kind.quick if quick else kind.full
         if options is None:
             continue
-        # Cells are known by their recipe too: a network of another one is another.
+        # The recipe is part of the cell's key.
         common = {"network": name, "form": "quick" if quick else "full", "recipe": str(options),
                   "sweeps": 10 if quick else kind.sweeps}  # fmt: skip
         for density in (0.5,) if quick else DENSITIES:
@@ -79,7 +79,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Return what a compressed network makes of fresh inputs, and what its layers lose."""
+    """Return the results of a compressed network and its layers on fresh inputs."""
     dense = subject(cell["network"], cell["form"] == "quick")
     calibration = None
     if cell["samples"]:
@@ -116,13 +116,13 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(report: Any) -> str:
-    """Return the shapes of the compressed matrices, and how often each comes."""
+    """Return the shapes of the compressed matrices with their counts."""
     shapes = [f"{row.rows}×{row.columns}" for row in report if row.status == "compressed"]
     return ", ".join(f"{shapes.count(shape)} of {shape}" for shape in dict.fromkeys(shapes))
 
 
 def table(rows: list[Row]) -> str:
-    """Return how methods compare, cell by cell, and how far reported errors can be trusted."""
+    """Return a comparison of methods by cell, and of reported errors."""
     return "\n".join((_verdict(rows), _comparison(rows), _errors(rows), _networks(rows)))
 
 

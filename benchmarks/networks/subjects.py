@@ -1,4 +1,4 @@
-"""Networks to try calibration on, each with inputs to calibrate it and fresh ones to measure it."""
+"""Networks for calibration experiments, with calibration inputs and fresh inputs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 from benchmarks.networks import data, encoder, masked, smollm2, training
 
-#: Novels whose sentences, windows or characters are shared out between calibration and test.
+#: Novels, split between calibration and test.
 NOVELS = ("emma", "northangerabbey")
-#: Which layers of the real networks are compressed, by a regular expression in their names.
+#: Regular expressions of the layers to compress in pretrained networks.
 ENCODER_LAYERS, BLOCKS = r"encoder\.layer\.\d", r"model\.layers\.[0-4]\."
 WINDOW, CHARACTERS = 128, 64
 
 
 class Seen(NamedTuple):
-    """What a network makes of a batch, one row an input (a token, a masked patch).
+    """Results of a network for a batch, one row per input (a token or a masked patch).
 
     Attributes
     ----------
     state : Tensor
-        The rows of its output.
+        Rows of its output.
     logits : Tensor or None
-        Those that give its predictions.
+        Logits of its predictions.
     right : Tensor or None
-        Which of its predictions are right, where that is known.
+        Mask of correct predictions, if known.
     """
 
     state: Tensor
@@ -46,15 +46,15 @@ class Subject(NamedTuple):
     model : torch.nn.Module
         The dense network, in eval mode.
     layers : str, callable or None
-        Which are compressed.
+        Layers to compress.
     pool : sequence
-        What calibration samples are drawn from: a tensor, or a list of sentences.
+        Pool of calibration samples: a tensor or a list of sentences.
     batch : callable
-        Makes a batch of some samples, as the network takes it.
+        Converts samples to a batch for the network.
     fresh : list
         Batches of other samples of the same kind.
     seen : callable
-        What a network makes of a batch.
+        Returns the results of a network for a batch.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ class Subject(NamedTuple):
 
 
 def classifier(name: str, dataset: str, n_fresh: int, **changes: Any) -> Subject:
-    """Return an image classifier; its fresh images are the first ones to test with."""
+    """Return an image classifier; its fresh images are the first test images."""
     model = training.trained(name, dataset, **changes)
     train_x, _, test_x, test_y = data.load(dataset)
     fresh = training.batches(test_x[:n_fresh], test_y[:n_fresh], 200)
@@ -87,12 +87,12 @@ def classifier(name: str, dataset: str, n_fresh: int, **changes: Any) -> Subject
 
 
 def _is_pointwise(name: str, layer: nn.Module) -> bool:
-    """Whether a layer is linear or a 1×1 convolution: depthwise ones have nothing to give."""
+    """Whether a layer is linear or a 1×1 convolution; depthwise ones are too small."""
     return getattr(layer, "kernel_size", (1, 1)) == (1, 1)
 
 
 def _has_many_columns(name: str, layer: nn.Module) -> bool:
-    """Whether a layer is another than the first, of one channel."""
+    """Whether a layer is not the first, which has one channel."""
     return getattr(layer, "in_channels", 0) != 1
 
 
@@ -101,7 +101,7 @@ def _same(batch: Any) -> Any:
 
 
 def autoencoder(dataset: str, n_fresh: int, *, patch: int, width: int, steps: int) -> Subject:
-    """Return a masked autoencoder of images; what it makes of the hidden patches counts."""
+    """Return a masked autoencoder of images, measured on the hidden patches."""
     train_x, _, test_x, _ = data.load(dataset)
     recipe = {"data": dataset, "patch": patch, "width": width, "steps": steps}
     with torch.random.fork_rng(devices=[]):
@@ -120,7 +120,7 @@ def autoencoder(dataset: str, n_fresh: int, *, patch: int, width: int, steps: in
 def shared_encoder(
     text: str, n_fresh: int, *, width: int, depth: int, steps: int, learning_rate: float = 4e-3
 ) -> Subject:
-    """Return an encoder that applies one block many times; its predictions of masked characters."""
+    """Return an encoder with one repeated block, measured on masked characters."""
     windows = masked.encoded(_text(text))
     windows = windows[: len(windows) // CHARACTERS * CHARACTERS].reshape(-1, CHARACTERS)
     windows = windows[torch.randperm(len(windows), generator=_generator(0))]
@@ -148,7 +148,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _text(name: str) -> str:
-    """Return what is to be read: both novels, or the excerpt that comes with the benchmarks."""
+    """Return the text: both novels, or the included excerpt."""
     if name == "excerpts":
         return (encoder.EXCERPTS / "northanger-abbey.txt").read_text(encoding="utf-8-sig")
     folder = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
@@ -156,7 +156,7 @@ def _text(name: str) -> str:
 
 
 def sentence_encoder(n_fresh: int) -> Subject:
-    """Return the encoder of the extra ``demo``; the embeddings of sentences count."""
+    """Return the encoder of the extra ``demo``, measured on sentence embeddings."""
     model, _ = encoder.network()
     folder = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
     items = [s for name in NOVELS for s in encoder.sentences(folder / f"{name}.txt")]
@@ -175,7 +175,7 @@ def sentence_encoder(n_fresh: int) -> Subject:
 
 
 def first_blocks(n_fresh: int) -> Subject:
-    """Return the language model, of which five blocks are compressed; what it predicts counts."""
+    """Return the language model with five blocks to compress, measured on its predictions."""
     model, tokenizer = smollm2.network()
     ids = tokenizer(_text("novels"), return_tensors="pt").input_ids[0]
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
@@ -195,7 +195,7 @@ def first_blocks(n_fresh: int) -> Subject:
 
 
 class Kind(NamedTuple):
-    """How a network is got, and by which measure methods are judged on it."""
+    """Constructor of a network, and its measure."""
 
     make: Callable[..., Subject]
     headline: str
@@ -230,7 +230,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)  # of one network at a time
+@functools.lru_cache(maxsize=1)  # one network at a time
 def subject(name: str, quick: bool) -> Subject:
     """Return a network and its inputs."""
     kind = KINDS[name]

@@ -1,4 +1,4 @@
-"""Train image classifiers, reproducibly, and keep them as files."""
+"""Reproducible training of image classifiers, cached in files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """Return a network in eval mode, trained now or read from where it was kept.
+    """Return a trained network in eval mode, possibly from the cache.
 
     Parameters
     ----------
     name : {"lenet", "mlp", "vgg", "resnet20", "mobile"}
         Architecture.
     dataset : {"digits", "mnist", "fashion-mnist"}
-        What it is trained on.
+        Training data.
     seed : int, default=0
-        Of the initial values and of the order of batches.
+        Seed of the initial values and the order of batches.
     **changes
-        What differs from the usual recipe: ``width`` of the network, ``n_images`` to train with,
-        the first ones, and parameters of :func:`train`.
+        Changes of the default recipe: ``width`` of the network, ``n_images`` (train on the first
+        ones), and parameters of :func:`train`.
     """
     images, labels, _, _ = load(dataset)
     image_size = images.shape[-1]
@@ -58,10 +58,10 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
 def kept(
     model: nn.Module, label: str, recipe: dict[str, Any], fit: Callable[[nn.Module], Any]
 ) -> nn.Module:
-    """Return `model` in eval mode, trained by `fit` or as it was kept under `label`.
+    """Return `model` in eval mode, trained by `fit` or loaded from the cache entry `label`.
 
-    Files are kept in the folder that the environment names as ``MATFACT_CACHE``
-    (build/checkpoints), and are made anew where their recipe is another.
+    Files are cached in the folder given by the environment variable ``MATFACT_CACHE``
+    (build/checkpoints), and replaced if the recipe differs.
     """
     path = Path(os.environ.get("MATFACT_CACHE", "build/checkpoints")) / f"{label}.safetensors"
     key = json.dumps(recipe, sort_keys=True)
@@ -77,7 +77,7 @@ def kept(
 
 
 def _recipe(n_images: int) -> dict[str, Any]:
-    """Return the parameters of :func:`train` for so many images: small sets are seen more often."""
+    """Return the parameters of :func:`train` for a number of images: more epochs for small sets."""
     return {"epochs": 3 if n_images > 10_000 else 12 if n_images > 2_000 else 30}
 
 
@@ -103,7 +103,7 @@ def train(
 ) -> nn.Module:
     """Minimize the cross-entropy by SGD.
 
-    The learning rate falls on a line, in the end to `last` times what it was.
+    The learning rate falls linearly to `last` times its initial value.
     """
     shuffled = Shuffled(images, labels, batch_size, seed)
     optimizer = torch.optim.SGD(
@@ -115,7 +115,7 @@ def train(
 
 
 class Shuffled:
-    """Batches in another order each time they are iterated, the same ones for the same seed."""
+    """Batches in a new order in each iteration, determined by the seed."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int, seed: int) -> None:
         # Convolutions on the CPU are several times as fast where channels come last.
@@ -142,7 +142,7 @@ def batches(images: Tensor, labels: Tensor, size: int = 256) -> Batches:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that `model`, put in eval mode, labels rightly."""
+    """Return the accuracy of `model`, put in eval mode."""
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches(images, labels))
     return right / len(images)

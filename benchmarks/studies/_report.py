@@ -1,4 +1,4 @@
-"""What a study writes: ``results.json``, ``table.md`` and ``figure.png``."""
+"""Output of a study: ``results.json``, ``table.md`` and ``figure.png``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(
 
 
 def describe(content: dict[str, Any]) -> str:
-    """Return the paragraph over a table: when, on what and with what it was measured."""
+    """Return the paragraph above a table: date, machine and versions."""
     conditions = content["conditions"]
     versions = ", ".join(f"{k} {v}" for k, v in conditions["versions"].items())
     return (

@@ -1,4 +1,4 @@
-"""Train image classifiers as the studies do, whatever their layers are."""
+"""Training of image classifiers with any layers, for the studies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.networks.data import Data, load
 
 
 def subset(name: str, side: int, n_train: int, n_test: int) -> Data:
-    """Return some images of a data set, always the same, averaged to `side`×`side` pixels."""
+    """Return a fixed subset of the images of a data set, averaged to `side`×`side` pixels."""
     train_x, train_y, test_x, test_y = load(name)
     order = torch.Generator().manual_seed(0)
     train = torch.randperm(len(train_x), generator=order)[:n_train]
@@ -40,7 +40,7 @@ def train(
     learning_rate: float = 2e-3,
     after_step: Callable[[], Any] = lambda: None,
 ) -> nn.Module:
-    """Minimize the cross-entropy by Adam with a learning rate that falls to zero on a line."""
+    """Minimize the cross-entropy by Adam with a learning rate that falls linearly to zero."""
     model.train()
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
@@ -57,7 +57,7 @@ def train(
 
 
 def n_weights(model: nn.Module) -> int:
-    """Return how many weights or values of factors are not zero, biases and norms left out."""
+    """Return the number of nonzero weights or values of factors, without biases and norms."""
     return sum(
         int(parameter.count_nonzero())
         for module in model.modules()

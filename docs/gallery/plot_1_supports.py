@@ -1,9 +1,9 @@
 """
-Where the values stand
-======================
+Supports of the factors
+=======================
 
-Three ways to spend a quarter of a matrix's values: two sparse factors found by ADMM, two
-block-diagonal ones behind a permutation (Monarch), and the levels of a butterfly.
+Three ways to store a quarter of the values of a matrix: two sparse factors found by ADMM, two
+block-diagonal factors with a permutation (Monarch), and the levels of a butterfly.
 """
 
 from matplotlib import pyplot as plt

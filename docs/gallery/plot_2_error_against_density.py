@@ -2,8 +2,8 @@
 Error against density
 =====================
 
-What each method makes of one attention matrix of a trained sentence transformer as it may store
-more values. Below 1, a product is better than magnitude pruning.
+Error of each method on an attention matrix of a trained sentence transformer, by density. Values
+below 1 are better than magnitude pruning.
 """
 
 from matplotlib import pyplot as plt

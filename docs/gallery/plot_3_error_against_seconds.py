@@ -2,9 +2,8 @@
 Error against seconds
 =====================
 
-More sweeps of the double sparse factorization lower the error, with diminishing returns; `max_iter`
-is the one dial. A fit is annealed over the sweeps it is given, so that a short fit is not the
-beginning of a long one.
+More sweeps of the double sparse factorization (`max_iter`) lower the error, with diminishing
+returns. The schedule stretches over all sweeps, so a short fit is not the beginning of a long one.
 """
 
 import time

@@ -2,8 +2,8 @@
 Accuracy against FLOPs
 ======================
 
-A small network is trained on scikit-learn's digits; its hidden layers are then compressed with
-calibration images, without any training afterwards.
+A small network is trained on scikit-learn's digits. Its hidden layers are then compressed with
+calibration images, without further training.
 """
 
 import torch
@@ -31,7 +31,7 @@ for _ in range(100):
 
 
 def accuracy(network):
-    """Return the share of test images that are told right."""
+    """Return the share of test images that are classified correctly."""
     with torch.no_grad():
         return (network(X_test).argmax(1) == y_test).float().mean().item()
 

@@ -1,4 +1,4 @@
-"""Budgets over many layers: which method and how many values each of them gets."""
+"""Allocation of a budget to layers: the method and density of each."""
 
 from matfact.allocation._budget import Allocation, allocate, allocate_uniformly
 from matfact.allocation._curves import Option, apply_seconds, interpolate, measure_options

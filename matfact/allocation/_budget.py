@@ -1,4 +1,4 @@
-"""Splitting a budget of bytes, FLOPs or seconds between layers."""
+"""Allocation of a budget of bytes, FLOPs or seconds to layers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Cost = Literal["nbytes", "flops", "seconds"]
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """An option for each layer, within a budget.
+    """Choice of an option for each layer within a budget.
 
     Attributes
     ----------
     options : dict of str to Option
-        What each layer gets.
+        Option of each layer.
     cost : float
-        Their total cost.
+        Total cost.
     budget : float
-        The ceiling it was chosen under.
+        The budget.
     error : float
         Sum over layers of weight × squared error.
     lower_bound : float
-        No choice of the kind asked for has a smaller `error` within the budget.
+        Lower bound on the `error` of any such choice within the budget.
     """
 
     options: dict[str, Option]
@@ -39,7 +39,7 @@ class Allocation:
 
     @property
     def overrides(self) -> dict[str, tuple[str, float] | None]:
-        """Method and density of each layer, None for one left as it is: for `compress`."""
+        """Method and density of each layer, None for a kept layer; for ``compress``."""
         return {
             name: None if option.method == DENSE else (option.method, option.density)
             for name, option in self.options.items()
@@ -53,30 +53,29 @@ def allocate(
     cost: Cost = "nbytes",
     weights: Mapping[str, float] | None = None,
 ) -> Allocation:
-    """Give each layer a method and a density so that the network loses least within a budget.
+    """Choose a method and density for each layer to minimize the total error within a budget.
 
     Parameters
     ----------
     layers : mapping of str to sequence of Option
-        For each layer what it may get, of any methods: see :func:`measure_options` and
-        :func:`interpolate`.
+        Options of each layer, of any methods: see :func:`measure_options` and :func:`interpolate`.
     budget : float
-        Ceiling of the total cost. It is never exceeded by the costs in the options.
+        Maximum total cost, by the costs of the options.
     cost : {"nbytes", "flops", "seconds"}, default="nbytes"
-        What is bounded: bytes of values and positions, floating point operations for a sample,
-        or measured time.
+        Kind of cost: bytes of values and positions, floating-point operations per sample, or
+        measured time.
     weights : mapping of str to float, optional
-        How much the network suffers from a layer's squared error; 1 where none is given.
+        Weight of each layer's squared error, by default 1.
 
     Returns
     -------
     Allocation
-        The options of least ``Σ weight · error²``, with a bound on what any others could reach.
+        The options with the smallest ``Σ weight · error²``, and a lower bound for all others.
 
     Raises
     ------
     ValueError
-        If an argument is invalid or the cheapest options exceed the budget.
+        If an argument is invalid, or the cheapest options exceed the budget.
 
     Examples
     --------
@@ -103,14 +102,14 @@ def allocate_uniformly(
     cost: Cost = "nbytes",
     weights: Mapping[str, float] | None = None,
 ) -> Allocation:
-    """Give all layers one method and the largest density they can all have: the baseline.
+    """Choose one method and the largest common density for all layers, as a baseline.
 
     Parameters
     ----------
     layers, budget, cost, weights
-        As for :func:`allocate`.
+        As in :func:`allocate`.
     method : str
-        The method, of which all layers must have an option at some common density.
+        The method. All layers need options for it at a common density.
 
     Returns
     -------
@@ -160,7 +159,7 @@ def _weights(
 ) -> dict[str, float]:
     given = weights or {}
     if unknown := sorted(set(given) - set(layers)):
-        raise ValueError(f"weights must be of layers, got {', '.join(map(repr, unknown))}.")
+        raise ValueError(f"weights must name layers, got {', '.join(map(repr, unknown))}.")
     for name, value in given.items():
         if not 0.0 <= value < math.inf:
             raise ValueError(f"weights must be finite and not negative, got {value} for {name!r}.")

@@ -1,4 +1,4 @@
-"""What a layer loses at each cost, by method: fitted at a few densities, interpolated between."""
+"""Error of a layer as a function of cost, fitted at a few densities and interpolated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._validation import check_matrix
 from matfact.operators import DenseFactor, FactorProduct
 
-#: The method of the option to leave a layer as it is.
+#: Method name for a layer that is kept.
 DENSE = "dense"
 
 
@@ -29,17 +29,17 @@ class Option:
     Attributes
     ----------
     method : str
-        Name of the method, ``"dense"`` for the layer as it is.
+        Name of the method; ``"dense"`` for a kept layer.
     density : float
-        Stored values ÷ entries asked for.
+        Requested stored values ÷ entries.
     error : float
-        Relative error, of the layer's outputs where it was measured on inputs.
+        Relative error; of the layer's outputs if measured with inputs.
     nbytes : int
-        Bytes of values and of positions, each factor in the smaller of CSR and bit mask.
+        Bytes of values and positions, with each factor in the smaller of CSR and bit mask.
     flops : int
-        Floating point operations for one sample.
+        Floating-point operations per sample.
     seconds : float
-        Measured time, NaN where it was not.
+        Measured time, or NaN.
     """
 
     method: str
@@ -58,25 +58,25 @@ def measure_options(
     gram: Array | None = None,
     latency: Callable[[FactorProduct], float] | None = None,
 ) -> list[Option]:
-    """Fit every method at every density, and list what each result costs and loses.
+    """Fit every method at every density, and list the costs and errors.
 
     Parameters
     ----------
     W : array of shape (out_features, in_features)
         The layer's weights.
     methods : mapping of str to BaseFactorizer
-        Unfitted estimators by name; each is cloned and given the density.
+        Unfitted estimators by name; each is cloned and set to the density.
     densities : sequence of float
         Stored values ÷ entries, each in (0, 1].
     gram : array of shape (in_features, in_features), optional
         ``XᵀX`` of the layer's inputs, for errors of its outputs.
     latency : callable, optional
-        Returns the seconds an operator takes, as :func:`apply_seconds` does.
+        Returns the seconds of an operator, such as :func:`apply_seconds`.
 
     Returns
     -------
     list of Option
-        The layer as it is, then one for each fit. Densities too small for a method are left out.
+        The dense layer, then one option per fit. Densities too small for a method are skipped.
     """
     W = check_matrix(W, "W")
     for density in densities:
@@ -110,23 +110,23 @@ def _option(
 
 
 def interpolate(options: Sequence[Option], densities: Iterable[float]) -> list[Option]:
-    """Return `options` and, for each method, what to expect at further densities between its own.
+    """Add interpolated options at further densities to `options`.
 
-    The logarithm of the error and the seconds are taken to be linear in the density. FLOPs and
-    bytes are ceilings: every value that the density allows, and the positions of whichever
-    neighbour has more.
+    The logarithm of the error and the time are assumed to be linear in the density. FLOPs and bytes
+    are upper bounds, with all values allowed by the density and the larger number of positions of
+    both neighbours.
 
     Parameters
     ----------
     options : sequence of Option
-        As measured for one layer, the layer as it is included.
+        Measured options of one layer, including the dense layer.
     densities : iterable of float
-        Densities wanted; those outside a method's own, or among them, add nothing to it.
+        Further densities. Those outside a method's range, or already measured, add nothing.
 
     Returns
     -------
     list of Option
-        All of them.
+        All options.
     """
     dense = next(option for option in options if option.method == DENSE)
     by_method: dict[str, list[Option]] = {}
@@ -157,16 +157,16 @@ def _between(low: Option, high: Option, density: float, dense: Option) -> Option
 
 
 def apply_seconds(operator: FactorProduct, *, batch: int = 1, repeats: int = 9) -> float:
-    """Return the median time of applying `operator` to `batch` samples, where its values live.
+    """Return the median time of applying `operator` to `batch` samples, on its device.
 
     Parameters
     ----------
     operator : FactorProduct
-        What is timed, after one application that does not count.
+        The product to time, after one warm-up.
     batch : int, default=1
-        Samples applied at a time.
+        Number of samples per application.
     repeats : int, default=9
-        Applications timed.
+        Number of timed applications.
     """
     values = operator.factors[0].values
     samples = np.random.RandomState(0).standard_normal((operator.shape[1], batch))
@@ -174,6 +174,6 @@ def apply_seconds(operator: FactorProduct, *, batch: int = 1, repeats: int = 9) 
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        backend.to_numpy((operator @ X)[:1, :1])  # which waits for the device
+        backend.to_numpy((operator @ X)[:1, :1])  # waits for the device
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

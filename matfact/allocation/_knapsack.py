@@ -1,9 +1,9 @@
-"""One option for each layer, with the least total error that a budget allows.
+"""Multiple-choice knapsack: one option per layer with the smallest total error in a budget.
 
-The multiple-choice knapsack: a Lagrangian relaxation gives a selection and a bound on all others,
-and a search over what the bound leaves open makes the selection the best there is. For 100 layers
-of 30 options it proves that in a tenth of a second; HiGHS (``scipy.optimize.milp``), which finds
-the same selection, may not have closed the gap after 30.
+A Lagrangian relaxation gives a selection and a bound on all others. A search over the options not
+excluded by the bound then finds the optimum. For 100 layers of 30 options this takes a tenth of a
+second. HiGHS (``scipy.optimize.milp``) finds the same selection, but may not have proved it optimal
+after 30 seconds.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Partial selections kept at a time by default: enough for a proof with hundreds of layers.
+#: Default maximum of partial selections, enough to prove optimality for hundreds of layers.
 _MAX_STATES = 1 << 12
-#: Kept in a first search, whose result rules out most of what the second would look at.
+#: The same in a first search, whose result prunes most of the second.
 _FEW_STATES = 1 << 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What :func:`select` found.
+    """Result of :func:`select`.
 
     Attributes
     ----------
@@ -34,8 +34,8 @@ class Selection:
     error : float
         Total error.
     lower_bound : float
-        No selection within the budget has less error; equal to `error` where that is proven to be
-        the least.
+        Lower bound on the error of all selections within the budget; equal to `error` if that is
+        proven optimal.
     """
 
     choices: tuple[int, ...]
@@ -51,27 +51,27 @@ def select(
     *,
     max_states: int = _MAX_STATES,
 ) -> Selection:
-    """Choose one option for each layer so that the total error is least within the budget.
+    """Choose one option per layer to minimize the total error within the budget.
 
     Parameters
     ----------
     costs, errors : sequence of sequences of float
-        For each layer, the cost and the error of each of its options; not negative.
+        For each layer, the nonnegative costs and errors of its options.
     budget : float
-        Ceiling of the total cost.
+        Maximum total cost.
     max_states : int, default=4096
-        Partial selections kept in the search. Where there are more, the least promising are
-        dropped, and ``lower_bound`` tells how much that may have lost.
+        Maximum number of partial selections in the search. If there are more, the least promising
+        are dropped, and ``lower_bound`` shows how much this may have cost.
 
     Returns
     -------
     Selection
-        The best options, with the proof.
+        The best options, with a lower bound.
 
     Raises
     ------
     ValueError
-        If the arguments are inconsistent or the cheapest options exceed the budget.
+        If the arguments are inconsistent, or the cheapest options exceed the budget.
 
     References
     ----------
@@ -88,7 +88,7 @@ def select(
     capacity = math.floor(budget / unit)
     if sum(layer.costs[0] for layer in layers) > capacity:
         least = math.fsum(float(min(c)) for c in costs)
-        if least <= budget:  # but for rounding
+        if least <= budget:  # up to rounding
             least = math.nextafter(budget, math.inf)
         raise ValueError(f"budget={budget} must be at least {least}, the least of all costs.")
     slope, picks = _relaxed(layers, capacity)
@@ -102,10 +102,9 @@ def select(
 
 
 def _unit(budget: float) -> float:
-    """Return the power of two in which costs are counted, rounded up.
+    """Return the power of two used as the unit of costs, which are rounded up.
 
-    The budget has fewer than 2⁵³ of them, so that sums of counts are exact, and those of whole
-    numbers are too.
+    The budget has fewer than 2⁵³ units, so sums of counts are exact; integers are exact too.
     """
     if not budget > 0 or not math.isfinite(budget):
         raise ValueError(f"budget must be a positive number, got {budget!r}.")
@@ -115,17 +114,17 @@ def _unit(budget: float) -> float:
 def _checked(
     costs: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], budget: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the arrays; what exceeds the budget alone costs the next number above it."""
+    """Return the arrays; costs above the budget are replaced by the next number above it."""
     if len(costs) != len(errors):
         raise ValueError(
-            f"costs and errors must be of equally many layers, got {len(costs)} and {len(errors)}."
+            f"costs and errors must have equally many layers, got {len(costs)} and {len(errors)}."
         )
     pairs = []
     for i, (cost, error) in enumerate(zip(costs, errors, strict=True)):
         c, e = np.asarray(cost, dtype=np.float64), np.asarray(error, dtype=np.float64)
         if c.ndim != 1 or c.shape != e.shape or not c.size:
             raise ValueError(
-                f"costs and errors must hold as many numbers for layer {i}, at least 1."
+                f"costs and errors must have the same length, at least 1, for layer {i}."
             )
         if not (np.isfinite(c).all() and np.isfinite(e).all() and min(c.min(), e.min()) >= 0):
             raise ValueError(f"costs and errors must be finite and not negative, got layer {i}.")
@@ -143,7 +142,7 @@ class _Layer:
 
     @classmethod
     def efficient(cls, costs: np.ndarray, errors: np.ndarray) -> _Layer:
-        """Leave out options that another one beats in both."""
+        """Drop options that another one beats in both cost and error."""
         order = np.lexsort((errors, costs))
         best_before = np.minimum.accumulate(np.concatenate([[np.inf], errors[order][:-1]]))
         order = order[errors[order] < best_before]
@@ -159,15 +158,15 @@ class _Layer:
         return hull
 
     def _gain(self, i: int, j: int) -> float:
-        """Return the error avoided per unit of cost by option `j` instead of `i`."""
+        """Return the reduction of error per unit of cost from option `i` to `j`."""
         return (self.errors[i] - self.errors[j]) / (self.costs[j] - self.costs[i])
 
 
 def _relaxed(layers: Sequence[_Layer], capacity: int) -> tuple[float, list[int]]:
     """Return the Lagrange multiplier of the budget, and a selection within it.
 
-    Steps along the hulls are taken by decreasing gain. The gain of the first that does not fit
-    solves the relaxation in which options may be mixed.
+    Steps along the hulls are taken in order of decreasing gain. The gain of the first step that
+    does not fit solves the relaxation in which options may be mixed.
     """
     steps = [
         (layer._gain(i, j), number, i, j)
@@ -188,13 +187,13 @@ def _relaxed(layers: Sequence[_Layer], capacity: int) -> tuple[float, list[int]]
 
 
 class _Search:
-    """Dynamic programming over layers, without what the relaxation rules out.
+    """Dynamic programming over layers, pruned by the relaxation.
 
-    With the multiplier ``s``, a selection of error E and cost C has ``E ≥ base + Σ gaps``, where
-    the gap of an option is its ``error + s · cost`` above the least of its layer.
+    With the multiplier ``s``, a selection of error E has ``E ≥ base + Σ gaps``, where the gap of an
+    option is its ``error + s · cost`` minus the minimum of its layer.
     """
 
-    #: No selection that the last search did not look at has less error.
+    #: Lower bound on the error of selections dropped by the last search.
     open_bound: float
 
     def __init__(
@@ -211,9 +210,9 @@ class _Search:
         return math.fsum(layer.errors[k] for layer, k in zip(self.layers, picks, strict=True))
 
     def run(self, max_states: int) -> None:
-        """Set `best` to the selection of least error."""
+        """Set `best` to the selection with the smallest error."""
         self.open_bound = math.inf
-        # The least costs of all layers to come are set aside.
+        # Reserve the smallest costs of all later layers.
         cost = np.asarray([sum(layer.costs[0] for layer in self.layers)], dtype=np.float64)
         gap = np.zeros(1)
         trail = []
@@ -222,7 +221,7 @@ class _Search:
             kept = self._undominated(cost, gap, max_states)
             cost, gap = cost[kept], gap[kept]
             trail.append((parent[kept], option[kept]))
-        # The error is the gap, but for a constant and the multiplier's share.
+        # The error equals the gap up to a constant and the multiplier's share.
         if cost.size:
             picks = self._traced(trail, int(np.argmin(gap - self.slope * cost)))
             if (error := self._error(picks)) < self.best_error:
@@ -231,7 +230,7 @@ class _Search:
     def _extended(
         self, number: int, cost: np.ndarray, gap: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return all partial selections with one more layer that may still be the best."""
+        """Extend partial selections by one layer, keeping those that may still be optimal."""
         layer, gaps = self.layers[number], self.gaps[number]
         costs = cost[:, None] + (layer.costs - layer.costs[0])
         sums = gap[:, None] + gaps
@@ -240,7 +239,7 @@ class _Search:
         return costs[promising], sums[promising], parent, option
 
     def _undominated(self, cost: np.ndarray, gap: np.ndarray, max_states: int) -> np.ndarray:
-        """Return the states that no other beats in cost and in error, at most `max_states`."""
+        """Return the Pareto-optimal states, at most `max_states`."""
         error = gap - self.slope * cost
         order = np.lexsort((error, cost))
         best_before = np.minimum.accumulate(np.concatenate([[np.inf], error[order]]))[:-1]

@@ -1,4 +1,4 @@
-"""Singular triples of several matrices under one budget (Liu et al.; ALDS)."""
+"""Allocation of singular triples of several matrices under one budget (Liu et al.; ALDS)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matfact.factorizers._block_svd import block_factors
 from matfact.operators import FactorProduct
 from matfact.solvers.block_svd import Blocking, keep_triples, select_triples
 
-#: Numbers of strips that the first searches give to all layers, as in the ALDS paper.
+#: Numbers of strips of all layers in the first searches, as in the ALDS paper.
 _FIRST_STRIPS = (3, 5, 7, 9)
 
 
 def magnitude_scores(spectra: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Score each triple of a matrix by its singular value.
 
-    Not comparable between layers of a network, whose scales are arbitrary.
+    Scores of different layers are not comparable, since their scales are arbitrary.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def magnitude_scores(spectra: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def relative_error_scores(spectra: Sequence[np.ndarray], norm: float) -> list[np.ndarray]:
-    """Score each triple by the relative error in the operator norm that is left without it.
+    """Score each triple by the relative operator-norm error without it.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def relative_error_scores(spectra: Sequence[np.ndarray], norm: float) -> list[np
     Returns
     -------
     list of ndarray
-        The error of a block that is cut just before each triple, ÷ `norm`.
+        Error of a block truncated before each triple, divided by `norm`.
     """
     return [np.asarray(s, dtype=float) / norm if norm else np.zeros(len(s)) for s in spectra]
 
@@ -60,31 +60,31 @@ def rank_triples(
     *,
     per_value: bool = False,
 ) -> dict[str, list[np.ndarray]]:
-    """Keep the best triples of all blocks of all matrices, in one ranking.
+    """Select the best triples of all blocks of all matrices by one ranking.
 
     Parameters
     ----------
     scores : mapping of str to sequence of ndarray
-        For each matrix, the importance of each triple of each block; those of 0 are not kept.
-        Scores of different matrices are compared as they are.
+        For each matrix, the importance of each triple of each block. Triples with score 0 are not
+        kept. Scores of different matrices are compared directly.
     costs : mapping of str to ndarray
-        For each matrix, the values that a triple of each block stores: rows + columns.
+        For each matrix, the stored values of a triple of each block: rows + columns.
     budget : int
-        Values that may be stored in all, at least those of the cheapest triple.
+        Maximum total number of stored values, at least that of the cheapest triple.
     per_value : bool, default=False
-        Whether triples are ranked by their score ÷ cost.
+        Whether to rank triples by score ÷ cost.
 
     Returns
     -------
     dict of str to list of ndarray of int
-        Positions of the triples to keep in each block. A matrix may be left with none at all,
-        which cuts the network in two: look out for it.
+        Positions of the triples to keep in each block. Check for matrices without any triple, which
+        disconnect the network.
 
     Raises
     ------
     ValueError
-        If names or numbers of blocks of `scores` and `costs` differ, a score is not finite, or
-        the budget holds no triple.
+        If names or numbers of blocks of `scores` and `costs` differ, a score is not finite, or the
+        budget is too small for a triple.
 
     References
     ----------
@@ -116,16 +116,16 @@ def rank_triples(
 def truncated_blocks(
     W: Array, kept: Sequence[np.ndarray], grid: tuple[int, int] = (1, 1)
 ) -> FactorProduct:
-    """Return the product that keeps the chosen singular triples of each block of a matrix.
+    """Return the product with the selected singular triples of each block of a matrix.
 
     Parameters
     ----------
     W : array of shape (out_features, in_features)
         The matrix, real and finite.
     kept : sequence of array-like of int
-        Positions of the triples in each block, as :func:`rank_triples` chooses them.
+        Positions of the triples in each block, from :func:`rank_triples`.
     grid : tuple of int, default=(1, 1)
-        Numbers of row and of column strips.
+        Numbers of row strips and column strips.
 
     Returns
     -------
@@ -148,14 +148,14 @@ def truncated_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class StripRanks:
-    """How ALDS cuts a layer.
+    """Strips and rank of a layer in ALDS.
 
     Attributes
     ----------
     strips : int
         Number of column strips.
     rank : int
-        Rank of each.
+        Rank of each strip.
     """
 
     strips: int
@@ -175,8 +175,8 @@ def strip_spectra(W: np.ndarray, strips: Sequence[int]) -> dict[int, np.ndarray]
     Returns
     -------
     dict of int to ndarray
-        For each number k, the error ``max_b σ_{j+1}(W_b) / σ_1(W)`` left by strips of rank j = 0,
-        1, ….
+        For each number k, the error ``max_b σ_{j+1}(W_b) / σ_1(W)`` with strips of rank j = 0, 1,
+        ….
     """
     rows, columns = W.shape
     largest = float(np.linalg.norm(W, 2)) or 1.0
@@ -199,11 +199,11 @@ def alds_ranks(
     n_rounds: int = 4,
     random_state: int | np.random.RandomState | None = 0,
 ) -> tuple[dict[str, StripRanks], float]:
-    """Choose strips and ranks of all layers so that the largest relative error is least.
+    """Choose strips and ranks of all layers to minimize the largest relative error.
 
-    Given the numbers of strips, the least error that fits the budget is found by bisection; given
-    what that leaves each layer to store, the number of strips of least error. Both alternate, from
-    several starts [1]_.
+    Two steps alternate, from several starts [1]_: given the numbers of strips, bisection finds the
+    smallest error that fits the budget; given the resulting budget of each layer, the number of
+    strips with the smallest error is chosen.
 
     Parameters
     ----------
@@ -213,18 +213,18 @@ def alds_ranks(
     shapes : mapping of str to tuple of int
         out_features and in_features of each layer. A rank costs ``k · out + in`` values.
     budget : int
-        Values that may be stored in all.
+        Maximum total number of stored values.
     n_starts : int, default=15
-        Number of starts: 3, 5, 7 and 9 strips (or the nearest there are) and random ones.
+        Number of starts: 3, 5, 7 and 9 strips (or the nearest possible), and random ones.
     n_rounds : int, default=4
         Alternations from each start.
     random_state : int, RandomState or None, default=0
-        Source of the random starts.
+        Seed of the random starts.
 
     Returns
     -------
     ranks : dict of str to StripRanks
-        Strips and their rank, at least 1, of each layer.
+        Strips of each layer and their rank, at least 1.
     error : float
         The largest relative error of a layer.
 
@@ -259,7 +259,7 @@ def alds_ranks(
         strips = _start(errors, start, rng)
         for _ in range(n_rounds):
             found = _bisect(errors, shapes, strips, budget)
-            if found is None:  # too many strips: the cheapest fit
+            if found is None:  # too many strips: use the cheapest
                 strips = {name: min(options) for name, options in errors.items()}
                 continue
             if best is None or found[1] < best[1]:
@@ -282,14 +282,14 @@ def _check_finite(found: Mapping[str, Sequence[np.ndarray]], what: str) -> None:
 
 
 def _cost(strips: int, shape: tuple[int, int]) -> int:
-    """Return the values that one more rank of each strip stores."""
+    """Return the stored values of one more rank of each strip."""
     return strips * shape[0] + shape[1]
 
 
 def _start(
     errors: Mapping[str, Mapping[int, np.ndarray]], start: int, rng: np.random.RandomState
 ) -> dict[str, int]:
-    """Return the numbers of strips to begin with."""
+    """Return the initial numbers of strips."""
     if start < len(_FIRST_STRIPS):
         wanted = _FIRST_STRIPS[start]
         return {
@@ -304,12 +304,12 @@ def _bisect(
     strips: Mapping[str, int],
     budget: int,
 ) -> tuple[dict[str, StripRanks], float] | None:
-    """Return the ranks of least largest error for these strips, None if nothing fits."""
+    """Return the ranks that minimize the largest error for these strips, or None."""
     curves = {name: errors[name][k] for name, k in strips.items()}
     levels = np.unique(np.concatenate(list(curves.values())))
 
     def ranks(level: float) -> dict[str, int]:
-        # Errors descend: the first at most `level`, but rank one at least.
+        # Errors descend: take the first of at most `level`, with rank at least one.
         return {n: max(1, int(np.argmax(curve <= level))) for n, curve in curves.items()}
 
     def fits(level: float) -> bool:
@@ -329,7 +329,7 @@ def _bisect(
 def _best_strips(
     options: Mapping[int, np.ndarray], shape: tuple[int, int], ranks: StripRanks
 ) -> int:
-    """Return the number of strips of least error among those as cheap as `ranks`."""
+    """Return the number of strips with the smallest error at the cost of `ranks` or less."""
     stored = ranks.rank * _cost(ranks.strips, shape)
 
     def error(k: int) -> float:

@@ -1,6 +1,6 @@
-"""Networks on disk: factors beside the tensors that stay as they are, readable with NumPy alone.
+"""Networks on disk: factors and the remaining tensors, readable with NumPy alone.
 
-The layout is described in ``docs/checkpoint-format.md``.
+``docs/checkpoint-format.md`` describes the format.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""From a safetensors file to a checkpoint of factors, one tensor at a time."""
+"""Conversion of a safetensors file to a checkpoint of factors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from matfact.operators._storage import pack
 
 _log = logging.getLogger(__name__)
 
-#: How the notes of tensors begin that were asked for and cannot be factorized.
-ASKED = "asked for, but"
+#: Start of the notes of tensors that were requested but cannot be factorized.
+ASKED = "requested, but"
 
-#: Called with each file's entry and the number of files, those of an earlier run first.
+#: Called with each file's entry and the number of files, starting with files of an earlier run.
 Progress = Callable[[Shard, int], None]
 
 
@@ -50,54 +50,54 @@ def compress(
 ) -> Checkpoint:
     """Factorize the weights in a safetensors file, and write a checkpoint.
 
-    Tensors are read one at a time, so that memory is bounded by the largest layer for each job.
-    Work that was stopped, or killed, at any moment is taken up again by the same call; files that
-    are complete are not made again, and the result is the same to the byte.
+    Tensors are read one at a time, so memory is bounded by the largest layer per job. If the work
+    is stopped or killed, the same call resumes it: complete files are not written again, and the
+    result is identical to the byte.
 
     Parameters
     ----------
     source : str or Path
-        A ``.safetensors`` file, an index of several, or a folder with either: where both are
-        there, ``model.safetensors`` is read.
+        A ``.safetensors`` file, an index of several, or a folder with either. If a folder has both,
+        ``model.safetensors`` is read.
     folder : str or Path
-        Where to write: a new or empty folder, or one with work to be taken up.
+        A new or empty folder for the checkpoint, or one with interrupted work to resume.
     factorizer : BaseFactorizer
-        What is fitted to each layer; it is cloned and, where it needs one, given seed 0.
+        Estimator to fit to each layer. It is cloned, and seeded with 0 if it has a seed.
     layers : str, optional
-        Regular expression to be found in the names of the weights to factorize. By default those
-        of all linear layers and 1-D, 2-D and 3-D convolutions. What is none of these, as far as
-        names, shapes and the other tensors of a layer tell, is copied in any case; what only its
-        name tells to be a table of embeddings or a normalization is taken where it is asked for.
+        Regular expression to search in the names of the weights to factorize. By default the
+        weights of all linear layers and 1-D, 2-D and 3-D convolutions, recognized by names, shapes
+        and the other tensors of a layer. Other tensors are always copied, except those that only
+        look like embeddings or normalizations by name: these are factorized if requested.
     n_jobs : int, optional
-        Layers factorized at a time, -1 for one on each core. None means 1, or what an enclosing
-        ``joblib.parallel_config`` says, which may also hand the work to Dask or Ray: workers read
-        the layers from `source` and write into `folder`, which all of them must reach.
+        Number of layers factorized in parallel; -1 for all cores. None means 1, or the setting of
+        an enclosing ``joblib.parallel_config``, which may also select Dask or Ray. Workers read
+        layers from `source` and write into `folder`, so all of them need access to both.
     progress : callable, optional
         Called as ``progress(shard, total)`` whenever a file is complete.
 
     Returns
     -------
     Checkpoint
-        The result. The note of each tensor that is kept as it is says why: that it is no weight,
-        cannot be factorized, or would take more bytes.
+        The result. The note of a kept tensor says why: it is not a weight, cannot be factorized, or
+        would take more bytes.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If `source` does not exist.
     ValueError
-        If an option is invalid, a file is damaged, or the folder holds anything else.
+        If an option is invalid, a file is damaged, or `folder` holds anything else.
 
     Warns
     -----
     UnreadIndexWarning
-        Where `source` holds ``model.safetensors`` and an index of other files.
+        If `source` holds ``model.safetensors`` and an index of other files.
     """
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
     output = Path(folder).absolute()  # workers may be elsewhere
-    with Journal(Path(folder)) as journal:  # before the weights are hashed, which takes long
+    with Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
         settings = _settings(weights, factorizer, layers)
         journal.take_up(settings)
         if not journal.is_complete:
@@ -112,7 +112,7 @@ def compress(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One layer to be factorized, maybe in another process."""
+    """A layer to factorize, possibly in another process."""
 
     tensor: TensorLocation
     factorizer: BaseFactorizer
@@ -120,13 +120,13 @@ class _Task:
 
 
 def _place(weights: Source, name: str) -> TensorLocation:
-    """Return where a layer is and its checksum, for processes in other folders."""
+    """Return the absolute location and checksum of a layer, for other processes."""
     file = weights.file(name)
     return file.location(name)._replace(path=file.path.absolute(), sha256=file.digest(name))
 
 
 def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the layers to factorize, and why each other tensor is kept."""
+    """Return the names of the layers to factorize, and why other tensors are kept."""
     kept = weights.kept
     asked = list(weights.specs) if layers is None else _found(layers, weights)
     chosen = [n for n in asked if n not in kept or (kept[n].is_guess and layers is not None)]
@@ -134,7 +134,7 @@ def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, s
     if layers is not None:
         refused = [n for n in asked if n in kept and len(weights.specs[n].shape) > 1]
         notes |= {name: f"{ASKED} {notes[name]}" for name in refused}
-        notes = dict.fromkeys(weights.specs, "not asked for") | notes
+        notes = dict.fromkeys(weights.specs, "not requested") | notes
     if not chosen and not any(name in weights.shared for name in asked):
         raise ValueError(f"layers={layers!r} names no weight. {_alternatives(weights, notes)}")
     for name in chosen:
@@ -143,7 +143,7 @@ def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, s
 
 
 def _found(layers: str, weights: Source) -> list[str]:
-    """Return the names that `layers` is found in."""
+    """Return the names that match `layers`."""
     try:
         pattern = re.compile(layers)
     except re.error as error:
@@ -152,7 +152,7 @@ def _found(layers: str, weights: Source) -> list[str]:
 
 
 def _alternatives(weights: Source, notes: Mapping[str, str]) -> str:
-    """Return what was asked for and why it is not taken, and what could be."""
+    """Return why requested tensors cannot be factorized, and which tensors can be."""
     refused = [f"{name}: {note}. " for name, note in notes.items() if note.startswith(ASKED)]
     names = weights.matrices()
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -161,7 +161,7 @@ def _alternatives(weights: Source, notes: Mapping[str, str]) -> str:
 
 
 def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
-    """Return a copy that gives the same result each time."""
+    """Return a deterministic clone."""
     copy = clone(factorizer)
     if copy.get_params(deep=False).get("random_state", 0) is None:
         copy.set_params(random_state=0)
@@ -170,7 +170,7 @@ def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
 
 
 def _settings(weights: Source, factorizer: BaseFactorizer, layers: str | None) -> dict[str, Any]:
-    """Return all that the result depends on."""
+    """Return everything the result depends on."""
     parameters = factorizer.get_params(deep=False)
     plain = (str, int, float, bool, type(None))
     return {
@@ -192,7 +192,7 @@ def _run(
     n_jobs: int | None,
     progress: Progress | None,
 ) -> list[Shard]:
-    """Write all files that are not yet there, and return all of them in order."""
+    """Write all missing files, and return all files in order."""
     names = [shard_name(0)] * bool(notes) + [task.path.name for task in tasks]
 
     def tell(shard: Shard) -> None:
@@ -211,7 +211,7 @@ def _run(
         pieces = {n: (weights.specs[n], weights.file(n).chunks(n)) for n in others}
         record(write_plain(journal.folder / shard_name(0), pieces, notes))
     left = [task for task in tasks if task.path.name not in journal.finished]
-    # The largest first, so that no worker is left with one while the others are idle.
+    # Largest first, to balance the load of workers.
     left.sort(key=lambda task: -math.prod(task.tensor.spec.shape))
     with results(n_jobs, [joblib.delayed(_factorize)(task) for task in left]) as written:
         for shard in written:
@@ -220,7 +220,7 @@ def _run(
 
 
 def _factorize(task: _Task) -> Shard:
-    """Write the factors of one layer, or the layer itself where they are no gain."""
+    """Write the factors of a layer, or the layer itself if it is smaller."""
     name, spec = task.tensor.name, task.tensor.spec
     W = task.tensor.read().reshape(matrix_shape(spec.shape))
     if not np.isfinite(W).all():
@@ -253,7 +253,7 @@ def _kept(task: _Task, reason: str) -> Shard:
 
 
 def _rounded(product: FactorProduct) -> FactorProduct:
-    """Return the product with values that bfloat16 holds."""
+    """Return the product with values rounded to bfloat16."""
     return FactorProduct(
         [f.with_values(from_bfloat16(to_bfloat16(f.values))) for f in product.factors]
     )

@@ -1,4 +1,4 @@
-"""From a checkpoint back to one safetensors file of dense tensors."""
+"""Conversion of a checkpoint to a safetensors file of dense tensors."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from matfact._safetensors import in_aligned_order, serialize, stored
 from matfact.checkpoint._reader import Checkpoint
 from matfact.operators import FactorProduct
 
-#: Entries of a tensor computed at a time, whatever its size is claimed to be.
+#: Entries of a tensor computed at a time, whatever size it claims.
 _ENTRIES = 1 << 22
 _NUMPY = {"F16": np.float16, "BF16": np.float32, "F32": np.float32, "F64": np.float64,
           "C64": np.complex64}  # fmt: skip
 
 
 def decompress(folder: str | Path, path: str | Path) -> None:
-    """Write the dense tensors of a checkpoint to a safetensors file, all of it or nothing.
+    """Write the dense tensors of a checkpoint to a safetensors file, atomically.
 
     Parameters
     ----------
     folder : str or Path
         The checkpoint.
     path : str or Path
-        The file; one that is there stays whole until the new one is complete. It must be none of
-        the checkpoint's own.
+        The file to write. An existing file stays intact until the new one is complete. It must not
+        be a file of the checkpoint.
 
     Raises
     ------
     FileNotFoundError
         If there is no checkpoint.
     ValueError
-        If it is damaged, the tensors would not fit on the disk, or `path` may not be written.
+        If the checkpoint is damaged, the disk has too little space, or `path` is not allowed.
     """
     checkpoint, path = Checkpoint(folder), Path(path)
     check_output(path, checkpoint.files)
@@ -47,8 +47,8 @@ def decompress(folder: str | Path, path: str | Path) -> None:
     free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
     if needed > free:
         raise ValueError(
-            f"{folder} must hold tensors that fit where {path} is to be written: they take "
-            f"{needed} bytes, and {free} are free."
+            f"{folder} must hold tensors that fit on the disk of {path}: they take {needed} "
+            f"bytes, and {free} are free."
         )
     for name, tensor in checkpoint.tensors.items():
         if tensor.is_product and tensor.spec.dtype not in _NUMPY:

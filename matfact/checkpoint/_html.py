@@ -1,4 +1,4 @@
-"""A checkpoint as a page of its own."""
+"""HTML page of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _HEADINGS = ("tensor", "stored as", "shape", "dtype", "density", "relative error
 
 
 def page(checkpoint: Checkpoint) -> str:
-    """Return a page with a line for each tensor, which needs no other file."""
+    """Return a self-contained page with a line per tensor."""
     tensors = checkpoint.tensors
     errors = [tensor.relative_error or 0.0 for tensor in tensors.values()]
     rows = (

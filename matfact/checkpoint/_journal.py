@@ -1,4 +1,4 @@
-"""The record of work that is not complete, so that it can be taken up again."""
+"""Journal of incomplete work, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
 JOURNAL = "journal.log"
-#: Longest record read, in bytes: that of as many files as a manifest may name.
+#: Maximum size of a journal, in bytes, for as many files as a manifest may list.
 _LONGEST = 1 << 26
 
 
 class Journal:
-    """Work on one folder: begun, taken up again after a kill, or found complete.
+    """Work on one folder: new, resumed after a kill, or already complete.
 
-    Each line is the checksum of a JSON object and the object: first the settings, then a shard
-    for each file that has been written. A line cut short by a kill counts as not written.
+    Each line holds a JSON object and its checksum: first the settings, then a shard per written
+    file. A line truncated by a kill is ignored.
 
     Parameters
     ----------
     folder : Path
-        Where the work is done. It must be new or empty, or hold work that can be taken up.
+        The folder. It must be new or empty, or hold work that can be resumed.
 
     Attributes
     ----------
     finished : dict of str to Shard
-        Files that are complete, by name.
+        Complete files, by name.
     is_complete : bool
-        Whether the manifest has been written and nothing is left to be done.
+        Whether the manifest has been written, so that nothing is left to do.
 
     Raises
     ------
     ValueError
-        If the folder holds anything else, or another process is at work on it.
+        If the folder holds anything else, or another process is working on it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Journal:
         self.is_complete = False
         self._held = contextlib.ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
-        with self._held:  # closed here where anything fails
+        with self._held:  # released here if anything fails
             try:
                 self._held.enter_context(claimed(folder))
             except BlockingIOError:
@@ -64,7 +64,7 @@ class Journal:
             self._held = self._held.pop_all()
 
     def take_up(self, settings: dict[str, Any]) -> None:
-        """Find what is finished of the work with these settings, and begin the rest.
+        """Find the finished files of the work with these settings, and start or resume it.
 
         Raises
         ------
@@ -88,7 +88,7 @@ class Journal:
         return manifest.settings, manifest.shards
 
     def _recorded(self) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
-        """Return the settings of an earlier run and the files it recorded."""
+        """Return the settings and recorded files of an earlier run."""
         content = b""
         with contextlib.suppress(FileNotFoundError, ValueError):
             content = read_whole(self.folder / JOURNAL, _LONGEST)
@@ -100,43 +100,43 @@ class Journal:
         shards: dict[str, Shard] = {}
         for line in lines:
             if (fields := _parsed(line)) is None:
-                break  # a kill cuts the last line
+                break  # truncated by a kill
             with contextlib.suppress(ValueError):
                 shard = Shard.from_json(fields)
                 shards[shard.file] = shard
         return settings, tuple(shards.values())
 
     def _check_nothing_is_lost(self) -> None:
-        """Raise unless the folder holds no more than a damaged record and partial files."""
+        """Raise unless the folder holds only a damaged journal and partial files."""
         for entry in self.folder.iterdir():
             if entry.name != JOURNAL and not is_partial(entry.name):
                 raise ValueError(
-                    f"{self.folder} must be a new or an empty folder, or hold work with an intact "
+                    f"{self.folder} must be a new or empty folder, or hold work with an intact "
                     f"{JOURNAL}, but it holds {entry.name!r}. Choose another folder."
                 )
 
     def _begin(self, settings: dict[str, Any]) -> None:
-        """Write what is known anew, without torn lines, and keep the file open."""
+        """Rewrite the journal without truncated lines, and keep it open."""
         lines = [_line(settings), *(_line(shard.to_json()) for shard in self.finished.values())]
         with replacing(self.folder / JOURNAL) as file:
             file.writelines(lines)
         self._file: BinaryIO = self._held.enter_context((self.folder / JOURNAL).open("ab"))
 
     def add(self, shard: Shard) -> None:
-        """Record a file that has been written."""
+        """Record a written file."""
         self.finished[shard.file] = shard
         self._file.write(_line(shard.to_json()))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def complete(self, manifest: Manifest) -> None:
-        """Write the manifest; the record is of no use any more."""
+        """Write the manifest and remove the journal."""
         manifest.write(self.folder)
         self.is_complete = True
 
     def _tidy(self) -> None:
-        """Remove what is of no use any more, before others may work on the folder."""
-        remove_partial_files(self.folder)  # left by workers that were killed
+        """Remove temporary files, before others may work on the folder."""
+        remove_partial_files(self.folder)  # left by killed workers
         if self.is_complete:
             (self.folder / JOURNAL).unlink(missing_ok=True)
 
@@ -158,7 +158,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object, or None where the line is not whole or is none."""
+    """Return the object of a line, or None if the line is truncated or invalid."""
     digest, _, text = line.removesuffix(b"\n").partition(b" ")
     if digest != hashlib.sha256(text).hexdigest().encode():
         return None
@@ -168,7 +168,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_intact(folder: Path, shard: Shard) -> bool:
-    """Whether the file of a shard is as it was written."""
+    """Whether the file of a shard is intact."""
     try:
         check_shard(folder, shard)
     except ValueError:

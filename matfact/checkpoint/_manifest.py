@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, in which files, and their checksums."""
+"""The manifest of a checkpoint: its tensors, files and checksums."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from matfact._safetensors import TensorSpec, checked_spec
 MANIFEST = "manifest.json"
 FORMAT = "matfact-checkpoint"
 VERSION = 1
-#: Where settings hold the report of a compression.
+#: Key of the compression report in the settings.
 REPORT = "report"
 
-#: Longest manifest read, in bytes.
+#: Maximum size of a manifest, in bytes.
 _LIMIT = 1 << 26
 _HEAD = b'{"sha256":"'
 _ZEROS = b"0" * 64
@@ -29,24 +29,24 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of the network, as factors or as it is.
+    """A tensor of the network, stored as factors or unchanged.
 
     Attributes
     ----------
     name : str
         Its name in the network.
     spec : TensorSpec
-        Its dtype and shape there.
+        Its dtype and shape in the network.
     storage : tuple of str
-        How each factor is stored; empty for a tensor kept as it is.
+        Storage format of each factor; empty for an unchanged tensor.
     method : str
-        What factorized it, where that is known.
+        Factorization method, if known.
     density : float or None
-        Stored values ÷ entries, of factors.
+        Stored values ÷ entries, for factors.
     relative_error : float or None
-        ``‖W − Ŵ‖_F / ‖W‖_F``, of factors as they are stored.
+        ``‖W − Ŵ‖_F / ‖W‖_F`` of the stored factors.
     note : str
-        Why a tensor is kept as it is, where that is known.
+        Why a tensor is not factorized, if known.
     """
 
     name: str
@@ -63,7 +63,7 @@ class StoredTensor(NamedTuple):
         return bool(self.storage)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the manifest says of it; whatever does not apply is left out."""
+        """Return the entry in the manifest, without fields that do not apply."""
         fields = self._asdict()
         del fields["spec"]
         shown = {k: v for k, v in fields.items() if v not in (None, "", ())}
@@ -86,7 +86,7 @@ class StoredTensor(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One file: the factors of one tensor, or any number of tensors as they are.
+    """A file, with the factors of one tensor, or with any number of unchanged tensors.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class Shard(NamedTuple):
     sha256 : str
         Checksum of its bytes.
     tensors : tuple of StoredTensor
-        What it holds.
+        Its tensors.
     """
 
     file: str
@@ -106,7 +106,7 @@ class Shard(NamedTuple):
     tensors: tuple[StoredTensor, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the manifest says of it."""
+        """Return the entry in the manifest."""
         own = {"file": self.file, "nbytes": self.nbytes, "sha256": self.sha256}
         return own | {"tensors": [tensor.to_json() for tensor in self.tensors]}
 
@@ -135,7 +135,7 @@ def _typed(fields: Mapping[str, Any], key: str, kind: type, default: Any = ...) 
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint says of itself.
+    """Contents of the manifest.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class Manifest(NamedTuple):
     settings : dict
         How it was made.
     metadata : dict of str to str
-        What the safetensors file it was made from held beside its tensors.
+        Metadata of the original safetensors file.
     """
 
     shards: tuple[Shard, ...]
@@ -172,9 +172,9 @@ class Manifest(NamedTuple):
         Raises
         ------
         FileNotFoundError
-            If there is none.
+            If there is no manifest.
         ValueError
-            If it is damaged or of another kind or version.
+            If it is damaged, or of another format or version.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -184,7 +184,7 @@ class Manifest(NamedTuple):
         try:
             return cls._parsed(path)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged or not a checkpoint's: {error}.") from None
+            raise ValueError(f"{path} is damaged or not a manifest: {error}.") from None
 
     @classmethod
     def _parsed(cls, path: Path) -> Manifest:

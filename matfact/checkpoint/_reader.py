@@ -1,4 +1,4 @@
-"""Reading a checkpoint."""
+"""Reading of checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from matfact.report import CompressionReport
 class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
     """A network on disk: a mapping from names to products of factors or to arrays.
 
-    Nothing but the manifest is read before it is asked for. Whatever is read is checked against
-    the checksums in the manifest, each time, and is in memory of its own: a file that changes
-    later is refused, and changes nothing that was read before.
+    Only the manifest is read at first. Every tensor is copied into memory and checked against the
+    checksums in the manifest on each access. If a file changes later, reading it raises an error,
+    and data read before is not affected.
 
     Parameters
     ----------
@@ -32,18 +32,18 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
     Attributes
     ----------
     tensors : dict of str to StoredTensor
-        What the manifest says of each tensor.
+        Entry of each tensor in the manifest.
     settings : dict
         How the checkpoint was made.
     metadata : dict of str to str
-        What the file it was made from held beside its tensors.
+        Metadata of the original safetensors file.
 
     Raises
     ------
     FileNotFoundError
         If there is no checkpoint in the folder.
     ValueError
-        If the manifest is damaged; on access, if the file of a tensor is.
+        If the manifest is damaged, or on access, if the file of a tensor is damaged.
 
     Examples
     --------
@@ -71,9 +71,9 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         self._held: dict[str, SafetensorsFile] = {}
 
     def __getitem__(self, name: str) -> FactorProduct | np.ndarray:
-        """Return factors as a product with NumPy values, another tensor as an array.
+        """Return a product with NumPy values, or an array for a tensor that is not factorized.
 
-        bfloat16 becomes float32, which holds it exactly.
+        bfloat16 becomes float32, which is exact.
         """
         return self.product(name) if self.tensors[name].is_product else self.file(name).read(name)
 
@@ -88,17 +88,17 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
     @property
     def files(self) -> list[Path]:
-        """All files of the checkpoint, the manifest first."""
+        """All files of the checkpoint, starting with the manifest."""
         return [self.path / name for name in (MANIFEST, *(shard.file for shard in self.shards))]
 
     @property
     def report(self) -> CompressionReport:
-        """What was done to the network: as it was saved, or what the manifest says of weights.
+        """Report of the compression, as saved or rebuilt from the manifest.
 
         Raises
         ------
         ValueError
-            If what is saved is no report.
+            If the saved report is invalid.
         """
         if REPORT in self.settings:
             return CompressionReport.from_content(self.settings[REPORT])
@@ -125,16 +125,16 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files but the manifest."""
+        """Bytes of all files except the manifest."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of all tensors, were none of them factorized."""
+        """Bytes of all tensors if none were factorized."""
         return sum(tensor.spec.nbytes for tensor in self.tensors.values())
 
     def tensor_nbytes(self, name: str) -> int:
-        """Return the bytes that tensor `name` takes, those of its own file if it is a product."""
+        """Return the bytes of tensor `name`; of a product, those of its file."""
         tensor = self.tensors[name]
         return self._shards[name].nbytes if tensor.is_product else tensor.spec.nbytes
 
@@ -152,7 +152,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         return product
 
     def file(self, name: str) -> SafetensorsFile:
-        """Return the verified file that holds tensor `name`; what is read of it is checked too."""
+        """Return the verified file with tensor `name`; later reads are checked too."""
         shard = self._shards[name]
         if file := self._ahead(shard):
             return file
@@ -162,11 +162,10 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[None]:
-        """Read the files into memory, whole, and check them in another thread, meanwhile.
+        """Read whole files into memory and verify them in a background thread.
 
-        It begins with the largest, whose bytes are hashed whatever other threads do. A file that is
-        used before its turn is read by who uses it. Tensors that are kept as they are share the
-        memory of their file, and factors that of theirs.
+        The largest file comes first, as hashing releases the GIL. A file that is needed earlier is
+        read by its user. Tensors and factors share the memory of their files.
         """
         shards = sorted(self.shards, key=lambda shard: -shard.nbytes)
         with ThreadPoolExecutor(1) as pool:
@@ -178,12 +177,12 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
                 pool.shutdown(cancel_futures=True)
 
     def verify(self) -> None:
-        """Check every file, and raise ``ValueError`` where one is damaged."""
+        """Check every file, and raise ``ValueError`` if one is damaged."""
         for shard in self.shards:
             self._verified[shard.file] = self._checked(shard)
 
     def _ahead(self, shard: Shard) -> SafetensorsFile | None:
-        """Return the file in memory, if files are read ahead."""
+        """Return the file in memory, if it was read ahead."""
         if pending := self._pending.pop(shard.file, None):
             file = self._read(shard) if pending.cancel() else pending.result()
             self._held[shard.file] = file
@@ -197,10 +196,10 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
 
 
 def _fitting(file: SafetensorsFile, shard: Shard) -> SafetensorsFile:
-    """Return a file that holds what the manifest says of it."""
+    """Return a file after checking its tensors against the manifest."""
     for tensor in shard.tensors:
         if not tensor.is_product and file.specs.get(tensor.name) != tensor.spec:
-            raise ValueError(f"{file.path} does not hold what the manifest says of it.")
+            raise ValueError(f"{file.path} does not hold the tensors listed in the manifest.")
     return file
 
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from what is in memory."""
+"""Writing of checkpoints from memory."""
 
 from __future__ import annotations
 
@@ -28,30 +28,29 @@ def save(
     settings: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write products and arrays of any array library as a checkpoint, all of it or nothing.
+    """Write products and arrays of any array library as a checkpoint, atomically.
 
     Parameters
     ----------
     path : str or Path
-        The folder, which must not exist or be empty, or a link to such a folder.
+        A new or empty folder, or a link to one.
     tensors : mapping of str to FactorProduct or array
-        What to write, by name. Every dtype is kept, bfloat16 of torch included.
+        Products and arrays by name. Dtypes are kept, including torch's bfloat16.
     shapes : mapping of str to tuple of int, optional
-        Shapes in the network of the products of which it is not the product's own, such as
-        convolutions.
+        Shapes in the network, for products whose shape there differs, such as convolutions.
     report : CompressionReport, optional
-        What was done to the network, for the manifest.
+        Report of the compression, for the manifest.
     settings : mapping, optional
-        How the network was made; anything that JSON can hold.
+        How the network was made; any values that JSON can represent.
     metadata : mapping of str to str, optional
-        Metadata for the safetensors file that ``decompress`` makes of the checkpoint.
+        Metadata for the safetensors file written by ``decompress``.
 
     Raises
     ------
     FileExistsError
-        If there is something at `path`.
+        If `path` exists and is not an empty folder.
     ValueError
-        If a shape does not fit its product, or files cannot hold a dtype.
+        If a shape does not fit its product, or a dtype cannot be stored.
     """
     target = output_folder(path)
     products = {k: v for k, v in tensors.items() if isinstance(v, FactorProduct)}
@@ -73,7 +72,7 @@ def save(
 
 
 def _recorded(row: LayerReport | None) -> dict[str, Any]:
-    """Return what a report says of a weight, for the manifest."""
+    """Return the fields of a weight in the manifest from a report."""
     if row is None:
         return {}
     error = row.relative_error
@@ -85,11 +84,11 @@ def _stored(name: str, array: Array) -> Stored:
     try:
         return stored_array(array)
     except ValueError as error:
-        raise ValueError(f"tensors must be such as files can hold, but {name!r}: {error}") from None
+        raise ValueError(f"tensors must have supported dtypes, but {name!r}: {error}") from None
 
 
 def _spec(name: str, product: FactorProduct, shapes: Mapping[str, tuple[int, ...]]) -> TensorSpec:
-    """Return dtype and shape in the network."""
+    """Return the dtype and shape of a tensor in the network."""
     shape = tuple(shapes.get(name, product.shape))
     if len(shape) < 2 or matrix_shape(shape) != product.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Writing the files of a checkpoint, and checking them."""
+"""Writing and checking of the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matfact.checkpoint._manifest import Shard, StoredTensor
 
 
 def shard_name(index: int) -> str:
-    """Return the name of the file with number `index`."""
+    """Return the name of file number `index`."""
     return f"{index:05d}.safetensors"
 
 
@@ -32,7 +32,7 @@ def write_plain(
     tensors: Mapping[str, tuple[TensorSpec, Iterable[bytes]]],
     notes: Mapping[str, str] | None = None,
 ) -> Shard:
-    """Write tensors as they are, piece by piece."""
+    """Write unchanged tensors, in pieces."""
     specs = in_aligned_order({name: spec for name, (spec, _) in tensors.items()})
     content = (chunk for name in specs for chunk in tensors[name][1])
     held = [
@@ -42,7 +42,7 @@ def write_plain(
 
 
 def check_shard(folder: Path, shard: Shard, *, in_memory: bool = False) -> SafetensorsFile:
-    """Return the file; what is read of it from now on are the bytes checked here.
+    """Verify and open a file; later reads are guaranteed to return the verified bytes.
 
     Parameters
     ----------
@@ -51,12 +51,12 @@ def check_shard(folder: Path, shard: Shard, *, in_memory: bool = False) -> Safet
     shard : Shard
         Its file.
     in_memory : bool, default=False
-        Whether to read all of it at once.
+        Whether to read the whole file at once.
 
     Raises
     ------
     ValueError
-        If the file is not there with the bytes it was written with.
+        If the file is missing or has changed.
     """
     path = folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.nbytes:

@@ -1,4 +1,4 @@
-"""The network to be compressed: one safetensors file, or several with an index."""
+"""Source network: one safetensors file, or several with an index."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from matfact._safetensors import TensorSpec
 from matfact._safetensors_file import SafetensorsFile
 
 INDEX_SUFFIX = ".index.json"
-#: Longest index read, in bytes: room for more than 100 000 tensors.
+#: Maximum size of an index, in bytes; enough for more than 100 000 tensors.
 _LIMIT = 1 << 24
 SINGLE_FILE = "model.safetensors"
 
 
 class UnreadIndexWarning(UserWarning):
-    """A folder holds one file of weights and an index of others, which are not read."""
+    """A folder holds one file of weights and an index of others, which is ignored."""
 
 
 class Source:
-    """Tensors by name, in whichever file they are.
+    """Tensors by name, in one or several files.
 
     Parameters
     ----------
     path : str or Path
-        A ``.safetensors`` file, an index (``model.safetensors.index.json``) of several beside
-        it, of which all tensors are read, or a folder with either under the names that Hugging
-        Face gives them; where both are there the index, which may be stale, is not read.
+        A ``.safetensors`` file, an index (``model.safetensors.index.json``) of several files in the
+        same folder, or a folder with either under the names used by Hugging Face. With both, the
+        index is ignored, since it may be outdated.
 
     Attributes
     ----------
     specs : dict of str to TensorSpec
         All tensors.
     metadata : dict of str to str
-        What the header of the (first) file holds besides.
+        Metadata in the header of the (first) file.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If `path` does not exist.
     ValueError
         If a file is damaged or the index does not fit the files.
     """
@@ -65,7 +65,7 @@ class Source:
         return self._files[name]
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, by name; from then on all that is read is checked."""
+        """Return the SHA-256 of each file, by name; later reads are checked against it."""
         return {file.path.name: file.sha256 for file in dict.fromkeys(self._files.values())}
 
     def matrices(self) -> list[str]:
@@ -74,21 +74,22 @@ class Source:
 
     @functools.cached_property
     def kept(self) -> dict[str, Kept]:
-        """All other tensors, and why they are kept as they are."""
+        """All other tensors, and why they are kept."""
         return kept_tensors(self.specs, self.shared)
 
     @functools.cached_property
     def shared(self) -> dict[str, str]:
-        """Tensors that several modules use, with another name of each.
+        """Tensors shared by several modules, each with another name.
 
-        Files hold them once, and note the other names, or once for each.
+        Files store them once and note the other names, or store them repeatedly.
         """
         return dict(self._equal_to_tables()) | dict(self._noted_as_shared())
 
     def _noted_as_shared(self) -> Iterator[tuple[str, str]]:
-        """Yield tensors that modules share, with another name; safetensors leaves out all but one.
+        """Yield all names of shared tensors, each with another name of the tensor.
 
-        Those that are left out are among them, since they may be all that another layer shares.
+        safetensors stores only one of them. The omitted names count too: a layer whose weight is
+        stored may share its bias under an omitted name.
         """
         groups: dict[str, list[str]] = {}
         for file in dict.fromkeys(self._files.values()):
@@ -100,7 +101,7 @@ class Source:
             yield from ((name, first if name != first else second) for name in names)
 
     def _equal_to_tables(self) -> Iterator[tuple[str, str]]:
-        """Yield weights with the very numbers of a table of embeddings, and these, in pairs."""
+        """Yield pairs of weights and identical embedding tables."""
         kept = kept_tensors(self.specs)
         guessed = [name for name, reason in kept.items() if reason.is_guess]
         weights = [name for name in self.specs if name not in kept]
@@ -112,18 +113,18 @@ class Source:
                 yield from ((name, table), (table, name))
 
     def _content(self, name: str) -> tuple[TensorSpec, bytes]:
-        """Return what only tensors with the same numbers have in common."""
+        """Return a key shared only by tensors with the same numbers."""
         return self.specs[name], self.file(name).digest(name)
 
 
 def _found(path: Path) -> Path:
-    """Return the file or the index; in a folder the single file, as transformers does."""
+    """Return the file or index; in a folder prefer the single file, like transformers."""
     if path.is_dir():
         present = [f for f in (SINGLE_FILE, SINGLE_FILE + INDEX_SUFFIX) if (path / f).is_file()]
         if len(present) == 2:
             warnings.warn(
-                f"{path} holds {present[0]} and {present[1]}: the first is read, and no file that "
-                "the second names. Give the index itself as the source to read these.",
+                f"{path} holds {present[0]} and {present[1]}: only the first is read. To read the "
+                "files of the index, pass the index itself as the source.",
                 UnreadIndexWarning,
                 stacklevel=4,
             )
@@ -134,12 +135,12 @@ def _found(path: Path) -> Path:
 
 
 def _indexed(path: Path) -> dict[str, SafetensorsFile]:
-    """Return the file of each tensor: those in the index, and what else their files hold."""
+    """Return the file of each tensor, including tensors of these files that the index omits."""
     places = _places(path)
     files: dict[str, SafetensorsFile] = {}
     for name in sorted(set(places.values())):
         if not name or Path(name).name != name or "\\" in name or "\0" in name:
-            raise ValueError(f"{path} must name files beside it, got {name!r}.")
+            raise ValueError(f"{path} must name files in its own folder, got {name!r}.")
         files[name] = SafetensorsFile(path.with_name(name))
     for name, place in places.items():
         if name not in files[place].specs:

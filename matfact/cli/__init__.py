@@ -1,6 +1,6 @@
 """The command line: ``matfact compare``, ``compress``, ``inspect`` and ``decompress``."""
 
-# Only typer is imported here: the rest waits until a command runs, so that help is immediate.
+# Only typer is imported here; commands import the rest, so that help is fast.
 from __future__ import annotations
 
 import io
@@ -29,12 +29,12 @@ def main(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print it and leave."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
     """Factorize weight matrices into products of sparse and structured factors."""
-    # Names of tensors and files may hold what the terminal's encoding does not.
+    # Names may hold characters that the terminal's encoding lacks.
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # none where it is closed
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             stream.reconfigure(errors="backslashreplace")

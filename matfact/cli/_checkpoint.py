@@ -1,6 +1,6 @@
 """``matfact compress``, ``matfact inspect`` and ``matfact decompress``."""
 
-# Numerical libraries are imported where used, so that help is immediate.
+# Numerical libraries are imported late, so that help is fast.
 from __future__ import annotations
 
 import json
@@ -30,23 +30,23 @@ def compress(
             "matfact\\[demo]."
         ),
     ],
-    output: Annotated[Path, typer.Argument(help="New folder, or one with work to be taken up.")],
+    output: Annotated[Path, typer.Argument(help="New folder, or one with work to resume.")],
     method: Annotated[
-        str, typer.Option(help="Method of factorization; an unknown one lists them.")
+        str, typer.Option(help="Factorization method; any unknown name lists all.")
     ] = "dsf",
     density: Annotated[float, typer.Option(help="Stored values ÷ entries of each layer.")] = 0.5,
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Regular expression to be found in names of weights; by default those of all "
-            "linear layers and 1-D, 2-D and 3-D convolutions. What is no such weight is copied, "
-            "with the reason."
+            help="Regular expression to search in the names of weights. By default the weights "
+            "of all linear layers and 1-D, 2-D and 3-D convolutions. Other tensors are copied, "
+            "and the reason is shown."
         ),
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="Layers at a time; -1: one on each core. By default 1, or all that a cluster can.",
+            help="Number of parallel jobs; -1: one per core. Default: 1, or all of a cluster.",
             show_default=False,
         ),
     ] = None,
@@ -54,14 +54,14 @@ def compress(
 ) -> None:
     """Factorize the layers in a safetensors file, one at a time, and copy all other tensors.
 
-    When it is stopped, or killed, the same command goes on where it was.
+    If it is stopped or killed, the same command resumes the work.
 
     Exit status:
-    0 the checkpoint is complete (layers kept as they are, are listed with the reason)
-    1 an error of matfact itself, which is shown
-    2 the options, the weights or the output folder cannot be used, or memory ran out
+    0 the checkpoint is complete (kept layers are listed with the reason)
+    1 an internal error of matfact, which is shown
+    2 the options, the weights or the output folder are invalid, or memory ran out
     3 the checkpoint is complete, but no layer could be factorized
-    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; the same command goes on
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; the same command resumes
     """
     with told_to_users():
         from matfact._parallel import on_cluster
@@ -77,16 +77,14 @@ def compress(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write it to this file, as a page of its own.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
 ) -> None:
-    """Verify a checkpoint and show what it holds.
+    """Verify a checkpoint and show its contents.
 
     Exit status:
     0 the checkpoint is intact
-    1 an error of matfact itself, which is shown
-    2 it is damaged, or there is none, or the page cannot be written
+    1 an internal error of matfact, which is shown
+    2 it is damaged or missing, or the page cannot be written
     """
     with told_to_users():
         from matfact._files import check_output, write_atomically
@@ -112,13 +110,13 @@ def decompress(
     folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
     output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
 ) -> None:
-    """Write the dense tensors of a checkpoint to one safetensors file.
+    """Convert a checkpoint to a safetensors file of dense tensors.
 
     Exit status:
     0 the file is written
-    1 an error of matfact itself, which is shown; nothing was written
-    2 the checkpoint is damaged or the file cannot be written, or memory ran out; nothing was
-    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; nothing was written
+    1 an internal error of matfact, which is shown; nothing is written
+    2 the checkpoint is damaged, the file cannot be written, or memory ran out; nothing is
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; nothing is written
     """
     with told_to_users():
         from matfact.checkpoint import decompress as write_dense
@@ -128,7 +126,7 @@ def decompress(
 
 
 def _weights(source: Path) -> Path:
-    """Return where the weights are: `source`, or the demo's."""
+    """Return the path of the weights: `source`, or that of the demo."""
     if str(source) != "demo" or source.exists():
         return source
     from matfact.compare._weights import demo_folder
@@ -154,7 +152,7 @@ def _factorizer(method: str, density: float) -> BaseFactorizer:
 def _compressed(
     source: Path, output: Path, factorizer: BaseFactorizer, layers: str | None, jobs: int | None
 ) -> Checkpoint:
-    """Compress behind a progress display, and list what was kept as it is."""
+    """Compress with a progress display, and list the tensors kept."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
@@ -178,7 +176,7 @@ def _compressed(
 
 
 def _kept(shard: Shard) -> Iterator[str]:
-    """Yield a line for each reason why tensors of a file are kept as they are."""
+    """Yield a line per reason for keeping tensors."""
     from matfact.checkpoint._compress import ASKED
 
     names: dict[str, list[str]] = {}

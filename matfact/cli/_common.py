@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, errors in one line, lists separated by commas."""
+"""Exit statuses, one-line errors and comma-separated lists, for all commands."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ import typer
 
 from matfact._text import printable
 
-#: An option of the commands whose work a cluster can do.
+#: Option of commands that can run on a cluster.
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        help="Address of a Dask scheduler, as tcp://scheduler:8786, whose workers do the work. "
-        "They must reach the files under the same names."
+        help="Address of a Dask scheduler, such as tcp://scheduler:8786, to run on its workers. "
+        "They must see the files under the same paths."
     ),
 ]
 
 T = TypeVar("T")
 
-# Exit statuses: Python's own for a crash is 1, and shells add 128 to the number of a signal.
+# Exit statuses: Python exits with 1 after a crash, and shells add 128 to a signal's number.
 USAGE, NO_GAIN, SIGNALLED = 2, 3, 128
 
 
 @contextlib.contextmanager
 def told_to_users() -> Iterator[None]:
-    """Turn what a user can put right, or did, into one line and an exit status."""
+    """Turn errors that users can fix, and interruptions, into one line and an exit status."""
     try:
         with _stopped_like_ctrl_c():
             yield
     except BrokenPipeError:
-        raise  # the reader of the output, such as `head`, has closed it: typer ends in silence
+        raise  # the reader, such as `head`, has closed the output: typer exits silently
     except (ValueError, ImportError, OSError) as error:
         raise _ended(f"Error: {printable(error)}", USAGE) from error
     except MemoryError as error:
         raise _ended(f"Error: out of memory. {error}".rstrip(), USAGE) from error
     except BrokenExecutor as error:
-        message = "Error: a worker process was killed, as when memory runs out. Try fewer jobs."
+        message = "Error: a worker process was killed, perhaps out of memory. Try fewer jobs."
         raise _ended(message, USAGE) from error
     except KeyboardInterrupt as error:
         status = SIGNALLED + getattr(error, "number", signal.SIGINT)
@@ -49,7 +49,7 @@ def told_to_users() -> Iterator[None]:
 
 
 def _ended(message: str, status: int) -> typer.Exit:
-    with contextlib.suppress(OSError):  # a terminal may be closed
+    with contextlib.suppress(OSError):  # the terminal may be closed
         typer.echo(message, err=True)
     return typer.Exit(status)
 
@@ -62,14 +62,14 @@ class _SignalInterrupt(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP stop the work as Ctrl-C does: once, unless they are ignored."""
+    """Make SIGTERM and SIGHUP stop the work once, like Ctrl-C, unless they are ignored."""
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
 
     def stop(number: int, frame: object) -> None:
         for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not stop the tidying
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleanup
         raise _SignalInterrupt(number)
 
     try:
@@ -82,7 +82,7 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
 
 
 def parse(option: str, text: str | None, kind: Callable[[str], T]) -> list[T] | None:
-    """Return the values of a list separated by commas, or None for no list."""
+    """Parse a comma-separated list; None stays None."""
     try:
         return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError as error:

@@ -1,6 +1,6 @@
 """``matfact compare``."""
 
-# Numerical libraries are imported where used, so that help is immediate.
+# Numerical libraries are imported late, so that help is fast.
 from __future__ import annotations
 
 from collections import Counter
@@ -24,8 +24,8 @@ def compare(
         Path | None,
         typer.Argument(
             help="A .safetensors, .npz or .npy file, or a torch state dict (.pt, .pth, .bin; "
-            "nothing is unpickled). Without it: a trained transformer where matfact\\[demo] is "
-            "installed, or a small network trained on the spot.",
+            "nothing is unpickled). Default: a trained transformer if matfact\\[demo] is "
+            "installed, else a small network trained on the fly.",
         ),
     ] = None,
     density: Annotated[
@@ -33,38 +33,38 @@ def compare(
     ] = "0.25",
     sizes: Annotated[
         str | None,
-        typer.Option(help="Sides of the square windows, as 64,128,256,384 (the default)."),
+        typer.Option(help="Sides of the square windows. Default: 64,128,256,384."),
     ] = None,
-    per_size: Annotated[int, typer.Option(min=1, help="Matrices of each size.")] = 4,
-    full: Annotated[bool, typer.Option("--full", help="Also take whole matrices.")] = False,
+    per_size: Annotated[int, typer.Option(min=1, help="Number of matrices per size.")] = 4,
+    full: Annotated[bool, typer.Option("--full", help="Also use whole matrices.")] = False,
     layers: Annotated[
         str | None,
-        typer.Option(help="Regular expression for layer names; by default attention matrices."),
+        typer.Option(help="Regular expression for layer names. Default: attention matrices."),
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Names separated by commas; an unknown one lists them. Default: all."),
+        typer.Option(help="Comma-separated names; any unknown name lists all. Default: all."),
     ] = None,
     output: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for comparison.csv, .json, .html, .png.")
     ] = Path("matfact-comparison"),
     jobs: Annotated[
         int,
-        typer.Option(help="Fits run at a time; -1: one on each core, or on all workers' threads."),
+        typer.Option(help="Number of parallel fits; -1: one per core, or per worker thread."),
     ] = -1,
     scheduler: Scheduler = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows and seeds the methods.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the windows and the methods.")
     ] = 0,
 ) -> None:
-    """Compare all methods on real weight matrices, in the manner of Boža & Macko 2025, Fig. 3.
+    """Compare all methods on real weight matrices, like Boža & Macko 2025, Fig. 3.
 
     Exit status:
-    0 the study is complete (fits that failed are listed)
-    1 an error of matfact itself, which is shown
-    2 the options, the weights or the output folder cannot be used, or memory ran out
+    0 the study is complete (failed fits are listed)
+    1 an internal error of matfact, which is shown
+    2 the options, the weights or the output folder are invalid, or memory ran out
     3 the study is complete, but no fit succeeded
-    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; every file is complete or as it was
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP; every file is complete or unchanged
     """
     with told_to_users():
         comparison = _study(
@@ -87,7 +87,7 @@ def _study(
     output: Path,
     scheduler: str | None,
 ) -> Comparison:
-    """Load, cut, compare, show and write."""
+    """Load weights, run the study, show and write the results."""
     from rich.console import Console
 
     from matfact._files import check_output
@@ -95,7 +95,7 @@ def _study(
     from matfact.compare import cut_matrices, load_weights, summary_table
 
     console = Console()
-    output.mkdir(parents=True, exist_ok=True)  # before the work, lest that be lost
+    output.mkdir(parents=True, exist_ok=True)  # before the work, so that none is lost
     for ending in ("csv", "json", "html", "png"):
         check_output(output / f"comparison.{ending}", [] if weights is None else [weights])
     loaded = load_weights(weights, stored=scheduler is not None)
@@ -115,7 +115,7 @@ def _study(
 
 
 def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
-    """Name the layers that are not compared, by reason."""
+    """Print the layers that are not compared, by reason."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         by_reason.setdefault(reason, []).append(name)
@@ -129,7 +129,7 @@ def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
 def _compare(
     console: Console, matrices: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Comparison:
-    """Run the study behind a progress display."""
+    """Run the study with a progress display."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
 
@@ -148,7 +148,7 @@ def _compare(
 
 
 def _write(console: Console, comparison: Comparison, folder: Path) -> None:
-    """Write tables, page and figure, each whole or not at all."""
+    """Write tables, page and figure, each atomically."""
     from matfact.compare import plot_comparison, save_figure
 
     comparison.to_csv(folder / "comparison.csv")

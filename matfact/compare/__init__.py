@@ -1,4 +1,4 @@
-"""Methods against each other on real matrices: the study, its table and its figure."""
+"""Comparison of methods on real matrices: study, table and figure."""
 
 from matfact.compare._matrices import DEFAULT_SIZES, Cut, cut_matrices
 from matfact.compare._plot import plot_comparison, plot_history, save_figure

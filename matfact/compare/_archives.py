@@ -1,4 +1,4 @@
-"""Arrays from the files of NumPy: nothing is unpickled, and nothing expands beyond measure."""
+"""Safe reading of NumPy files: no unpickling, no decompression bombs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from matfact._regular import open_regular
 
-#: Times its own size that a file may expand to, if it takes more than _PLAIN_SIZE bytes then.
+#: Maximum expansion of a file relative to its size, beyond _PLAIN_SIZE bytes.
 _MAX_EXPANSION = 4
 _PLAIN_SIZE = 1 << 24
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -32,14 +32,14 @@ def numpy_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def is_zip(file: BinaryIO) -> bool:
-    """Whether a file, at its beginning, is an archive."""
+    """Whether an open file, at its beginning, is an archive."""
     start = file.read(4)
     file.seek(0)
     return start in _ZIP
 
 
 def members(file: BinaryIO) -> Iterator[tuple[zipfile.ZipInfo, zipfile.ZipFile]]:
-    """Yield the members of an archive that do not together expand like no trained weights."""
+    """Yield the members of an archive, unless together they expand too much."""
     with zipfile.ZipFile(file) as archive:
         found = archive.infolist()
         check_expansion(sum(info.file_size for info in found), file)
@@ -48,24 +48,24 @@ def members(file: BinaryIO) -> Iterator[tuple[zipfile.ZipInfo, zipfile.ZipFile]]
 
 
 def check_expansion(nbytes: int, file: BinaryIO) -> None:
-    """Raise ``ValueError`` where a file would expand to many times what it stores."""
+    """Raise ``ValueError`` if a file would expand to many times its size."""
     if nbytes > max(_PLAIN_SIZE, _MAX_EXPANSION * os.fstat(file.fileno()).st_size):
         raise ValueError(
             f"it would expand to {nbytes:,} bytes, more than {_MAX_EXPANSION} times its size. If "
-            "that is as it should be, save the arrays uncompressed (numpy.savez, safetensors)."
+            "this is intended, save the arrays uncompressed (numpy.savez, safetensors)."
         )
 
 
 def _array(file: IO[bytes], name: str, nbytes: int) -> np.ndarray:
-    """Read an array that takes all of `nbytes` bytes; NumPy allocates whatever one declares."""
+    """Read an array of exactly `nbytes` bytes, since NumPy allocates any declared size."""
     version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_2_0  # 3 differs in the names of fields only
+    read_header = np.lib.format.read_array_header_2_0  # version 3 differs only in field names
     if version == (1, 0):
         read_header = np.lib.format.read_array_header_1_0
     shape, _, dtype = read_header(file)
     declared = file.tell() + math.prod(shape) * dtype.itemsize
     if not dtype.hasobject and declared != nbytes:
-        raise ValueError(f"{name} declares {declared} bytes and has {nbytes}.")
+        raise ValueError(f"{name} declares {declared} bytes but has {nbytes}.")
     file.seek(0)
     array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
     return array

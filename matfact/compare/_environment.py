@@ -1,4 +1,4 @@
-"""What a result depends on besides its inputs."""
+"""Environment of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = ("numpy", "scipy", "scikit-learn", "numba", "joblib")
 
 
 def environment() -> dict[str, object]:
-    """Return the date, the machine and the versions in use."""
+    """Return the date, the machine and the versions of packages."""
     from matfact import __version__
 
     versions = {"python": platform.python_version(), "matfact": __version__}
@@ -27,7 +27,7 @@ def environment() -> dict[str, object]:
 
 
 def _cpu_name() -> str:
-    """Return the model name of the processor, which Python itself tells only on some systems."""
+    """Return the model name of the processor, which Python provides only on some systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A comparison as a page of its own."""
+"""HTML page of a comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matfact.compare._plot import plot_comparison
 from matfact.compare._rows import ComparisonRow, SummaryRow
 from matfact.factorizers._registry import label
 
-#: Heading and name of the measures in the page's tables; the first two are drawn as bars too.
+#: Heading and name of the measures in the tables; the first two also have bars.
 _MEASURES = (
     ("normalized error", "normalized_error"),
     ("relative error", "relative_error"),
@@ -27,7 +27,7 @@ def page(
 ) -> str:
     """Return a page with the figure, the means and every fit, without scripts.
 
-    Where matplotlib is not installed, or cannot work, the page has no figure.
+    Without a working matplotlib the page has no figure.
     """
     try:
         figure = _html.picture(plot_comparison(rows), "Normalized error by size and method")

@@ -1,4 +1,4 @@
-"""Matrices to compare methods on, cut out of trained weights."""
+"""Test matrices cut from trained weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from matfact.compare._stored import StoredMatrix
 
-#: Sizes studied when none are named.
+#: Default sizes.
 DEFAULT_SIZES = (64, 128, 256, 384)
 
 #: A matrix in memory, or in a file.
@@ -22,12 +22,12 @@ _Shapes = Mapping[str, tuple[int, int]]
 
 
 class Cut(dict[str, Any]):
-    """Matrices by name, and what was not taken.
+    """Matrices by name, and unused layers.
 
     Attributes
     ----------
     left_out : dict of str to str
-        Layers of which no part was taken, with the reason.
+        Unused layers, with the reason.
     """
 
     left_out: dict[str, str]
@@ -45,36 +45,34 @@ def cut_matrices(
 ) -> Cut:
     """Cut square windows, and optionally whole matrices, out of trained weights.
 
-    For each size the layers are visited in an order drawn from `random_state` and the size, and
-    a window of consecutive rows and columns at a uniformly drawn offset is cut from each; a layer
-    is visited again only when all have been. A window is therefore the same whatever other sizes
-    are asked for.
+    For each size, layers are visited in a random order that depends on `random_state` and the size.
+    One window of consecutive rows and columns is cut from each, at a uniformly random offset,
+    before any layer is used again. Windows do not depend on the other sizes.
 
     Parameters
     ----------
     weights : mapping of str to ndarray or StoredMatrix
         Matrices by layer name, as :func:`load_weights` returns them.
     sizes : sequence of int, optional
-        Sides of the windows. None means 64, 128, 256 and 384, as far as the layers are large
-        enough.
+        Sides of the windows. None means 64, 128, 256 and 384, if the layers are large enough.
     per_size : int, default=4
-        Windows of each size (fewer where the layers do not hold as many different ones).
+        Windows of each size, or fewer if the layers do not have enough different ones.
     layers : str, optional
-        Regular expression searched for in the layer names. None takes the attention matrices,
-        or all but the embeddings where there are none or whole matrices are asked for.
+        Regular expression to search in layer names. None selects the attention matrices; without
+        any, or with `full`, all matrices except embeddings.
     full : bool, default=False
-        Whether to add whole matrices: up to `per_size` of every shape not cut already.
+        Whether to add whole matrices: up to `per_size` of every shape that is not a window size.
     random_state : int, default=0
-        Seed of the draws.
+        Seed.
     dtype : dtype, default=float32
         Floating dtype of the result.
 
     Returns
     -------
     Cut
-        A dict of matrices by name, such as ``"layer.0[64:128, 0:64]"``; whole ones carry the
-        layer's name. What is stored in `weights` stays so. Its ``left_out`` names the layers of
-        which nothing was taken, with the reason.
+        A dict of matrices by name, such as ``"layer.0[64:128, 0:64]"``; whole matrices have the
+        name of the layer. Stored matrices of `weights` remain stored. ``left_out`` lists unused
+        layers with the reason.
 
     Raises
     ------
@@ -127,17 +125,17 @@ def _reason(
     name: str, candidates: _Shapes, layers: str | None, sizes: Sequence[int], per_size: int,
     full: bool,
 ) -> str:  # fmt: skip
-    """Return why nothing was taken of a layer."""
+    """Return why a layer was not used."""
     if name not in candidates:
         if layers is not None:
             return f"its name does not match layers={layers!r}"
         kinds = "no embeddings" if full else "only attention matrices, or no embeddings"
-        return f"by default {kinds} are taken; name it with layers"
+        return f"by default {kinds} are used; select it with layers"
     rows, columns = candidates[name]
     if full and (rows != columns or rows not in sizes):
-        return f"per_size={per_size} other matrices of shape {rows}×{columns} were taken"
+        return f"per_size={per_size} other matrices of shape {rows}×{columns} were used"
     if not any(size <= min(rows, columns) for size in sizes):
-        return f"it is smaller than the windows, of sides {', '.join(map(str, sizes))}"
+        return f"it is smaller than the windows, with sides {', '.join(map(str, sizes))}"
     return f"the per_size={per_size} windows of each size were cut from other layers"
 
 
@@ -153,7 +151,7 @@ _Window = tuple[str, slice, slice]
 def _select(
     weights: Mapping[str, M], layers: str | None, *, all_kinds: bool = False
 ) -> dict[str, M]:
-    """Return the layers that match, or those worth studying when nothing is asked for."""
+    """Return the layers that match, or the default layers."""
     if layers is not None:
         try:
             pattern = re.compile(layers)
@@ -174,7 +172,7 @@ def _select(
 
 
 def _windows(shapes: _Shapes, size: int, count: int, seed: int) -> Iterator[_Window]:
-    """Yield `count` different square windows, each layer once before any comes again."""
+    """Yield `count` different square windows, using each layer once before any is reused."""
     shapes = {name: shape for name, shape in shapes.items() if min(shape) >= size}
     available = sum((rows - size + 1) * (cols - size + 1) for rows, cols in shapes.values())
     rng = np.random.RandomState([seed, size])
@@ -189,7 +187,7 @@ def _windows(shapes: _Shapes, size: int, count: int, seed: int) -> Iterator[_Win
 
 
 def _whole(shapes: _Shapes, sizes: Sequence[int], count: int, seed: int) -> Iterator[_Window]:
-    """Yield up to `count` layers of every shape that is not among the square `sizes`."""
+    """Yield up to `count` layers of every shape that is not one of the square `sizes`."""
     for rows, cols in sorted(set(shapes.values())):
         if rows != cols or rows not in sizes:
             names = sorted(name for name, shape in shapes.items() if shape == (rows, cols))

@@ -1,4 +1,4 @@
-"""Errors against matrix sizes, in the manner of Boža & Macko 2025, Fig. 3."""
+"""Plots of errors against matrix sizes, like Boža & Macko 2025, Fig. 3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from matfact.factorizers import BaseFactorizer
 
-# Okabe and Ito's colours, told apart by colour-blind readers, each with a marker of its own.
+# The colour-blind safe palette of Okabe and Ito, each colour with its own marker.
 _STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -39,13 +39,13 @@ _BASELINE = "magnitude"  # its normalized error is 1 by definition
 def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
     """Draw the normalized error of each method against the size of the matrices.
 
-    Small dots are single fits, large ones their mean; the line at 1 is magnitude pruning, which
-    has no dots of its own. There is one panel for each density.
+    Small dots are single fits, large dots their mean. The line at 1 is magnitude pruning, which has
+    no dots. There is one panel per density.
 
     Parameters
     ----------
     comparison : Comparison or sequence of ComparisonRow
-        Fits that failed or whose normalized error is infinite are left out.
+        Failed fits and infinite normalized errors are omitted.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
         rows = [row for row in comparison if row.requested_density == density]
         _draw_panel(axes, rows, sizes, methods)
         axes.set_title("" if density is None else f"density {density:g}", fontsize=11)
-    # At last: the panels share their range, which what is drawn later would no longer widen.
+    # Last, since the shared range would not adapt to later plots.
     panels[0].set_ylim(bottom=0.0)
     panels[0].set_ylabel("error ÷ error of magnitude pruning")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -82,8 +82,8 @@ def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:
     Parameters
     ----------
     fits : mapping of str to BaseFactorizer
-        Fitted estimators by the names they are to have in the figure. Each draws its own
-        solver's objective: compare fits of one class to one matrix.
+        Fitted estimators, by their names in the figure. Objectives differ between solvers, so only
+        compare fits of one class to one matrix.
 
     Returns
     -------
@@ -113,13 +113,13 @@ def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:
 
 
 def _style(i: int) -> tuple[str, str]:
-    """Return colour and marker of the `i`-th method or fit, another pair for each of 64."""
+    """Return the colour and marker of the `i`-th method or fit; 64 pairs are distinct."""
     turns, place = divmod(i, len(_STYLES))
     return _STYLES[place][0], _STYLES[(place + turns) % len(_STYLES)][1]
 
 
 def _scale(drawn: Sequence[Any]) -> dict[str, Any]:
-    """Return a scale with a place for every number drawn: a logarithm has none for 0."""
+    """Return a scale that can show all numbers; a logarithmic one cannot show 0."""
     numbers = np.concatenate([np.ones(1), *map(np.asarray, drawn)])
     if (numbers > 0).all():
         return {"value": "log"}
@@ -127,7 +127,7 @@ def _scale(drawn: Sequence[Any]) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write `figure` to a PNG file, whole or not at all."""
+    """Write `figure` to a PNG file, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
@@ -149,7 +149,7 @@ def _draw_panel(
         dots = [(place, error) for place, errors in groups.items() for error in errors]
         axes.plot(
             *np.reshape(dots, (-1, 2)).T, ".", color=color, markersize=6,
-            markeredgecolor="white", markeredgewidth=0.5, zorder=3,  # in front of their mean
+            markeredgecolor="white", markeredgewidth=0.5, zorder=3,  # in front of the mean
         )  # fmt: skip
         axes.plot(
             list(groups), [float(np.mean(errors)) for errors in groups.values()], marker,

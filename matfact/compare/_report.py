@@ -1,4 +1,4 @@
-"""A comparison as a table for the terminal."""
+"""Terminal table of a comparison."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _HEADINGS = {
     "seconds": "seconds",
     "flops_ratio": "FLOPs\nratio",
 }
-#: The measures that vary from matrix to matrix; budgets hardly do.
+#: Measures shown with their spread; those of budgets hardly vary.
 _SPREAD = {"normalized_error", "relative_error", "seconds"}
 
 
 def summary_table(comparison: Comparison) -> Table:
-    """Return mean ± spread of every method at every size, one section a size.
+    """Return a table of mean ± spread of every method, with one section per size.
 
     Parameters
     ----------

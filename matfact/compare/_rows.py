@@ -1,4 +1,4 @@
-"""One fit of a comparison, and means over several."""
+"""Rows of a comparison, and their means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonRow:
-    """One fit of one method to one matrix.
+    """Fit of one method to one matrix.
 
     Attributes
     ----------
@@ -21,9 +21,9 @@ class ComparisonRow:
     method : str
         Name of the method.
     requested_density : float or None
-        Density asked for; None for an estimator that has no such parameter.
+        Requested density; None if the estimator has no such parameter.
     status : {"ok", "failed"}
-        Whether the fit succeeded. All that follows but `message` is None where it did not.
+        Whether the fit succeeded. If it failed, all later fields except `message` are None.
     density : float or None
         Stored values ÷ entries of the matrix.
     nnz : int or None
@@ -39,7 +39,7 @@ class ComparisonRow:
     flops_ratio : float or None
         Operations to apply the product ÷ those of the dense matrix.
     nbytes : int or None
-        Bytes of values and positions, in CSR where they are scattered.
+        Bytes of values and positions, with scattered values in CSR.
     message : str
         Why the fit failed, or what it warned about.
     """
@@ -64,17 +64,17 @@ class ComparisonRow:
 
 @dataclasses.dataclass(frozen=True)
 class SummaryRow:
-    """The fits of one method to the matrices of one size.
+    """Fits of one method to the matrices of one size.
 
     Attributes
     ----------
     method, size, requested_density
         As in :class:`ComparisonRow`.
     n_ok, n_failed : int
-        Fits that succeeded and that did not.
+        Numbers of successful and failed fits.
     mean, std : dict of str to float
-        Mean and standard deviation (of the sample; 0 for one fit) of every measure in
-        :data:`MEASURES` over the fits that succeeded; empty where none did.
+        Mean and sample standard deviation (0 for one fit) of every measure in :data:`MEASURES` over
+        the successful fits; empty if there are none.
     """
 
     method: str
@@ -87,7 +87,7 @@ class SummaryRow:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ComparisonRow))
-#: The columns that are measured, and can be averaged.
+#: Numeric columns that can be averaged.
 MEASURES = (
     "density", "nnz", "relative_error", "normalized_error", "seconds", "n_iter", "flops_ratio",
     "nbytes",

@@ -1,6 +1,6 @@
-"""Tensors from the files of torch: nothing is unpickled, and nothing expands beyond measure.
+"""Safe reading of torch files: no unpickling of arbitrary objects, no decompression bombs.
 
-Such a file is a graph. A few bytes can name one container, or one number, any number of times.
+Such a file is a graph, in which a few bytes can refer to a container or a number many times.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from matfact import backend
 from matfact._regular import open_regular
 from matfact.compare._archives import check_expansion, is_zip, members
 
-#: Deepest nesting of containers and longest name that are read.
+#: Maximum nesting of containers, and maximum length of names.
 _DEEPEST, _LONGEST = 64, 1000
-#: What torch's loader runs and what can fill the memory by itself: codecs can double it each time.
+#: Opcodes and functions that torch's loader would run and that could exhaust memory.
 _UNREAD = (
     b"\nbytearray\n", b"_codecs\nencode\n", b"\n_rebuild_device_tensor_from_cpu_tensor\n",
 )  # fmt: skip
@@ -26,7 +26,7 @@ _WINDOW = 1 << 16
 
 
 def torch_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of a torch file by name, dense ones of floats as arrays, others empty."""
+    """Yield the tensors of a torch file by name: dense float ones as arrays, others empty."""
     torch = _torch(path)
     with open_regular(path) as file:
         _check_calls(file)
@@ -53,14 +53,14 @@ def _torch(path: Path) -> Any:
         ) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ImportError(
-            f"Reading {path} needs torch 2.6 or later, whose loader cannot be made to run code "
-            f"(CVE-2025-32434); found {torch.__version__}."
+            f"Reading {path} needs torch 2.6 or later, since earlier loaders can be made to run "
+            f"code (CVE-2025-32434); found {torch.__version__}."
         )
     return torch
 
 
 def _check_calls(file: BinaryIO) -> None:
-    """Raise ``ValueError`` where a file has torch's loader build more than tensors from bytes."""
+    """Raise ``ValueError`` if a file makes torch's loader build more than tensors."""
     if is_zip(file):
         calls = any(
             _has_calls(archive.open(info))
@@ -87,9 +87,9 @@ def _has_calls(stream: IO[bytes]) -> bool:
 def _tensors(
     content: Any, prefix: str, torch: Any, seen: set[int], depth: int = 0
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of a state dict, also where a checkpoint nests it.
+    """Yield the tensors of a state dict, possibly nested in a checkpoint.
 
-    A container comes once, under the first of its names.
+    A shared container comes once, under the first of its names.
     """
     if len(prefix) > _LONGEST or depth > _DEEPEST:
         raise ValueError(
@@ -113,10 +113,10 @@ def _is_dense_float(tensor: Any, torch: Any) -> bool:
 
 
 def _view(tensor: Any) -> tuple[Any, ...]:
-    """Return what only tensors of the very same numbers have in common."""
+    """Return a key shared only by tensors with the same numbers."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _nbytes(tensor: Any) -> int:
-    """Return the bytes of a tensor as it is read; those of 16 bits become 32."""
+    """Return the bytes of a tensor after reading; 16-bit numbers become 32-bit."""
     return int(tensor.numel()) * max(4, tensor.element_size())

@@ -1,4 +1,4 @@
-"""Matrices that are read where they are needed."""
+"""Matrices in files, read on demand."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _FLOATS = {"F16": np.float32, "BF16": np.float32, "F32": np.float32, "F64": np.f
 
 
 class StoredMatrix:
-    """A weight in a safetensors file, or a window of it, which workers read by themselves.
+    """A weight in a safetensors file, or a window of it, read by workers on demand.
 
-    Studies on a cluster then send names instead of numbers.
+    Studies on a cluster then send names instead of arrays.
 
     Parameters
     ----------
     path : str or Path
-        The file, which all workers must reach under this name.
+        The file, accessible to all workers under this path.
     name : str
-        The tensor: a matrix, or a convolution, whose trailing dimensions are taken together.
+        The tensor: a matrix, or a convolution, with its trailing axes merged.
     rows, columns : slice, optional
-        The window, by default all of it.
+        The window, by default the whole matrix.
     dtype : dtype, optional
-        Of the numbers. By default float32, or float64 where the file has that.
+        Dtype of the result. By default float32, or float64 if the file has float64.
 
     Attributes
     ----------
     shape : tuple of int
         Rows and columns.
     dtype : dtype
-        Of the numbers that are read.
+        Dtype of the result.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
         If the file is damaged, or holds no such weight.
     """
@@ -56,9 +56,7 @@ class StoredMatrix:
         file = SafetensorsFile(path)
         spec = file.specs.get(name)
         if spec is None or len(spec.shape) not in AXES or spec.dtype not in _FLOATS:
-            raise ValueError(
-                f"name must be that of a floating-point weight in {path}, got {name!r}."
-            )
+            raise ValueError(f"name must be a floating-point weight in {path}, got {name!r}.")
         self._set(file.location(name), rows, columns, dtype)
 
     @classmethod
@@ -69,7 +67,7 @@ class StoredMatrix:
         columns: slice = slice(None),
         dtype: Any = None,
     ) -> StoredMatrix:
-        """Return the window of a weight that was found."""
+        """Return a stored matrix for a window of an existing weight."""
         matrix = cls.__new__(cls)
         matrix._set(location, rows, columns, dtype)
         return matrix
@@ -89,25 +87,25 @@ class StoredMatrix:
         return 2
 
     def window(self, rows: slice, columns: slice, dtype: Any = None) -> StoredMatrix:
-        """Return a part of the matrix, which is not read either."""
+        """Return a part of the matrix, without reading it."""
         rows = _composed(self._sides[0], self._window[0], rows)
         columns = _composed(self._sides[1], self._window[1], columns)
         return StoredMatrix._at(self._location, rows, columns, dtype or self.dtype)
 
     def read(self) -> np.ndarray:
-        """Return the numbers, or raise ``ValueError`` where the file is not what it was."""
+        """Read the matrix, or raise ``ValueError`` if the file has changed."""
         W = self._location.read()
         return np.ascontiguousarray(W.reshape(len(W), -1)[self._window], dtype=self.dtype)
 
 
 def _composed(length: int, outer: slice, inner: slice) -> slice:
-    """Return the slice that is `inner` of `outer`."""
+    """Return the slice `inner` of the slice `outer`."""
     chosen = range(length)[outer][inner]
     return slice(chosen.start, chosen.stop if chosen.stop >= 0 else None, chosen.step)
 
 
 def stored_matrices(path: Path) -> Iterator[tuple[str, StoredMatrix]]:
-    """Yield the weights in a file by name; none of them is read."""
+    """Yield the weights in a file by name, without reading them."""
     file = SafetensorsFile(path)
     for name in sorted(chosen_weights(file.specs)):
         yield name, StoredMatrix._at(file.location(name))

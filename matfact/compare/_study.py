@@ -1,4 +1,4 @@
-"""Methods against each other on the same matrices, at the same number of stored values."""
+"""Comparison of methods on the same matrices with the same number of stored values."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from matfact.factorizers._registry import MethodLike, make_estimators
 
 _log = logging.getLogger(__name__)
 
-#: A matrix, or where to read it.
+#: A matrix, or a stored matrix.
 Matrix = Array | StoredMatrix
 #: Called after each fit with its row and the number of fits in the study; may raise to stop.
 Progress = Callable[[ComparisonRow, int], None]
 
-#: Methods and dtypes that this process has compiled.
+#: Methods and dtypes compiled in this process.
 _compiled: set[tuple[type, str]] = set()
 
 
@@ -47,33 +47,33 @@ def compare_projections(
 ) -> Comparison:
     """Approximate every matrix by every method at every density, and measure the errors.
 
-    Source: Section 5.3 and Fig. 3 of [1]_. Each fit runs on one thread, so that the table (but for
-    the seconds) does not depend on `n_jobs` or on the machine's cores.
+    Source: Section 5.3 and Fig. 3 of [1]_. Each fit runs on one thread, so the results, except
+    times, do not depend on `n_jobs` or on the number of cores.
 
     Parameters
     ----------
     matrices : mapping of str to array or StoredMatrix, or sequence of such
-        Matrices of shape (out_features, in_features), by name; in a sequence they are named by
-        their position. What :func:`cut_matrices` has left out is noted in the metadata.
+        Matrices of shape (out_features, in_features), by name; in a sequence, by position. Layers
+        not used by :func:`cut_matrices` are recorded in the metadata.
     methods : sequence of str or (str, estimator), optional
-        Names in ``matfact.compare.METHODS``, or names of your own with an unfitted estimator,
-        which is cloned and given each density where it has such a parameter. None means all in
-        the registry.
+        Names in ``matfact.compare.METHODS``, or pairs of any name and an unfitted estimator, which
+        is cloned and set to each density if it has this parameter. None means all registered
+        methods.
     densities : sequence of float, default=(0.25,)
         Stored values ÷ entries of the matrix, each in (0, 1].
     n_jobs : int, optional
-        Fits that run at a time, -1 for one on each core. None means 1, or what an enclosing
-        ``joblib.parallel_config`` says, which may also hand the work to Dask or Ray.
+        Number of parallel fits; -1 for all cores. None means 1, or the setting of an enclosing
+        ``joblib.parallel_config``, which may also select Dask or Ray.
     random_state : int, default=0
-        Seed given to every estimator that has a ``random_state`` and leaves it at None.
+        Seed of every estimator with ``random_state=None``.
     progress : callable, optional
-        Called as ``progress(row, total)`` whenever a fit ends, in the order they end.
+        Called as ``progress(row, total)`` whenever a fit ends.
 
     Returns
     -------
     Comparison
-        One row for each fit, in the order of `matrices`, `methods` and `densities`. A fit that
-        fails is a row with status ``"failed"`` and the reason.
+        One row per fit, in the order of `matrices`, `methods` and `densities`. A failed fit has
+        status ``"failed"`` and the reason.
 
     Raises
     ------
@@ -100,11 +100,11 @@ def compare_projections(
     metadata = _describe(named, estimators, densities, random_state)
     if left_out := getattr(matrices, "left_out", None):
         metadata["left_out"] = dict(left_out)
-    # The largest matrices first, so that no worker is left with one while the others are idle.
+    # Largest matrices first, to balance the load of workers.
     order = sorted(range(len(tasks)), key=lambda i: -math.prod(tasks[i].W.shape))
     rows: dict[int, ComparisonRow] = {}
     calls = [joblib.delayed(_run)(i, tasks[i]) for i in order]
-    # One thread also here: workers that are threads of this process share it.
+    # One thread here too: workers may be threads of this process.
     with single_threaded(), results(n_jobs, calls) as arriving:
         for i, row in arriving:
             rows[i] = row
@@ -122,7 +122,7 @@ def _describe(
     densities: Sequence[float],
     random_state: int,
 ) -> dict[str, Any]:
-    """Return the metadata of a study: what was asked for, and where it runs."""
+    """Return the metadata of a study: its arguments and environment."""
     return {
         "methods": {name: repr(est) for name, est in estimators.items()},
         "densities": [float(density) for density in densities],
@@ -135,7 +135,7 @@ def _describe(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One fit to be run, maybe in another process."""
+    """A fit to run, possibly in another process."""
 
     name: str
     W: Matrix
@@ -183,7 +183,7 @@ def _tasks(
 
 
 def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
-    """Fit, and return the row with its place in the table."""
+    """Fit, and return the row with its position in the table."""
     rows, columns = (int(n) for n in task.W.shape)
     row = ComparisonRow(
         matrix=task.name,
@@ -198,7 +198,7 @@ def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
         warnings.simplefilter("always", UserWarning)
         try:
             measures = _measure(task)
-        except Exception as error:  # one fit that fails must not end the study
+        except Exception as error:  # a failed fit must not end the study
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             return index, dataclasses.replace(row, status="failed", message=reason)
     message = " ".join(dict.fromkeys(str(warning.message) for warning in caught))
@@ -225,7 +225,7 @@ def _measure(task: _Task) -> dict[str, Any]:
 
 
 def _compile(task: _Task) -> None:
-    """Fit a corner of the matrix once per process and method, so that no time includes Numba's."""
+    """Fit a corner of the matrix once per process and method, to compile outside of timings."""
     key = (type(task.estimator), str(task.W.dtype))
     if key in _compiled:
         return
@@ -233,5 +233,5 @@ def _compile(task: _Task) -> None:
     estimator = clone(task.estimator)
     if task.density is not None:
         estimator.set_params(density=None)  # the corner may be too small for the density
-    with contextlib.suppress(Exception):  # where it fails, the fit that counts will tell
+    with contextlib.suppress(Exception):  # errors will show in the actual fit
         estimator.fit(cast(Array, task.W)[:32, :32])

@@ -1,4 +1,4 @@
-"""The result of a comparison: one row for each fit."""
+"""Table of a comparison, with one row per fit."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Comparison(Sequence[ComparisonRow]):
     Parameters
     ----------
     rows : sequence of ComparisonRow
-        One for each fit.
+        One per fit.
     metadata : mapping of str to object, optional
-        How the table came about: seed, versions, machine.
+        Seed, versions, machine and other conditions.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Comparison(Sequence[ComparisonRow]):
         self.metadata = dict(metadata or {})
 
     def summary(self) -> list[SummaryRow]:
-        """Return mean and spread for each density, size (by growth) and method."""
+        """Return mean and spread for each density, size (ascending) and method."""
         methods = {name: i for i, name in enumerate(dict.fromkeys(row.method for row in self))}
         groups: dict[tuple[Any, ...], list[ComparisonRow]] = {}
         for row in self:
@@ -45,11 +45,11 @@ class Comparison(Sequence[ComparisonRow]):
         return [_summarize(groups[key]) for key in sorted(groups)]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a CSV file, blank where there is no value."""
+        """Write the rows to a CSV file. Missing values are blank."""
         write_atomically(path, csv_text(COLUMNS, map(dataclasses.astuple, self.rows)).encode())
 
     def to_json(self, path: str | Path) -> None:
-        """Write metadata, rows and summary to a JSON file, null where no value is finite."""
+        """Write metadata, rows and summary to a JSON file, with null for non-finite values."""
         content = {
             "metadata": self.metadata,
             "rows": [dataclasses.asdict(row) for row in self],
@@ -59,22 +59,22 @@ class Comparison(Sequence[ComparisonRow]):
         write_atomically(path, text.encode())
 
     def to_html(self, path: str | Path) -> None:
-        """Write a page with the figure, the means and every fit, one file without scripts."""
+        """Write an HTML page with the figure, the means and every fit: one file, no scripts."""
         content = page(self.rows, self.summary(), self.metadata)
         write_atomically(path, content.encode())
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
-        """Read a comparison written by :meth:`to_json`; ``ValueError`` where it is none."""
+        """Read a comparison written by :meth:`to_json`. Raise ``ValueError`` if it is invalid."""
         return cls(*read_report(path, ComparisonRow))
 
     def to_pandas(self) -> Any:
-        """Return the rows as a pandas DataFrame, with the metadata in its ``attrs``."""
+        """Return the rows as a pandas DataFrame, with the metadata in ``attrs``."""
         try:
             import pandas as pd
         except ImportError as error:
             raise ImportError(
-                "to_pandas needs pandas: pip install pandas. Or use to_csv."
+                "to_pandas needs pandas: pip install pandas, or use to_csv."
             ) from error
         frame = pd.DataFrame([dataclasses.asdict(row) for row in self.rows], columns=COLUMNS)
         frame.attrs.update(self.metadata)

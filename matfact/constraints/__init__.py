@@ -1,4 +1,4 @@
-"""Sets of matrices with a projection."""
+"""Constraint sets: sets of matrices with a projection."""
 
 from matfact.constraints._base import Constraint
 from matfact.constraints._rank import MaxRank

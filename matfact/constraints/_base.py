@@ -1,4 +1,4 @@
-"""What a constraint set is: something arrays can be projected onto."""
+"""Base class of constraint sets."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from matfact.backend import Array
 
 
 class Constraint(ABC):
-    """A set of matrices with a projection. Subclasses are small frozen dataclasses."""
+    """Set of matrices with a projection. Subclasses are small frozen dataclasses."""
 
-    #: Whether multiplying by a positive number stays in the set.
+    #: Whether the set is closed under multiplication by a positive number.
     is_cone: ClassVar[bool] = True
-    #: Whether multiplying rows and columns by positive numbers stays in the set, so that a solver
-    #: may precondition (true of sparsity, supports, signs and rank; false of shared values).
+    #: Whether the set is closed under positive scaling of rows and columns, so that a solver may
+    #: precondition (true for sparsity, supports, signs and rank; false for shared values).
     is_scale_free: ClassVar[bool] = True
 
     @abstractmethod
     def project(self, array: Array) -> Array:
-        """Return the point of the set nearest to `array` (Frobenius norm)."""
+        """Return the nearest point of the set to `array`, in the Frobenius norm."""
 
     @abstractmethod
     def nnz(self, shape: tuple[int, int]) -> int:
-        """Return the most values a matrix of `shape` in the set can store.
+        """Return the maximum number of stored values of a matrix of `shape` in the set.
 
         Raises
         ------
@@ -33,7 +33,7 @@ class Constraint(ABC):
         """
 
     def support(self, array: Array) -> Array:
-        """Return the boolean mask of entries the projection of `array` keeps."""
+        """Return the boolean mask of the entries kept by the projection of `array`."""
         return self.project(array) != 0
 
 

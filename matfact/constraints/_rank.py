@@ -11,12 +11,12 @@ from matfact.constraints._base import Constraint, check_positive_int
 
 @dataclasses.dataclass(frozen=True)
 class MaxRank(Constraint):
-    """Rank at most `rank`.
+    """Matrices of rank at most `rank`.
 
     Parameters
     ----------
     rank : int
-        The largest rank, at least 1.
+        Maximum rank, at least 1.
     """
 
     rank: int
@@ -25,7 +25,7 @@ class MaxRank(Constraint):
         check_positive_int("rank", self.rank)
 
     def factors(self, array: Array) -> tuple[Array, Array]:
-        """Return the two factors whose product is the projection (Eckart–Young)."""
+        """Return two factors of the projection (Eckart–Young)."""
         xp = backend.namespace(array)
         U, S, Vh = xp.linalg.svd(array, full_matrices=False)
         root = xp.astype(xp.sqrt(S[: self.rank]), array.dtype)

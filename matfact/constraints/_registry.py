@@ -1,4 +1,4 @@
-"""Constraints by name: a new one is one class and one line here."""
+"""Constraints by name. To add one, write a class and a line here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONSTRAINTS: dict[str, type[Constraint]] = {
 
 
 def get_constraint(name: str, **parameters: Any) -> Constraint:
-    """Return the constraint called `name`, made with `parameters`.
+    """Return the constraint called `name` with the given parameters.
 
     Examples
     --------
@@ -52,12 +52,13 @@ def get_constraint(name: str, **parameters: Any) -> Constraint:
 
 
 def resolve_constraint(constraint: Constraint | str, label: str) -> Constraint:
-    """Return `constraint` itself, or the one of that name where it needs no parameter.
+    """Return `constraint`, looked up by name if it is a string.
 
     Raises
     ------
     ValueError
-        If it is neither, naming `label`.
+        If it is neither a constraint nor the name of one without parameters. The message names
+        `label`.
     """
     if isinstance(constraint, str):
         try:

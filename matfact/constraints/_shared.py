@@ -1,4 +1,4 @@
-"""Sets of matrices whose entries share values: along diagonals, or cyclic ones."""
+"""Sets of matrices with shared values: Toeplitz, Hankel and circulant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matfact.constraints._base import Constraint, check_square
 
 
 class _SharedValues(Constraint):
-    """Entries of one group are equal; the nearest such matrix holds each group's mean."""
+    """Matrices with equal entries in each group; the projection takes the mean of each group."""
 
     is_scale_free: ClassVar[bool] = False
 
@@ -45,7 +45,7 @@ class _SharedValues(Constraint):
 
 @dataclasses.dataclass(frozen=True)
 class Hankel(_SharedValues):
-    """Constant along every antidiagonal."""
+    """Matrices that are constant along every antidiagonal."""
 
     def groups(self, shape: tuple[int, int]) -> np.ndarray:
         return np.add.outer(np.arange(shape[0]), np.arange(shape[1]))
@@ -53,7 +53,7 @@ class Hankel(_SharedValues):
     def totals(self, array: Array) -> Array:
         xp = backend.namespace(array)
         rows, columns = array.shape
-        # Reading a row one entry too short shifts the next: antidiagonals become columns.
+        # Reshaping to rows one entry shorter turns antidiagonals into columns.
         zeros = xp.zeros((rows, rows), dtype=array.dtype, device=backend.device(array))
         flat = xp.reshape(xp.concat([array, zeros], axis=1), (-1,))
         width = rows + columns - 1
@@ -62,7 +62,7 @@ class Hankel(_SharedValues):
 
 @dataclasses.dataclass(frozen=True)
 class Toeplitz(_SharedValues):
-    """Constant along every diagonal."""
+    """Matrices that are constant along every diagonal."""
 
     def groups(self, shape: tuple[int, int]) -> np.ndarray:
         return Hankel().groups(shape)[::-1]
@@ -73,7 +73,7 @@ class Toeplitz(_SharedValues):
 
 @dataclasses.dataclass(frozen=True)
 class Circulant(_SharedValues):
-    """Square, every row the one above shifted cyclically by one to the right."""
+    """Square matrices in which every row is the row above, rotated right by one."""
 
     def groups(self, shape: tuple[int, int]) -> np.ndarray:
         check_square(self, shape)

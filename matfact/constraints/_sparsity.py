@@ -1,4 +1,4 @@
-"""Sets defined by how many entries may be nonzero."""
+"""Sets that limit the number of nonzeros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matfact.constraints._base import Constraint, check_positive_int
 
 
 class Sparsity(Constraint):
-    """A set whose projection keeps some entries, chosen by magnitude, and zeroes the others."""
+    """Set whose projection keeps entries chosen by magnitude and zeroes the others."""
 
     def project(self, array: Array) -> Array:
         return backend.restricted(array, self.support(array))
@@ -23,12 +23,12 @@ class Sparsity(Constraint):
 
 @dataclasses.dataclass(frozen=True)
 class CountedSparsity(Sparsity):
-    """A sparsity whose level is one number.
+    """Sparsity with a single level.
 
     Parameters
     ----------
     k : int
-        The level, at least 1.
+        Level, at least 1.
     """
 
     k: int
@@ -37,13 +37,13 @@ class CountedSparsity(Sparsity):
         check_positive_int("k", self.k)
 
     def with_share(self, share: float) -> Self:
-        """Return the set with `share` of the level, rounded, and at least 1."""
+        """Return the set with the level multiplied by `share`, rounded, at least 1."""
         return dataclasses.replace(self, k=max(1, round(share * self.k)))
 
 
 @dataclasses.dataclass(frozen=True)
 class GlobalSparsity(CountedSparsity):
-    """At most `k` nonzeros anywhere.
+    """Matrices with at most `k` nonzeros.
 
     Parameters
     ----------
@@ -60,12 +60,12 @@ class GlobalSparsity(CountedSparsity):
 
 @dataclasses.dataclass(frozen=True)
 class RowSparsity(CountedSparsity):
-    """At most `k` nonzeros in every row.
+    """Matrices with at most `k` nonzeros per row.
 
     Parameters
     ----------
     k : int
-        Number of nonzeros in a row, at least 1.
+        Number of nonzeros per row, at least 1.
     """
 
     def support(self, array: Array) -> Array:
@@ -77,12 +77,12 @@ class RowSparsity(CountedSparsity):
 
 @dataclasses.dataclass(frozen=True)
 class ColumnSparsity(CountedSparsity):
-    """At most `k` nonzeros in every column.
+    """Matrices with at most `k` nonzeros per column.
 
     Parameters
     ----------
     k : int
-        Number of nonzeros in a column, at least 1.
+        Number of nonzeros per column, at least 1.
     """
 
     def support(self, array: Array) -> Array:
@@ -94,10 +94,10 @@ class ColumnSparsity(CountedSparsity):
 
 @dataclasses.dataclass(frozen=True)
 class RowColumnSparsity(CountedSparsity):
-    """The `k` largest entries of every row and the `k` largest of every column, united.
+    """Union of the `k` largest entries of every row and of every column.
 
-    ``project`` is the rule of Giffon et al. 2021 (appendix A.4): every row and column keeps at
-    least its `k` largest entries. The result is idempotent, but not a nearest point of a set.
+    ``project`` follows Giffon et al. 2021 (appendix A.4): every row and column keeps at least
+    its `k` largest entries. It is idempotent, but does not return the nearest point of a set.
 
     Parameters
     ----------
@@ -110,20 +110,20 @@ class RowColumnSparsity(CountedSparsity):
         return by_column | kernels.top_k_mask(array, self.k, axis=1)
 
     def nnz(self, shape: tuple[int, int]) -> int:
-        # The k largest entries of all are among those of their row and those of their column.
+        # The k largest entries of the matrix are also among the k largest of their row and column.
         return min(shape[0] * shape[1], self.k * (shape[0] + shape[1] - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class NMSparsity(Sparsity):
-    """At most `n` nonzeros among every `m` consecutive entries of a row (N:M sparsity).
+    """Matrices with at most `n` nonzeros in every `m` consecutive entries of a row (N:M sparsity).
 
-    Where the row length is not a multiple of `m`, its last group is shorter.
+    If `m` does not divide the row length, the last group of a row is shorter.
 
     Parameters
     ----------
     n : int
-        Nonzeros in a group, between 1 and `m`.
+        Nonzeros per group, between 1 and `m`.
     m : int
         Length of a group.
     """
@@ -153,15 +153,15 @@ class NMSparsity(Sparsity):
 
 @dataclasses.dataclass(frozen=True)
 class BlockSparsity(CountedSparsity):
-    """At most `k` blocks of a grid that hold nonzeros, which accelerators multiply fast.
+    """Matrices with nonzeros in at most `k` blocks of a grid, a pattern that accelerators like.
 
     Parameters
     ----------
     k : int
         Number of blocks, at least 1.
     block_shape : tuple of int, default=(4, 4)
-        Rows and columns of a block. Where they do not divide the shape, blocks at the lower and
-        right edges are smaller.
+        Rows and columns of a block. If they do not divide the shape, blocks at the lower and right
+        edges are smaller.
     """
 
     block_shape: tuple[int, int] = (4, 4)

@@ -1,4 +1,4 @@
-"""Sets defined by where nonzeros may stand."""
+"""Sets that limit where nonzeros may be."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from matfact.constraints._base import Constraint, check_positive_int
 
 
 class Support(Constraint):
-    """Any values on a support known in advance."""
+    """Matrices with any values on a fixed support."""
 
     @abstractmethod
     def mask(self, shape: tuple[int, int]) -> np.ndarray:
-        """Return the support of a matrix of `shape`, as a host array of bool."""
+        """Return the support of a matrix of `shape` as a boolean NumPy array."""
 
     def support(self, array: Array) -> Array:
         return backend.like(self.mask(tuple(array.shape)), array)
@@ -33,7 +33,7 @@ class Support(Constraint):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedSupport(Support):
-    """Nonzeros only where `support_mask` is true.
+    """Matrices that are zero where `support_mask` is false.
 
     Parameters
     ----------
@@ -56,14 +56,14 @@ class FixedSupport(Support):
     def random(
         cls, shape: tuple[int, int], k: int, random_state: int | np.random.RandomState | None = None
     ) -> FixedSupport:
-        """Return `k` positions drawn without replacement, for layers to share one mask.
+        """Return a random support of `k` positions, for example to share one mask between layers.
 
         Parameters
         ----------
         shape : tuple of int
             Shape of the factor.
         k : int
-            Number of positions, at most all.
+            Number of positions, drawn without replacement.
         random_state : int, RandomState or None, default=None
             Seed of the draw.
         """
@@ -90,7 +90,7 @@ class FixedSupport(Support):
 
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal(Support):
-    """`n_blocks` blocks along the diagonal, of sizes as equal as the shape allows.
+    """Block-diagonal matrices with `n_blocks` blocks of nearly equal size.
 
     Parameters
     ----------
@@ -114,12 +114,12 @@ class BlockDiagonal(Support):
 
 @dataclasses.dataclass(frozen=True)
 class Triangular(Support):
-    """Nonzeros on one side of the diagonal and on it.
+    """Triangular matrices.
 
     Parameters
     ----------
     upper : bool, default=False
-        Whether that side is the upper right.
+        Whether the matrices are upper triangular instead of lower triangular.
     """
 
     upper: bool = False
@@ -130,7 +130,7 @@ class Triangular(Support):
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(Support):
-    """Nonzeros on the main diagonal only."""
+    """Diagonal matrices."""
 
     def mask(self, shape: tuple[int, int]) -> np.ndarray:
         return np.eye(*shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""A set whose matrices are transposed."""
+"""Transposes of constraint sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matfact.constraints._sparsity import ColumnSparsity, GlobalSparsity, RowSpa
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed(Constraint):
-    """The matrices whose transpose lies in `constraint`."""
+    """Matrices whose transpose is in `constraint`."""
 
     constraint: Constraint
 
@@ -30,7 +30,7 @@ class _Transposed(Constraint):
 
 
 def transposed(constraint: Constraint) -> Constraint:
-    """Return the set of the transposed matrices of `constraint`.
+    """Return the set of matrices whose transpose is in `constraint`.
 
     Examples
     --------

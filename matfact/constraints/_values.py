@@ -1,4 +1,4 @@
-"""Sets defined by what values entries or columns may take."""
+"""Sets that limit the values of entries or columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matfact.constraints._base import Constraint
 
 @dataclasses.dataclass(frozen=True)
 class NonNegative(Constraint):
-    """Real entries of at least 0."""
+    """Real matrices with entries of at least 0."""
 
     def project(self, array: Array) -> Array:
         xp = backend.namespace(array)
@@ -28,7 +28,7 @@ class NonNegative(Constraint):
 
 @dataclasses.dataclass(frozen=True)
 class UnitNormColumns(Constraint):
-    """Columns of Euclidean norm 1. A zero column is projected to the first basis vector."""
+    """Matrices with columns of norm 1. A zero column is projected to the first basis vector."""
 
     is_cone: ClassVar[bool] = False
     is_scale_free: ClassVar[bool] = False

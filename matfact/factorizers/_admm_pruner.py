@@ -1,4 +1,4 @@
-"""Pruning with an update of the weights, by ADMM."""
+"""ADMM pruning, with a weight update."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from matfact.operators import SparseFactor
 from matfact.solvers._callback import History
 from matfact.solvers.layerwise import admm_prune
 
-#: Damping by default, times inputs ÷ samples: about the best for samples held out.
+#: Default damping per inputs ÷ samples; close to the best on held-out samples.
 AUTO_DAMPING = 0.2
 
 
 class ADMMPruner(BasePruner):
-    """Keep the entries, and change their values, so that the layer's outputs change least.
+    """Prune a matrix and refit the kept values to minimize the change in the layer's outputs.
 
-    Sparse regression by the alternating direction method of multipliers [1]_ of the outputs on
-    the inputs, here with a growing penalty; its outputs are never further from those of `W` than
-    with the entries that magnitude pruning or Wanda keep and their values refit. Without
-    calibration inputs count as uncorrelated and of equal size, for which magnitude pruning is
-    the solution.
+    Solves the sparse regression of the outputs on the inputs by the alternating direction method
+    of multipliers (ADMM) [1]_, with a growing penalty. The output error is never above that of
+    magnitude pruning or Wanda with refit values. Without calibration, inputs count as
+    uncorrelated and of equal norm, and the result is that of magnitude pruning.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or one value
-        (in each row or column, where they share alike) where that is more. It must be None with
-        a set as `constraint`.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. None means 0.25, raised if
+        needed to one value (per row or column for "row_sparsity" and "column_sparsity"). Must be
+        None if `constraint` is an object.
     constraint : Constraint or str, default="global_sparsity"
-        Which entries may stay: anywhere as many as `density` allows, or with "row_sparsity" or
-        "column_sparsity" the same number in every row (output) or column (input); or any
-        sparsity or support of :mod:`matfact.constraints`, such as ``NMSparsity(2, 4)``.
+        Which entries may be kept. "global_sparsity" puts no limit on where they are;
+        "row_sparsity" and "column_sparsity" keep the same number in every row (output) or column
+        (input). Any sparsity or support of :mod:`matfact.constraints` also works, such as
+        ``NMSparsity(2, 4)``.
     damping : float or "auto", default="auto"
-        What is added to the diagonal of the Gram matrix of the inputs scaled to unit norm: the
-        more, the closer values stay to those of `W`. "auto" takes 0.2 · inputs ÷ samples, as few
-        samples say little. The lowest `layer_err_` on the calibration inputs has 0.
+        Added to the diagonal of the Gram matrix of the inputs, scaled to unit norm. Larger
+        values keep the weights closer to `W`. "auto" uses 0.2 · inputs ÷ samples, to avoid
+        overfitting few samples; 0 gives the lowest `layer_err_` on the calibration inputs.
     max_iter : int, default=40
-        Number of ADMM steps. The penalty grows over them, so that more steps find better
-        supports: 100 lower the error by some 0.5 %, 20 raise it by 1.
+        Number of ADMM steps. The penalty grows over them, so more steps find better supports:
+        100 lower the error by about 0.5 %, 20 raise it by about 1 %.
 
     Attributes
     ----------
@@ -66,17 +66,17 @@ class ADMMPruner(BasePruner):
     n_iter_ : int
         Number of ADMM steps; 1 without calibration.
     history_ : dict of list
-        ``objective`` (squared error of the outputs, damping included, relative to their energy,
-        before values are refit; ``‖W − Ŵ‖_F²`` of the scaled `W` without calibration) and
-        ``seconds``, one entry an iteration.
+        ``objective`` and ``seconds``, one entry per iteration. The objective is the relative
+        squared error of the outputs, with damping and before values are refit; without
+        calibration, ``‖W − Ŵ‖_F²`` of the scaled `W`.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     See Also
     --------
-    WandaPruner : Values as they are, in no time.
+    WandaPruner : Much faster; keeps the values unchanged.
     DoubleSparseFactorizer : Two sparse factors.
 
     References

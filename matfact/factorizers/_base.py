@@ -1,4 +1,4 @@
-"""What all factorizers share: validation, reporting, and applying the result."""
+"""Base class of the factorizers: validation, reporting and ``transform``."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ from matfact.operators import Factor, FactorProduct
 from matfact.solvers._callback import History
 from matfact.solvers.coding import coding_error
 
-#: Constraint on the `density` parameter, shared by the factorizers that have one.
+#: Allowed values of the `density` parameter.
 DENSITY = [Interval(Real, 0, 1, closed="right"), None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Factorization:
-    """What a factorizer's solver found."""
+    """Result of a factorizer's solver."""
 
     factors: Sequence[Factor]
     n_iter: int = 1
 
 
 class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Base of the estimators that write a matrix as a product of factors.
+    """Base class of estimators that factorize a matrix.
 
-    Subclasses implement :meth:`_factorize`; everything a user sees after ``fit`` is set here,
-    in the same way for all of them.
+    Subclasses implement :meth:`_factorize`; this class sets all fitted attributes.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
@@ -56,22 +55,21 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Parameters
         ----------
         W : array of shape (out_features, in_features)
-            Finite, in a dtype fit to compute in, scaled so that its largest magnitude lies in
-            [1, 2) (or all zero). Must not be written to.
+            Finite, in a compute dtype, scaled so that its largest magnitude is in [1, 2), or all
+            zero. Must not be modified.
         history : History
-            Callback to hand to the solver.
+            Callback for the solver.
         """
 
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics
     ) -> Factorization:
-        """Return factors of `W` that also take the layer's inputs into account.
+        """Return factors of `W` fitted to the layer's inputs.
 
-        As :meth:`_factorize`; overridden by the factorizers that can use calibration inputs.
+        Like :meth:`_factorize`; overridden by factorizers that use calibration inputs.
         """
         raise ValueError(
-            f"calibration must be None for {type(self).__name__}, which cannot use the layer's "
-            "inputs."
+            f"calibration must be None: {type(self).__name__} does not use the layer's inputs."
         )
 
     def fit(self, W: Any, y: Any = None, *, calibration: Any = None) -> Self:
@@ -80,14 +78,14 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Parameters
         ----------
         W : array-like of shape (out_features, in_features)
-            The matrix, laid out as ``torch.nn.Linear.weight``. NumPy, CuPy and torch arrays stay
-            on their device. Long doubles are rounded to float64, integers become float64.
+            The matrix, laid out like ``torch.nn.Linear.weight``. NumPy, CuPy and torch arrays
+            stay on their device. Integers and long doubles are converted to float64.
         y : None
             Ignored; present for API consistency.
         calibration : array-like of shape (n_samples, in_features) or InputStatistics, optional
-            Inputs of the layer, of the array library and on the device of `W`, or their running
-            statistics. With them ``layer_err_`` is reported; factorizers that cannot use them
-            refuse them.
+            Inputs of the layer, or their running statistics, from the same array library and on
+            the same device as `W`. They also set ``layer_err_``. Factorizers that do not use
+            calibration inputs raise an error.
 
         Returns
         -------
@@ -97,8 +95,8 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Raises
         ------
         ValueError
-            If a parameter, `W` or `calibration` is invalid, or the density is too small for the
-            structure.
+            If a parameter, `W` or `calibration` is invalid, or if the density is too small for
+            the structure.
         """
         self._validate_params()
         W = self._check_input(W, "W", reset=True)
@@ -107,10 +105,10 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return self
 
     def _fit(self, W: Array, calibration: Any) -> None:
-        """Factorize the checked matrix `W`, and report."""
+        """Factorize the validated matrix `W` and set the fitted attributes."""
         statistics = None if calibration is None else check_calibration(calibration, W)
         work = backend.contiguous(backend.compute_array(W))
-        # A power of two, so that scaling rounds nothing and fit(2 W) is exactly 2 fit(W).
+        # A power of two: scaling is exact, and fit(2 W) gives exactly 2 fit(W).
         scale = backend.unit(work)
         scaled = work if scale == 1.0 else work * (1 / scale)
         history = History()
@@ -130,7 +128,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self._report(work, W_hat, statistics)
 
     def _report(self, W: Array, W_hat: Array, calibration: InputStatistics | None) -> None:
-        """Set the measured attributes, from the factors as they are returned."""
+        """Set the attributes measured on the returned factors."""
         operator = self.operator_
         self.factors_ = operator.factors
         self.nnz_ = operator.nnz
@@ -147,7 +145,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Parameters
         ----------
         X : array-like of shape (n_samples, in_features)
-            Inputs of the layer, on the device of the factors.
+            Inputs of the layer, on the same device as the factors.
 
         Returns
         -------
@@ -160,12 +158,12 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return transpose(self.operator_ @ transpose(X))
 
     def score(self, W: Any, y: Any = None) -> float:
-        """Return minus the relative error with which the fitted factors represent `W`.
+        """Return the negative relative error of `W` represented by the fitted factors.
 
-        For the matrix that was fitted this is ``-reconstruction_err_``. Other rows, such as those
-        that K-fold cross-validation holds out, are written anew with the factors after the
-        first, by as many values a row as the first has: a product of low rank projects them on
-        its row space, a single sparse factor keeps the largest of their entries.
+        For the fitted matrix this is ``-reconstruction_err_``. Other rows, such as those held
+        out in cross-validation, are encoded with all factors but the first, using as many values
+        per row as the first factor has. A low-rank product projects them on its row space; a
+        single sparse factor keeps their largest entries.
 
         Parameters
         ----------
@@ -177,7 +175,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Returns
         -------
         float
-            Between -1 and 0, the higher the better.
+            Between -1 and 0; higher is better.
         """
         check_is_fitted(self)
         W = backend.compute_array(self._check_input(W, "W", reset=False))
@@ -187,13 +185,13 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         errors = []
         if tuple(W.shape) == operator.shape:
             errors.append(metrics.relative_error(W, operator.toarray()))
-            if errors[0] == self.reconstruction_err_:  # no other matrix has the same to the bit
+            if errors[0] == self.reconstruction_err_:  # bit-identical: this is the fitted matrix
                 return -errors[0]
         errors.append(coding_error(W, operator))
         return -min(errors)
 
     def _check_input(self, X: Any, name: str, *, reset: bool) -> Array:
-        """Validate a matrix against the estimator's features, or set them."""
+        """Validate a matrix and check, or set, the estimator's features."""
         _check_feature_names(self, X, reset=reset)
         array = check_matrix(X, name, allow_complex=self._allow_complex)
         _check_n_features(self, array, reset=reset)
@@ -206,12 +204,12 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
 
 def _check_range(W_hat: Array, dtype: Any) -> None:
-    """Raise ``ValueError`` if an approximation has entries that are infinite in a dtype."""
+    """Raise ``ValueError`` if an approximation overflows `dtype`."""
     xp = backend.namespace(W_hat)
     parts = [xp.real(W_hat), xp.imag(W_hat)] if backend.is_complex(W_hat) else [W_hat]
     largest = float(xp.finfo(dtype).max)
     if not all(backend.max_abs(part) <= largest for part in parts):
         raise ValueError(
-            f"W must be smaller: its approximation exceeds {largest:.4g}, the largest number of "
-            f"{dtype}. Fit a fraction of W, or W in a wider dtype."
+            f"W must be smaller: its approximation exceeds {largest:.4g}, the largest number in "
+            f"{dtype}. Scale W down, or convert it to a wider dtype."
         )

@@ -1,4 +1,4 @@
-"""Low rank block by block, under one budget."""
+"""Block-wise truncated SVD under one budget."""
 
 from __future__ import annotations
 
@@ -29,43 +29,45 @@ _DATA_RANKINGS = ("output_perturbation", "output_variance")
 
 
 class BlockSVD(BaseFactorizer):
-    """Singular triples of the blocks of `W`, ranked together under one budget.
+    """Block-wise truncated SVD, with ranks chosen under one budget.
 
-    Each block of a grid has its own singular value decomposition, and blocks that matter more get
-    more rank [1]_. With ``fit(W, calibration=X)`` the blocks keep what their outputs need.
+    `W` is cut into a grid of blocks, and the singular triples of all blocks are ranked together,
+    so that more important blocks get a higher rank [1]_. With ``fit(W, calibration=X)`` the error
+    of the outputs is minimized instead.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or one triple
-        (of the whole matrix, with ``blocking="auto"``) where that is more.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. None means 0.25, raised if
+        needed to one triple (of the whole matrix with ``blocking="auto"``).
     blocking : {"auto", "whole", "strips", "square"} or tuple of two int, default="auto"
-        How `W` is cut: not at all, into four column strips, into the largest blocks that are
-        nearly square, or into a grid with these numbers of row and column strips. ``"auto"``
-        tries grids of up to 16×16 and keeps the best; as the whole matrix is among them, the
-        error is at most that of :class:`LowRank`.
+        How to cut `W`: "whole" not at all, "strips" into four column strips, "square" into the
+        largest nearly square blocks, and a tuple into that many row and column strips. "auto"
+        tries grids up to 16×16 and keeps the best. These include the whole matrix, so the error
+        is at most that of :class:`LowRank`.
     ranking : {"energy", "magnitude", "relative_error", "output_perturbation", \
 "output_variance"}, default="energy"
-        What ranks the triples. "energy" is the squared error they save per stored value (on the
-        outputs, with calibration inputs) and gives the smallest errors. The others are those of
-        [1]_, of the plain singular triples: the singular value; that ÷ the norm of `W`, which is
-        the same order for a single matrix; the mean square, or the variance, over the inputs of
-        what the output loses without the triple, which need calibration inputs. Over the layers
-        of a network they differ more: see :func:`~matfact.allocation.rank_triples`.
+        How to rank the triples. "energy", the squared error saved per stored value (of the
+        outputs, with calibration inputs), gives the smallest errors. The others come from [1]_
+        and use the plain singular triples: "magnitude" is the singular value; "relative_error"
+        divides it by the norm of `W`, which does not change the order within a single matrix;
+        "output_perturbation" and "output_variance" are the mean square and the variance of the
+        triple's contribution to the outputs, and need calibration inputs. For several layers see
+        :func:`~matfact.allocation.rank_triples`.
     permute : bool, default=False
-        Whether to look for orders of the rows and of the columns in which the blocks are nearer
-        to low rank. It takes seconds for matrices of a thousand rows, and pays where related rows
-        and columns are scattered. Permutations store no values.
+        Whether to permute rows and columns so that the blocks are closer to low rank. This takes
+        seconds for a thousand rows and helps if related rows and columns are scattered.
+        Permutations do not count as stored values.
 
     Attributes
     ----------
     operator_ : FactorProduct
-        The product of two block-sparse factors, of the left and of the right vectors, and of
-        the permutations there are.
+        The product of two block-sparse factors, holding the left and right singular vectors, and
+        of any permutations.
     factors_ : tuple of Factor
         Its factors.
     blocking_ : tuple of int
-        Number of row strips and of column strips.
+        Number of row strips and column strips.
     ranks_ : ndarray of shape `blocking_`
         Rank of each block.
     reconstruction_err_ : float
@@ -73,7 +75,7 @@ class BlockSVD(BaseFactorizer):
     normalized_err_ : float
         ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
     layer_err_ : float
-        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F``; only after a fit with calibration inputs.
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` for the calibration inputs `X`; only with calibration.
     nnz_ : int
         Stored values.
     density_ : float
@@ -82,11 +84,11 @@ class BlockSVD(BaseFactorizer):
         Number of blockings tried.
     history_ : dict of list
         ``objective`` (squared relative error, or squared layer error with calibration) and
-        ``seconds``, one entry a blocking.
+        ``seconds``, one entry per blocking.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -127,7 +129,7 @@ class BlockSVD(BaseFactorizer):
     def _factorize(self, W: Array, history: History) -> Factorization:
         if self.ranking in _DATA_RANKINGS:
             raise ValueError(
-                f"ranking={self.ranking!r} needs calibration inputs: pass them to fit, or choose "
+                f"ranking={self.ranking!r} needs calibration inputs: pass them to fit or choose "
                 "'energy'."
             )
         return self._solve(W, history, None)
@@ -154,7 +156,7 @@ class BlockSVD(BaseFactorizer):
         for i, case in enumerate(cases):
             errors.append(blocking_error(*case))
             history(i + 1, errors[-1])
-        # The simplest of those that differ by rounding.
+        # The simplest of the blockings that differ only by rounding.
         tolerance = 100 * float(backend.namespace(W).finfo(W.dtype).eps)
         chosen = int(np.argmax(np.asarray(errors) <= min(errors) + tolerance))
         best = blockings[chosen]
@@ -165,7 +167,7 @@ class BlockSVD(BaseFactorizer):
         return Factorization(placed, len(blockings))
 
     def _layout(self, W: Array, blocking: Blocking, budget: int) -> Layout:
-        """Return the orders of rows and columns to cut."""
+        """Return the row and column orders to cut."""
         rows, columns = (
             np.split(np.arange(n), [n * i // parts for i in range(1, parts)])
             for n, parts in zip(W.shape, blocking.grid, strict=True)
@@ -179,7 +181,7 @@ class BlockSVD(BaseFactorizer):
         """Return the blockings to try."""
         if self.blocking == "auto":
             return candidate_blockings(shape)
-        strips = (1, min(4, shape[1]))  # as many as Liu et al. take
+        strips = (1, min(4, shape[1]))  # four strips, as in Liu et al.
         named = {"whole": (1, 1), "strips": strips, "square": square_grid(shape)}
         grid = named[self.blocking] if isinstance(self.blocking, str) else self.blocking
         fits = len(grid) == 2 and all(
@@ -195,14 +197,14 @@ class BlockSVD(BaseFactorizer):
 
 
 def _reordered(calibration: InputStatistics | None, layout: Layout) -> InputStatistics | None:
-    """Return the statistics of the inputs as `layout` orders them."""
+    """Return the input statistics in the order of `layout`."""
     return None if calibration is None else calibration.reordered(layout.columns.index)
 
 
 def block_factors(
     factors: list[tuple[Array, Array]], blocking: Blocking, W: Array
 ) -> list[BlockSparseFactor]:
-    """Return the left and the right factors of all blocks, each as one block-sparse factor."""
+    """Return the left and right factors of all blocks as two block-sparse factors."""
     ends = np.cumsum([left.shape[1] for left, _ in factors])
     placed = [
         (left, right, span, int(end) - left.shape[1])

@@ -1,4 +1,4 @@
-"""Fit of butterfly products, of any shape, radices and ranks."""
+"""Butterfly factorization for any shape, radices and ranks."""
 
 from __future__ import annotations
 
@@ -36,48 +36,48 @@ _ORDERS = ("identity", "bit_reversal", "dct", "idct")
 
 
 class ButterflyFit(BaseFactorizer):
-    """Kronecker-sparse factors: butterflies, Monarch matrices and what lies between.
+    """Product of Kronecker-sparse factors, such as butterfly and Monarch matrices.
 
-    The supports are fixed in advance, so that a layer of n inputs needs O(n log n) operations
-    and no indices. All factors are found by hierarchical identification [1]_, [2]_, one batch of
-    small singular value decompositions a factor, then improved by sweeps of alternating least
-    squares. Exact butterflies (Hadamard, Fourier and cosine transforms among them) are recovered
-    to rounding. Any shape will do: sides with a prime factor above 5 are padded with zeros, whose
-    stored values count.
+    The supports are fixed in advance, so a layer with n inputs takes O(n log n) operations and
+    stores no indices. The factors are found by hierarchical identification [1]_, [2]_, with one
+    batch of small singular value decompositions per factor, and then improved by sweeps of
+    alternating least squares. Exact butterflies, including Hadamard, Fourier and cosine
+    transforms, are recovered to rounding. `W` may have any shape: sides with a prime factor
+    above 5 are padded with zeros, and values stored for the padding count.
 
     Parameters
     ----------
     method : {"hierarchical", "gradient"}, default="hierarchical"
-        How the factors are found: as above, or followed by descent on the values of all factors
-        at once [3]_. Sweeps reach the same errors in less time, so that descent is worth a try
-        only where their number does not help any more. :class:`KaleidoscopeFit` has products that
-        need descent.
+        "hierarchical" finds the factors as described above; "gradient" continues with gradient
+        descent on all factors jointly [3]_. Sweeps usually reach the same error in less time, so
+        try descent only when more sweeps stop helping. For products that need descent see
+        :class:`KaleidoscopeFit`.
     chain : {"auto", "square_dyadic", "monarch"} or list of (a, b, c, d), default="auto"
         Supports ``I_a ⊗ 1_{b×c} ⊗ I_d`` of the factors, from left to right. "square_dyadic"
-        takes as many factors as the prime factors of the sides allow, radix 2 for powers of two;
-        "monarch" takes two, with about √n blocks; a list takes what it says, and may be larger
-        than `W`. "auto" is "square_dyadic" unless a density is given; then chains of several
-        lengths, and for two factors blocks of several sizes, are tried, and the best is kept.
+        uses one factor per prime factor of the sides, radix 2 for powers of two; "monarch" uses
+        two factors with about √n blocks; a list gives the supports explicitly and may describe a
+        product larger than `W`. "auto" means "square_dyadic" unless a density is given; then it
+        tries chains of several lengths, and several block sizes for two factors, and keeps the
+        best.
     rank : int or None, default=None
-        Rank of the blocks that cut the product between two factors, cut where blocks are
-        smaller. None takes the largest that fits `density`, or 1 where that is None. Must be
-        None when `chain` is a list.
+        Rank of the blocks into which each split between two factors cuts the product, limited by
+        the size of the blocks. None takes the largest rank that fits `density`, or 1 without a
+        density. Must be None when `chain` is a list.
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None stores what `chain` and
-        `rank` ask for.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. None stores what `chain` and
+        `rank` require.
     permutation : {"identity", "bit_reversal", "dct", "idct", "auto", "learned"} or array-like of \
 int of shape (in_features,), default="identity"
-        Order of the columns of `W` in which it is to be a butterfly: ``W[:, permutation]``.
-        "bit_reversal" is that of the Fourier transform (reversal of the digits in the radices of
-        the chain), "dct" that of the cosine and sine transforms (types II, exact with
-        ``rank=2``), "idct" that of their inverses (types III), where rows move too. "auto" tries
-        these four and keeps the best. "learned" looks for an order, by clustering columns cut
-        after cut, and keeps it where it is better than none: any order of a butterfly of rank one
-        is found.
+        Column order in which `W` is close to a butterfly: ``W[:, permutation]``. "bit_reversal"
+        suits the Fourier transform (it reverses digits in the radices of the chain), "dct" the
+        cosine and sine transforms of type II (exact with ``rank=2``), and "idct" their inverses
+        (type III), which also permute rows. "auto" tries these four and keeps the best.
+        "learned" finds an order by clustering columns at each split, and keeps it if it is
+        better than the identity; it finds any order of a rank-one butterfly.
     max_iter : int, default=10
-        Largest number of sweeps, and of descent steps.
+        Maximum number of sweeps, and of descent steps.
     tol : float, default=5e-3
-        Stop when a sweep, or ten descent steps, lower the squared error by less than this
+        Stop when a sweep, or ten descent steps, reduce the squared error by less than this
         fraction.
 
     Attributes
@@ -85,7 +85,7 @@ int of shape (in_features,), default="identity"
     patterns_ : list of tuple of int
         The (a, b, c, d) of each factor.
     operator_ : FactorProduct
-        The product of the factors, and of the permutations and paddings there are.
+        The product of the factors and of any permutations and paddings.
     factors_ : tuple of Factor
         Its factors.
     reconstruction_err_ : float
@@ -97,14 +97,14 @@ int of shape (in_features,), default="identity"
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        Sweeps and descent steps done; 1 for two factors, whose solution is in closed form.
+        Number of sweeps and descent steps; 1 for two factors, which have a closed form.
     history_ : dict of list
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled and padded `W`) and ``seconds``, after the
         identification and after each sweep.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -180,7 +180,7 @@ int of shape (in_features,), default="identity"
 
     @staticmethod
     def _best(W: Array, candidates: list[tuple[Chain, Layout]]) -> tuple[Chain, Layout]:
-        """Return the candidate of least error, or the smallest of those that are exact."""
+        """Return the candidate of least error, or the smallest exact one."""
         if len(candidates) == 1:
             return candidates[0]
         eps = backend.namespace(W).finfo(W.dtype).eps
@@ -231,31 +231,29 @@ int of shape (in_features,), default="identity"
                 f"got {self.chain}."
             )
         if self.rank is not None:
-            raise ValueError(
-                f"rank must be None when chain is a list, which says it all, got {self.rank}."
-            )
+            raise ValueError(f"rank must be None when chain is a list, got {self.rank}.")
         chain = Chain.from_patterns(patterns)
         if chain.shape[0] < shape[0] or chain.shape[1] < shape[1]:
             raise ValueError(
-                f"chain must make a product of at least {shape[0]}×{shape[1]}, the shape of W, "
-                f"got one of {chain.shape[0]}×{chain.shape[1]}."
+                f"chain must give a product of at least {shape[0]}×{shape[1]}, the shape of W, "
+                f"got {chain.shape[0]}×{chain.shape[1]}."
             )
         if math.prod(chain.shape) > room(shape):
             raise ValueError(
-                f"chain must make a product of at most {room(shape)} entries for a "
-                f"{shape[0]}×{shape[1]} matrix, got one of {chain.shape[0]}×{chain.shape[1]}."
+                f"chain must give a product of at most {room(shape)} entries for a "
+                f"{shape[0]}×{shape[1]} matrix, got {chain.shape[0]}×{chain.shape[1]}."
             )
         return chain
 
     def _orders(self, chain: Chain, W: Array) -> list[_Orders]:
-        """Return the orders of rows and of columns to try."""
+        """Return the row and column orders to try."""
         shape = W.shape
         if not isinstance(self.permutation, str):
             order = np.asarray(self.permutation)
             if order.shape != shape[1:] or not np.array_equal(np.sort(order), np.arange(shape[1])):
                 raise ValueError(
-                    f"permutation must hold each of 0 … {shape[1] - 1} once, as W has "
-                    f"{shape[1]} columns, got an array of shape {order.shape}."
+                    f"permutation must hold each column index of W, 0 to {shape[1] - 1}, exactly "
+                    f"once; got an array of shape {order.shape}."
                 )
             return [(None, order)]
         if self.permutation == "learned":
@@ -266,7 +264,7 @@ int of shape (in_features,), default="identity"
 
 
 def _named_orders(name: str, chain: Chain) -> _Orders:
-    """Return the orders of rows and of columns that `name` stands for."""
+    """Return the row and column orders called `name`."""
     if name == "identity":
         return (None, None)
     rows, columns = chain.shape
@@ -277,7 +275,7 @@ def _named_orders(name: str, chain: Chain) -> _Orders:
 
 
 def _loss(W: Array, chain: Chain) -> float:
-    """Return the squared error to expect of `chain`, after a single sweep."""
+    """Return the squared error of `chain` after one sweep."""
     if len(chain.patterns) == 2:
         return monarch_loss(W, chain)
     trial = History()

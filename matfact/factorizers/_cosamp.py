@@ -1,4 +1,4 @@
-"""Structured pruning: which hidden units of a two-layer block to keep."""
+"""Structured pruning of the hidden units of a two-layer block."""
 
 from __future__ import annotations
 
@@ -29,53 +29,53 @@ _SOLVERS = {
 
 
 class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
-    """Keep the hidden units that rebuild a block's outputs best, and re-solve their weights.
+    """Select the hidden units that best reconstruct a block's outputs, and refit their weights.
 
-    For a block ``U = H W₂ᵀ`` with activations `H`, it looks for the columns of `H` and the output
-    weights on them with the smallest ``‖U − H_S Wᵀ‖_F`` [1]_ [2]_ [3]_. Any outputs will do, also
-    those of other activation functions, of gated or normalized blocks, or targets. Only second
-    moments are used, so that activations may be streamed through
+    For a block ``U = H W₂ᵀ`` with activations `H`, find the columns `S` of `H` and the output
+    weights `W` that minimize ``‖U − H_S Wᵀ‖_F`` [1]_ [2]_ [3]_. `U` may be any outputs: those of
+    gated or normalized blocks, of other activation functions, or regression targets. Only second
+    moments are used, so activations can be streamed through
     :class:`~matfact.calibration.OutputStatistics`.
 
     Parameters
     ----------
     n_neurons : int, float or None, default=None
-        Hidden units to keep: a number, a fraction of all in (0, 1] (rounded down, at least one),
-        or None for half of them, or for as few as `max_error` allows.
+        Hidden units to keep: a number, or a fraction in (0, 1] (rounded down, at least one).
+        None keeps half of them, or as few as `max_error` allows.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
-        ``"least_squares"`` re-solves the weights in closed form in every iteration; its error is
-        at most that of ``"ispasp"``, and hardly ever above that of ``"gradient"``, the published
-        procedures: ``"gradient"`` [1]_ takes gradient steps instead, ``"ispasp"`` [2]_ keeps the
-        weights of the dense block and suits activations that are not negative.
+        "least_squares" solves for the weights in closed form in every iteration. "gradient" [1]_
+        and "ispasp" [2]_ are the published procedures: the first takes gradient steps, the second
+        keeps the weights of the dense block and suits non-negative activations. The error of
+        "least_squares" is at most that of "ispasp" and rarely above that of "gradient".
     max_iter : int, default=50
-        Most iterations; of ``"least_squares"``, from each starting point, where it stops earlier
-        when no exchange of a unit helps.
+        Maximum number of iterations. "least_squares" uses up to this many from each starting
+        point, and stops earlier when no exchange of units helps.
     max_error : float or None, default=None
-        Largest ``reconstruction_err_`` wanted, in [0, 1), in place of `n_neurons` and for
-        ``"least_squares"`` alone: as few units are kept as a bisection finds to suffice.
+        Upper bound on ``reconstruction_err_``, in [0, 1), instead of `n_neurons`. Bisection
+        finds the smallest number of units. Only for "least_squares".
 
     Attributes
     ----------
     support_ : ndarray of bool of shape (n_features_in_,)
-        Which units are kept.
+        Mask of the kept units.
     coef_ : array of shape (n_outputs, n_neurons) or (n_neurons,)
-        Output weights of the kept units, on the device of the activations and in their dtype;
-        1-D when the outputs are.
+        Output weights of the kept units, with the device and dtype of the activations; 1-D if
+        the outputs are.
     reconstruction_err_ : float
         ``‖U − H_S coef_ᵀ‖_F / ‖U‖_F``.
     n_iter_ : int
         Number of iterations.
     history_ : dict of list
         ``objective`` (squared relative error of the best selection of the current run) and
-        ``seconds``, one entry an iteration.
+        ``seconds``, one entry per iteration.
     n_features_in_ : int
         Number of hidden units of the block.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `H`, where it has any.
+        Names of the columns of `H`, if it has any.
 
     Notes
     -----
-    Second moments hold squares, so that a ``reconstruction_err_`` below about 1e-7 is rounding.
+    Because second moments hold squares, a ``reconstruction_err_`` below about 1e-7 is rounding.
 
     References
     ----------
@@ -128,11 +128,11 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         Parameters
         ----------
         H : array-like of shape (n_samples, n_hidden) or OutputStatistics
-            Activations of the hidden units, or the statistics of activations and outputs. NumPy,
+            Activations of the hidden units, or statistics of activations and outputs. NumPy,
             CuPy and torch arrays stay on their device.
         y : array-like of shape (n_samples, n_outputs) or (n_samples,)
-            The block's outputs `U`, of the library and on the device of `H`; None with
-            statistics.
+            The block's outputs `U`, from the same library and on the same device as `H`. Must be
+            None if `H` holds statistics.
 
         Returns
         -------
@@ -142,7 +142,8 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter, `H` or `y` is invalid, or if all units together miss `max_error`.
+            If a parameter, `H` or `y` is invalid, or if `max_error` is out of reach even with
+            all units.
         """
         self._validate_params()
         self._check_target()
@@ -153,7 +154,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
             xp = backend.namespace(result.weights)
             weights = xp.astype(result.weights, dtype)
             problem = quadratic(statistics)
-            # Of the weights as returned, rounded to the dtype.
+            # Error of the returned weights, after rounding to the dtype.
             error = problem.error(result.support, backend.wide(weights) / problem.unit)
         self.support_ = np.zeros(self.n_features_in_, dtype=bool)
         self.support_[result.support] = True
@@ -164,7 +165,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         return self
 
     def _select(self, statistics: OutputStatistics, history: History) -> Selection:
-        """Return the units to keep, and their weights."""
+        """Return the units to keep and their weights."""
         if self.max_error is None:
             solve = _SOLVERS[self.method]
             return solve(statistics, self._count(), self.max_iter, history)
@@ -174,7 +175,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         """Return the statistics, the dtype of results, and whether the outputs are 1-D."""
         if isinstance(H, OutputStatistics):
             if y is not None:
-                raise ValueError("y must be None when H holds statistics, which include outputs.")
+                raise ValueError("y must be None when H holds statistics: they include outputs.")
             if not H.inputs.count:
                 raise ValueError("H must hold statistics of at least one sample, got none.")
             _check_n_features(self, H.inputs.gram, reset=True)
@@ -190,7 +191,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         one_output = y.ndim == 1
         y = check_matrix(y[:, None] if one_output else y, "y")
         if backend.namespace(y) is not backend.namespace(H):
-            raise ValueError("y must be an array of the library of H.")
+            raise ValueError("y must be an array from the same library as H.")
         return OutputStatistics().update(H, y), H.dtype, one_output
 
     def _check_target(self) -> None:
@@ -225,14 +226,14 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         Returns
         -------
         array of shape (n_samples, n_neurons)
-            Those of the kept units, of the library and on the device of `X`.
+            Activations of the kept units, from the same library and device as `X`.
         """
         check_is_fitted(self)
         X = self._check_input(X, reset=False)
         return backend.namespace(X).take(X, backend.like(self.get_support(True), X), axis=1)
 
     def inverse_transform(self, X: Any) -> Array:
-        """Return the activations with zeros for the units that were dropped.
+        """Return the activations with zeros for the pruned units.
 
         Parameters
         ----------
@@ -256,7 +257,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         return xp.take(padded, backend.like(source, X), axis=1)
 
     def score(self, H: Any, y: Any) -> float:
-        """Return minus the relative error of outputs that the kept units rebuild.
+        """Return the negative relative error of the outputs reconstructed from the kept units.
 
         Parameters
         ----------
@@ -278,7 +279,7 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         return self.support_
 
     def _check_input(self, X: Any, *, reset: bool) -> Array:
-        """Validate activations against the estimator's features, or set them."""
+        """Validate activations and check, or set, the estimator's features."""
         _check_feature_names(self, X, reset=reset)
         array = check_matrix(X, "H" if reset else "X")
         _check_n_features(self, array, reset=reset)

@@ -27,50 +27,50 @@ from matfact.solvers.dsf import dsf, pruned, thin
 from matfact.solvers.palm import identity_start, palm4msa
 from matfact.solvers.sparse_product import sparse_product
 
-#: Share of the error of pruning from which a fit calls for another attempt.
+#: Error relative to that of pruning above which another attempt is made.
 POOR = 0.82
-#: Relative error up to which a matrix may be of low rank.
+#: Largest relative error at which low rank is tried.
 NEARLY_EXACT = 0.1
 
 
 class DoubleSparseFactorizer(BaseFactorizer):
-    """A product of two sparse matrices, ``W ≈ A B``, or of more.
+    """Product of two sparse matrices, ``W ≈ A B``, or of more.
 
-    Double sparse factorization [1]_: alternating sparse regressions by ADMM, here on a schedule
-    of penalties and of nonzeros that finds better supports in fewer sweeps. Nonzeros may stand
-    anywhere, which makes it the most accurate of the factorizations that store as few values.
+    Double sparse factorization [1]_ alternates sparse regressions by ADMM. Penalties and numbers
+    of nonzeros follow a schedule that finds better supports in fewer sweeps. Nonzeros may be
+    anywhere, which makes this the most accurate factorization for a given number of values.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values of both factors ÷ entries of `W`, in (0, 1]; never exceeded. None means
-        0.25, or two values where that is more (of more factors, one for each of their rows or
-        columns).
+        Upper bound on stored values of all factors ÷ entries of `W`, in (0, 1]. None means 0.25,
+        raised if needed to two values (with more than two factors, to one per row or column of
+        each).
     first_factor_density : float or "auto", default="auto"
-        Nonzeros of `A` ÷ its entries, in (0, 1]; `B` takes what is left of the budget. "auto"
-        halves the budget between the factors of a square `W`, and gives the longer factor of
-        another the larger share, by the square root of its length.
+        Nonzeros of `A` ÷ its entries, in (0, 1]; `B` gets the rest of the budget. "auto" splits
+        the budget in proportion to the square root of the factors' lengths, so equally for a
+        square `W`.
     constraints : sequence of Constraint, str or None, of length 2, or None, default=None
         Where `A` and `B` may be nonzero: any sparsity or support of :mod:`matfact.constraints`,
         such as ``NMSparsity(2, 4)``, ``BlockSparsity(k)``, ``RowSparsity(k)`` or
-        ``FixedSupport.random(shape, k, seed)``, or the name of one that needs no parameter. A
-        factor with None stores freely what the other leaves of `density`, which must be one value
-        for each of its rows and columns and should be half as many as the other has; with two
-        sets `density` must be None.
+        ``FixedSupport.random(shape, k, seed)``, or the name of one without parameters. A factor
+        with None is unstructured and gets the part of `density` that the other leaves: at least
+        one value per row and column, and better half as many values as the other. With two
+        constraints, `density` must be None.
     n_factors : int, default=2
-        Number of factors, at most 64. With more than two, one after the other is split off and
-        all are refined together by :class:`Palm4MSA`'s solver; they share the budget as two would,
-        and the two parameters above must keep their defaults. More factors seldom lower the error.
+        Number of factors, at most 64. Factors beyond two are split off one at a time and all are
+        refined together by the solver of :class:`Palm4MSA`; `first_factor_density` and
+        `constraints` must then keep their defaults. More than two factors rarely lower the error.
     max_iter : int, default=100
-        Number of sweeps over both factors. Penalties and nonzeros are scheduled over them, so
-        that more sweeps find better supports: 400 lower the error by some 5 %, 25 raise it by 10.
+        Number of sweeps over both factors. The schedule stretches over them, so more sweeps find
+        better supports: 400 lower the error by about 5 %, 25 raise it by about 10 %.
 
     Attributes
     ----------
     operator_ : FactorProduct
-        The product of the factors. Inner dimensions are the shorter side of `W`.
+        The product of the factors. Inner dimensions equal the shorter side of `W`.
     factors_ : tuple of Factor
-        `A` and `B`, or however many there are.
+        `A` and `B`, or all factors if there are more.
     reconstruction_err_ : float
         ``‖W − Ŵ‖_F / ‖W‖_F``.
     normalized_err_ : float
@@ -80,15 +80,15 @@ class DoubleSparseFactorizer(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        Sweeps over all factors.
+        Number of sweeps over all factors.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
-        The objective may rise: the schedule looks for good supports first. A last refit of the
-        values lowers it once more after the last entry.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
+        The objective may rise while the schedule searches for supports. A final refit of the
+        values, not recorded here, lowers it again.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -136,7 +136,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         else:
             sets = self._sets(W.shape, self.constraints)
         tall = W.shape[0] > W.shape[1]
-        if tall:  # the solver wants the square factor first
+        if tall:  # the solver expects the square factor first
             W = xp.matrix_transpose(W)
             sets = [transposed(constraint) for constraint in reversed(sets)]
         *found, n_iter = dsf(W, *sets, max_iter=self.max_iter, callback=history)
@@ -145,7 +145,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         return Factorization([SparseFactor.from_dense(f) for f in factors], n_iter)
 
     def _factorize_more(self, W: Array, history: History) -> Factorization:
-        """Return more than two factors."""
+        """Factorize `W` into more than two factors."""
         for name, default in (("first_factor_density", "auto"), ("constraints", None)):
             if getattr(self, name) != default:
                 raise ValueError(
@@ -169,11 +169,11 @@ class DoubleSparseFactorizer(BaseFactorizer):
         return Factorization([SparseFactor.from_dense(factor) for factor in factors], n_iter)
 
     def _best(self, W: Array, found: list[Array], sets: Sequence[Constraint]) -> list[Array]:
-        """Return the best of the factors found, of plain pruning, of PALM, and of low rank.
+        """Return the best of ADMM, pruning, PALM and low rank.
 
-        Regressions from the identity lead nowhere on fast transforms, whose entries are alike:
-        there gradient steps are better. Of matrices of low rank they find nearly all, whatever the
-        number of sweeps, where thin factors hold all.
+        Regressions that start from the identity fail on fast transforms, whose entries have equal
+        magnitude; there the gradient steps of PALM are better. On matrices of low rank they leave
+        a small error, whatever the number of sweeps, where thin dense factors are exact.
         """
 
         def error(factors: Sequence[Array]) -> float:
@@ -194,7 +194,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         return candidates[errors.index(min(errors))]
 
     def _sets(self, shape: tuple[int, int], given: Sequence[Any]) -> list[Constraint]:
-        """Return the sets `given`, with what they leave of the budget where there is none."""
+        """Return the constraints, with the rest of the budget for a factor without one."""
         side = min(shape)
         shapes = (shape[0], side), (side, shape[1])
         if len(given) != 2:
@@ -216,7 +216,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         return [chosen[0], chosen[1]]
 
     def _left(self, shape: tuple[int, int], stored: int, needed: int) -> int:
-        """Return how many values are left to the factor that may stand anywhere, if it can do."""
+        """Return the number of values left to the unstructured factor, if they are enough."""
         budget, size = metrics.stored_value_budget(self.density, shape), math.prod(shape)
         if budget - stored >= needed:
             return budget - stored
@@ -225,13 +225,13 @@ class DoubleSparseFactorizer(BaseFactorizer):
         advice = f"a density of at least {least:g}, better {min(1.0, max(least, good)):g}"
         raise metrics.DensityTooSmall(
             f"{asked} allows {budget} stored values for a "
-            f"{shape[0]}×{shape[1]} matrix, but the factor with a constraint takes {stored}, and "
-            f"the other needs {needed}, one for each row and column: choose "
+            f"{shape[0]}×{shape[1]} matrix, but the constrained factor takes {stored} and the "
+            f"other needs {needed}, one for each row and column: choose "
             f"{advice if least <= 1.0 else 'a constraint that leaves more'}."
         )
 
     def _budgets(self, shape: tuple[int, int]) -> list[Constraint]:
-        """Return how many nonzeros `A` and `B` may have."""
+        """Return the numbers of nonzeros of `A` and `B`."""
         rows, columns = shape
         side = min(rows, columns)
         budget = metrics.stored_value_budget(self.density, shape, minimum=2)
@@ -243,7 +243,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
             if not 1 <= first < budget:
                 raise ValueError(
                     f"first_factor_density must give the {rows}×{side} first factor at least 1 "
-                    f"and fewer than {budget} nonzeros, all that density={self.density} allows; "
+                    f"and fewer than {budget} nonzeros (what density={self.density} allows), "
                     f"got {self.first_factor_density}, which gives {first}."
                 )
         first = min(max(first, 1, budget - side * columns), rows * side, budget - 1)
@@ -251,9 +251,9 @@ class DoubleSparseFactorizer(BaseFactorizer):
 
 
 def _better(W: Array, found: list[Array], sets: Sequence[Constraint]) -> list[Array]:
-    """Return the factors found, or a constrained one alone where that comes nearer to `W`.
+    """Return the factors, or one constrained factor and an identity if that is closer to `W`.
 
-    The other, if it may hold an identity, then does nothing.
+    The identity must be allowed by the other factor's constraint.
     """
     xp = backend.namespace(W)
     best, error = found, backend.norm(W - xp.matmul(*found))
@@ -269,7 +269,7 @@ def _better(W: Array, found: list[Array], sets: Sequence[Constraint]) -> list[Ar
 
 
 def _resolve(constraint: Constraint | str, i: int, shape: tuple[int, int]) -> Constraint:
-    """Return the `i`-th of the constraints as an object that fits a factor of `shape`."""
+    """Return the `i`-th constraint as an object, checked against a factor of `shape`."""
     label = f"constraints[{i}]"
     constraint = resolve_constraint(constraint, label)
     if not isinstance(constraint, (Sparsity, Support)):

@@ -1,4 +1,4 @@
-"""Fit of kaleidoscope products: butterflies times reversed butterflies."""
+"""Kaleidoscope factorization: butterflies times reversed butterflies."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from matfact.solvers.kaleidoscope import kaleidoscope
 
 
 class KaleidoscopeFit(BaseFactorizer):
-    """Products of butterflies and reversed butterflies, the kaleidoscope hierarchy.
+    """Product of butterflies and reversed butterflies (kaleidoscope matrix).
 
-    ``(B B*)ʷ`` with an expansion stands for all structured matrices of practical use [1]_:
-    butterflies, circulant and Toeplitz matrices among them, which are recovered to rounding. The
-    factors of such products have no closed form; they are found by descent on all of them at
-    once, from the nearest butterfly or circulant matrix.
+    With a suitable width and expansion, ``(B B*)ʷ`` represents all structured matrices of
+    practical use [1]_. Butterflies, circulant and Toeplitz matrices are recovered to rounding.
+    The factors have no closed form; they are found jointly by gradient descent from the nearest
+    butterfly or circulant matrix.
 
     Parameters
     ----------
     width : int, default=1
-        Number w of pairs of a butterfly and a reversed one, at most 64.
+        Number w of pairs of a butterfly and a reversed butterfly, at most 64.
     expansion : int, default=1
-        The butterflies are this many times longer than the longer side of `W`, which is a corner
-        of their product. Lengths with a prime factor above 5 are rounded up. Toeplitz matrices
-        need 2. Their squares may hold 2²⁴ entries, or 16 times those of `W` where that is more.
+        Side of the butterflies ÷ the longer side of `W`; `W` is then a corner of the product.
+        Sides with a prime factor above 5 are rounded up. Toeplitz matrices need 2. A butterfly
+        may have at most 2²⁴ entries, or 16 times those of `W` if that is more.
     complex_pairs : bool, default=False
-        Whether the factors of a real `W` hold complex numbers as 2×2 blocks of real ones, which
-        takes four times the stored values, and which real circulant and Toeplitz matrices need.
-        Must be False when `W` is complex.
+        Whether the factors of a real `W` represent complex numbers by 2×2 real blocks. Real
+        circulant and Toeplitz matrices need this; it stores four times as many values. Must be
+        False when `W` is complex.
     max_iter : int, default=100
-        Largest number of descent steps.
+        Maximum number of descent steps.
     tol : float, default=1e-3
-        Stop when ten steps lower the squared error by less than this fraction.
+        Stop when ten steps reduce the squared error by less than this fraction.
 
     Attributes
     ----------
     patterns_ : list of tuple of int
         The (a, b, c, d) of each factor.
     operator_ : FactorProduct
-        The product of the factors, and of the paddings there are.
+        The product of the factors and of any paddings.
     factors_ : tuple of Factor
         Its factors.
     reconstruction_err_ : float
@@ -61,14 +61,14 @@ class KaleidoscopeFit(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`; above 1 for small matrices.
     n_iter_ : int
-        Descent steps done.
+        Number of descent steps.
     history_ : dict of list
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, at the start and after
         each step.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -126,7 +126,7 @@ class KaleidoscopeFit(BaseFactorizer):
         return Factorization(factors, n_iter)
 
     def _length(self, shape: tuple[int, int]) -> int:
-        """Return how long the butterflies are to be, which are square."""
+        """Return the side of the butterflies."""
         side, longest = max(shape), math.isqrt(room(shape))
         if side > longest:
             longest = max(math.isqrt(ROOM), PADDING * min(shape))

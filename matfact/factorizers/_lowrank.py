@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition, plain or aware of the layer's inputs."""
+"""Truncated singular value decomposition, plain or weighted by the layer's inputs."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from matfact.solvers.svd import truncated_svd, whitened_svd
 
 
 class LowRank(BaseFactorizer):
-    """Two dense factors of low rank.
+    """Low-rank approximation by two dense factors.
 
     Without calibration inputs this is the truncated singular value decomposition, the best
-    approximation of its rank in the Frobenius norm [1]_. With ``fit(W, calibration=X)`` it is
-    the one of smallest error on the layer's outputs, ``‖XWᵀ − XŴᵀ‖_F`` [2]_; inputs that span
-    only part of the space are fine.
+    approximation of its rank in the Frobenius norm [1]_. With ``fit(W, calibration=X)`` it
+    minimizes the error of the layer's outputs, ``‖XWᵀ − XŴᵀ‖_F`` [2]_; the inputs need not span
+    the whole space.
 
     Parameters
     ----------
     rank : int or None, default=None
         Rank of the product, at most min(out_features, in_features). None follows `density`.
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded: the rank is the largest that
-        fits. None means 0.25, or rank one where that is more. At most one of `rank` and
-        `density` may be given.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]; the rank is the largest that
+        fits. None means 0.25, raised if needed to rank one. At most one of `rank` and `density`
+        may be given.
 
     Attributes
     ----------
     operator_ : FactorProduct
-        The product of the two factors. Their inner dimension is the rank, which is less than
-        asked where that of `W` is.
+        The product of the two factors. Their inner dimension is the rank, limited by the rank
+        of `W`.
     factors_ : tuple of Factor
         Its factors.
     reconstruction_err_ : float
@@ -45,19 +45,19 @@ class LowRank(BaseFactorizer):
     normalized_err_ : float
         ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
     layer_err_ : float
-        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F``; only after a fit with calibration inputs.
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` for the calibration inputs `X`; only with calibration.
     nnz_ : int
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        1: the solution is in closed form.
+        1: the solution has a closed form.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -95,7 +95,7 @@ class LowRank(BaseFactorizer):
         return self._finish(W, whitened_svd(W, rank, calibration.second_moment), history)
 
     def _allowed_rank(self, W: Array) -> int:
-        """Return the rank asked for, or the largest that fits the density asked for."""
+        """Return `rank`, or the largest rank that fits `density`."""
         rows, columns = W.shape
         if self.rank is None:
             budget = metrics.stored_value_budget(self.density, W.shape, minimum=rows + columns)

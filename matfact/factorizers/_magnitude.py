@@ -1,4 +1,4 @@
-"""Magnitude pruning, the baseline every other method is normalized by."""
+"""Magnitude pruning, the baseline that normalizes the errors of all methods."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from matfact.factorizers._pruner import BasePruner
 class MagnitudePruner(BasePruner):
     """Keep the entries of largest magnitude.
 
-    The exact projection onto matrices with a given number of nonzeros [1]_, and the yardstick of
-    ``normalized_err_``.
+    This is the exact projection onto matrices with a given number of nonzeros [1]_, and the
+    baseline of ``normalized_err_``.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or one value
-        (in each row or column, where they share alike) where that is more. It must be None with
-        a set as `constraint`.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. None means 0.25, raised if
+        needed to one value (per row or column for "row_sparsity" and "column_sparsity"). Must be
+        None if `constraint` is an object.
     constraint : Constraint or str, default="global_sparsity"
-        Which entries may stay: anywhere as many as `density` allows, or with "row_sparsity" or
-        "column_sparsity" the same number in every row or column; or any sparsity or support of
-        :mod:`matfact.constraints`, such as ``NMSparsity(2, 4)``.
+        Which entries may be kept. "global_sparsity" puts no limit on where they are;
+        "row_sparsity" and "column_sparsity" keep the same number in every row or column. Any
+        sparsity or support of :mod:`matfact.constraints` also works, such as ``NMSparsity(2, 4)``.
 
     Attributes
     ----------
@@ -32,20 +32,20 @@ class MagnitudePruner(BasePruner):
     reconstruction_err_ : float
         ``‖W − Ŵ‖_F / ‖W‖_F``.
     normalized_err_ : float
-        ``reconstruction_err_`` ÷ that of keeping the ``nnz_`` largest entries: 1 here, more with
-        a `constraint` that forbids some of them, or 0 where nothing was lost.
+        ``reconstruction_err_`` ÷ that of keeping the ``nnz_`` largest entries: 1, or more if
+        `constraint` excludes some of them, or 0 if the result is exact.
     nnz_ : int
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        1: the solution is in closed form.
+        1: the solution has a closed form.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Projection on Monarch matrices."""
+"""Projection onto Monarch matrices."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from matfact.solvers.monarch import monarch, monarch_loss
 
 
 class MonarchProjector(BaseFactorizer):
-    """Two block-diagonal factors with a fixed permutation between them.
+    """Product of two block-diagonal factors with a fixed permutation between them.
 
-    A Monarch matrix is ``P L Pᵀ R`` with L and R block-diagonal. Seen the other way, its rows
-    with the same remainder modulo the number of blocks of L, and its columns in the same block
-    of R, form a block of low rank, so that the nearest Monarch matrix follows from one truncated
-    singular value decomposition a block [1]_. Here the matrix may have any shape and each block
-    any rank; sides that the blocks do not divide are padded with zeros, whose stored values
-    count. With ``fit(W, calibration=X)`` the blocks keep what their outputs need.
+    A Monarch matrix is ``P L Pᵀ R`` with L and R block-diagonal. Equivalently, the rows with the
+    same remainder modulo the number of blocks of L and the columns in the same block of R form a
+    block of low rank. The nearest Monarch matrix therefore takes one truncated singular value
+    decomposition per block [1]_. The matrix may have any shape and the blocks any rank; sides
+    that the blocks do not divide are padded with zeros, and values stored for the padding count.
+    With ``fit(W, calibration=X)`` the error of the outputs is minimized instead.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or the least
-        the structure can store where that is more, or what `rank` and `n_blocks` ask for where
-        both are given.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. None means 0.25, raised if
+        needed to the minimum of the structure, or what `rank` and `n_blocks` require if both are
+        given.
     n_blocks : int, tuple of two int or None, default=None
-        Number of blocks of L and of R. None tries blocks of several sizes, as square as can be,
-        and keeps the best for the density; one block, the truncated singular value
-        decomposition of `W`, is among them.
+        Number of blocks of L and of R. None tries several sizes of nearly square blocks and
+        keeps the best for the density, including a single block: the truncated singular value
+        decomposition of `W`.
     rank : int or None, default=None
-        Rank of each block. None takes the largest that fits the density.
+        Rank of each block. None takes the largest rank that fits the density.
     permute : bool, default=False
-        Whether to look for orders of the rows and of the columns in which the blocks are nearer
-        to low rank. It takes seconds for matrices of a thousand rows, pays where related rows and
-        columns are scattered, and lowers the error of trained weights by a few per cent at most.
-        Permutations store no values.
+        Whether to permute rows and columns so that the blocks are closer to low rank. This takes
+        seconds for a thousand rows and helps if related rows and columns are scattered; the
+        error of trained weights drops by a few per cent at most. Permutations do not count as
+        stored values.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class MonarchProjector(BaseFactorizer):
     rank_ : int
         Rank of each block.
     operator_ : FactorProduct
-        The product of the two factors, and of a cropping or padding where the sides need one.
+        The product of the two factors and of any cropping or padding.
     factors_ : tuple of Factor
         Its factors, ``P L Pᵀ`` and R.
     reconstruction_err_ : float
@@ -63,20 +63,20 @@ class MonarchProjector(BaseFactorizer):
     normalized_err_ : float
         ``reconstruction_err_`` ÷ that of magnitude pruning at the same ``nnz_``.
     layer_err_ : float
-        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F``; only after a fit with calibration inputs.
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` for the calibration inputs `X`; only with calibration.
     nnz_ : int
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        1: the solution is in closed form.
+        1: the solution has a closed form.
     history_ : dict of list
         ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`, or squared layer error with calibration)
         and ``seconds``, one entry.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -172,7 +172,7 @@ class MonarchProjector(BaseFactorizer):
         return [fitting for chain in chains if (fitting := chain.within(budget))]
 
     def _checked_blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return the numbers of blocks of both factors, as given."""
+        """Return the given numbers of blocks of both factors."""
         given: Any = self.n_blocks
         pair = given if isinstance(given, tuple) else (given, given)
         fits = len(pair) == 2 and all(
@@ -181,14 +181,14 @@ class MonarchProjector(BaseFactorizer):
         )
         if not fits:
             raise ValueError(
-                "n_blocks must be an int, or a tuple of two, from 1 to the sides of the "
+                "n_blocks must be an int or a tuple of two int, from 1 to the sides of the "
                 f"{shape[0]}×{shape[1]} matrix, got {given}."
             )
         return (int(pair[0]), int(pair[1]))
 
 
 def _grouped(W: Array, chain: Chain) -> Layout:
-    """Lay out `W` with its rows and columns in an order of blocks nearer to low rank."""
+    """Permute the rows and columns of `W` so that its blocks are closer to low rank."""
     target = backend.to_numpy(Layout.of(W, chain).arrange(W))
     (height, left), (right, width) = chain.row_radices, chain.column_radices
     rows = [np.arange(k, height * left, left) for k in range(left)]

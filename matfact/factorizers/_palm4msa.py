@@ -33,58 +33,58 @@ from matfact.solvers._callback import History
 from matfact.solvers.hierarchical import Side, hierarchical_palm4msa
 from matfact.solvers.palm import identity_start, palm4msa
 
-#: What a square factor stores relative to an equal share, for a square matrix. Found to be best
-#: between densities of 0.1 and 0.5; for a longer matrix, less in the root of its aspect.
+#: Budget of a square factor relative to an equal share. Best for square matrices at densities
+#: from 0.1 to 0.5; divided by the square root of the aspect ratio for others.
 SQUARE_SHARE = 0.8
 
 
 class Palm4MSA(BaseFactorizer):
-    """Any number of factors, each in any constraint set.
+    """Product of any number of factors, each in its own constraint set.
 
-    PALM4MSA (proximal alternating linearized minimization for multi-layer sparse approximation)
-    [1]_, with a step that follows the local curvature and starts longer than descent permits,
-    which finds better supports. By default two sparse factors share the density.
+    PALM4MSA stands for proximal alternating linearized minimization for multi-layer sparse
+    approximation [1]_. Here the step size follows the local curvature and is at first longer than
+    descent permits, which finds better supports. By default two sparse factors share the density.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. Each factor keeps its share of
-        the largest entries, wherever they are. None means 0.25, or one value a factor where that
-        is more (of more than two factors, one for each of their rows or columns); with
-        `constraints` it must be None.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. Each factor keeps its share of
+        largest entries, wherever they are. None means 0.25, raised if needed to one value per
+        factor (with more than two factors, to one per row or column of each). Must be None with
+        `constraints`.
     n_factors : int, default=2
-        Number of factors, at most 64, all but that of the longer side of `W` square on the
-        shorter one. One gives magnitude pruning. Not used with `constraints`.
+        Number of factors, at most 64. All are square, with the shorter side of `W`, except one
+        that has the shape of `W`. One factor gives magnitude pruning. Ignored with
+        `constraints`.
     constraints : sequence of Constraint or str, or None, default=None
-        One set for each factor, in the order of the product: any object of
-        :mod:`matfact.constraints`, or the name of one that needs no parameter. None means as
-        many nonzeros as `density` allows. Complex `W` needs sets chosen here.
+        One constraint per factor, in the order of the product: any object of
+        :mod:`matfact.constraints`, or the name of one without parameters. None means as many
+        nonzeros as `density` allows. Required for complex `W`.
     residual_constraints : sequence of Constraint or str, or None, default=None
-        For the hierarchical algorithm, the sets of the residuals, two fewer than `constraints`:
-        from the left, entry `i` holds what stands for the factors after the `i`-th; from the
-        right, what stands for the first ``i + 2``. None derives them from `constraints`.
+        Constraints on the residuals of the hierarchical algorithm, two fewer than `constraints`.
+        With "left", entry `i` constrains the product of the factors after the `i`-th; with
+        "right", that of the first ``i + 2``. None derives them from `constraints`.
     hierarchical : {"left", "right"} or None, default=None
-        Split off one factor at a time, from this side, and refine all after each split, instead
-        of fitting all factors at once. Finds fast transforms exactly.
+        Split off one factor at a time, from this side, and refine all factors after each split,
+        instead of fitting all at once. Recovers fast transforms exactly.
     init : {"dsf", "svd"}, FactorProduct, sequence of array or None, default=None
-        Factors to start from. "dsf" starts from, and improves on, the factors that
-        :class:`DoubleSparseFactorizer` finds, the lowest error as a rule; "svd" from halves of
-        the singular value decomposition, better still where `W` is of low rank but for noise
-        (both for two factors). A product, such as ``operator_`` of any fitted factorizer, or a
-        list of arrays is a warm start, whose factors keep their shares of the budget where they
-        fit into it. None starts from identities and the projection of `W`. Not used by the
-        hierarchical algorithm.
+        Initial factors. "dsf" starts from the result of :class:`DoubleSparseFactorizer` and
+        usually gives the lowest error; "svd" starts from the singular value decomposition and is
+        better still if `W` is of low rank up to noise (both for two factors). A product, such as
+        ``operator_`` of a fitted factorizer, or a list of arrays is a warm start; its factors
+        keep their shares of the budget if they fit. None starts from identities and the
+        projection of `W`. Must be None with `hierarchical`.
     max_iter : int, default=100
-        Most sweeps over the factors, for each split and refinement.
+        Maximum number of sweeps over the factors, for each split and each refinement.
     tol : float, default=1e-6
-        Stop when a sweep lowers the objective by less than this share of it, once steps are
-        short enough to descend.
+        Stop when a sweep reduces the objective by less than this fraction, once steps are short
+        enough to descend.
 
     Attributes
     ----------
     operator_ : FactorProduct
-        The product of the factors. Sets that scaling leaves, such as unit norm columns, are met
-        up to one positive number a factor.
+        The product of the factors. Constraints that scaling breaks, such as unit-norm columns,
+        hold up to one positive scalar per factor.
     factors_ : tuple of Factor
         Its factors.
     reconstruction_err_ : float
@@ -96,14 +96,14 @@ class Palm4MSA(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        Sweeps over all factors.
+        Number of sweeps over all factors.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
-        The objective may rise while steps are long; the best factors met are returned.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
+        The objective may rise while steps are long; the best factors found are returned.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     References
     ----------
@@ -177,7 +177,7 @@ class Palm4MSA(BaseFactorizer):
         return Factorization(stored, n_iter)
 
     def _initial_factors(self, W: Array) -> list[Array] | None:
-        """Return the factors to start from, checked; None for identities."""
+        """Return the validated initial factors; None for identities."""
         init = self.init
         if isinstance(init, str):
             n_factors = self.n_factors if self.constraints is None else len(self.constraints)
@@ -203,7 +203,7 @@ class Palm4MSA(BaseFactorizer):
         return start
 
     def _from_dsf(self, W: Array) -> list[Array]:
-        """Return the factors of a double sparse factorization in the same sets."""
+        """Return a double sparse factorization with the same constraints."""
         if backend.namespace(W).isdtype(W.dtype, "complex floating"):
             raise ValueError(f"init='dsf' needs a real matrix, got {W.dtype}.")
         model = DoubleSparseFactorizer(self.density, constraints=self.constraints)
@@ -212,7 +212,7 @@ class Palm4MSA(BaseFactorizer):
     def _sets(
         self, W: Array, start: list[Array] | None
     ) -> tuple[list[Constraint], list[tuple[int, int]]]:
-        """Return the set and the shape of every factor."""
+        """Return the constraint and the shape of every factor."""
         if self.constraints is None:
             n_factors = self.n_factors
         elif self.density is not None:
@@ -237,7 +237,7 @@ class Palm4MSA(BaseFactorizer):
     def _residual_sets(
         self, sets: list[Constraint], shapes: list[tuple[int, int]]
     ) -> list[Constraint]:
-        """Return the sets of the residuals of the hierarchical algorithm."""
+        """Return the constraints on the residuals of the hierarchical algorithm."""
         n_residuals = len(sets) - 2
         if self.residual_constraints is not None:
             residuals = _resolve("residual_constraints", self.residual_constraints)
@@ -255,7 +255,7 @@ class Palm4MSA(BaseFactorizer):
 
 
 def _resolve(name: str, sets: Sequence[Constraint | str]) -> list[Constraint]:
-    """Return constraints, some given by name, as objects."""
+    """Return constraints as objects, looking up names."""
     resolved = [resolve_constraint(each, f"{name}[{i}]") for i, each in enumerate(sets)]
     if name == "constraints" and not resolved:
         raise ValueError("constraints must hold at least one set, got none.")
@@ -263,7 +263,7 @@ def _resolve(name: str, sets: Sequence[Constraint | str]) -> list[Constraint]:
 
 
 def _shapes(shape: tuple[int, int], n_factors: int) -> list[tuple[int, int]]:
-    """Return the shapes of factors that are square on the shorter side where they can be."""
+    """Return the shapes of factors: square with the shorter side, except one."""
     side = min(shape)
     sizes = [shape[0], *[side] * (n_factors - 1), shape[1]]
     return list(itertools.pairwise(sizes))
@@ -272,7 +272,7 @@ def _shapes(shape: tuple[int, int], n_factors: int) -> list[tuple[int, int]]:
 def _shares(
     budget: int, shape: tuple[int, int], n_factors: int, start: list[Array] | None
 ) -> list[Constraint]:
-    """Return sparsity constraints that share the budget, as `start` does where it fits into it."""
+    """Split the budget into sparsity constraints, in the shares of `start` if it fits."""
     stored = [max(1, int(np.count_nonzero(backend.to_numpy(array)))) for array in start or ()]
     if 0 < sum(stored) <= budget:
         rest = [budget * k // sum(stored) for k in stored[1:]]
@@ -287,7 +287,7 @@ def _shares(
 
 
 def _product_set(sets: Sequence[Constraint], shapes: Sequence[tuple[int, int]]) -> Constraint:
-    """Return the set of a residual that stands for factors in `sets`."""
+    """Return the constraint on a residual that replaces the factors in `sets`."""
     supports = [constraint for constraint in sets if isinstance(constraint, Support)]
     if len(supports) == len(sets):
         masks = [support.mask(shape) for support, shape in zip(supports, shapes, strict=True)]
@@ -301,7 +301,7 @@ def _product_set(sets: Sequence[Constraint], shapes: Sequence[tuple[int, int]]) 
 
 
 def _stored(factor: Array, constraint: Constraint) -> list[Factor]:
-    """Return a factor in the storage that holds the fewest values."""
+    """Return a factor in the storage format with the fewest values."""
     if isinstance(constraint, MaxRank) and constraint.nnz(factor.shape) < math.prod(factor.shape):
         return [DenseFactor(half) for half in constraint.factors(factor)]
     is_full = bool(backend.namespace(factor).all(factor != 0))

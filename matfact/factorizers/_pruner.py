@@ -1,4 +1,4 @@
-"""What the pruners share: which entries of a matrix may stay."""
+"""Base class of the pruners: which entries of a matrix may be kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matfact.solvers._callback import History
 
 
 class BasePruner(BaseFactorizer):
-    """Base of the estimators that keep some entries of a matrix, in one sparse factor."""
+    """Base class of estimators that prune a matrix to one sparse factor."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "density": DENSITY,
@@ -33,14 +33,14 @@ class BasePruner(BaseFactorizer):
         return self._kept(W, self._set(W.shape).support(W), history)
 
     def _kept(self, W: Array, support: Array, history: History) -> Factorization:
-        """Return the entries of `W` on `support`, as they are."""
+        """Return the entries of `W` on `support`, unchanged."""
         xp = backend.namespace(W)
         support = support & (W != 0)
         history(1, float(xp.sum(xp.where(support, 0.0, W) ** 2)))
         return Factorization([SparseFactor.from_dense(W, support)])
 
     def _set(self, shape: tuple[int, int]) -> Constraint:
-        """Return the set that `constraint` and `density` stand for."""
+        """Return the constraint defined by `constraint` and `density`."""
         groups = {"global_sparsity": 1, "row_sparsity": shape[0], "column_sparsity": shape[1]}
         name = self.constraint
         if isinstance(name, str) and name in groups:
@@ -51,8 +51,8 @@ class BasePruner(BaseFactorizer):
             raise ValueError(f"constraint must be a sparsity or a support, got {constraint}.")
         if self.density is not None:
             raise ValueError(
-                f"density must be None with constraint={constraint}, which says how much is kept; "
-                f"got {self.density}."
+                f"density must be None with constraint={constraint}, which sets it; got "
+                f"{self.density}."
             )
         try:
             constraint.nnz(shape)

@@ -18,7 +18,7 @@ from matfact.factorizers._monarch import MonarchProjector
 from matfact.factorizers._palm4msa import Palm4MSA
 from matfact.factorizers._wanda_pruner import WandaPruner
 
-#: A method: its name in the registry, or a name of one's own and an unfitted estimator.
+#: A method: a registered name, or a pair of any name and an unfitted estimator.
 MethodLike = str | tuple[str, BaseFactorizer]
 
 
@@ -29,11 +29,11 @@ class Method:
     Attributes
     ----------
     label : str
-        What figures call it.
+        Name in figures.
     estimator : BaseFactorizer
-        What is fitted, its density aside.
+        Estimator to clone; its density is set later.
     needs_inputs : bool
-        Whether it is another method only by calibration inputs.
+        Whether it differs from another method only with calibration inputs.
     """
 
     label: str
@@ -41,9 +41,8 @@ class Method:
     needs_inputs: bool = False
 
 
-# Left to choose, a butterfly for a quarter of the values would have two factors and be a Monarch
-# matrix; its chain of many 2×2 blocks is what the name stands for.
-#: All of them, in the order of tables and figures.
+# With chain="auto" a butterfly of density 0.25 would have two factors and be a Monarch matrix.
+#: All methods, in the order of tables and figures.
 METHODS: dict[str, Method] = {
     "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
     "palm4msa": Method("Palm4MSA", Palm4MSA()),
@@ -55,12 +54,12 @@ METHODS: dict[str, Method] = {
     "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
     "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
 }
-#: Those that are compared on weights alone.
+#: Methods that can be compared without calibration inputs.
 COMPARED = {name: method for name, method in METHODS.items() if not method.needs_inputs}
 
 
 def label(method: str) -> str:
-    """Return what figures call the method named `method`."""
+    """Return the name of `method` in figures."""
     return METHODS[method].label if method in METHODS else method
 
 
@@ -70,7 +69,7 @@ def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFacto
     Raises
     ------
     ValueError
-        If a name is unknown or comes twice, or an entry is of another kind.
+        If a name is unknown or repeated, or an entry is neither a name nor a pair.
     """
     estimators: dict[str, BaseFactorizer] = {}
     for method in COMPARED if methods is None else methods:

@@ -1,4 +1,4 @@
-"""Checks of what a user hands to an estimator, before any work starts."""
+"""Validation of the input of estimators."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.metrics import UnsuitableMatrix
 
-#: Most factors of a chain of sparse ones, each of which takes as much memory as a square matrix.
+#: Maximum number of sparse factors; each takes as much memory as a square matrix.
 MOST_FACTORS = 64
-#: Least magnitude of the largest calibration input: squares of such numbers keep their digits.
+#: Smallest allowed maximum of calibration inputs, whose squares must not underflow.
 SMALLEST = 1e-140
-#: Entries that a structure around a matrix may have, and how many times as many as the matrix.
+#: Limits on the entries of a padded structure: absolute, and relative to the matrix.
 ROOM, PADDING = 1 << 24, 16
 
 
 def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
-    """Return `W` as a finite, non-empty 2-D array of its own library and floating dtype.
+    """Return `W` as a finite, non-empty 2-D array of a floating dtype, from the same library.
 
-    Numbers of foreign byte order become native ones, and long doubles are rounded to float64.
+    Foreign byte order is converted to native, and long doubles are rounded to float64.
 
     Parameters
     ----------
     W : array-like of shape (rows, columns)
         Array of any Array API library; lists, DataFrames and the like become NumPy arrays.
     name : str
-        What error messages call it.
+        Name in error messages.
     allow_complex : bool, default=False
         Whether complex entries are accepted.
 
@@ -70,7 +70,7 @@ def check_matrix(W: Any, name: str, *, allow_complex: bool = False) -> Array:
 
 
 def _plain_array(W: Any, name: str) -> np.ndarray:
-    """Return a NumPy array of numbers from what is one, or can be read as one."""
+    """Convert an array-like to a NumPy array of numbers."""
     if np.ma.is_masked(W):
         raise ValueError(f"{name} must have a value everywhere, got an array with masked entries.")
     if type(W) is not np.ndarray or W.dtype.kind in "OUS":
@@ -89,19 +89,19 @@ def _plain_array(W: Any, name: str) -> np.ndarray:
 
 
 def check_calibration(calibration: Any, W: Array) -> InputStatistics:
-    """Return the statistics of the layer inputs `calibration`, which must fit `W`.
+    """Return the statistics of the layer inputs `calibration`, checked against `W`.
 
     Parameters
     ----------
     calibration : array-like of shape (n_samples, in_features) or InputStatistics
-        The inputs, or what has been accumulated from them.
+        The inputs or their statistics.
     W : array of shape (out_features, in_features)
         Weights of the layer.
 
     Raises
     ------
     ValueError
-        If there is no input, or their width, library or device is not that of `W`.
+        If there are no inputs, or their width, library or device differs from that of `W`.
     """
     if isinstance(calibration, InputStatistics):
         statistics = calibration
@@ -109,8 +109,8 @@ def check_calibration(calibration: Any, W: Array) -> InputStatistics:
         inputs = check_matrix(calibration, "calibration")
         if 0.0 < (largest := backend.max_abs(inputs)) < SMALLEST:
             raise ValueError(
-                f"calibration must hold inputs of at least {SMALLEST:g}, whose squares are no "
-                f"zeros, got {largest:g} as the largest."
+                f"calibration must hold inputs of at least {SMALLEST:g}, whose squares do not "
+                f"underflow, got {largest:g} as the largest."
             )
         statistics = InputStatistics().update(inputs)
     if statistics.n_features != W.shape[1]:
@@ -121,11 +121,11 @@ def check_calibration(calibration: Any, W: Array) -> InputStatistics:
     places = [(backend.namespace(a).__name__, backend.device(a)) for a in (statistics.gram, W)]
     if places[0] != places[1]:
         raise ValueError(
-            f"calibration must be on the library and device of W, {places[1]}, got {places[0]}."
+            f"calibration must have the library and device of W, {places[1]}, got {places[0]}."
         )
     return statistics
 
 
 def room(shape: tuple[int, ...]) -> int:
-    """Return how many entries a structure that pads a matrix of `shape` may have."""
+    """Return the maximum number of entries of a structure that pads a matrix of `shape`."""
     return max(ROOM, PADDING * math.prod(shape))

@@ -13,24 +13,24 @@ from matfact.solvers.layerwise import input_norms
 
 
 class WandaPruner(BasePruner):
-    """Keep the entries of largest magnitude times norm of the input they multiply.
+    """Keep the entries with the largest product of magnitude and input norm.
 
-    Pruning by weights and activations [1]_: as fast as magnitude pruning, with the values as
-    they are, and better where inputs of a layer differ in size. :class:`ADMMPruner` also takes
-    their correlations into account, and changes the values. Without calibration inputs all count
-    alike, which is magnitude pruning in each row.
+    Pruning by weights and activations (Wanda) [1]_ is as fast as magnitude pruning, keeps the
+    values unchanged, and is better if the inputs of a layer differ in size. :class:`ADMMPruner`
+    also uses their correlations and updates the values. Without calibration, all inputs count
+    equally, which gives magnitude pruning within each row.
 
     Parameters
     ----------
     density : float or None, default=None
-        Stored values ÷ entries of `W`, in (0, 1]; never exceeded. None means 0.25, or one value
-        (in each row or column, where they share alike) where that is more. It must be None with
-        a set as `constraint`.
+        Upper bound on stored values ÷ entries of `W`, in (0, 1]. None means 0.25, raised if
+        needed to one value (per row or column for "row_sparsity" and "column_sparsity"). Must be
+        None if `constraint` is an object.
     constraint : Constraint or str, default="row_sparsity"
-        Which entries may stay: with "row_sparsity", as published, or "column_sparsity" the same
-        number in every row (output) or column (input), with "global_sparsity" as many as
-        `density` allows anywhere; or any sparsity or support of :mod:`matfact.constraints`, such
-        as ``NMSparsity(2, 4)``.
+        Which entries may be kept. "row_sparsity", as published, and "column_sparsity" keep the
+        same number in every row (output) or column (input); "global_sparsity" puts no limit on
+        where they are. Any sparsity or support of :mod:`matfact.constraints` also works, such as
+        ``NMSparsity(2, 4)``.
 
     Attributes
     ----------
@@ -49,18 +49,18 @@ class WandaPruner(BasePruner):
     density_ : float
         Stored values ÷ entries of `W`.
     n_iter_ : int
-        1: the solution is in closed form.
+        1: the solution has a closed form.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry per iteration.
     n_features_in_ : int
-        in_features of `W`.
+        Number of columns of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Names of the columns of `W`, where it has any.
+        Names of the columns of `W`, if it has any.
 
     See Also
     --------
-    ADMMPruner : Lower error of the outputs, in more time.
-    MagnitudePruner : Without regard to inputs.
+    ADMMPruner : Slower, with a lower error of the outputs.
+    MagnitudePruner : Does not use inputs.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Hot loops, with a plain Array API version beside each."""
+"""Compiled hot loops, each with a plain Array API version."""
 
 from matfact.kernels.consensus import absorb_step, consensus_target
 from matfact.kernels.products import normal_equations, supported_inner

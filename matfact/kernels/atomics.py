@@ -1,4 +1,4 @@
-"""What threads need to share work inside compiled code: atomics, addresses, giving way."""
+"""Atomics, addresses and yielding, for threads that share work in compiled code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ORDER = "seq_cst"
 
 
 def _system(*names: str) -> str | None:
-    """Return the first of some functions that this system's C library has."""
+    """Return the first of the given functions that the C library has."""
     return next((name for name in names if llvmlite.binding.address_of_symbol(name)), None)
 
 
@@ -21,7 +21,7 @@ _YIELD = _system("sched_yield", "SwitchToThread")
 
 @intrinsic
 def fetch_add(typingctx, array, position, increment):  # type: ignore[no-untyped-def]
-    """Add to ``array[position]`` in one step for all threads; return what stood there."""
+    """Atomically add to ``array[position]`` and return the old value."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = _place(context, builder, array, arguments)
@@ -32,7 +32,7 @@ def fetch_add(typingctx, array, position, increment):  # type: ignore[no-untyped
 
 @intrinsic
 def publish(typingctx, array, position, number):  # type: ignore[no-untyped-def]
-    """Set ``array[position]``; what was written before is seen by all who see this."""
+    """Set ``array[position]`` with release semantics: earlier writes become visible first."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = _place(context, builder, array, arguments)
@@ -43,7 +43,7 @@ def publish(typingctx, array, position, number):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def look(typingctx, array, position):  # type: ignore[no-untyped-def]
-    """Return ``array[position]`` as other threads have left it."""
+    """Return ``array[position]`` with acquire semantics."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.load_atomic(_place(context, builder, array, arguments), _ORDER, 8)
@@ -53,7 +53,7 @@ def look(typingctx, array, position):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def give_way(typingctx):  # type: ignore[no-untyped-def]
-    """Let another thread run that waits for this processor."""
+    """Yield the processor to a waiting thread."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if _YIELD is not None:
@@ -65,7 +65,7 @@ def give_way(typingctx):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def pointer(typingctx, address, like):  # type: ignore[no-untyped-def]
-    """Return the pointer to what lies at an address, of the dtype of the array `like`."""
+    """Return a pointer to an address, with the dtype of the array `like`."""
     kind = types.CPointer(like.dtype)
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]

@@ -1,11 +1,11 @@
-"""Small dense blocks times a panel of columns, or a single one.
+"""Products of small dense blocks with a panel of columns, or a single column.
 
-A block is ``count`` columns wide, its rows `lead` values apart, its columns `step`; these meet the
-rows ``column, column + stride, …`` of the source.
+A block has ``count`` columns; its rows are `lead` values apart and its columns `step`. Its columns
+multiply the rows ``column, column + stride, …`` of the source.
 
-Small blocks of a Kronecker-sparse factor are stored side by side, as many as a vector has lanes:
-the first entry of each, then the second of each, and so on. A single column is then multiplied by
-that many blocks at once.
+Small blocks of a Kronecker-sparse factor are interleaved, one per lane of a vector: the first entry
+of each, then the second of each, and so on. A single column is then multiplied by all of them at
+once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from matfact.kernels.vectors import (
     zeros,
 )  # fmt: skip
 
-VECTOR = 64  #: bytes of a vector with an entry of each of some blocks that are stored side by side
-TILE = 4  #: rows computed together, which share what they load
+VECTOR = 64  #: bytes of a vector with one entry from each of several interleaved blocks
+TILE = 4  #: rows computed together, to share loads
 
 
 @compiled()
@@ -66,8 +66,8 @@ def _one_row(a, values, first, step, count, source, column, stride):  # type: ig
 def kronecker_panel(zero, values, together, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a Kronecker-sparse factor.
 
-    `pattern` is (a, b, c, d). Tiles are counted block after block, in the order (a, d) of blocks,
-    of which the first `together` are stored side by side.
+    `pattern` is (a, b, c, d). Tiles are numbered block after block, in the order (a, d) of blocks;
+    the first `together` blocks are interleaved.
     """
     _, b, c, d = pattern
     lanes = width(zeros(source, VECTOR))
@@ -93,7 +93,7 @@ def kronecker_panel(zero, values, together, pattern, first, last, source, target
             store(target, row, p)
             store(target, row + d, q)
         elif rows == 4:
-            if c == 4:  # the compiler unrolls what it knows the length of
+            if c == 4:  # the compiler unrolls loops of known length
                 p, q, r, s = _four_rows(
                     zero, zero, zero, zero, values, start, lead, step, 4, source, column, d
                 )  # fmt: skip
@@ -128,8 +128,8 @@ def kronecker_panel(zero, values, together, pattern, first, last, source, target
 def band_panel(zero, values, tiles, pieces, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute tiles `first` to `last` of a matrix of dense pieces.
 
-    A tile is (first row, rows, first piece, piece after the last); a piece is (place of the
-    value in its first row and column, values from row to row, first column, columns).
+    A tile is (first row, rows, first piece, end piece); a piece is (position of its first value,
+    values from row to row, first column, columns).
     """
     for t in range(first, last):
         row, rows, begin, end = tiles[t, 0], tiles[t, 1], tiles[t, 2], tiles[t, 3]
@@ -172,8 +172,8 @@ def _dot(zero, values, start, count, source, column):  # type: ignore[no-untyped
 def kronecker_vector(zero, values, places, together, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute units `first` to `last` of a Kronecker-sparse factor for one column.
 
-    A unit is a block or, where some are stored side by side, as many as `zero` has lanes.
-    `places` are the first columns of the blocks and, unless they are the same, their first rows.
+    A unit is a block, or a group of interleaved blocks, one per lane of `zero`. `places` are the
+    first columns of the blocks and, if they differ, their first rows.
     """
     a, b, c, d = pattern
     lanes = width(zero)
@@ -199,7 +199,7 @@ def kronecker_vector(zero, values, places, together, pattern, first, last, sourc
 
 @compiled()
 def _aligned_blocks(zero, values, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute blocks stored side by side whose columns and rows stand so too."""
+    """Compute interleaved blocks with contiguous columns and rows."""
     _, b, c, d = pattern
     lanes = width(zero)
     for unit in range(first, last):
@@ -215,7 +215,7 @@ def _aligned_blocks(zero, values, pattern, first, last, source, target):  # type
 
 @compiled()
 def _scattered_blocks(zero, values, columns, rows, pattern, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute blocks stored side by side whose columns and rows stand anywhere."""
+    """Compute interleaved blocks with scattered columns and rows."""
     _, b, c, d = pattern
     lanes = width(zero)
     gathered = np.empty(c * lanes, source.dtype)

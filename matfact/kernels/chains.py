@@ -8,7 +8,7 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.kernels.compilation import compiled
 
-#: Terms of a sum from which the products of batches of matrices are faster.
+#: Terms of a sum from which batched matrix products are faster.
 _LONG = 16
 
 

@@ -1,4 +1,4 @@
-"""Compiling kernels: kept on disk where that can be, anew in each process elsewhere."""
+"""Compilation of kernels, cached on disk if possible."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
-    """Return a decorator that compiles a function, which needs no lock of the interpreter.
+    """Return a decorator that compiles a function and releases the GIL.
 
     Parameters
     ----------
     **options : dict
-        As those of :func:`numba.njit`, ``cache`` aside: compiled code is kept where Numba finds a
-        folder for it, and what becomes of that folder costs time alone.
+        Options of :func:`numba.njit` except ``cache``. Compiled code is cached if Numba finds a
+        folder for it; losing the folder only costs time.
     """
 
     def decorate(function: Callable) -> Any:
         kernel = numba.njit(nogil=True, **options)(function)
-        with contextlib.suppress(RuntimeError, OSError):  # there is no such folder
+        with contextlib.suppress(RuntimeError, OSError):  # no such folder
             kernel._cache = _Cache(function)
         return kernel
 
@@ -31,10 +31,10 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
 
 
 def _absolute(locator: Any) -> Any:
-    """Return a locator of folders that do not depend on where a process was started.
+    """Return a cache locator that accepts absolute paths only.
 
-    Without a home, or with a relative ``XDG_CACHE_HOME``, Numba would run code that anyone may
-    have put into the current folder.
+    Without a home, or with a relative ``XDG_CACHE_HOME``, Numba would run code from the current
+    folder, where anyone may have put it.
     """
 
     class Absolute(locator):
@@ -52,14 +52,14 @@ class _Folder(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """Numba's cache of a function, where a damaged, full or vanished one is an empty one."""
+    """Numba's cache of a function; a damaged, full or missing cache counts as empty."""
 
     _impl_class = _Folder
 
     def load_overload(self, *arguments: Any) -> Any:
         try:
             return super().load_overload(*arguments)
-        except Exception:  # unpickling damaged bytes may raise any
+        except Exception:  # unpickling damaged bytes may raise anything
             with contextlib.suppress(OSError):
                 self.flush()
             return None

@@ -1,7 +1,7 @@
 """The elementwise passes of ADMM under a sparsity constraint.
 
-The consensus variable `Z` of ADMM is zero off the support and its scaled dual `U` on it, so that
-one array `V` holds both: ``Z = V`` on the support and ``U = V`` elsewhere.
+The consensus variable `Z` of ADMM is zero off the support, and its scaled dual `U` is zero on it.
+One array `V` therefore holds both: ``Z = V`` on the support and ``U = V`` elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def consensus_target(cross: Array, V: Array, support: Array, weights: Array) -> 
     cross, V : array of shape (rows, columns)
         Cross product of the regression, and the state.
     support : array of bool, of shape (rows, columns)
-        Where the state holds `Z`.
+        Mask where the state holds `Z`.
     weights : array of shape (rows,)
         Penalty of each row.
     """
@@ -38,9 +38,9 @@ def absorb_step(Y: Array, V: Array, support: Array, weights: Array) -> tuple[Arr
     Parameters
     ----------
     Y : array of shape (rows, columns)
-        Solution of the ridge step. On NumPy it is overwritten with the magnitudes.
+        Solution of the ridge step. In NumPy it is overwritten with the magnitudes.
     V, support : array of shape (rows, columns)
-        The state, which on NumPy is overwritten with the new one, and where it holds `Z`.
+        The state, overwritten with the new one in NumPy, and the mask where it holds `Z`.
     weights : array of shape (rows,)
         Nonnegative importance of each row.
     """

@@ -1,12 +1,13 @@
-"""Rows of scattered nonzeros times a panel of columns, or a single one.
+"""Products of sparse rows with a panel of columns, or a single column.
 
-Rows of about the same length are taken together, as many as a vector has lanes: a slice. What all
-of its rows have is stored entry by entry, each of all rows in turn; what longer rows have beyond
-that follows, row after row. One column then needs no sums over lanes, and loops hardly change
-their length, which processors would guess wrong. (Kreutzer et al., "A unified sparse matrix data
-format for efficient general sparse matrix-vector multiplication on modern processors with wide
-SIMD units", SIAM J. Sci. Comput. 36, 2014, pad shorter rows with zeros. Here some of their entries
-are stored as two halves instead: no infinite number is multiplied by a zero that is not there.)
+Rows of similar length form a slice, one row per lane of a vector. Entries that all rows of a slice
+have are interleaved; the rest of longer rows follows, row after row. A single column then needs no
+sums over lanes, and loop lengths rarely change, which avoids branch mispredictions.
+
+The format follows Kreutzer et al., "A unified sparse matrix data format for efficient general
+sparse matrix-vector multiplication on modern processors with wide SIMD units", SIAM J. Sci.
+Comput. 36, 2014, who pad shorter rows with zeros. Here some of their entries are split into two
+halves instead, so that infinity is never multiplied by a padding zero.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from matfact.kernels.vectors import (
     zeros,
 )  # fmt: skip
 
-_AHEAD = 512  #: entries between what is used and what is fetched: processors stop at memory pages
-_TAIL = 32  #: entries that take as long as to begin with what a single row has beyond a slice
-#: Bytes of a panel's row for which eight rows are computed together, so that slices are read twice;
-#: registers hold four wider ones.
+_AHEAD = 512  #: entries to prefetch ahead: hardware prefetching stops at memory pages
+_TAIL = 32  #: entries that take as long as starting the rest of a single row
+#: Bytes of a panel's row up to which eight rows are computed together, reading slices twice. Of
+#: wider rows, registers hold four.
 _NARROW = 64
 
 
 @compiled()
 def arranged(indptr, order, lanes):  # type: ignore[no-untyped-def]
-    """Return how to slice a matrix whose rows in `order` grow shorter.
+    """Return the slices of a matrix with rows sorted by decreasing length in `order`.
 
-    These are the first entry of each slice, how many all of its rows have and how many rows have
-    more, the end of what each row has, which entry of the matrix stands at each place, and as
-    what: 0 as it is, 1 and 2 as its first and its second half.
+    Returns the first entry of each slice, the number of entries common to its rows and of rows
+    with more, the end of each row, the matrix entry at each position, and its form: 0 for the
+    whole value, 1 and 2 for its first and second half.
     """
     rows = len(order)
     lengths = indptr[order + 1] - indptr[order]
@@ -74,7 +75,7 @@ def arranged(indptr, order, lanes):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _common(lengths):  # type: ignore[no-untyped-def]
-    """Return how many entries to store of each row; rows have no fewer than half as many."""
+    """Return the number of interleaved entries per row, at most twice the shortest row."""
     best, least = 0, lengths.sum() + _TAIL * len(lengths)
     for common in lengths:
         if 0 < common <= 2 * lengths[-1]:
@@ -91,7 +92,7 @@ def _common(lengths):  # type: ignore[no-untyped-def]
 def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` of a panel as wide as the vector `zero`.
 
-    While a slice is computed, some rows at a time, the next one is brought from memory.
+    The next slice is prefetched while a slice is computed, a few rows at a time.
     """
     are_eight = width(zero) == width(zeros(source, _NARROW)) and width(zero) >= 8
     for s in range(first, last):
@@ -134,14 +135,14 @@ def csr_panel(zero, values, columns, slices, lanes, order, ends, first, last, so
 
 @compiled()
 def _plus(total, values, columns, e, source):  # type: ignore[no-untyped-def]
-    """Add the product of an entry and the row of the panel that its column meets."""
+    """Add the product of an entry with its row of the panel."""
     row = load(source, position(columns, e), total)
     return fma(spread(value(values, e, source), total), row, total)
 
 
 @compiled()
 def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute slices `first` to `last` for one column; `zero` has as many lanes as they do."""
+    """Compute slices `first` to `last` for one column; `zero` has one lane per row of a slice."""
     for s in range(first, last):
         e, common, begin = slices[s, 0], slices[s, 1], s * lanes
         a = zero
@@ -160,7 +161,7 @@ def csr_vector(zero, values, columns, slices, lanes, order, ends, first, last, s
 
 @compiled()
 def _rest(zero, values, columns, e, end, source):  # type: ignore[no-untyped-def]
-    """Return the product of consecutive entries of a row with one column, and their end."""
+    """Return the product of consecutive entries of a row with a column, and their end."""
     a = zero
     while e + width(zero) <= end:
         a = fma(load_values(values, e, zero), gather(source, columns, e, zero), a)

@@ -1,7 +1,7 @@
-"""Butterflies of 2×2 blocks: the passes of their identification, compiled.
+"""Compiled identification of butterflies with 2×2 blocks.
 
-Blocks are those of :mod:`matfact.solvers.butterfly`, of two rows each, so that singular vectors
-have a closed form and a pass reads and writes every entry once. Sums are in double precision.
+Blocks are those of :mod:`matfact.solvers.butterfly` with two rows each. Their singular vectors
+have a closed form, and a pass reads and writes every entry once. Sums are in double precision.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def identify(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sweep(W: np.ndarray, bases: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors after each has been replaced by the best one given the others."""
+    """Replace each factor by the best one given the others, and return all."""
     tails = np.empty(len(W) * (len(W) - 2), W.dtype)
     _multiply_tails(bases, last, tails)
     improved, rest = np.empty_like(bases), np.empty_like(last)
@@ -51,7 +51,7 @@ def unpack(bases: np.ndarray) -> list[np.ndarray]:
 
 @compiled()
 def _pass(W, bases, last, tails):  # type: ignore[no-untyped-def]
-    """Find factor after factor, from `tails` or, where these are empty, from singular vectors."""
+    """Find one factor after the other, from `tails` or, if empty, from singular vectors."""
     n, levels = len(W), len(bases)
     rest = W.reshape(1, n, n)
     empty = tails.reshape(1, 1, -1)
@@ -70,7 +70,7 @@ def _pass(W, bases, last, tails):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath={"reassoc", "contract"})
 def _peel(rest, tail, basis, out):  # type: ignore[no-untyped-def]
-    """Find the vector of each block, and write what remains of its two rows."""
+    """Find the vector of each block and write the remainder of its two rows."""
     blocks, d, width = out.shape
     for block in range(blocks):
         i, g = block // 2, block % 2
@@ -94,7 +94,7 @@ def _leading(x, y):  # type: ignore[no-untyped-def]
         r += y[c].real ** 2 + y[c].imag ** 2
         q += x[c] * np.conj(y[c])
     half = (p - r) / 2
-    large = math.hypot(half, abs(q)) + abs(half)  # the sum that cancels nothing
+    large = math.hypot(half, abs(q)) + abs(half)  # the sum without cancellation
     if large == 0.0:  # equal and orthogonal rows, or zeros
         return _unit(0.0 * q + p, 0.0 * q)
     return _unit(0.0 * q + large, np.conj(q)) if half >= 0.0 else _unit(q, 0.0 * q + large)
@@ -102,7 +102,7 @@ def _leading(x, y):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath={"reassoc", "contract"})
 def _fitted(x, y, weights):  # type: ignore[no-untyped-def]
-    """Return the direction of the best left vector when the right one is that of `weights`."""
+    """Return the direction of the best left vector given the right vector `weights`."""
     u = v = 0.0 * x[0]
     for c in range(len(x)):
         u += x[c] * weights[c]
@@ -118,7 +118,7 @@ def _unit(u, v):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _multiply_tails(bases, last, tails):  # type: ignore[no-untyped-def]
-    """Write the conjugate product of the factors after each to `tails`, one after the other."""
+    """Write the conjugate product of the factors after each factor to `tails`."""
     n, stop = last.size // 2, tails.size
     tail = np.conj(last)
     for level in range(len(bases) - 1, -1, -1):
@@ -132,7 +132,7 @@ def _multiply_tails(bases, last, tails):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _grown(basis, tail):  # type: ignore[no-untyped-def]
-    """Return the product of a factor and the one after it, by blocks."""
+    """Return the block-wise product of a factor and its successor."""
     a, d, _, _ = basis.shape
     out = np.empty((a, 2 * d, 2 * d), tail.dtype)
     for i in range(a):

@@ -1,9 +1,9 @@
-"""All factors of a product in one call, by as many threads as come to help.
+"""Application of all factors of a product in one call, with several threads.
 
-Each factor is a step of a program (see ``program.py``), and each call a job: numbers that say
-where program and operands lie, so that helpers who wait in compiled code can read it there, free
-of Python's global lock. Work is claimed in chunks from counters behind these numbers: a thread
-that comes late does less, and one that never comes is not waited for.
+Each factor is a step of a program (see ``program.py``), and each call is a job: an array with the
+addresses of program and operands, which helper threads read in compiled code without the GIL.
+Threads claim chunks of work from counters in the job. A late thread does less work, and nobody
+waits for a thread that never comes.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from matfact.kernels.atomics import fetch_add, give_way, look, pointer, publish
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
-#: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
+#: Digest of the inlined modules, since Numba recompiles only if this file changes.
 SOURCES = "48b617ce27a8e083"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
-#: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
-#: single columns. Kronecker-sparse steps have no table, and there the number of blocks that are
-#: stored side by side.
+#: Columns of a program's steps. A unit is the smallest part of a step's work, for panels and for
+#: single columns. Kronecker-sparse steps store the number of interleaved blocks instead of a table.
 KIND, ROWS, PANEL_UNITS, VECTOR_UNITS, VALUES, COLUMNS, TABLE, A, B, C, D = range(11)
 STEP_FIELDS = 11
 
-#: Places in a job: addresses and sizes of the program's arrays, of operands and of scratch space.
+#: Fields of a job: addresses and sizes of the program's arrays, of operands and of scratch space.
 STEPS, N_STEPS, VALUE_DATA, INDEX_DATA, TABLE_DATA = range(5)
 X_DATA, X_ROW, X_COLUMN, OUT_DATA, OUT_ROW, OUT_COLUMN = range(5, 11)
 SCRATCH, SCRATCH_ROWS, SCRATCH_SIZE = range(11, 14)
@@ -39,23 +38,23 @@ SCRATCH, SCRATCH_ROWS, SCRATCH_SIZE = range(11, 14)
 ROWS_IN, BATCH, PANELS, WIDE_PANELS, PIECES = range(14, 19)
 COUNTERS = 24
 
-#: Places in what callers and helpers share: the number of the job that is open (0 if none), how
-#: many helpers are in it, its address, and which kernel can do it.
+#: Fields of the shared state: the number of the open job (0 if none), how many helpers are in it,
+#: its address, and its kernel.
 OPEN, INSIDE, JOB, KERNEL = 0, 8, 16, 17
 STATE_SIZE = 24
 
 WIDE, NARROW, DOT = 256, 64, 64  #: bytes of a panel's rows, and of the vectors of a dot product
-SPACING = 8  #: counters between two that threads use: each has its own cache line
-_SPIN = 200  #: looks at a counter before other threads may run: perhaps the one waited for
-_FAR = 1 << 60  #: entries of arrays whose ends are known otherwise
-_PATIENCE = 2_000  #: looks for another job before a helper sleeps, about half a millisecond
+SPACING = 8  #: distance of counters, so that each has its own cache line
+_SPIN = 200  #: reads of a counter before yielding to other threads
+_FAR = 1 << 60  #: placeholder size of arrays with bounds known otherwise
+_PATIENCE = 2_000  #: polls for another job before a helper sleeps, about half a millisecond
 
 Kernel = Callable[..., object]
 
 _NO_JOB = np.zeros(1, np.int64)
-_state = np.zeros(STATE_SIZE, np.int64)  #: what callers and helpers share
+_state = np.zeros(STATE_SIZE, np.int64)  #: shared by callers and helpers
 _kernels: dict[tuple[Any, ...], int] = {}  #: the number of each kernel compiled so far
-_turn = threading.Lock()  #: held by the one caller who has help
+_turn = threading.Lock()  #: held by the caller that uses the helpers
 _calls = 0
 
 
@@ -76,7 +75,7 @@ def _await(job, place, count):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _begin(job, X, out, scratch, state, call, kernel):  # type: ignore[no-untyped-def]
-    """Write down where a caller's arrays lie, and open the job to helpers if it has a number."""
+    """Store the addresses of a caller's arrays, and open the job to helpers if it has a number."""
     job[X_DATA], job[OUT_DATA] = X.ctypes.data, out.ctypes.data
     job[SCRATCH] = scratch.ctypes.data
     if call > 0:
@@ -86,7 +85,7 @@ def _begin(job, X, out, scratch, state, call, kernel):  # type: ignore[no-untype
 
 @numba.njit(inline="always")
 def _end(state, call):  # type: ignore[no-untyped-def]
-    """Close the job, and wait until helpers, who have nothing left to do, are out of it."""
+    """Close the job and wait until all helpers have left it."""
     if call > 0:
         publish(state, OPEN, 0)
         spins = 0
@@ -98,9 +97,9 @@ def _end(state, call):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _next(state, seen, kernel, patience):  # type: ignore[no-untyped-def]
-    """Wait as a helper for another job and enter it; return its number, 0 to go to sleep.
+    """Wait as a helper for another job and enter it; return its number, or 0 to go to sleep.
 
-    That is late: a thread that sleeps takes longer to wake than a small product takes.
+    Helpers poll for a while first, since waking a thread takes longer than a small product.
     """
     for _ in range(patience):
         number = look(state, OPEN)
@@ -165,9 +164,9 @@ def _vector_step(step, values, indices, table, part, source, target):  # type: i
 
 @numba.njit(inline="always")
 def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: ignore[no-untyped-def]
-    """Do a part of a phase of one panel: pack, a step, or unpack.
+    """Run a part of a phase of one panel: pack, a step, or unpack.
 
-    `columns` are the first column and the number of them.
+    `columns` holds the first column and the number of columns.
     """
     steps, values, indices, table = program
     start, count = columns
@@ -188,7 +187,7 @@ def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: 
 
 @numba.njit(inline="always")
 def _panel_units(steps, phase, rows_in):  # type: ignore[no-untyped-def]
-    """Return what a phase can be split into; packing and unpacking go row by row."""
+    """Return the number of units of a phase; packing and unpacking have one per row."""
     if phase == 0:
         return rows_in
     if phase > len(steps):
@@ -198,7 +197,7 @@ def _panel_units(steps, phase, rows_in):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ignore[no-untyped-def]
-    """Do the phases from `begin` to `end` of a chunk: a panel, or one of the `pieces` of one."""
+    """Run phases `begin` to `end` of a chunk: a panel, or one of the `pieces` of a panel."""
     p, k = chunk // pieces, chunk % pieces
     n_wide = job[WIDE_PANELS]
     lanes, start = WIDE // X.itemsize, p * (WIDE // X.itemsize)
@@ -217,7 +216,7 @@ def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ig
 
 @numba.njit(inline="always")
 def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
-    """Return program, operands and scratch space of a job, of the dtypes of some arrays."""
+    """Return program, operands and scratch space of a job, with the dtypes of the given arrays."""
     steps = numba.carray(pointer(job[STEPS], job), (job[N_STEPS], STEP_FIELDS))
     program = (
         steps, _array(job, VALUE_DATA, values), _array(job, INDEX_DATA, indices),
@@ -229,13 +228,12 @@ def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
 
 @compiled()
 def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
-    """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
+    """Apply all steps to panels, as the caller of a job or, if `patience` is positive, as a helper.
 
-    With 0 pieces, each thread takes whole panels through all phases, so that their activations
-    stay in its core's own cache: rows of the scratch space belong to threads, which are counted
-    too. Otherwise the rows of each phase are split into so many pieces, and rows of the scratch
-    space belong to panels. Chunks of work claimed and done are counted, for each phase if they
-    are split.
+    With 0 pieces, each thread takes whole panels through all phases, so that activations stay in
+    its core's cache; rows of the scratch space belong to threads. Otherwise the rows of each phase
+    are split into that many pieces, and rows of the scratch space belong to panels. Claimed and
+    finished chunks are counted, per phase if phases are split.
     """
     if patience == 0:
         _begin(job, X, out, scratch, state, call, kernel)
@@ -303,7 +301,7 @@ def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, pat
 
 
 def enroll(kernel: Kernel, arrays: tuple[np.ndarray, ...]) -> int:
-    """Return the number by which helpers know a kernel for arrays of these dtypes."""
+    """Return the number that identifies a kernel for arrays of these dtypes."""
     key = (kernel, *(array.dtype for array in arrays))
     return _kernels.setdefault(key, len(_kernels))
 
@@ -311,20 +309,20 @@ def enroll(kernel: Kernel, arrays: tuple[np.ndarray, ...]) -> int:
 def run(
     kernel: Kernel, number: int, job: np.ndarray, arrays: tuple[np.ndarray, ...], n_threads: int
 ) -> None:
-    """Call a kernel of this module here and on free helpers.
+    """Call a kernel of this module in this thread and on free helpers.
 
     Parameters
     ----------
     kernel : callable
         ``kernel(job, *arrays, state, call, number, patience)``.
     number : int
-        What `enroll` has returned for it.
+        Result of `enroll` for this kernel.
     job : ndarray of int64
-        Where everything lies.
+        The job, with the addresses of all arrays.
     arrays : tuple of ndarray
-        What the kernel writes into the job, flat.
+        Flat arrays, whose addresses the kernel writes into the job.
     n_threads : int
-        Threads that should work, this one included.
+        Number of threads, including this one.
     """
     global _calls
     if n_threads == 1 or not _turn.acquire(blocking=False):
@@ -339,9 +337,9 @@ def run(
 
 
 def _watch() -> None:
-    """Help with jobs until none has come for a while."""
+    """Help with jobs until none arrives for a while."""
     number = -1
-    while number != _state[KERNEL]:  # not a kernel of another kind or for other dtypes
+    while number != _state[KERNEL]:  # again if the last job needed another kernel
         number = int(_state[KERNEL])
         kernel, *dtypes = list(_kernels)[number]
         arrays = tuple(np.zeros(1, dtype) for dtype in dtypes)
@@ -349,7 +347,7 @@ def _watch() -> None:
 
 
 def _forget() -> None:
-    """Start anew in a forked process, which has no helper."""
+    """Reset the state in a forked process, which has no helpers."""
     global _turn
     _state[:] = 0
     _turn = threading.Lock()

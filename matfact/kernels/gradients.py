@@ -1,8 +1,8 @@
-"""Products of sparse factors with many samples, and their gradients.
+"""Products of sparse factors with batches of samples, and their gradients.
 
-A panel of samples goes forward through all factors and, with the gradients of the outputs, back
-again, so that activations stay in the cache. They are computed anew rather than kept from the
-forward pass, which is less work than fetching them from memory.
+Panels of samples pass through all factors forward and, with the gradients of the outputs,
+backward, so that activations stay in the cache. The backward pass recomputes activations, which
+is cheaper than fetching them from memory.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from matfact.kernels.atomics import pointer
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
-#: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
+#: Digest of the inlined modules, since Numba recompiles only if this file changes.
 SOURCES = "4ecb04ab9c443d58"
 
 CSR, KRONECKER, SELECTION = range(3)
-#: Columns of a table of steps. What they hold from ``VALUES`` to ``INDICES`` are addresses: of
-#: values and their gradients, of row pointers (int64) and of column numbers (uint16), or of the
-#: columns selected (int64).
+#: Columns of a table of steps. ``VALUES`` to ``INDICES`` are addresses: of values and their
+#: gradients, of row pointers (int64) and of column numbers (uint16), or of the selected columns
+#: (int64).
 KIND, ROWS, COLUMNS, VALUES, GRADIENTS, INDPTR, INDICES, A, B, C, D = range(11)
 STEP_FIELDS = 11
 
 WIDE, NARROW, SINGLE = 256, 64, 8  #: bytes of a panel's rows
-_FAR = 1 << 60  #: entries of arrays whose ends are known otherwise
+_FAR = 1 << 60  #: placeholder size of arrays with bounds known otherwise
 _UINT16 = np.zeros(1, np.uint16)
 _memory = threading.local()  #: scratch space, kept from call to call
 
 
 def forward(steps: np.ndarray, X: np.ndarray, out: np.ndarray) -> None:
-    """Write the product with samples.
+    """Compute the product with samples.
 
     Parameters
     ----------
     steps : ndarray of int64, of shape (n_steps, STEP_FIELDS)
-        The factors, the one that is applied first being the first.
+        The factors, in the order of their application.
     X : ndarray of shape (batch, columns)
         Samples, C-contiguous, of the dtype of the values.
     out : ndarray of shape (batch, rows)
@@ -49,15 +49,15 @@ def forward(steps: np.ndarray, X: np.ndarray, out: np.ndarray) -> None:
 
 
 def backward(steps: np.ndarray, X: np.ndarray, G: np.ndarray, out: np.ndarray) -> None:
-    """Write the gradients of samples from those of their products, `G`.
+    """Compute the gradients of samples from the gradients `G` of their products.
 
-    Gradients of the values are added to what is at the addresses of ``GRADIENTS``.
+    Gradients of the values are accumulated at the addresses in ``GRADIENTS``.
     """
     _backward(steps, X, G, out, _scratch(steps, X))
 
 
 def _scratch(steps: np.ndarray, X: np.ndarray) -> np.ndarray:
-    """Return memory for the activations of a panel and two of their gradients."""
+    """Return scratch memory for the activations of a panel and two of their gradients."""
     sizes = [int(steps[0, COLUMNS]), *steps[:, ROWS].tolist()]
     lanes = WIDE // X.itemsize if len(X) > NARROW // X.itemsize else NARROW // X.itemsize
     nbytes = (sum(sizes) + 2 * max(sizes)) * lanes * X.itemsize
@@ -124,7 +124,7 @@ def _sum(a, b, source):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _step_backward(zero, step, source, outer, inner):  # type: ignore[no-untyped-def]
-    """Compute gradients of activations `source`, `inner`, from those of the output, `outer`."""
+    """Compute the gradients `inner` of activations `source` from those of the output, `outer`."""
     values, gradients = _array(step[VALUES], source), _array(step[GRADIENTS], source)
     if step[KIND] == KRONECKER:
         _kronecker_backward(zero, step, values, gradients, source, outer, inner)
@@ -164,7 +164,7 @@ def _kronecker_backward(zero, step, values, gradients, source, outer, inner):  #
 
 @numba.njit(inline="always")
 def _activations(zero, steps, X, start, count, memory):  # type: ignore[no-untyped-def]
-    """Write the activations of a panel one after the other; return where the last begins."""
+    """Write the activations of a panel one after the other and return the start of the last."""
     columns = X.shape[1]
     lanes = width(zero)
     flat = X.reshape(-1)[start * columns :]

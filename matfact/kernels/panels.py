@@ -1,11 +1,11 @@
-"""Column panels: the activations of a few columns, one vector of them for each row."""
+"""Column panels: the activations of a few columns, stored as one vector per row."""
 
 from __future__ import annotations
 
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import load, load_values, store, store_values, width
 
-_BLOCK = 16  #: rows read together where columns are contiguous: a cache line of each
+_BLOCK = 16  #: rows read together if columns are contiguous: one cache line of each
 
 
 @compiled()
@@ -62,7 +62,7 @@ def select_panel(zero, index, first, last, source, target):  # type: ignore[no-u
 
 @compiled()
 def select_vector(index, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Do the same for one column."""
+    """Copy entry ``index[r]`` to entry r of a column, or zero where it is negative."""
     for row in range(first, last):
         chosen = index[row]
         target[row] = source[chosen] if chosen >= 0 else source.dtype.type(0)

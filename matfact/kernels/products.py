@@ -1,4 +1,4 @@
-"""Products with a matrix of which most entries are zero."""
+"""Products with a mostly zero matrix."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matfact.kernels.atomics import fetch_add
 from matfact.kernels.compilation import compiled
 from matfact.kernels.threads import run
 
-#: Share of nonzeros from which the product of dense arrays is faster.
+#: Density from which the dense product is faster.
 DENSE = 0.25
-#: Most columns multiplied at a time, so that those of the dense matrix stay in the cache.
+#: Maximum number of columns multiplied at a time, so that they stay in the cache.
 PANEL = 256
-#: Entries of a product for each of several threads, below which more do not pay.
+#: Minimum number of entries of a product per thread.
 SMALL = 1 << 18
 
 
@@ -27,11 +27,11 @@ def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Ar
     Parameters
     ----------
     values : array of shape (rows, inner)
-        Entries of `M`; those off `support` do not matter.
+        Entries of `M`; entries off `support` are ignored.
     support : array of bool, of shape (rows, inner)
         Where `M` may be nonzero.
     W : array of shape (inner, columns)
-        Dense matrix, C-contiguous or the transpose of such a one on NumPy.
+        Dense matrix. In NumPy, C-contiguous or the transpose of a C-contiguous matrix.
     """
     xp = backend.namespace(values)
     if backend.is_numpy(values):
@@ -55,7 +55,7 @@ def _sparse_normal_equations(
 ) -> tuple[np.ndarray, np.ndarray]:
     rows, inner = values.shape
     indptr = np.empty(rows + 1, np.uint64)
-    # One place more than needed: every entry is written, then kept or overwritten.
+    # One extra entry: every entry is written, then kept or overwritten.
     indices, data = np.empty(nnz + 1, np.uint32), np.empty(nnz + 1, values.dtype)
     transposed = np.zeros((inner, rows), values.dtype)
     _compress(values, support, indptr, indices, data, transposed)
@@ -68,8 +68,8 @@ def _sparse_normal_equations(
 def _multiply(
     indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, dense: np.ndarray, out: np.ndarray
 ) -> None:
-    """Write the product of a compressed and a dense matrix to `out`."""
-    # As many threads as BLAS is likely to have: both are set together (see matfact._threads).
+    """Write the product of a CSR matrix and a dense matrix to `out`."""
+    # The thread count of BLAS, presumably: both are set together (see matfact._threads).
     threads = min(allowed_threads(), max(1, out.size // SMALL))
     width = min(PANEL, -(-out.shape[1] // threads))
     arguments = (indptr, indices, data, dense, width, np.zeros(1, np.int64), out)
@@ -100,14 +100,14 @@ def _multiply_panels(indptr, indices, data, dense, width, taken, out):  # type: 
         if start >= out.shape[1]:
             break
         stop = min(start + width, out.shape[1])
-        # Packed, since rows a power of two apart would fall on each other in the cache.
+        # Packed, since rows a power of two apart would collide in the cache.
         panel = buffer[: dense.shape[0] * (stop - start)]
         panel.reshape(dense.shape[0], stop - start)[:] = dense[:, start:stop]
         _multiply_panel(indptr, indices, data, panel, out, start, stop)
 
 
-# Unsigned positions spare the test for negative ones, which would keep loops from being
-# vectorized. Eight rows are added at a time, so that sums are loaded and stored less often.
+# Unsigned positions need no test for negative ones, which would prevent vectorization. Eight rows
+# are added at a time, so that sums are loaded and stored less often.
 @compiled(fastmath={"contract"})
 def _multiply_panel(indptr, indices, data, panel, out, start, stop):  # type: ignore[no-untyped-def]
     """Write the product with a flat panel to columns `start` to `stop` of `out`."""

@@ -1,4 +1,4 @@
-"""Exact top-k selection: k entries, also under ties."""
+"""Exact top-k selection, also under ties."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def top_k_mask(array: Array, k: int, axis: int | None = None) -> Array:
     array : array
         Numbers without NaN.
     k : int
-        How many to keep, overall or in every slice along `axis`; at most all of them.
+        Number of entries to keep, overall or in every slice along `axis`.
     axis : int, optional
-        Axis along which each slice is selected on its own.
+        Axis along which each slice is selected separately.
 
     Returns
     -------
     array of bool, of the shape of `array`
-        Among equal magnitudes the earlier in C order are kept, on every array library.
+        Among equal magnitudes the first in C order are kept, in every array library.
     """
     xp = backend.namespace(array)
     if axis is None:
@@ -48,7 +48,7 @@ def top_k_mask(array: Array, k: int, axis: int | None = None) -> Array:
 
 
 def _top_k_of_vector(array: np.ndarray, k: int) -> np.ndarray:
-    """Return the mask for all entries together, with one copy of them in memory."""
+    """Return the mask over all entries, using memory for one copy of them."""
     scores = np.abs(array)
     scores.partition(scores.size - k)
     threshold = scores[-k]

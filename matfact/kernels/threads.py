@@ -1,8 +1,8 @@
-"""One pool of threads for all kernels that share their work.
+"""The thread pool of all parallel kernels.
 
-Numba's own pools abort the process when two Python threads use them at once, or after a fork.
-Here helpers sleep where there is nothing to do, and a caller never waits for one that does not
-come: what no helper has begun, the caller does.
+Numba's own pools abort the process if two Python threads use them at once, or after a fork. Helpers
+of this pool sleep when idle. A caller never waits for a helper that does not come, but runs the
+calls that no helper has started.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-_free: list[_Helper] = []  #: helpers that may be called
-_helpers: list[_Helper] = []  #: all of them
+_free: list[_Helper] = []  #: idle helpers
+_helpers: list[_Helper] = []  #: all helpers
 _starting = threading.Lock()
 
 
 class _Helper(threading.Thread):
-    """A thread that makes one call after the other, and sleeps in between."""
+    """Thread that runs calls one after the other and sleeps in between."""
 
     def __init__(self) -> None:
         super().__init__(name="matfact-helper", daemon=True)
@@ -39,15 +39,15 @@ class _Helper(threading.Thread):
                 call()
             else:
                 call()
-                del call, self._call  # which hold operands
+                del call, self._call  # they hold operands
                 _free.append(self)
 
 
 def lend(call: Callable[[], object], count: int, stays_free: bool = False) -> None:
-    """Let at most `count` helpers make a call, where so many are free.
+    """Let up to `count` free helpers run a call.
 
-    More than `count` are not started. With `stays_free` they may be called for something else
-    meanwhile, which they begin once they are done with this.
+    At most `count` helpers are started in total. With `stays_free` they accept another call
+    meanwhile and run it when they have finished this one.
     """
     found: list[_Helper] = []
     while len(found) < count:
@@ -63,7 +63,7 @@ def lend(call: Callable[[], object], count: int, stays_free: bool = False) -> No
 
 
 def _started(limit: int) -> _Helper | None:
-    """Return a new helper, None where there are enough or the system has no thread for it."""
+    """Return a new helper, or None if there are enough or no thread can be started."""
     if len(_helpers) >= limit:
         return None
     with _starting:
@@ -72,15 +72,15 @@ def _started(limit: int) -> _Helper | None:
         helper = _Helper()
         try:
             helper.start()
-        except RuntimeError:  # also while the process ends
+        except RuntimeError:  # also at interpreter shutdown
             return None
         _helpers.append(helper)
     return helper
 
 
 def run(calls: Sequence[Callable[[], object]]) -> None:
-    """Make all calls, here and on helpers that are free, and return when all are done."""
-    if len(calls) == 1:  # as with small batches, which take little longer than what follows
+    """Run all calls in this thread and on free helpers, and return when all are done."""
+    if len(calls) == 1:  # fast path for small batches
         calls[0]()
         return
     left = deque(calls)
@@ -107,7 +107,7 @@ def run(calls: Sequence[Callable[[], object]]) -> None:
 
 
 def _forget() -> None:
-    """Start anew in a forked process, which has no other thread."""
+    """Reset the pool in a forked process, which has no other thread."""
     global _starting
     _free.clear()
     _helpers.clear()

@@ -1,9 +1,9 @@
-"""Vectors that stay in registers, for Numba kernels.
+"""SIMD vectors in registers, for Numba kernels.
 
-LLVM does not reliably keep an array of accumulators in registers. Here a vector of a fixed
-number of bytes is a Numba type of its own, so that ``total = fma(scalar, load(…), total)`` in a
-loop is one broadcast, one load and one fused multiply-add on every processor that has them, and
-correct on all.
+LLVM does not reliably keep an array of accumulators in registers. Here a vector of a fixed number
+of bytes is a Numba type, so that ``total = fma(scalar, load(…), total)`` in a loop compiles to one
+broadcast, one load and one fused multiply-add where the processor has them, and is correct
+everywhere.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 _INT32 = ir.IntType(32)
-#: Stand-ins for what Numba cannot compute with: the bits of float16 and of bfloat16.
+#: Stand-ins for dtypes that Numba lacks: the bits of float16 and of bfloat16.
 _FLOAT16, _BFLOAT16 = types.uint16, types.int16
 
 
 class Vector(types.Type):
-    """`count` numbers of `dtype` in registers; of complex ones, each part in a lane of its own."""
+    """`count` numbers of `dtype` in registers; complex numbers take two lanes."""
 
     def __init__(self, dtype: Any, count: int) -> None:
         self.dtype, self.count = dtype, count
@@ -49,9 +49,9 @@ class _VectorModel(models.PrimitiveModel):
 
 @intrinsic(prefer_literal=True)
 def zeros(typingctx, array, nbytes):  # type: ignore[no-untyped-def]
-    """Return the zero vector of the dtype of `array`, of a constant number of bytes.
+    """Return the zero vector with the dtype of `array` and a constant number of bytes.
 
-    It says to the functions below, and to the kernels that it is passed to, how wide to be.
+    It sets the vector width of the functions below and of the kernels it is passed to.
     """
     vector = Vector(array.dtype, nbytes.literal_value * 8 // array.dtype.bitwidth)
 
@@ -73,7 +73,7 @@ def width(typingctx, vector):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load(typingctx, array, row, like):  # type: ignore[no-untyped-def]
-    """Read the `row`-th vector of a flat `array` of vectors of the type of `like`."""
+    """Read the `row`-th vector of a flat `array` of vectors with the type of `like`."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = _place(context, builder, signature, arguments, like)
@@ -87,7 +87,7 @@ def gather(typingctx, array, indices, first, like):  # type: ignore[no-untyped-d
     """``array[indices[first]], array[indices[first + 1]], …`` as a vector, lane by lane.
 
     A chain of scalar loads is faster than the gather instructions of current processors, and
-    faster still where indices, unsigned, are loaded several at once.
+    faster still if several unsigned indices are loaded at once.
     """
     bits = indices.dtype.bitwidth
     word = ir.IntType(64)
@@ -170,7 +170,7 @@ def load_values(typingctx, values, first, like):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prefetch(typingctx, array, position):  # type: ignore[no-untyped-def]
-    """Have ``array[position]``, which need not exist, brought from memory."""
+    """Prefetch ``array[position]``, which need not exist."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.gep(_data(context, builder, array, arguments[0]), [arguments[1]])
@@ -197,7 +197,7 @@ def value(typingctx, values, position, like):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def position(typingctx, indices, place):  # type: ignore[no-untyped-def]
-    """``indices[place]`` of unsigned numbers, of which none counts from the end."""
+    """``indices[place]`` for unsigned indices, without wraparound."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.gep(_data(context, builder, indices, arguments[0]), [arguments[1]])
@@ -208,7 +208,7 @@ def position(typingctx, indices, place):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def spread(typingctx, scalar, like):  # type: ignore[no-untyped-def]
-    """Return the vector with `scalar` in every lane, of the type of `like`."""
+    """Return a vector with the type of `like` and `scalar` in every lane."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         undefined = ir.Constant(arguments[1].type, ir.Undefined)
@@ -221,7 +221,7 @@ def spread(typingctx, scalar, like):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def fma(typingctx, left, right, total):  # type: ignore[no-untyped-def]
-    """``left · right + total`` of vectors, rounded once where the processor can."""
+    """``left · right + total`` of vectors, rounded once if the processor supports it."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         factor, other, result = arguments
@@ -289,7 +289,7 @@ def _shuffled(builder: Any, vector: Any, lanes: Iterable[int]) -> Any:
 
 
 def _inserted(builder: Any, vector: Any, entry: Any, place: int, kind: Vector) -> Any:
-    """Return a vector with a number of its dtype at a place."""
+    """Return a vector with a number inserted at a position."""
     parts = [builder.extract_value(entry, i) for i in (0, 1)] if kind.is_complex else [entry]
     for i, part in enumerate(parts):
         vector = builder.insert_element(vector, part, ir.Constant(_INT32, place * len(parts) + i))
@@ -297,7 +297,7 @@ def _inserted(builder: Any, vector: Any, entry: Any, place: int, kind: Vector) -
 
 
 def _extracted(context: Any, builder: Any, vector: Any, place: int, kind: Vector) -> Any:
-    """Return the number at a place of a vector."""
+    """Return the number at a position of a vector."""
     lanes = [2 * place, 2 * place + 1] if kind.is_complex else [place]
     parts = [builder.extract_element(vector, ir.Constant(_INT32, lane)) for lane in lanes]
     return _number(context, builder, parts, kind)
@@ -318,7 +318,7 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 
 def _place(context: Any, builder: Any, signature: Any, arguments: Any, vector: Vector) -> Any:
-    """Return the address of the vector at place ``arguments[1]`` of array ``arguments[0]``."""
+    """Return the address of vector ``arguments[1]`` in array ``arguments[0]``."""
     data = _data(context, builder, signature.args[0], arguments[0])
     count = ir.Constant(arguments[1].type, vector.count)
     pointer = builder.gep(data, [builder.mul(arguments[1], count)])
@@ -326,7 +326,7 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any, vector: V
 
 
 def _widened(builder: Any, dtype: Any, loaded: Any, target: Any) -> Any:
-    """Return what was loaded as `dtype` in the type `target` (vectors or scalars)."""
+    """Convert a loaded value of `dtype` to the type `target` (vectors or scalars)."""
     if dtype == _FLOAT16:
         return builder.fpext(builder.bitcast(loaded, _shaped(target, ir.HalfType())), target)
     if dtype == _BFLOAT16:  # the upper half of a float32
@@ -339,5 +339,5 @@ def _widened(builder: Any, dtype: Any, loaded: Any, target: Any) -> Any:
 
 
 def _shaped(like: Any, element: Any) -> Any:
-    """Return `element`, or a vector of as many as `like` has."""
+    """Return the type `element`, or a vector of it as long as `like`."""
     return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element

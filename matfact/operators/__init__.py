@@ -1,4 +1,4 @@
-"""Products of factors, each factor in the storage that suits its structure."""
+"""Products of factors, and one storage format per structure of a factor."""
 
 from matfact.operators._block import BlockSparseFactor
 from matfact.operators._csr import SparseFactor

@@ -1,4 +1,4 @@
-"""What makes a product of factors array-like: for NumPy, and for SciPy's solvers and matrices."""
+"""Array-like behaviour of products of factors, for NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from matfact.operators._kronecker import KroneckerSparseFactor
 
 
 class ArrayLike:
-    """The operations of a matrix, each by the factors of a product.
+    """Matrix operations, computed with the factors of a product.
 
-    ``*`` and ``/`` take numbers only. Sums with other products, sparse matrices and operators are
-    SciPy ``LinearOperator`` objects, which store no entry; sums with arrays are arrays.
+    ``*`` and ``/`` accept numbers only. Sums with products, sparse matrices and operators are lazy
+    SciPy ``LinearOperator`` objects; sums with arrays are arrays.
     """
 
     # NumPy must leave ``X @ product`` and ``2 * product`` to the methods here.
     __array_ufunc__ = None
 
     factors: Sequence[Factor]
-    ndim = 2  #: number of axes, as of a matrix
+    ndim = 2  #: number of axes
 
     @abstractmethod
     def __init__(self, factors: Sequence[Factor]) -> None: ...
@@ -65,9 +65,9 @@ class ArrayLike:
         return self.T.conj()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return the dense matrix, computed anew."""
+        """Return a new dense matrix."""
         if copy is False:
-            raise ValueError("copy must not be False: a product is multiplied out into a new array")
+            raise ValueError("copy must not be False: the dense matrix of a product is a new array")
         return np.array(backend.to_numpy(self.toarray()), dtype=dtype)
 
     def matvec(self, x: Array) -> Array:
@@ -101,7 +101,7 @@ class ArrayLike:
 
     @property
     def _adjoint(self) -> Self:
-        """The conjugate transpose, prepared once for NumPy: solvers ask for it at every step."""
+        """The conjugate transpose, cached for NumPy: solvers need it at every step."""
         return self._numpy_adjoint if backend.is_numpy(self.factors[0].values) else self.H
 
     @functools.cached_property
@@ -121,25 +121,25 @@ class ArrayLike:
         return xp.conj(result) if backend.is_complex(result) else result
 
     def __mul__(self, c: Any) -> Self:
-        """Return `c` times the product, for a number `c`."""
+        """Return the product multiplied by a number `c`."""
         return self._scaled(c, operator.mul)
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: Any) -> Self:
-        """Return the product ÷ a number `c`."""
+        """Return the product divided by a number `c`."""
         return self._scaled(c, operator.truediv)
 
     def _scaled(self, c: Any, operation: Callable[[Array, Any], Array]) -> Self:
-        """Return the product with the values of one factor multiplied or divided by a number."""
+        """Return the product with one factor multiplied or divided by a number."""
         if not isinstance(c, Number) and not (backend.is_array(c) and c.ndim == 0):
             raise TypeError(
-                f"a product can be multiplied or divided by a number alone, got {_described(c)}; "
+                f"a product can only be multiplied or divided by a number, got {_described(c)}; "
                 "use @ for products of matrices."
             )
         factors = list(self.factors)
         place = next((i for i, factor in enumerate(factors) if factor.nnz), None)
-        if place is None:  # permutations store no value
+        if place is None:  # permutations store no values
             place, ones = 0, np.ones((1, self.shape[0], 1, 1))
             ones = backend.like(ones, factors[0].values, dtype=self.dtype)
             factors.insert(0, KroneckerSparseFactor(ones))
@@ -156,7 +156,7 @@ class ArrayLike:
         return self * 1
 
     def __add__(self, other: Any) -> Any:
-        """Return the sum with a product, sparse matrix or operator (lazy), or with an array."""
+        """Return the sum with a product, sparse matrix or operator (lazily) or with an array."""
         return self._sum(other, 1, 1)
 
     def __radd__(self, other: Any) -> Any:
@@ -169,11 +169,11 @@ class ArrayLike:
         return self._sum(other, -1, 1)
 
     def _sum(self, other: Any, ours: int, theirs: int) -> Any:
-        """Return `ours` times this plus `theirs` times another matrix, either of them ±1."""
+        """Return `ours` times this matrix plus `theirs` times another; both are ±1."""
         shape = tuple(getattr(other, "shape", np.shape(other)))
         if shape != self.shape:
             raise ValueError(
-                f"a product of shape {self.shape} can be added to a matrix of that shape alone, "
+                f"a product of shape {self.shape} can only be added to a matrix of that shape, "
                 f"got {_described(other)}."
             )
         if backend.is_array(other):
@@ -188,13 +188,13 @@ class ArrayLike:
 
 
 def as_operand(X: Any) -> Array:
-    """Return what a product is multiplied by as an array of its own library."""
+    """Return an operand as an array of an Array API library."""
     if scipy.sparse.issparse(X):
         return X.toarray()  # the result is dense in any case
     return X if backend.is_array(X) else np.asarray(X)
 
 
 def _described(other: Any) -> str:
-    """Return what an object is, for messages: its class, and its shape if it has one."""
+    """Describe an object for messages: its class, and its shape if it has one."""
     shape = getattr(other, "shape", None)
     return type(other).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")

@@ -1,4 +1,4 @@
-"""A factor made of dense rectangular blocks anywhere in the matrix."""
+"""Factor with dense rectangular blocks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlockSparseFactor(Factor):
-    """Dense blocks of any sizes at any places that do not overlap.
+    """Sparse matrix of dense, non-overlapping blocks of any size and position.
 
     Parameters
     ----------
     values : array of shape (nnz,)
-        The blocks one after the other, each in C order.
+        Values of the blocks, block after block, each in C order.
     blocks : ndarray of shape (n_blocks, 4)
-        First row, row after the last, first column and column after the last of each block.
+        First row, end row, first column and end column of each block (ends are exclusive).
     dimensions : ndarray of shape (2,)
         Rows and columns of the matrix.
     """
@@ -42,9 +42,9 @@ class BlockSparseFactor(Factor):
         shape: tuple[int, int],
         like: Array,
     ) -> BlockSparseFactor:
-        """Place each of `arrays` with its first entry at the matching (row, column) of `corners`.
+        """Place each of `arrays` at the matching (row, column) of `corners`.
 
-        `like` gives the library, device and dtype when there is no block.
+        `like` gives the library, device and dtype if there are no blocks.
         """
         xp = backend.namespace(like)
         flat = [xp.reshape(array, (-1,)) for array in arrays]
@@ -74,7 +74,7 @@ class BlockSparseFactor(Factor):
         )
 
     def _placed(self, values: Array) -> list[tuple[np.ndarray, Array]]:
-        """Return each block's span with its values as a matrix."""
+        """Return the position of each block with its values as a matrix."""
         xp = backend.namespace(values)
         heights = self.blocks[:, 1] - self.blocks[:, 0]
         widths = self.blocks[:, 3] - self.blocks[:, 2]

@@ -1,4 +1,4 @@
-"""A factor with scattered nonzeros, in compressed sparse rows."""
+"""Sparse factor in compressed sparse row (CSR) format."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from matfact.operators._factor import Factor
 if TYPE_CHECKING:
     from matfact.operators._dispatch.program import Program
 
-#: Entries of a mask expanded at a time: few, so that memory is used again and not asked for anew.
+#: Entries of a mask expanded at a time; few enough to reuse memory.
 _ENTRIES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SparseFactor(Factor):
-    """A sparse matrix in compressed sparse row (CSR) order.
+    """Sparse matrix in compressed sparse row (CSR) format.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class SparseFactor(Factor):
     indices : ndarray of shape (nnz,)
         Column of each value.
     indptr : ndarray of shape (rows + 1,)
-        Where each row begins in `values`.
+        Start of each row in `values`.
     n_columns : int
         Number of columns.
     """
@@ -45,7 +45,7 @@ class SparseFactor(Factor):
 
     @classmethod
     def from_dense(cls, array: Array, support: Array | None = None) -> SparseFactor:
-        """Store the entries of `array` on `support` (by default its nonzeros)."""
+        """Return the entries of `array` on `support` (by default its nonzeros) as a factor."""
         xp = backend.namespace(array)
         mask = backend.to_numpy(array != 0 if support is None else support)
         flat = np.flatnonzero(mask)
@@ -56,7 +56,7 @@ class SparseFactor(Factor):
     def from_locations(
         cls, values: Array, locations: np.ndarray, shape: tuple[int, int]
     ) -> SparseFactor:
-        """Store `values` at increasing `locations` in the flattened matrix."""
+        """Return a factor with `values` at increasing `locations` in the flattened matrix."""
         rows, columns = shape
         begins = np.arange(rows + 1) * columns
         indptr = np.searchsorted(locations, begins)
@@ -65,33 +65,33 @@ class SparseFactor(Factor):
 
     @classmethod
     def from_bits(cls, values: Array, bits: np.ndarray, shape: tuple[int, int]) -> SparseFactor:
-        """Store `values`, in that order, where one bit an entry of ``np.packbits`` is set."""
+        """Return a factor with `values`, in order, where bits of ``np.packbits`` are set."""
         rows, columns = shape
         counts, indptr = _row_counts(bits, shape), np.zeros(rows + 1, np.int64)
         np.cumsum(counts, out=indptr[1:])
         if indptr[-1] != len(values):
             raise ValueError(f"{len(values)} values must have as many bits")
         indices = np.empty(len(values), _narrow(columns))
-        # Numbers wrap around where they are larger than columns, and back again.
+        # Numbers larger than columns wrap around, and back again.
         begins = (np.arange(min(rows, _step(columns))) * columns).astype(indices.dtype)
         for span, mask in _masks(bits, shape):
             part = indices[indptr[span.start] : indptr[span.stop]]
             part[:] = np.flatnonzero(mask)
             part -= np.repeat(begins[: span.stop - span.start], counts[span])
         factor = cls(values, indices, indptr, columns)
-        vars(factor)["bits"] = bits  # which need not be packed again
+        vars(factor)["bits"] = bits  # saves packing them again
         return factor
 
     @functools.cached_property
     def bits(self) -> np.ndarray:
-        """One bit an entry, as :func:`numpy.packbits` packs them: whether it is stored."""
+        """Mask of stored entries, one bit per entry, as packed by :func:`numpy.packbits`."""
         mask = np.zeros(self.shape[0] * self.shape[1], dtype=np.bool_)
         mask[self.locations] = True
         return np.packbits(mask)
 
     @property
     def is_ordered(self) -> bool:
-        """Whether the values stand in the order of their bits, no two of them at one place."""
+        """Whether values are in the order of their bits, without duplicates."""
         return "bits" in vars(self) or not (np.diff(self.locations) <= 0).any()
 
     @property
@@ -117,14 +117,14 @@ class SparseFactor(Factor):
 
     @functools.cached_property
     def _operand(self) -> Array:
-        """What multiplies `X`: SciPy's CSR matrix on NumPy, a dense array elsewhere."""
+        """Operator applied to `X`: SciPy's CSR matrix for NumPy, else a dense array."""
         values = backend.compute_array(self.values)
         if backend.is_numpy(values):
             return self._scipy(values)
         return self.with_values(values).toarray()
 
     def _scipy(self, values: np.ndarray) -> scipy.sparse.csr_array:
-        # SciPy would copy the indices if they were of another dtype than the row pointers.
+        # SciPy copies indices whose dtype differs from that of the row pointers.
         indptr = self.indptr.astype(np.result_type(self.indices, np.min_scalar_type(-self.nnz)))
         return scipy.sparse.csr_array((values, self.indices, indptr), shape=self.shape)
 
@@ -137,11 +137,11 @@ class SparseFactor(Factor):
         program.add_csr(self.values, self.indices, self.indptr)
 
     def toarray(self) -> Array:
-        if backend.is_numpy(self.values) and self.values.dtype != np.float16:  # which SciPy lacks
+        if backend.is_numpy(self.values) and self.values.dtype != np.float16:  # SciPy lacks float16
             return self._scipy(self.values).toarray()
         xp = backend.namespace(self.values)
         rows, columns = self.shape
-        # A gather, since the Array API has no scatter: position 0 holds the zero.
+        # Gathers, since the Array API has no scatter; position 0 holds a zero.
         source = np.zeros(rows * columns, dtype=np.int64)
         row_of = np.repeat(np.arange(rows), np.diff(self.indptr))
         source[row_of * columns + self.indices] = np.arange(1, self.nnz + 1)
@@ -162,7 +162,7 @@ class SparseFactor(Factor):
 
 
 def _masks(bits: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the mask of some rows at a time."""
+    """Yield the mask, a few rows at a time."""
     rows, columns = shape
     for first in range(0, rows, _step(columns)):
         last = min(first + _step(columns), rows)
@@ -172,12 +172,12 @@ def _masks(bits: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[slice, np
 
 
 def _step(columns: int) -> int:
-    """Return how many rows of a mask are expanded at a time: such as begin and end with a byte."""
+    """Return the number of mask rows expanded at a time, aligned to whole bytes."""
     return 8 * max(1, _ENTRIES // (8 * max(1, columns)))
 
 
 def _row_counts(bits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return how many bits are set in each row."""
+    """Return the number of bits set in each row."""
     rows, columns = shape
     if columns % 8 == 0:
         return np.bitwise_count(bits).reshape(rows, columns // 8).sum(axis=1, dtype=np.int64)
@@ -188,5 +188,5 @@ def _row_counts(bits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _narrow(columns: int) -> type[np.integer[Any]]:
-    """Return the dtype of column numbers: as narrow as that in which the kernels read them."""
+    """Return the dtype of column numbers, the narrow one that the kernels read."""
     return np.uint16 if columns <= 1 << 16 else np.int32

@@ -1,4 +1,4 @@
-"""A factor stored entry by entry."""
+"""Dense factor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DenseFactor(Factor):
-    """A dense matrix; `values` has its shape."""
+    """Dense matrix; `values` has its shape."""
 
     kind: ClassVar[str] = "dense"
 

@@ -1,4 +1,4 @@
-"""Products of factors as pictures and as HTML."""
+"""Figures and HTML of products of factors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from matfact import backend
 from matfact._figures import new_figure
 from matfact.operators._factor import Factor
 
-#: Rows and columns a panel shows at most; larger factors are shown by the maximum of each tile.
+#: Maximum rows and columns of a panel; larger factors show the maximum of each tile.
 _PIXELS = 512
 
 
 def plot_factors(factors: Sequence[Factor], figure: Any = None) -> Any:
-    """Draw supports and magnitudes of the factors, one panel a factor on one scale of colours."""
+    """Draw supports and magnitudes of the factors, one panel each, on one colour scale."""
     magnitudes = [_magnitudes(factor) for factor in factors]
     largest = max(float(np.max(image, initial=0.0)) for image in magnitudes) or 1.0
     widths = [factor.shape[1] / factor.shape[0] for factor in factors]
@@ -27,7 +27,7 @@ def plot_factors(factors: Sequence[Factor], figure: Any = None) -> Any:
     panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     for axes, factor, image in zip(panels, factors, magnitudes, strict=True):
         rows, columns = factor.shape
-        # Places without a value stay blank, also where stored values are small.
+        # Entries that are not stored stay blank, unlike small stored values.
         shown = axes.imshow(
             np.ma.masked_equal(image, 0.0), cmap="viridis", vmin=0.0, vmax=largest,
             interpolation="nearest", extent=(0, columns, rows, 0), aspect="auto",
@@ -55,7 +55,7 @@ def to_html(caption: str, factors: Sequence[Factor]) -> str:
 
 
 def _magnitudes(factor: Factor) -> np.ndarray:
-    """Return the magnitudes of a factor's entries, the largest of each tile where it is large."""
+    """Return the magnitudes of a factor's entries, or of a large factor the maximum per tile."""
     image = np.abs(backend.to_numpy(factor.toarray()))
     for axis in (0, 1):
         size = image.shape[axis]

@@ -1,6 +1,6 @@
-"""Factors as named tensors: values in their own dtype, and positions in as few bytes as they need.
+"""Encoding of factors as named tensors: values in their dtype, positions in few bytes.
 
-``docs/checkpoint-format.md`` describes the result for readers that are not this library.
+``docs/checkpoint-format.md`` describes the format for other readers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._selection import SelectionFactor
 
-#: Most rows or columns a stored factor may claim to have: no row of a product can fill a memory.
+#: Maximum rows or columns of a stored factor, so that a file cannot claim a huge side.
 LARGEST_SIDE = 1 << 24
 Tensors = dict[str, np.ndarray]
 
@@ -29,14 +29,14 @@ Tensors = dict[str, np.ndarray]
 def encode(
     factors: Sequence[Factor], dtype: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Stored]]:
-    """Return a description of each factor and the tensors that hold them all.
+    """Return a description of each factor, and the tensors of all factors.
 
     Parameters
     ----------
     factors : sequence of Factor
         The factors, of any array library.
     dtype : str, optional
-        ``"BF16"`` rounds real values to bfloat16. By default they are kept as they are.
+        ``"BF16"`` rounds real values to bfloat16. By default dtypes are kept.
     """
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Stored] = {}
@@ -51,7 +51,7 @@ def encode(
 
 
 def decode(entries: Sequence[dict[str, Any]], tensors: Tensors) -> list[Factor]:
-    """Return the factors that `entries` describe, with NumPy values.
+    """Return the factors described by `entries`, with NumPy values.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def _decode_one(entry: dict[str, Any], tensors: Tensors) -> Factor:
     _need(values.dtype.kind in "fc", f"values of dtype {values.dtype}")
     assert decoder is not None
     factor = decoder((shape[0], shape[1]), values, tensors)
-    _need(not tensors, f"{', '.join(tensors)} mean nothing to it")
+    _need(not tensors, f"unknown tensors {', '.join(tensors)}")
     _need(factor.shape == tuple(shape), f"values of shape {values.shape} do not give {shape}")
     return factor
 
@@ -102,7 +102,7 @@ def _is_complex(values: Array) -> bool:
 
 
 def _stored_values(values: Array, dtype: str | None) -> Stored:
-    """Return values to be written; complex ones as pairs of reals along a new last axis."""
+    """Return the values to write; complex ones as pairs of reals along a new last axis."""
     if not _is_complex(values):
         return stored_array(values, dtype)
     array = backend.to_numpy(values)
@@ -110,19 +110,19 @@ def _stored_values(values: Array, dtype: str | None) -> Stored:
 
 
 def stored_array(array: Array, dtype: str | None = None) -> Stored:
-    """Return an array of any library to be written bit by bit, ``dtype="BF16"`` rounded to it."""
+    """Return an array to write bit by bit, rounded to bfloat16 with ``dtype="BF16"``."""
     name = str(array.dtype).rpartition(".")[2]
     if name in FLOAT8:
         bits = backend.to_numpy(array.view(backend.namespace(array).uint8))
         return TensorSpec(FLOAT8[name], bits.shape), bits.tobytes()
     host = backend.to_numpy(array)
-    if name == "float16":  # which arrives as float32, as does bfloat16
+    if name == "float16":  # read as float32, like bfloat16
         host = host.astype(np.float16)
     return stored(host, "BF16" if name == "bfloat16" else dtype)
 
 
 def _narrowed(positions: np.ndarray) -> np.ndarray:
-    """Return whole numbers in the fewest bytes among 2, 4 and 8."""
+    """Return integers in the smallest of 2, 4 and 8 bytes."""
     low, high = (int(positions.min()), int(positions.max())) if positions.size else (0, 0)
     for dtype in (np.uint16, np.uint32, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
@@ -131,7 +131,7 @@ def _narrowed(positions: np.ndarray) -> np.ndarray:
 
 
 def _positions(factor: Factor) -> tuple[str, Tensors]:
-    """Return the name of the storage and the arrays, besides the values, that it consists of."""
+    """Return the name of the storage format and its arrays other than the values."""
     if isinstance(factor, SparseFactor):
         return _sparse_positions(factor)
     if isinstance(factor, BlockSparseFactor):
@@ -144,11 +144,11 @@ def _positions(factor: Factor) -> tuple[str, Tensors]:
 
 
 def _sparse_positions(factor: SparseFactor) -> tuple[str, Tensors]:
-    """Return one bit an entry where that is smaller than column indices."""
+    """Return a bit mask if it is smaller than column indices."""
     rows, columns = factor.shape
     csr = {"indptr": _narrowed(factor.indptr), "indices": _narrowed(factor.indices)}
     mask_nbytes = (rows * columns + 7) // 8
-    # A mask gives the values no order of their own, nor two of them one place.
+    # A mask cannot represent another order of the values, or duplicates.
     if mask_nbytes > sum(a.nbytes for a in csr.values()) or not factor.is_ordered:
         return factor.kind, csr
     return "bitmask", {"mask": factor.bits}
@@ -190,7 +190,7 @@ def _decode_blocks(shape: tuple[int, int], values: np.ndarray, tensors: Tensors)
     r0, r1, c0, c1 = blocks.T
     inside = (r0 >= 0) & (r0 <= r1) & (r1 <= shape[0]) & (c0 >= 0) & (c0 <= c1) & (c1 <= shape[1])
     _need(bool(inside.all()), "blocks outside the matrix")
-    # In Python's integers: sums of hostile sizes could wrap around.
+    # In Python integers: sums of malicious sizes could overflow.
     area = sum((int(b) - int(a)) * (int(d) - int(c)) for a, b, c, d in blocks)
     _need(values.shape == (area,), "values and blocks differ in number")
     _need(not _overlap(blocks), "blocks overlap")
@@ -198,10 +198,10 @@ def _decode_blocks(shape: tuple[int, int], values: np.ndarray, tensors: Tensors)
 
 
 def _overlap(blocks: np.ndarray) -> bool:
-    """Whether any two of the blocks have an entry in common.
+    """Whether any two blocks overlap.
 
-    A line is swept over the rows: the column spans of the blocks that it crosses are kept in order,
-    and each new one is compared with its neighbours.
+    A sweep over the rows keeps the column spans of the current blocks sorted and compares each new
+    one with its neighbours.
     """
     filled = blocks[(blocks[:, 0] < blocks[:, 1]) & (blocks[:, 2] < blocks[:, 3])]
     ends = [(int(r1), 0, int(c0), int(c1)) for _, r1, c0, c1 in filled]

@@ -1,4 +1,4 @@
-"""What every factor of a product can do, whatever its storage."""
+"""Base class of factors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factor(ABC):
-    """One factor of a product: its stored values and, in subclasses, where they stand.
+    """Factor of a product: stored values and, in subclasses, their positions.
 
     Parameters
     ----------
     values : array
-        The stored values, in whatever shape the storage uses. They carry the array library,
-        the device and the dtype of the factor; positions live on the host as NumPy integers.
+        The stored values, in the shape of the storage format. They determine the array library,
+        device and dtype of the factor. Positions are NumPy integers on the host.
     """
 
     values: Array
 
-    #: Name of the storage in saved files.
+    #: Name of the storage format in saved files.
     kind: ClassVar[str]
 
     @property
@@ -44,11 +44,11 @@ class Factor(ABC):
 
     @abstractmethod
     def apply(self, X: Array) -> Array:
-        """Return the product with `X`, of shape (columns, batch), in a dtype fit to compute in."""
+        """Return the product with `X`, of shape (columns, batch) and a compute dtype."""
 
     @abstractmethod
     def add_to(self, program: Program) -> None:
-        """Make the factor the next step of a program for the kernels (NumPy values only)."""
+        """Append the factor to a program for the kernels (NumPy values only)."""
 
     @abstractmethod
     def toarray(self) -> Array:
@@ -56,7 +56,7 @@ class Factor(ABC):
 
     @property
     def locations(self) -> np.ndarray:
-        """Where each value stands in the flattened matrix, in the order of the values."""
+        """Position of each value in the flattened matrix, in the order of the values."""
         numbers = np.arange(1.0, self.nnz + 1)
         flat = self.with_values(numbers.reshape(self.values.shape)).toarray().reshape(-1)
         found = np.flatnonzero(flat) if self.nnz else np.zeros(0, dtype=np.int64)
@@ -76,11 +76,11 @@ class Factor(ABC):
 
     @property
     def flops(self) -> int:
-        """Floating point operations for one sample: a multiplication and an addition a value."""
+        """Floating-point operations per sample: one multiplication and one addition per value."""
         return 2 * self.nnz
 
     def index_nbytes(self, format: str) -> int:
-        """Bytes that say where the values stand, in storage `format` (0 when implied)."""
+        """Bytes of the positions in storage `format` (0 if implied)."""
         return 0
 
     def value_nbytes(self) -> int:
@@ -88,7 +88,7 @@ class Factor(ABC):
         return self.nnz * dtype_nbytes(self.values)
 
     def with_values(self, values: Array) -> Self:
-        """Return the same positions holding other `values`."""
+        """Return a factor with the same positions and other `values`."""
         return dataclasses.replace(self, values=values)
 
     def scaled(self, c: float) -> Self:
@@ -108,7 +108,7 @@ class Factor(ABC):
         return self.with_values(xp.astype(self.values, dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was prepared to apply the factor."""
+        """Drop caches for applying the factor."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:

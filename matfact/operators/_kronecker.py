@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KroneckerSparseFactor(Factor):
-    """A matrix whose support is ``I_a ⊗ 1_{b×c} ⊗ I_d``.
+    """Matrix with support ``I_a ⊗ 1_{b×c} ⊗ I_d``.
 
-    With d = 1 it is block-diagonal with `a` blocks of b×c; with (a, 2, 2, d) it is a butterfly
-    factor of size 2·a·d made of blocks of size 2·d (Zhang, Definitions 1 and 2).
+    For d = 1 it is block-diagonal with `a` blocks of b×c; (a, 2, 2, d) is a butterfly factor of
+    size 2·a·d with blocks of size 2·d (Zhang, Definitions 1 and 2).
 
     Parameters
     ----------
     values : array of shape (a, d, b, c)
-        ``values[i, l, j, k]`` stands at row (i, j, l) of (a, b, d) and column (i, k, l) of
-        (a, c, d), both in C order.
+        ``values[i, l, j, k]`` is at row (i, j, l) of (a, b, d) and column (i, k, l) of (a, c, d),
+        both in C order.
     """
 
     kind: ClassVar[str] = "kronecker"
@@ -52,17 +52,17 @@ class KroneckerSparseFactor(Factor):
         return xp.reshape(xp.permute_dims(product, (0, 2, 1, 3)), (a * b * d, -1))
 
     def merged(self, other: KroneckerSparseFactor) -> KroneckerSparseFactor | None:
-        """Return the product with a block-diagonal `other`, if it is block-diagonal too.
+        """Return the product with a block-diagonal `other`, if the product is block-diagonal too.
 
-        It has as many blocks as this factor has in its outer digit, so that multiplying a chain
-        from its right end takes O(n²) operations in all.
+        It has as many blocks as this factor's outer digit, so multiplying a chain from the right
+        takes O(n²) operations in total.
         """
         a, _, c, _ = self.pattern
         n_blocks, _, _, other_d = other.pattern
         radix = n_blocks // a
         if other_d != 1 or n_blocks % a or c % radix:
             return None
-        from matfact.kernels.chains import merge  # Numba is loaded where it is needed
+        from matfact.kernels.chains import merge  # loads Numba only if needed
 
         right = backend.compute_array(other.values)[:, 0, :, :]
         product = merge(backend.compute_array(self.values), right)

@@ -1,4 +1,4 @@
-"""A product of factors: what every fit returns."""
+"""Product of factors, the result of every fit."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ Format = Literal["csr", "bitmask", "smallest", "dense"]
 
 
 class FactorProduct(ArrayLike):
-    """The linear operator ``F_1 F_2 … F_Q``, applied from right to left.
+    """Linear operator ``F_1 F_2 … F_Q``, applied from right to left.
 
-    It is array-like: ``np.asarray`` multiplies it out, ``@`` with another product chains the
-    factors of both, with anything else it gives an array; numbers scale it, and
-    :func:`scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers take it as it is.
+    Products are array-like. ``np.asarray`` returns the dense matrix, and numbers scale the product.
+    ``@`` with another product chains the factors of both; with arrays it returns an array.
+    :func:`scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers accept a product.
 
     Parameters
     ----------
     factors : sequence of Factor
-        Factors whose shapes chain, all of one array library.
+        Factors with matching inner dimensions, from one array library.
 
     Raises
     ------
     ValueError
-        If there is no factor or two neighbours do not fit.
+        If there is no factor, or two neighbours do not fit.
 
     Examples
     --------
@@ -75,7 +75,7 @@ class FactorProduct(ArrayLike):
 
     @functools.cached_property
     def dtype(self) -> Any:
-        """Dtype of the stored values, of factors of several the one that holds them all."""
+        """Dtype of the stored values; if factors differ, the dtype they promote to."""
         dtypes = [factor.dtype for factor in self.factors]
         if all(dtype == dtypes[0] for dtype in dtypes):
             return dtypes[0]
@@ -93,7 +93,7 @@ class FactorProduct(ArrayLike):
 
     @property
     def flops(self) -> int:
-        """Floating point operations to apply the product to one sample."""
+        """Floating-point operations to apply the product to one sample."""
         return sum(factor.flops for factor in self.factors)
 
     @property
@@ -107,9 +107,9 @@ class FactorProduct(ArrayLike):
         Parameters
         ----------
         format : {"csr", "bitmask", "smallest", "dense"}, default="csr"
-            How scattered nonzeros are located: column indices, one bit an entry, whichever of
-            the two is smaller for each factor, or not at all (every entry of every factor is
-            stored). Structured factors need few positions or none in the first three.
+            Storage of the positions of scattered nonzeros: column indices, one bit per entry, the
+            smaller of both for each factor, or none, with every entry of every factor stored.
+            Structured factors need few positions or none in the first three.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
@@ -128,7 +128,7 @@ class FactorProduct(ArrayLike):
         return FactorProduct([factor.conj() for factor in self.factors])
 
     def astype(self, dtype: Any) -> FactorProduct:
-        """Return the product with its values in another dtype, itself where they have it."""
+        """Return the product in another dtype, itself if it already has it."""
         if all(factor.dtype == dtype for factor in self.factors):
             return self
         return FactorProduct([factor.astype(dtype) for factor in self.factors])
@@ -149,12 +149,12 @@ class FactorProduct(ArrayLike):
     def __matmul__(self, X: Any) -> Any:
         """Apply the product to a vector of shape (in,) or to the columns of (in, batch).
 
-        With another product this is the product of all factors, with a SciPy ``LinearOperator``
-        another such operator, and with a SciPy sparse matrix an array.
+        With another product the result is the product of all factors, with a SciPy
+        ``LinearOperator`` a ``LinearOperator``, and with a SciPy sparse matrix an array.
         """
         plan = self._plan
         if plan and type(X) is np.ndarray and (way := plan.ways.get((X.shape, X.dtype))):
-            return way(X)  # at once: small products take few microseconds
+            return way(X)  # fast path: small products take few microseconds
         if isinstance(X, FactorProduct):
             return self._chained(X)
         if isinstance(X, LinearOperator):
@@ -190,19 +190,19 @@ class FactorProduct(ArrayLike):
         libraries = [backend.namespace(p.factors[0].values) for p in (self, other)]
         if libraries[0] is not libraries[1]:
             names = " and ".join(library.__name__ for library in libraries)
-            raise TypeError(f"products must be of one array library, got {names}.")
+            raise TypeError(f"products must have the same array library, got {names}.")
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
 
     def _apply_factors(self, X: Array) -> Array:
-        """Apply one factor after the other, by the operations of the array library."""
+        """Apply the factors one after the other with the array library."""
         for factor in reversed(self.factors):
             X = factor.apply(X)
         return X
 
     @property
     def _plan(self) -> Plan | None:
-        """What is prepared for the kernels, anew after values of torch were written to."""
+        """Prepared forms for the kernels, rebuilt after torch values were modified."""
         plan = self._prepared
         if plan and plan.versions and plan.versions != versions(self.factors):
             del self._prepared
@@ -214,36 +214,36 @@ class FactorProduct(ArrayLike):
 
     @functools.cached_property
     def _tuned(self) -> dict[int, Method]:
-        """What `tune` has kept, which outlives values that are written to."""
+        """Results of `tune`, which survive changes of the values."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what can be prepared again, a dense copy among it, and what was tuned."""
+        """Drop caches, including a dense copy, and the results of tuning."""
         return {"factors": self.factors}
 
     def method_for(self, batch_size: int) -> Method:
-        """Return which way ``@`` takes for an operand of so many columns, in the product's dtype.
+        """Return the method that ``@`` uses for operands of the product's dtype.
 
         Parameters
         ----------
         batch_size : int
-            Columns of the operand, 1 for a vector.
+            Columns of the operand; 1 for a vector.
 
         Returns
         -------
         {"factors", "dense"}
-            The way that :meth:`tune` has kept for that many columns, or else that of a fixed rule.
+            The result of :meth:`tune` for this batch size, or else of a fixed rule.
         """
         batch_size = _checked(batch_size)
         return self._plan.method(batch_size, self._plan.dtype) if self._plan else "factors"
 
     def advise(self, batch_size: int) -> Advice:
-        """Tell whether the factors or the dense matrix are faster for a batch.
+        """Time the factors and the dense matrix for a batch.
 
-        Both are timed at each call, on this machine as it is now, with weights that may be in the
-        cache; nothing is kept. ``product @ X`` does not ask: which way it takes follows from
-        shapes and stored values alone, so that its results repeat to the bit. Where the dense
-        matrix is the faster one here, use ``product.toarray()``, or :meth:`tune` the product.
+        Every call times both again, on this machine and possibly with weights in the cache;
+        nothing is stored. ``product @ X`` is not affected: its method depends only on shapes and
+        stored values, so that results are bit-reproducible. If the dense matrix is faster, use
+        ``product.toarray()`` or :meth:`tune` the product.
 
         Parameters
         ----------
@@ -253,7 +253,7 @@ class FactorProduct(ArrayLike):
         Returns
         -------
         Advice
-            The seconds of the factors and of the array library's product with the dense matrix.
+            Seconds with the factors, and of the array library's product with the dense matrix.
         """
         batch_size = _checked(batch_size)
         if self._plan:
@@ -263,12 +263,11 @@ class FactorProduct(ArrayLike):
         return measure(self._apply_factors, dense.__matmul__, X)
 
     def tune(self, batch_size: int) -> Advice:
-        """Time both ways that ``@`` can take, and keep the faster for that many columns.
+        """Time both methods of ``@`` and use the faster one for this batch size from now on.
 
-        Operands of `batch_size` columns go that way from now on, whatever their dtype and whatever
-        is written to the values: their results still repeat to the bit, and differ from those
-        before by rounding. This holds for this product in this process alone: copies, pickles,
-        files, and products made of this one go by the rule again.
+        The choice applies to operands with `batch_size` columns of any dtype, and survives changes
+        of the values. Results remain bit-reproducible, but differ from earlier ones by rounding.
+        Only this object is tuned: copies, pickles, files and products derived from it use the rule.
 
         Parameters
         ----------
@@ -278,15 +277,16 @@ class FactorProduct(ArrayLike):
         Returns
         -------
         Advice
-            The seconds of both ways in the product's dtype, what the rule takes, and whether that
-            was ``changed``. The dense matrix is applied as ``@`` does it, by kernels that round
-            alike for any number of threads; :meth:`advise` times the array library's product.
+            Seconds of both methods in the product's dtype, the method of the rule, and whether
+            tuning ``changed`` it. The dense matrix is applied by the kernels of ``@``, whose
+            results do not depend on the number of threads; :meth:`advise` times the array library's
+            product.
 
         Raises
         ------
         TypeError
-            If ``@`` has one way only, as the values are not on the host, need gradients, or have a
-            dtype that the kernels do not take.
+            If ``@`` has only one method, because values are not on the host, need gradients, or
+            have a dtype that the kernels do not support.
 
         Examples
         --------
@@ -308,10 +308,10 @@ class FactorProduct(ArrayLike):
         return self._plan.tune(batch_size)
 
     def rescaled(self, scale: float) -> FactorProduct:
-        """Return `scale` times the product, its factors' Frobenius norms balanced.
+        """Return `scale` times the product, with balanced Frobenius norms of the factors.
 
-        Only powers of two are moved between factors, so that no value is rounded; `scale` should
-        be one too. Fine-tuning needs balanced factors (Boža & Macko 2025 leave this out).
+        Only powers of two are moved between factors, so no value is rounded; `scale` should be a
+        power of two as well. Fine-tuning needs balanced factors (Boža & Macko 2025 omit this).
         """
         scalable = [i for i, factor in enumerate(self.factors) if factor.nnz]
         norms = [backend.norm(self.factors[i].values) for i in scalable]
@@ -346,17 +346,17 @@ class FactorProduct(ArrayLike):
         return self.factors[index]
 
     def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-        """Draw where the values of each factor stand, and how large they are.
+        """Draw the positions and magnitudes of the values of each factor.
 
         Parameters
         ----------
         figure : matplotlib.figure.Figure or SubFigure, optional
-            What to draw into; a new figure without it.
+            Figure to draw into; a new one by default.
 
         Returns
         -------
         matplotlib.figure.Figure or SubFigure
-            One panel a factor, left to right as they are multiplied; places without a value are
+            One panel per factor, in the order of the product. Entries that are not stored are
             blank. Save it with its ``savefig``.
 
         Raises
@@ -385,7 +385,7 @@ def _checked(batch_size: int) -> int:
 
 
 def _merged(left: Factor, right: Factor) -> Factor | None:
-    """Return the product of two neighbours where it keeps a block-diagonal structure."""
+    """Return the product of two neighbours if it is block-diagonal."""
     if isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor):
         return left.merged(right)
     return None

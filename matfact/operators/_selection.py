@@ -1,4 +1,4 @@
-"""Permutations, paddings and croppings: factors that move entries and store no value."""
+"""Permutations, paddings and croppings: factors that store no values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SelectionFactor(Factor):
-    """A matrix of zeros and ones with at most one 1 in each row and column.
+    """Matrix of zeros and ones with at most one 1 in each row and column.
 
     Parameters
     ----------
     values : array of shape (0,)
-        Empty: it only carries the library, device and dtype.
+        Empty; gives the library, device and dtype.
     index : ndarray of shape (rows,)
-        ``(P @ x)[i] = x[index[i]]``, or 0 where ``index[i]`` is −1.
+        ``(P @ x)[i] = x[index[i]]``, or 0 if ``index[i]`` is −1.
     n_columns : int
         Number of columns.
     """
@@ -36,7 +36,7 @@ class SelectionFactor(Factor):
 
     @classmethod
     def from_index(cls, index: Any, n_columns: int, like: Array) -> SelectionFactor:
-        """Build the factor that gathers `index`, in the library, device and dtype of `like`."""
+        """Return the factor that gathers `index`, with the library, device and dtype of `like`."""
         empty = backend.like(np.zeros(0), like, dtype=like.dtype)
         return cls(empty, np.asarray(index, dtype=np.int64), n_columns)
 
@@ -55,7 +55,7 @@ class SelectionFactor(Factor):
         return _gather(X, self.index, axis=0)
 
     def apply_right(self, X: Array) -> Array:
-        """Return the product of `X`, of shape (batch, rows), with the selection on its right."""
+        """Return ``X @ P`` for `X` of shape (batch, rows)."""
         return _gather(X, self.T.index, axis=1)
 
     def add_to(self, program: Program) -> None:
@@ -74,7 +74,7 @@ class SelectionFactor(Factor):
 
 
 def _gather(X: Array, index: np.ndarray, axis: int) -> Array:
-    """Return the rows (columns) of `X` that `index` names, zeros where it is −1."""
+    """Return the rows (columns) `index` of `X`, zeros for −1."""
     xp = backend.namespace(X)
     if (index < 0).any():
         index = np.where(index < 0, X.shape[axis], index)

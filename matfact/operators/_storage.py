@@ -1,4 +1,4 @@
-"""Factors on disk: one safetensors file, no pickling, written whole or not at all."""
+"""Factors on disk: one safetensors file without pickles, written atomically."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ FORMAT_VERSION = 1
 
 
 def save(factors: Sequence[Factor], path: Path) -> None:
-    """Write `factors` to `path`; an earlier file stays whole until the new one is complete."""
+    """Write `factors` to `path` atomically: an existing file stays intact until then."""
     write_atomically(path, pack(factors)[1])
 
 
 def pack(
     factors: Sequence[Factor], dtype: str | None = None
 ) -> tuple[tuple[str, ...], Iterator[bytes]]:
-    """Return how each factor is stored, and the bytes of a file of them all.
+    """Return the storage format of each factor, and the bytes of a file with all of them.
 
-    ``dtype="BF16"`` rounds real values to bfloat16; by default they are kept as they are.
+    ``dtype="BF16"`` rounds real values to bfloat16; by default dtypes are kept.
     """
     entries, tensors = encode(factors, dtype)
     manifest = {"format": "matfact", "version": FORMAT_VERSION, "factors": entries}
@@ -37,12 +37,12 @@ def pack(
 
 
 def load(file: SafetensorsFile) -> list[Factor]:
-    """Read the factors written by :func:`save`; bfloat16 values arrive as float32.
+    """Read factors written by :func:`save`; bfloat16 values become float32.
 
     Raises
     ------
     ValueError
-        If the file is damaged or of another kind.
+        If the file is damaged or not a matfact file.
     """
     path = file.path
     try:
@@ -53,7 +53,7 @@ def load(file: SafetensorsFile) -> list[Factor]:
         raise ValueError(f"path must name a matfact file of version {FORMAT_VERSION}, got {path}.")
     entries = manifest.get("factors")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"path must name a complete matfact file, but {path} names no factors.")
+        raise ValueError(f"path must name a complete matfact file, but {path} lists no factors.")
     try:
         factors = decode(entries, {name: file.read(name) for name in file.specs})
         _check_inner_sides(factors, file.nbytes)
@@ -65,10 +65,10 @@ def load(file: SafetensorsFile) -> list[Factor]:
 
 
 def _check_inner_sides(factors: Sequence[Factor], nbytes: int) -> None:
-    """Raise ``ValueError`` where few bytes have a product pass through vectors without measure."""
+    """Raise ``ValueError`` if a small file claims huge inner dimensions."""
     outer = max((factors[0].shape[0], factors[-1].shape[1]) if factors else (0, 0))
     for factor in factors[1:]:
-        if factor.shape[0] > max(outer, 8 * nbytes):  # at best, one bit locates an entry
+        if factor.shape[0] > max(outer, 8 * nbytes):  # a position takes at least one bit
             raise ValueError(
                 f"an inner side is {factor.shape[0]}, more than {nbytes} bytes and outer sides up "
                 f"to {outer} call for"

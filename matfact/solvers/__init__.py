@@ -1,1 +1,1 @@
-"""Pure functions: arrays in, arrays out."""
+"""Solvers: pure functions of arrays."""

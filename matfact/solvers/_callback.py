@@ -1,4 +1,4 @@
-"""How solvers tell their progress."""
+"""Progress callbacks of solvers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Callback = Callable[[int, float], None]
 
 
 class History:
-    """A callback that keeps the objective and the seconds since it was made."""
+    """Callback that records the objective and the seconds since its creation."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -23,5 +23,5 @@ class History:
         self.seconds.append(time.perf_counter() - self._start)
 
     def as_dict(self) -> dict[str, list[float]]:
-        """Return the record, one entry an iteration."""
+        """Return the record, one entry per iteration."""
         return {"objective": self.objective, "seconds": self.seconds}

@@ -9,17 +9,17 @@ from matfact import backend, kernels
 from matfact.backend import Array
 from matfact.constraints import Constraint
 
-#: Share of the diagonal added to every Gram matrix, which keeps it positive definite (Boža & Macko
+#: Share of the diagonal added to every Gram matrix to keep it positive definite (Boža & Macko
 #: 2025).
 DAMPING = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseState:
-    """Where ADMM stands: the sparse solution on `support`, the scaled dual off it.
+    """State of ADMM: the sparse solution on `support`, the scaled dual off it.
 
-    The two never overlap, since projecting on a support leaves the solution on it and hands the
-    rest to the dual; one array holds both.
+    One array holds both. They never overlap, since the projection keeps the solution on the
+    support and moves the rest to the dual.
     """
 
     values: Array
@@ -38,10 +38,10 @@ def sparse_regression(
     constraint: Constraint,
     penalties: Sequence[float],
 ) -> SparseState:
-    """Lower ``‖Mᵀ X − W‖_F²`` over `X` with a constrained support, one step for each penalty.
+    """Minimize ``‖Mᵀ X − W‖_F²`` over `X` with a constrained support, one ADMM step per penalty.
 
-    Source: Boža & Macko 2025, algorithm 1 (one factor given the other), with the penalty relative
-    to the diagonal of the Gram matrix, which amounts to rows of `M` of unit norm.
+    Source: Boža & Macko 2025, algorithm 1 (one factor given the other). The penalty is relative to
+    the diagonal of the Gram matrix, as if the rows of `M` had unit norm.
 
     Parameters
     ----------
@@ -50,12 +50,12 @@ def sparse_regression(
     cross : array of shape (rows, columns)
         ``M W``.
     state : SparseState
-        Solution and dual to start from, of shape (rows, columns). On NumPy they are overwritten.
+        Initial solution and dual, of shape (rows, columns). Overwritten in NumPy.
     constraint : Constraint
-        Set of `X`, whose ``support`` is chosen anew at every step.
+        Constraint on `X`; its ``support`` is chosen again in every step.
     penalties : sequence of float
-        Positive penalty ρ of each step, relative to the diagonal of `gram`. Steps may differ:
-        a small one lets unused entries grow back, a larger one settles the support.
+        Positive penalty ρ of each step, relative to the diagonal of `gram`. Small penalties let
+        unused entries grow back, larger ones settle the support.
 
     Returns
     -------

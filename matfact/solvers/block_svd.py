@@ -1,4 +1,4 @@
-"""Low rank block by block: singular triples of all blocks compete for one budget (Liu et al.)."""
+"""Block-wise low rank: singular triples of all blocks share one budget (Liu et al.)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from matfact.solvers.svd import whitening_root
 
 Ranking = Literal["energy", "magnitude", "relative_error", "output_perturbation", "output_variance"]
 
-#: Most strips a side is cut into, and the least length of a strip, when the cut is searched.
+#: Maximum number of strips per side, and minimum length of a strip, in the search for a blocking.
 _MAX_STRIPS, _MIN_STRIP = 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
-    """A matrix cut into a grid of blocks as equal as its sides allow.
+    """Grid of nearly equal blocks of a matrix.
 
     Parameters
     ----------
     shape : tuple of int
         Rows and columns of the matrix.
     grid : tuple of int
-        Number of row strips and of column strips.
+        Number of row strips and column strips.
     """
 
     shape: tuple[int, int]
@@ -39,7 +39,7 @@ class Blocking:
 
     @property
     def spans(self) -> list[tuple[int, int, int, int]]:
-        """First row, row after the last, first column and column after the last of each block."""
+        """First row, end row, first column and end column of each block (ends are exclusive)."""
         rows, columns = (
             [n * i // parts for i in range(parts + 1)]
             for n, parts in zip(self.shape, self.grid, strict=True)
@@ -52,7 +52,7 @@ class Blocking:
 
     @property
     def costs(self) -> np.ndarray:
-        """Values that one triple of each block stores."""
+        """Stored values of one triple in each block."""
         return np.asarray([r1 - r0 + c1 - c0 for r0, r1, c0, c1 in self.spans])
 
     def cut(self, W: Array) -> list[Array]:
@@ -61,13 +61,13 @@ class Blocking:
 
 
 def square_grid(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the grid of the largest blocks that are nearly square (Liu et al., Sec. 3.2.2)."""
+    """Return the grid of the largest nearly square blocks (Liu et al., Sec. 3.2.2)."""
     rows, columns = shape
     return (max(1, round(rows / columns)), max(1, round(columns / rows)))
 
 
 def candidate_blockings(shape: tuple[int, int]) -> list[Blocking]:
-    """Return the blockings worth trying for a matrix of `shape`, the whole matrix first."""
+    """Return the blockings to try for a matrix of `shape`, starting with the whole matrix."""
     strips = [
         [1, *(2**i for i in range(1, 1 + int(math.log2(_MAX_STRIPS))) if n >= _MIN_STRIP * 2**i)]
         for n in shape
@@ -80,21 +80,21 @@ def candidate_blockings(shape: tuple[int, int]) -> list[Blocking]:
 def select_triples(
     scores: Sequence[np.ndarray], costs: np.ndarray, budget: int
 ) -> list[np.ndarray]:
-    """Return which triples to keep: one ranking of all blocks, best first, while they fit.
+    """Select triples by one ranking over all blocks, best first, until the budget is used.
 
     Parameters
     ----------
     scores : sequence of ndarray
-        Importance of each triple, block by block; those that are 0 are not kept.
+        Importance of each triple, block by block. Triples with score 0 are not kept.
     costs : ndarray of shape (n_blocks,)
-        Values that one triple of each block stores.
+        Stored values of one triple in each block.
     budget : int
-        Values that may be stored, at least the smallest cost.
+        Maximum number of stored values, at least the smallest cost.
 
     Returns
     -------
     list of ndarray of int
-        Positions of the triples to keep in each block; at least one triple is kept in all.
+        Positions of the triples to keep in each block; at least one triple is kept overall.
     """
     lengths = [len(s) for s in scores]
     block_of = np.repeat(np.arange(len(scores)), lengths)
@@ -113,7 +113,7 @@ def select_triples(
 
 
 def energy_scores(spectra: Sequence[np.ndarray], costs: np.ndarray) -> list[np.ndarray]:
-    """Return the squared error each triple saves per stored value, from the singular values.
+    """Return the squared error saved by each triple per stored value, from the singular values.
 
     Values within rounding of 0 score 0.
     """
@@ -124,9 +124,9 @@ def energy_scores(spectra: Sequence[np.ndarray], costs: np.ndarray) -> list[np.n
 def _plain_scores(
     spectra: Sequence[np.ndarray], costs: np.ndarray, ranking: Ranking
 ) -> list[np.ndarray]:
-    """Return what singular values alone say of each triple."""
+    """Return the score of each triple from singular values alone."""
     scores = energy_scores(spectra, costs)
-    if ranking in ("magnitude", "relative_error"):  # one order: they differ by a constant
+    if ranking in ("magnitude", "relative_error"):  # same order: they differ by a constant
         return [np.sqrt(score * cost) for score, cost in zip(scores, costs, strict=True)]
     return scores
 
@@ -138,7 +138,7 @@ def blocking_error(
     ranking: Ranking = "energy",
     calibration: InputStatistics | None = None,
 ) -> float:
-    """Return the error that :func:`block_svd` reaches with the same arguments.
+    """Return the error of :func:`block_svd` with the same arguments.
 
     Without calibration it is ``‖W − Ŵ‖_F² / ‖W‖_F²``, from singular values alone; with it, the
     squared layer error.
@@ -163,23 +163,23 @@ def block_svd(
     ranking: Ranking = "energy",
     calibration: InputStatistics | None = None,
 ) -> list[tuple[Array, Array]]:
-    """Return for each block of `W` two factors whose product approximates it.
+    """Approximate each block of `W` by the product of two factors.
 
     Parameters
     ----------
     W : array of shape (out_features, in_features)
         Finite real matrix.
     blocking : Blocking
-        How it is cut.
+        The grid of blocks.
     budget : int
-        Values that may be stored, at least those of one triple.
+        Maximum number of stored values, at least those of one triple.
     ranking : {"energy", "magnitude", "relative_error", "output_perturbation", "output_variance"}
-        How triples are ranked. The last two need `calibration`: the mean square and the variance
-        over the inputs of what the output loses with the triple, in closed form
+        How triples are ranked. The last two need `calibration`: the mean square and the variance of
+        the triple's contribution to the outputs, in closed form
         ``σ² E(vᵀx)²`` and ``σ² Var(vᵀx)`` for one layer (Liu et al., Sec. 4).
     calibration : InputStatistics, optional
-        With it ``"energy"`` ranks, and the blocks keep, the directions in which a block's outputs
-        have most energy, rather than the block's own singular vectors.
+        With it, ``"energy"`` uses the directions in which a block's outputs have most energy
+        instead of the block's singular vectors.
 
     Returns
     -------
@@ -215,7 +215,7 @@ def block_svd(
 def keep_triples(
     W: Array, blocking: Blocking, kept: Sequence[np.ndarray]
 ) -> list[tuple[Array, Array]]:
-    """Return for each block of `W` the two factors of its singular triples at positions `kept`."""
+    """Return two factors per block of `W`, from its singular triples at positions `kept`."""
     xp = backend.namespace(W)
     blocks = blocking.cut(W)
     pairs = _batched(blocks, lambda stack: xp.linalg.svd(stack, full_matrices=False)[:1])
@@ -226,7 +226,7 @@ def keep_triples(
 
 
 def reconstruct(factors: Sequence[tuple[Array, Array]], blocking: Blocking) -> Array:
-    """Return the matrix whose blocks are the products of `factors`."""
+    """Return the matrix of the products of `factors`."""
     xp = backend.namespace(factors[0][0])
     blocks = [xp.matmul(left, right) for left, right in factors]
     width = blocking.grid[1]
@@ -237,7 +237,7 @@ def reconstruct(factors: Sequence[tuple[Array, Array]], blocking: Blocking) -> A
 def _batched(
     blocks: list[Array], function: Callable[[Array], Sequence[Array]]
 ) -> list[tuple[Array, ...]]:
-    """Apply `function` of a stack of matrices to `blocks`, those of one shape together."""
+    """Apply a function of stacked matrices to `blocks`, grouped by shape."""
     xp = backend.namespace(blocks[0])
     same: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, block in enumerate(blocks):
@@ -257,7 +257,7 @@ def _moments(blocking: Blocking, moment: Array) -> dict[tuple[int, int], Array]:
 def _data_scores(
     blocks: list[Array], bases: list[Array], blocking: Blocking, moment: Array
 ) -> list[np.ndarray]:
-    """Return ``σ² vᵀ M v`` of each triple, M being the `moment` of the block's inputs."""
+    """Return ``σ² vᵀ M v`` for each triple, with the `moment` M of the block's inputs."""
     xp = backend.namespace(moment)
     moments = _moments(blocking, moment)
     scores = []
@@ -269,7 +269,7 @@ def _data_scores(
 
 
 def _factors(block: Array, basis: Array) -> tuple[Array, Array]:
-    """Return `block` projected on orthonormal `basis`, as factors whose triples are balanced."""
+    """Return `block` projected on an orthonormal `basis`, as balanced factors."""
     xp = backend.namespace(block)
     right = xp.matmul(xp.matrix_transpose(basis), block)
     sizes = xp.sqrt(xp.linalg.vector_norm(right, axis=1))

@@ -1,8 +1,8 @@
-"""Butterfly factorization: products of Kronecker-sparse factors nearest to a matrix.
+"""Butterfly factorization: approximation by products of Kronecker-sparse factors.
 
-Blocks that share a factor are handled together, in arrays of shape (a, γ, d, b, columns): the
-column digits before and of the factor, the row digits after it, its rows, and whatever columns
-remain.
+Blocks of the same factor are processed together in arrays of shape (a, γ, d, b, columns): the
+column digits before the factor, its column digit, the row digits after it, its rows, and the
+remaining columns.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from matfact.solvers.leading import adjoint, conj, leading_range, orthonormal
 def butterfly(
     W: Array, chain: Chain, *, max_iter: int = 10, tol: float = 1e-3, callback: Callback
 ) -> tuple[list[Array], int]:
-    """Return the values of Kronecker-sparse factors whose product approximates `W`.
+    """Approximate `W` by a product of Kronecker-sparse factors.
 
-    The factors are peeled off from the left, each the leading singular vectors of all blocks of
-    its cut at once (hierarchical identification [1]_). Their columns are orthonormal, so what is
-    left over at each cut adds up: the squared error is ``‖W‖² − ‖last factor‖²`` and at most
-    L − 1 times the least possible, as for tensor trains [2]_. Sweeps of alternating least squares
-    then lower it: the best factor l, given orthonormal ones before it and any after it, comes
-    from one product with those after it and is orthonormalized on the way. Residuals shrink
-    geometrically along the chain, so that all this takes a few passes over `W`.
+    Hierarchical identification [1]_ peels off the factors from the left; each consists of the
+    leading singular vectors of all blocks of its cut. Their columns are orthonormal, so the errors
+    of the cuts add up: the squared error is ``‖W‖² − ‖last factor‖²``, at most L − 1 times the
+    optimum, as for tensor trains [2]_. Sweeps of alternating least squares then reduce it. The best
+    factor l, given orthonormal factors before it and any factors after it, takes one product with
+    the factors after it and is orthonormalized on the way. Residuals shrink geometrically along
+    the chain, so the total cost is a few passes over `W`.
 
     Parameters
     ----------
@@ -38,9 +38,9 @@ def butterfly(
     chain : Chain
         Supports of the factors.
     max_iter : int, default=10
-        Largest number of sweeps. One at least is wanted for full accuracy.
+        Maximum number of sweeps. Full accuracy needs at least one.
     tol : float, default=1e-3
-        Stop when a sweep lowers the squared error by less than this fraction.
+        Stop when a sweep reduces the squared error by less than this fraction.
     callback : Callback
         Called with 1 after the identification, and after each sweep.
 
@@ -49,7 +49,7 @@ def butterfly(
     values : list of array of shape (a, d, b, c)
         Values of the factors.
     n_iter : int
-        Sweeps done.
+        Number of sweeps.
 
     References
     ----------
@@ -78,7 +78,7 @@ def butterfly(
 
 
 def _passes(W: Array, chain: Chain) -> tuple[Any, Any, Any]:
-    """Return how factors are identified, improved, and turned into values."""
+    """Return the functions that identify factors, improve them, and convert them to values."""
     radices = {*chain.row_radices, *chain.column_radices}
     if backend.is_numpy(W) and radices == {2} and {*chain.ranks} == {1}:
         return dyadic.identify, dyadic.sweep, dyadic.unpack
@@ -90,7 +90,7 @@ def _passes(W: Array, chain: Chain) -> tuple[Any, Any, Any]:
 
 
 def _identify(W: Array, chain: Chain) -> tuple[list[Array], Array]:
-    """Peel orthonormal factors off `W`; return them, by blocks, and what remains."""
+    """Peel orthonormal factors off `W`; return them, by blocks, and the remainder."""
     bases, rest = [], W[None, :, :]
     for rows, radix, rank in _cuts(chain):
         blocks = _blocks(rest, rows, radix)
@@ -103,10 +103,10 @@ def _sweep(W: Array, bases: list[Array], last: Array, chain: Chain) -> tuple[lis
     """Replace each factor by the best one given the others."""
     xp = backend.namespace(W)
     improved, rest = [], W[None, :, :]
-    tails = _tails([*map(conj, bases)], conj(last))  # conjugated before they grow
+    tails = _tails([*map(conj, bases)], conj(last))  # conjugate while they are small
     for (rows, radix, rank), tail in zip(_cuts(chain), tails, strict=True):
         blocks = _blocks(rest, rows, radix)
-        # Least squares divides by the Gram matrix of the tail, which leaves the range alone.
+        # Least squares divides by the Gram matrix of the tail, which does not change the range.
         weights = xp.matrix_transpose(_split_rank(tail, radix, rank))
         improved.append(orthonormal(xp.matmul(blocks, weights)))
         rest = _remainder(improved[-1], blocks)
@@ -114,13 +114,13 @@ def _sweep(W: Array, bases: list[Array], last: Array, chain: Chain) -> tuple[lis
 
 
 def _cuts(chain: Chain) -> list[tuple[int, int, int]]:
-    """Return rows of a block, column radix and rank of every factor but the last."""
+    """Return block rows, column radix and rank of every factor but the last."""
     patterns = chain.patterns[:-1]
     return [(b, g, c // g) for (_, b, c, _), g in zip(patterns, chain.column_radices, strict=False)]
 
 
 def _tails(bases: list[Array], last: Array) -> list[Array]:
-    """Return, for each factor but the last, the product of those after it."""
+    """Return, for each factor but the last, the product of the factors after it."""
     xp = backend.namespace(last)
     tails = [last]
     for basis in reversed(bases[1:]):
@@ -147,7 +147,7 @@ def _split_rank(rest: Array, radix: int, rank: int) -> Array:
 
 
 def _remainder(basis: Array, blocks: Array) -> Array:
-    """Return the coefficients of `blocks` in `basis`: what the later factors have to match."""
+    """Return the coefficients of `blocks` in `basis`, the target of the later factors."""
     xp = backend.namespace(blocks)
     coefficients = xp.matmul(adjoint(basis), blocks)
     a, radix, d, rank, columns = coefficients.shape

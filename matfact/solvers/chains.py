@@ -1,4 +1,4 @@
-"""Shapes of butterfly and Monarch products: chains of Kronecker-sparse supports."""
+"""Chains of Kronecker-sparse supports, the shapes of butterfly and Monarch products."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Pattern = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Supports ``I_a ⊗ 1_{b×c} ⊗ I_d`` of factors whose product has blocks of low rank.
+    """Chain of supports ``I_a ⊗ 1_{b×c} ⊗ I_d``; the product has blocks of low rank.
 
-    Rows are numbered by digits in the radices ``β_1 … β_L``, columns by digits in
-    ``γ_1 … γ_L``, the first digit most significant. Cut after factor l, the product falls into
-    blocks: the last L − l row digits and the first l column digits say which, and its rank is at
-    most ``r_l``. Factor l has (``r_0 = r_L = 1``)
+    Rows are numbered by digits in the radices ``β_1 … β_L`` and columns by digits in
+    ``γ_1 … γ_L``, most significant digit first. A cut after factor l divides the product into
+    blocks of rank at most ``r_l``, indexed by the last L − l row digits and the first l column
+    digits. Factor l has (with ``r_0 = r_L = 1``)
 
         a = γ_1 ⋯ γ_{l-1},   b = r_{l-1} β_l,   c = r_l γ_l,   d = β_{l+1} ⋯ β_L.
 
     Source: L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
-    matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023, with ranks above one added.
+    matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023, extended to ranks above one.
 
     Parameters
     ----------
     row_radices, column_radices : tuple of int
-        ``β`` and ``γ``, one entry a factor.
+        ``β`` and ``γ``, one entry per factor.
     ranks : tuple of int
         ``r_1 … r_{L-1}``.
     """
@@ -56,18 +56,18 @@ class Chain:
 
     @property
     def nnz(self) -> int:
-        """Values the factors store."""
+        """Stored values of all factors."""
         return sum(math.prod(pattern) for pattern in self.patterns)
 
     @property
     def rank_limits(self) -> tuple[int, ...]:
-        """The ranks above which nothing can be gained: those of the blocks' smaller sides."""
+        """Largest useful ranks: the smaller sides of the blocks."""
         rows = accumulate(self.row_radices[:-1], int.__mul__)
         columns = accumulate(reversed(self.column_radices[1:]), int.__mul__)
         return tuple(map(min, rows, reversed(list(columns))))
 
     def with_rank(self, rank: int) -> Chain:
-        """Return the chain whose ranks are `rank`, or their limit where that is less."""
+        """Return the chain with ranks `rank`, each capped at its limit."""
         ranks = tuple(min(rank, limit) for limit in self.rank_limits)
         return dataclasses.replace(self, ranks=ranks)
 
@@ -84,7 +84,7 @@ class Chain:
 
     @classmethod
     def from_patterns(cls, patterns: Sequence[Pattern]) -> Chain:
-        """Read the radices and ranks off a list of (a, b, c, d), which must chain."""
+        """Return the chain of a list of patterns (a, b, c, d)."""
         a, b, c, d = zip(*patterns, strict=True)
         beta = (b[0], *(before // after for before, after in pairwise(d)))
         gamma = (*(after // before for before, after in pairwise(a)), c[-1])
@@ -106,44 +106,44 @@ def dense_chain(shape: tuple[int, int]) -> Chain:
 
 
 def dyadic_chain(shape: tuple[int, int]) -> Chain:
-    """Return the rank-one chain with as many factors as `shape` allows.
+    """Return the rank-one chain with the maximum number of factors for `shape`.
 
-    Its radices are 2 where the sides are powers of two. Sides with a prime factor above 5 are
-    padded to the next length without one.
+    Radices are 2 if the sides are powers of two. Sides with a prime factor above 5 are padded to
+    the next length without one.
     """
     return grouped_chain(shape, max(shape))
 
 
 @functools.lru_cache
 def grouped_chain(shape: tuple[int, int], n_factors: int) -> Chain:
-    """Return the rank-one chain of `n_factors` factors, or as many as possible, for `shape`."""
+    """Return the rank-one chain of up to `n_factors` factors for `shape`."""
     primes = [prime_factors(scipy.fft.next_fast_len(n, real=True)) for n in shape]
     n_factors = min(n_factors, *map(len, primes))
     if n_factors <= 1:
         return dense_chain(shape)
     beta, gamma = (_group(factors, n_factors) for factors in primes)
     chain = Chain(beta, gamma, (1,) * (n_factors - 1))
-    # Padding can cost tiny matrices more than it saves.
+    # Padding can cost more than it saves for tiny matrices.
     return chain if chain.nnz <= math.prod(shape) else dense_chain(shape)
 
 
 def two_factor_chain(shape: tuple[int, int], n_blocks: tuple[int, int]) -> Chain:
-    """Return the rank-one chain of two factors with these numbers of blocks, left and right."""
+    """Return the rank-one chain of two factors with the given numbers of blocks."""
     (rows, columns), (left, right) = shape, n_blocks
     return Chain((math.ceil(rows / left), left), (right, math.ceil(columns / right)), (1,))
 
 
 def square_root_chain(shape: tuple[int, int]) -> Chain:
-    """Return the rank-one chain of two factors whose blocks are about as many as their rows."""
+    """Return the rank-one chain of two factors with about as many blocks as rows per block."""
     rows, columns = (_near_divisor(n, math.sqrt(n)) for n in shape)
     return two_factor_chain(shape, (rows, columns))
 
 
 def two_factor_chains(shape: tuple[int, int]) -> list[Chain]:
-    """Return two-factor chains of ever smaller blocks, as square as the sides allow.
+    """Return two-factor chains with nearly square blocks, from large to small.
 
-    Square blocks are those whose rank costs least. The first chain has one block, so that it is
-    a plain product of low rank.
+    A rank costs least in square blocks. The first chain has one block and is a plain low-rank
+    product.
     """
     side, chains = max(shape), []
     for parts in sorted(base << k for base in (1, 3) for k in range(side.bit_length())):
@@ -164,7 +164,7 @@ def prime_factors(n: int) -> list[int]:
 
 
 def _group(factors: list[int], n_groups: int) -> tuple[int, ...]:
-    """Return `n_groups` products, as equal as the greedy choice makes them, descending."""
+    """Multiply primes greedily into `n_groups` nearly equal products, descending."""
     groups = [1] * n_groups
     for factor in sorted(factors, reverse=True):
         groups[groups.index(min(groups))] *= factor
@@ -172,7 +172,7 @@ def _group(factors: list[int], n_groups: int) -> tuple[int, ...]:
 
 
 def digit_reversal(radices: Sequence[int]) -> np.ndarray:
-    """Return the order that reads numbers, written in `radices`, from their last digit on.
+    """Return the digit reversal for numbers written in `radices`.
 
     For radices of 2 it is the bit reversal.
     """
@@ -189,7 +189,7 @@ def even_odd(n: int) -> np.ndarray:
 
 
 def _near_divisor(n: int, target: float) -> int:
-    """Return the divisor of `n` nearest in ratio to `target`, or the integer if none is near."""
+    """Return the divisor of `n` nearest in ratio to `target`; rounded `target` if none is near."""
     small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
     nearest = min(
         [*small, *(n // k for k in reversed(small))], key=lambda k: abs(math.log(k / target))

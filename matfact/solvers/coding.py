@@ -1,4 +1,4 @@
-"""Rows written anew with the factors of a product: how well they serve rows never seen."""
+"""Encoding of unseen rows with the factors of a product."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from matfact.backend import Array
 from matfact.operators import FactorProduct
 from matfact.solvers.admm import DAMPING
 
-#: Penalties of the ADMM steps that look for a support, relative to the diagonal of the Gram matrix.
+#: Penalties of the ADMM steps that find a support, relative to the diagonal of the Gram matrix.
 PENALTIES = tuple(np.geomspace(0.05, 1.0, 12).tolist())
 #: Conjugate gradient steps on the values once the support is found.
 REFIT_STEPS = 12
 
 
 def coding_error(W: Array, product: FactorProduct) -> float:
-    """Return the relative error of rows written with the factors after the first of a product.
+    """Return the relative error of rows encoded with all factors of a product but the first.
 
-    The first factor is replaced by one for these rows that stores as many values a row, wherever
-    they serve best. Without further factors that is pruning by magnitude.
+    The first factor is replaced by one for these rows, with as many values per row at the best
+    positions. For a single factor this is magnitude pruning.
 
     Parameters
     ----------
     W : array of shape (n_rows, in_features)
         The rows.
     product : FactorProduct
-        Of shape (out_features, in_features), in the library and on the device of `W`.
+        Product of shape (out_features, in_features), in the library and on the device of `W`.
 
     Returns
     -------
     float
-        ``‖W − C R‖_F / ‖W‖_F`` with the code `C` found and the product `R` of further factors.
+        ``‖W − C R‖_F / ‖W‖_F`` with the code `C` and the product `R` of the other factors.
     """
     factors = list(product.factors)
-    while factors and not factors[0].nnz:  # a choice of rows
+    while factors and not factors[0].nnz:  # a selection of rows
         factors.pop(0)
     if not factors:
         return metrics.relative_error(W, backend.namespace(W).zeros_like(W))
@@ -52,13 +52,13 @@ def coding_error(W: Array, product: FactorProduct) -> float:
 
 
 def _scaled(array: Array) -> Array:
-    """Return an array in double precision ÷ about its largest magnitude."""
+    """Return an array in double precision, divided by about its largest magnitude."""
     array = backend.wide(array)
     return array * (1 / backend.unit(array))
 
 
 def _projection_residual(W: Array, atoms: Array) -> Array:
-    """Return what is left of `W` without its projection on the span of `atoms`, which are rows."""
+    """Return `W` minus its projection on the span of the rows `atoms`."""
     xp = backend.namespace(W)
     _, sizes, basis = xp.linalg.svd(atoms, full_matrices=False)
     rounding = float(xp.finfo(sizes.dtype).eps) * max(atoms.shape) * backend.max_abs(sizes)

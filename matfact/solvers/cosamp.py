@@ -1,8 +1,8 @@
-"""Which hidden units of a two-layer block to keep, and the output weights that suit them.
+"""Selection of hidden units of a two-layer block, and their output weights.
 
 The block computes ``U = H W`` from its activations `H`; a selection keeps some columns of `H`. Its
-error is a quadratic of `W` that second moments of `H` and `U` determine, so that none of these
-functions sees the activations themselves.
+error is a quadratic function of `W`, determined by second moments of `H` and `U`, so these
+functions do not need the activations themselves.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from matfact.solvers._callback import Callback
 from matfact.solvers.exchange import Tableau, exchange, largest, shrink
 from matfact.solvers.quadratic import Quadratic, Selection, quadratic
 
-#: Gradient steps in each iteration of :func:`gradient` (the `m` of Walia et al., Algorithm 1).
+#: Gradient steps per iteration of :func:`gradient` (`m` in Walia et al., Algorithm 1).
 _GRADIENT_STEPS = 5
-#: Starting points whose errors differ by less, relatively, agree.
+#: Relative difference below which the errors of two starting points agree.
 _AGREEMENT = 1e-3
 
 
@@ -32,27 +32,27 @@ def least_squares(
     callback: Callback | None = None,
     width: int = 1,
 ) -> Selection:
-    """Return a selection whose weights, in every iteration, are the best for their support.
+    """Select units, solving for the weights in closed form in every iteration.
 
-    CoSaMP (Walia et al., Algorithm 1) with its gradient steps replaced by the closed form they
-    approach, units ranked by what they change in the re-solved error, and fewer newcomers as soon
-    as an iteration does not pay: at the end one unit enters and one leaves. It starts from
-    nothing and from what is left of everything, and where these end in different local optima,
-    or worse than the supports of the published procedures, from those too. The best is returned;
-    its error is never above that of :func:`ispasp`.
+    CoSaMP (Walia et al., Algorithm 1) with three changes: gradient steps are replaced by their
+    closed-form limit, units are ranked by their effect on the re-solved error, and fewer units are
+    exchanged when an iteration does not help, down to one. It starts from no units and from all
+    units. If these starts end in different local optima, or worse than the supports of the
+    published procedures, it also starts from those. The best selection is returned; its error is
+    never above that of :func:`ispasp`.
 
     Parameters
     ----------
     statistics : OutputStatistics
-        Of the activations and the outputs.
+        Statistics of the activations and outputs.
     n_neurons : int
         Units to keep, from 1 to all.
     max_iter : int, default=50
-        Most iterations from each starting point.
+        Maximum number of iterations from each starting point.
     callback : callable, optional
         Called after each iteration with its number and the lowest error of the run.
     width : int, default=1
-        Columns of the activations that make a unit, which are next to each other.
+        Number of adjacent columns of the activations per unit.
     """
     return _Search(statistics, max_iter, callback, width).best(n_neurons)
 
@@ -64,20 +64,19 @@ def selection_path(
     callback: Callback | None = None,
     width: int = 1,
 ) -> list[Selection]:
-    """Return a selection of each size, each started from its neighbours.
+    """Return a selection of each size, started from neighbouring sizes.
 
-    One pass from the largest size to the smallest drops units, one in the other direction adds
-    some, and the better selection of each size is returned: no error is above that of a smaller
-    size.
+    One pass from large to small sizes drops units, another in the opposite direction adds units,
+    and the better selection of each size is returned. Errors never increase with the size.
 
     Parameters
     ----------
     statistics : OutputStatistics
-        Of the activations and the outputs.
+        Statistics of the activations and outputs.
     sizes : sequence of int
         Units to keep, each from 1 to all.
     max_iter : int, default=50
-        Most iterations for each size and direction.
+        Maximum number of iterations for each size and direction.
     callback : callable, optional
         Called after each iteration with its number and the lowest error of the current run.
     width : int, default=1
@@ -86,7 +85,7 @@ def selection_path(
     Returns
     -------
     list of Selection
-        In the order of `sizes`.
+        Selections in the order of `sizes`.
     """
     search = _Search(statistics, max_iter, callback, width)
     found: dict[int, Tableau] = {}
@@ -107,14 +106,14 @@ def smallest_selection(
     callback: Callback | None = None,
     width: int = 1,
 ) -> Selection:
-    """Return the smallest selection found, by bisection, whose error is at most `max_error`.
+    """Find the smallest selection with an error of at most `max_error`, by bisection.
 
-    Parameters as for :func:`least_squares`; `max_error` bounds ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
+    Parameters as in :func:`least_squares`; `max_error` bounds ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
 
     Raises
     ------
     ValueError
-        If even all units miss `max_error`.
+        If the error of all units together is above `max_error`.
     """
     search = _Search(statistics, max_iter, callback, width)
     best = search.selection(search.fit(np.arange(search.scaled.n_hidden)))
@@ -134,7 +133,7 @@ def smallest_selection(
 
 
 class _Search:
-    """Improves selections of one block, and counts the iterations."""
+    """Improves selections of one block and counts the iterations."""
 
     def __init__(
         self, statistics: OutputStatistics, max_iter: int, callback: Callback | None, width: int
@@ -147,16 +146,16 @@ class _Search:
         return Tableau.fit(self.scaled, support)
 
     def grow(self, state: Tableau, n_neurons: int) -> Tableau:
-        """Add the units that gain most, and improve the selection."""
+        """Add the most useful units and improve the selection."""
         newcomers = n_neurons - int(state.kept.sum())
         return self.improve(state.enter(state.entering(newcomers)), newcomers)
 
     def shrink(self, state: Tableau, n_neurons: int) -> Tableau:
-        """Drop the units that cost least, and improve the selection."""
+        """Drop the least useful units and improve the selection."""
         return self.improve(shrink(state, n_neurons), max(1, n_neurons // 16))
 
     def improve(self, state: Tableau, newcomers: int) -> Tableau:
-        """Exchange units, at first as many as `newcomers`."""
+        """Exchange units, up to `newcomers` at first."""
         return exchange(state, newcomers, self.max_iter, self._report)
 
     def _report(self, error: float) -> None:
@@ -174,7 +173,7 @@ class _Search:
         agree = high <= low * (1.0 + _AGREEMENT) ** 2
         for published in (
             ispasp(self.statistics, n_neurons, self.max_iter, width=self.scaled.width),
-            # Long enough to rank units.
+            # Enough iterations to rank units.
             gradient(self.statistics, n_neurons, -(-self.max_iter // 5), width=self.scaled.width),
         ):
             state = self.fit(published.support)
@@ -183,7 +182,7 @@ class _Search:
         return self.selection(min(runs, key=lambda run: run.error))
 
     def selection(self, state: Tableau) -> Selection:
-        """Return the support with its least squares weights, for `H` and `U` as they were."""
+        """Return the support with its least-squares weights, for the unscaled `H` and `U`."""
         support = state.support
         weights = self.scaled.least_squares(support)
         error = self.scaled.error(support, weights)
@@ -201,10 +200,9 @@ def gradient(
     callback: Callback | None = None,
     width: int = 1,
 ) -> Selection:
-    """Return the selection of Walia et al., Algorithm 1, with exact line searches.
+    """Select units by Walia et al., Algorithm 1, with exact line searches.
 
-    The best iterate is returned, which the paper does not ask for. Parameters as for
-    :func:`least_squares`.
+    Unlike in the paper, the best iterate is returned. Parameters as in :func:`least_squares`.
     """
     problem = quadratic(statistics, width)
     xp = backend.namespace(problem.gram)
@@ -234,7 +232,7 @@ def gradient(
 
 
 def _descend(problem: Quadratic, support: np.ndarray, weights: Array, steps: int) -> Array:
-    """Take gradient steps on the weights of `support`, each to the lowest point of its line."""
+    """Take gradient steps with exact line search on the weights of `support`."""
     gram, cross = problem.on(support)
     xp = backend.namespace(gram)
     slope = xp.matmul(gram, weights) - cross
@@ -255,11 +253,11 @@ def ispasp(
     callback: Callback | None = None,
     width: int = 1,
 ) -> Selection:
-    """Return the selection of i-SpaSP (Wolfe & Kyrillidis 2021), with the dense weights.
+    """Select units by i-SpaSP (Wolfe & Kyrillidis 2021), with the dense weights.
 
-    Units are ranked by sums over the batch, signed as published, which suits activations that
-    are not negative; weights are those that fit `U` best when no unit is dropped. The best
-    iterate is returned. Parameters as for :func:`least_squares`.
+    Units are ranked by signed sums over the batch, as published, which suits non-negative
+    activations. Weights are those of the least-squares fit to `U` with all units. The best iterate
+    is returned. Parameters as in :func:`least_squares`.
     """
     problem = quadratic(statistics, width)
     xp = backend.namespace(problem.gram)
@@ -279,7 +277,7 @@ def ispasp(
         joined = np.union1d(support, largest(importance, 2 * n_neurons))
         chosen = np.sort(joined[largest(activity[joined], n_neurons)])
         if np.array_equal(chosen, support):
-            break  # and so on for ever
+            break  # a fixed point
         support, n_iter = chosen, n_iter + 1
         weights = xp.take(dense, backend.like(problem.columns(support), dense), axis=0)
         error = problem.error(support, weights)

@@ -1,4 +1,4 @@
-"""Joint descent on the values of all factors of a product, whatever its supports."""
+"""Joint descent on the values of all factors of a product."""
 
 from __future__ import annotations
 
@@ -10,41 +10,40 @@ from matfact.operators import KroneckerSparseFactor
 from matfact.solvers._callback import Callback
 from matfact.solvers.leading import adjoint
 
-#: Pairs of steps and gradient changes that the quasi-Newton method remembers.
+#: Pairs of steps and gradient changes kept by the quasi-Newton method.
 _MEMORY = 10
-#: Halvings of a step after which there is no descent left above rounding.
+#: Halvings of a step after which only rounding is left.
 _MAX_HALVINGS = 20
 
 
 def descend(
     W: Array, values: list[Array], *, max_iter: int, tol: float, callback: Callback
 ) -> tuple[list[Array], int]:
-    """Lower ``‖W − F_1 ⋯ F_Q‖_F²`` over the values of Kronecker-sparse factors.
+    """Minimize ``‖W − F_1 ⋯ F_Q‖_F²`` over the values of Kronecker-sparse factors.
 
-    A limited-memory quasi-Newton method (Liu, Nocedal 1989) on all values at once, as the factors
-    of a chain that is not a butterfly, or those of a product of chains, have no closed form given
-    the others.
+    Uses a limited-memory quasi-Newton method (Liu, Nocedal 1989) on all values at once. In products
+    of several chains, or in a chain that is not a butterfly, a factor has no closed form given the
+    others.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
-        Finite matrix, real or complex, which the leading rows and columns of the product have to
-        match.
+        Finite matrix, real or complex, approximated by the leading rows and columns of the product.
     values : list of array of shape (a, d, b, c)
-        Values of the factors to start from.
+        Initial values of the factors.
     max_iter : int
-        Largest number of steps.
+        Maximum number of steps.
     tol : float
-        Stop when ten steps lower the squared error by less than this fraction.
+        Stop when ten steps reduce the squared error by less than this fraction.
     callback : Callback
-        Called with 0 before the first step, and after each.
+        Called with 0 before the first step, and after each step.
 
     Returns
     -------
     values : list of array
         Values of the factors.
     n_iter : int
-        Steps done.
+        Number of steps.
     """
 
     def objective(vector: Array) -> tuple[float, Array]:
@@ -76,7 +75,7 @@ def descend(
 
 
 def loss_and_gradient(W: Array, values: list[Array]) -> tuple[float, list[Array]]:
-    """Return ``‖W − F_1 ⋯ F_Q‖_F²``, of the leading block, and half its gradients."""
+    """Return ``‖W − F_1 ⋯ F_Q‖_F²`` of the leading block, and half its gradients."""
     xp = backend.namespace(W)
     rows, columns = W.shape
     a, d, _, c = values[-1].shape
@@ -103,7 +102,7 @@ def _on_support(slope: Array, tail: Array, v: Array) -> Array:
 
 
 def _balanced(values: list[Array]) -> list[Array]:
-    """Return the factors scaled to equal norms, and to the same product."""
+    """Return factors of equal norms with the same product."""
     norms = [backend.norm(v) for v in values]
     if 0.0 in norms:
         return values
@@ -135,7 +134,7 @@ def _dot(x: Array, y: Array) -> float:
 
 
 def _quasi_newton(gradient: Array, memory: list[tuple[Array, Array]]) -> Array:
-    """Return minus the gradient times the inverse Hessian that `memory` suggests."""
+    """Return minus the gradient times the inverse Hessian approximated from `memory`."""
     direction, weights = -gradient, []
     for step, change in reversed(memory):
         weight = _dot(step, direction) / _dot(step, change)
@@ -157,9 +156,9 @@ def _line_search(
     gradient: Array,
     direction: Array,
 ) -> tuple[Array, float, Array] | None:
-    """Return a point, its loss and gradient, that satisfies the weak Wolfe conditions.
+    """Return a point that satisfies the weak Wolfe conditions, its loss and its gradient.
 
-    None where no step descends.
+    Return None if no step descends.
     """
     slope = 2 * _dot(gradient, direction)
     if slope >= 0.0:

@@ -1,4 +1,4 @@
-"""Double sparse factorization: one sparse matrix times another."""
+"""Double sparse factorization: the product of two sparse matrices."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from matfact.solvers.admm import SparseState, sparse_regression
 from matfact.solvers.least_squares import refit_values
 from matfact.solvers.svd import truncated_svd
 
-#: Penalty of the first ADMM step of a sweep, in the first and the last sweep; geometric between.
+#: Penalty of the first ADMM step of a sweep, in the first and last sweep; geometric in between.
 EXPLORE = (0.04, 0.6)
 #: Penalty of the second step.
 SETTLE = 0.9
-#: The share of the nonzeros allowed in the first sweep, which grows linearly to all of them: the
-#: first number, and this many more nonzeros in each row of the square factor.
+#: Nonzeros allowed in the first sweep, growing linearly to all of them: this share, plus this many
+#: nonzeros per row of the square factor.
 INITIAL_SHARE, INITIAL_EXTRA = 0.5, 2.4
-#: Share of the sweeps after which penalties and supports stay as they end.
+#: Share of the sweeps after which the schedule has reached its end.
 ANNEALED = 0.95
-#: Norms of rows are left alone between the inverse of this and this.
+#: Row norms are normalized only outside of [1 / this, this].
 DRIFT = 64.0
-#: Conjugate gradient steps on the values of each factor once the supports are found.
+#: Conjugate gradient steps on the values of each factor, once the supports are found.
 REFIT_STEPS = 4
 
 
@@ -38,22 +38,22 @@ def dsf(
 ) -> tuple[Array, Array, int]:
     """Approximate `W` by the product of two sparse matrices.
 
-    Source: Boža & Macko 2025, algorithm 1, alternating sparse regressions by ADMM from
-    ``W ≈ I · (largest entries of W)``. What differs is the schedule. Each sweep takes two steps
-    per factor, one with a small penalty that lets entries outside the support grow back and one
-    with a large penalty that settles it; and the factors start sparser than allowed and fill up,
-    so that late nonzeros go where the early ones leave most to explain.
+    Source: Boža & Macko 2025, algorithm 1: alternating sparse regressions by ADMM, starting from
+    ``W ≈ I · (largest entries of W)``. Only the schedule differs. Each sweep takes two steps per
+    factor: one with a small penalty, which lets entries outside the support grow back, and one with
+    a large penalty, which settles it. The factors start sparser than allowed and fill up, so that
+    late nonzeros go where the early ones leave the largest error.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         Finite real matrix with no more rows than columns.
     left, right : Constraint
-        What supports either factor may have.
+        Constraints on the supports of the factors.
     max_iter : int
-        Number of sweeps. The schedule stretches over them: more sweeps find better supports.
+        Number of sweeps. The schedule stretches over them, so more sweeps find better supports.
     callback : callable, optional
-        Called with the number of every sweep and the objective ``‖W − A B‖_F²`` after it.
+        Called after every sweep with its number and the objective ``‖W − A B‖_F²``.
 
     Returns
     -------
@@ -62,13 +62,13 @@ def dsf(
     right : array of shape (rows, columns)
         `B`, zero off its support.
     n_iter : int
-        Sweeps made: fewer than `max_iter` when the product has become exact.
+        Number of sweeps, less than `max_iter` if the product became exact.
     """
     xp = backend.namespace(W)
     W_transposed = xp.matrix_transpose(W)
     side = W.shape[0]
     eye = xp.eye(side, dtype=W.dtype, device=backend.device(W))
-    # The solver works on A transposed, so that either factor is the unknown of Mᵀ X ≈ target.
+    # The solver stores A transposed, so that each factor is the unknown X of Mᵀ X ≈ target.
     left = transposed(left)
     values = xp.asarray(backend.contiguous(W), copy=True)  # overwritten
     A, B = SparseState(eye, eye != 0), SparseState(values, right.support(W))
@@ -85,7 +85,7 @@ def dsf(
         gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
         objective = max(0.0, energy - explained + backend.inner(gram_left, gram))
         del gram_left
-        if objective <= energy * eps**0.5:  # a difference of numbers this close is mostly rounding
+        if objective <= energy * eps**0.5:  # such a difference is mostly rounding
             product = xp.matmul(xp.matrix_transpose(A.solution), B.solution)
             objective = backend.norm(W - product) ** 2
         if callback is not None:
@@ -100,7 +100,7 @@ def dsf(
 
 
 def _refitted(state: SparseState, other: SparseState, target: Array) -> SparseState:
-    """Give `state` better values, zero off the support, given the `other` factor."""
+    """Improve the values of `state` on its support, given the `other` factor."""
     gram, residual = kernels.normal_equations(other.values, other.support, target)
     values = backend.zeroed(state.values, state.support)
     residual -= backend.namespace(values).matmul(gram, values)
@@ -109,17 +109,17 @@ def _refitted(state: SparseState, other: SparseState, target: Array) -> SparseSt
 
 
 def pruned(W: Array, n_values: int) -> tuple[Array, Array]:
-    """Return the largest entries of `W` behind a diagonal that selects their rows.
+    """Return a diagonal that selects rows, and the largest entries of `W` in these rows.
 
-    The simplest product of two sparse matrices, better than :func:`dsf` where only a few percent
-    of the values may be stored.
+    This simplest product of two sparse matrices is better than :func:`dsf` at densities of a few
+    percent.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         The matrix.
     n_values : int
-        Most nonzeros of both factors together, at least 2.
+        Maximum number of nonzeros of both factors together, at least 2.
 
     Returns
     -------
@@ -136,14 +136,15 @@ def pruned(W: Array, n_values: int) -> tuple[Array, Array]:
 
 
 def thin(W: Array, n_left: int, n_right: int) -> list[Array]:
-    """Return the best factors of low rank in place of sparse ones: thin ones beside zeros.
+    """Return the best low-rank factors, padded with zeros to the shapes of sparse factors.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         The matrix.
     n_left, n_right : int
-        Most nonzeros of either factor; where they hold no column or no row, the factors are 0.
+        Maximum number of nonzeros of each factor. The factors are 0 if these are too few for a
+        column and a row.
     """
     xp = backend.namespace(W)
     rank = min(n_left // W.shape[0], n_right // W.shape[1], *W.shape)
@@ -160,7 +161,7 @@ def thin(W: Array, n_left: int, n_right: int) -> list[Array]:
 def _rescaled(
     A: SparseState, B: SparseState, gram: Array, cross: Array
 ) -> tuple[SparseState, SparseState, Array, Array]:
-    """Give the rows of `B` unit norm where they drift out of range, as over many sweeps."""
+    """Normalize the rows of `B` whose norm has drifted out of range."""
     xp = backend.namespace(gram)
     norms = xp.sqrt(xp.linalg.diagonal(gram))
     norms = xp.where(norms > 0, norms, xp.ones_like(norms))
@@ -175,7 +176,7 @@ def _rescaled(
 
 
 def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
-    """Give what the factors have in common, columns and rows, equal norms."""
+    """Give the columns of one factor and the matching rows of the other equal norms."""
     xp = backend.namespace(left)
     norms = xp.linalg.vector_norm(left, axis=0), xp.linalg.vector_norm(right, axis=1)
     used = (norms[0] > 0) & (norms[1] > 0)
@@ -185,15 +186,15 @@ def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
 
 
 def _schedule(max_iter: int) -> Iterator[tuple[float, tuple[float, float]]]:
-    """Yield how far the schedule is, from 0 to 1, and the penalties, for each sweep."""
+    """Yield the progress of the schedule, from 0 to 1, and the penalties of each sweep."""
     for sweep in range(1, max_iter + 1):
         time = min(1.0, sweep / (ANNEALED * max_iter))
         yield time, (EXPLORE[0] * (EXPLORE[1] / EXPLORE[0]) ** time, SETTLE)
 
 
 def _growing(constraint: Constraint, shape: tuple[int, int], time: float) -> Constraint:
-    """Return `constraint` with as many nonzeros as the schedule allows by `time`."""
-    if not isinstance(constraint, CountedSparsity):  # it stays as it is
+    """Return `constraint` with the number of nonzeros that the schedule allows at `time`."""
+    if not isinstance(constraint, CountedSparsity):  # fixed
         return constraint
     initial = min(1.0, INITIAL_SHARE + INITIAL_EXTRA * shape[0] / constraint.nnz(shape))
     share = initial + (1.0 - initial) * time

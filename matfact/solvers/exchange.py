@@ -1,4 +1,4 @@
-"""Hidden units that enter and leave a selection, with the weights re-solved at each step."""
+"""Exchange of hidden units in a selection, re-solving for the weights at each step."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.solvers.quadratic import Quadratic
 
-#: Added to the unit diagonal of Gram matrices, so that copies of a unit can be told apart.
+#: Added to the unit diagonal of Gram matrices, so that duplicate units are not singular.
 _RIDGE = 1e-10
-#: Inverse Gram matrices with a larger diagonal lose too many digits when they are updated.
+#: Updates of inverse Gram matrices with a larger diagonal lose too many digits.
 _ILL_CONDITIONED = 1e5
-#: An exchange that lowers the error by less, relatively, changes nothing.
+#: Minimum relative improvement of an exchange.
 _PROGRESS = 1e-9
-#: Share of the excess that leaves at a time when a selection shrinks.
+#: Share of the excess units dropped at a time when a selection shrinks.
 _STRIDE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Tableau:
-    """The least squares fit on a support, swept: all that is needed to change the support.
+    """Least-squares fit on a support, as a table updated by the sweep operator (Goodnight 1979).
 
-    With `G` the Gram matrix of units of norm one, `C` their cross moments, and `S` the support,
-    the rows of `S` hold ``[−G_SS⁻¹, G_SS⁻¹ G_SN, W_S]``, and the others what `S` leaves
-    unexplained, ``[·, G_NN − G_NS G_SS⁻¹ G_SN, C_N − G_NS W_S]``. Moving `k` units takes one
-    product with `k` columns (the sweep operator, Goodnight 1979).
+    With `G` the Gram matrix of units of norm one, `C` their cross moments, and `S` the support, the
+    rows of `S` hold ``[−G_SS⁻¹, G_SS⁻¹ G_SN, W_S]``. The other rows hold the part not explained by
+    `S`, ``[·, G_NN − G_NS G_SS⁻¹ G_SN, C_N − G_NS W_S]``. Moving `k` units takes one product with
+    `k` columns.
 
     Parameters
     ----------
     problem : Quadratic
-        With units of norm one.
+        Problem with units of norm one.
     kept : ndarray of bool of shape (n_hidden,)
         The support.
     table : array of shape (n_columns, n_columns + n_outputs)
-        The rows above, one for each column of a unit.
+        The rows above, one per column of a unit.
     """
 
     problem: Quadratic
@@ -47,7 +47,7 @@ class Tableau:
 
     @classmethod
     def fit(cls, problem: Quadratic, support: np.ndarray) -> Self:
-        """Sweep the support at once."""
+        """Sweep the whole support at once."""
         xp = backend.namespace(problem.gram)
         gram = backend.add_diagonal(problem.gram, _RIDGE)
         kept = np.zeros(problem.n_hidden, dtype=bool)
@@ -61,7 +61,7 @@ class Tableau:
 
     @property
     def error(self) -> float:
-        """Squared error relative to that of no unit."""
+        """Squared error relative to that without units."""
         energy = self.problem.energy
         xp = backend.namespace(self.table)
         index = backend.like(self.problem.columns(self.support), self.table)
@@ -81,25 +81,25 @@ class Tableau:
         return bool(np.any(of_kept < -_ILL_CONDITIONED))
 
     def changes(self) -> np.ndarray:
-        """Return by how much the error changes when each unit enters or leaves."""
+        """Return the change of the error if each unit enters or leaves."""
         xp = backend.namespace(self.table)
         n_hidden, width = self.problem.n_hidden, self.problem.width
         square = self.table[:, : self._n_columns]
         square = xp.reshape(square, (n_hidden, width, n_hidden, width))
         own = backend.to_numpy(xp.linalg.diagonal(xp.permute_dims(square, (1, 3, 0, 2))))
         own = np.moveaxis(own, -1, 0) * np.where(self.kept, -1.0, 1.0)[:, None, None]
-        # No less is new in a unit than what the ridge makes of it.
+        # The unexplained part of a unit is at least the ridge.
         own = own + np.where(self.kept, 0.0, 10 * _RIDGE)[:, None, None] * np.eye(width)
         rows = xp.reshape(self.table[:, self._n_columns :], (n_hidden, width, -1))
         products = backend.to_numpy(xp.matmul(rows, xp.matrix_transpose(rows)))
         return np.einsum("iab,iab->i", np.linalg.inv(own), products)
 
     def entering(self, count: int) -> np.ndarray:
-        """Return the units outside the support that gain most, each by itself."""
+        """Return the units outside the support that reduce the error most, each by itself."""
         return largest(np.where(self.kept, -1.0, self.changes()), min(count, (~self.kept).sum()))
 
     def leaving(self, count: int) -> np.ndarray:
-        """Return the units of the support that cost least, each by itself."""
+        """Return the units of the support whose loss raises the error least, each by itself."""
         return largest(np.where(self.kept, -self.changes(), -np.inf), count)
 
     def enter(self, units: np.ndarray) -> Self:
@@ -118,7 +118,7 @@ class Tableau:
         return self._pivot(units, sign)
 
     def _pivot(self, units: np.ndarray, sign: float) -> Self:
-        """Sweep `units` (`sign` 1), or undo that (−1)."""
+        """Sweep `units` (`sign` 1) or undo it (−1)."""
         if not len(units):
             return self
         table, n_columns = self.table, self._n_columns
@@ -129,7 +129,7 @@ class Tableau:
         rows = xp.take(table, backend.like(columns, table), axis=0)
         pivots = xp.take(rows[:, :n_columns], backend.like(columns, table), axis=1)
         inverse = sign * backend.spd_inverse(sign * pivots)
-        # In the rows and columns of the pivots, this leaves the product that belongs there.
+        # This is also right in the rows and columns of the pivots.
         rows = rows - backend.like(moved, table)
         update = xp.matmul(inverse, rows)
         table = table - xp.matmul(xp.matrix_transpose(rows[:, :n_columns]), update)
@@ -143,7 +143,7 @@ class Tableau:
 
 
 def shrink(state: Tableau, n_neurons: int) -> Tableau:
-    """Drop the units that cost least, an eighth of the excess at a time."""
+    """Drop the least useful units, an eighth of the excess at a time."""
     while (excess := int(state.kept.sum()) - n_neurons) > 0:
         state = state.leave(state.leaving(max(1, excess // _STRIDE)))
     return state
@@ -152,10 +152,10 @@ def shrink(state: Tableau, n_neurons: int) -> Tableau:
 def exchange(
     state: Tableau, newcomers: int, max_iter: int, report: Callable[[float], None]
 ) -> Tableau:
-    """Improve a support until no exchange of one unit does.
+    """Improve a support until no exchange of a single unit helps.
 
-    As in CoSaMP, newcomers join, the weights are re-solved, and as many units leave; half as
-    many newcomers come as soon as that does not pay.
+    As in CoSaMP, units join, the weights are re-solved, and as many units leave. When that does
+    not help, the number of joining units is halved.
     """
     error = state.error
     for _ in range(max_iter):
@@ -173,5 +173,5 @@ def exchange(
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Return the positions of the `k` largest values, of the first among equals."""
+    """Return the positions of the `k` largest values; ties go to the first."""
     return np.argsort(-values, kind="stable")[:k]

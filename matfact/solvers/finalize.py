@@ -1,4 +1,4 @@
-"""Fit the values of a product to a layer's inputs, its supports fixed."""
+"""Refit of the values of a product to a layer's inputs, on fixed supports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from matfact.solvers.admm import DAMPING as ADMM_DAMPING
 from matfact.solvers.admm import SparseState, sparse_regression
 from matfact.solvers.least_squares import conjugate_gradients
 
-#: Penalty of the first and the last step in which stored entries are chosen anew, and how many.
+#: First and last penalty of the steps that choose stored entries again, and number of steps.
 PENALTIES, SELECTION_STEPS = (0.1, 1.0), 20
-#: Conjugate gradient steps for the values of each factor, wherever entries are chosen anew.
+#: Conjugate gradient steps for the values of each factor whenever entries are chosen again.
 REFIT_STEPS = 10
-#: Share of the mean diagonal added to second moments, which holds directions without inputs to W.
+#: Share of the mean diagonal added to second moments, to keep W in directions without inputs.
 DAMPING = 1e-2
-#: Rows of second moments converted to the dtype of weights at a time.
+#: Rows of second moments converted to the dtype of the weights at a time.
 _SLAB = 64
 
 
 def input_scale(second_moment: Array) -> Array:
     """Return the root mean square of each input, slightly raised so that none is zero.
 
-    Approximating ``W · diag(scale)`` in place of `W` makes errors count where inputs are large
-    (Boža & Macko 2025, Section 4.3).
+    Approximating ``W · diag(scale)`` instead of `W` weights errors by the size of the inputs (Boža
+    & Macko 2025, Section 4.3).
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
     product : FactorProduct
         The product.
     scale : array of shape (in_features,)
-        What each column is multiplied by.
+        Scale of each column.
     """
     xp = backend.namespace(scale)
     factors = list(product.factors)
@@ -62,15 +62,15 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
             scales = xp.astype(xp.take(scale, columns), factor.values.dtype)
             factors[i] = factor.with_values(factor.values * xp.reshape(scales, factor.values.shape))
             return FactorProduct(factors)
-        scale = factor.apply(scale[:, None])[:, 0]  # a selection hands the scale on
-    raise TypeError("a product of selections stores no value that could be scaled")
+        scale = factor.apply(scale[:, None])[:, 0]  # a selection passes the scale on
+    raise TypeError("a product of selections stores no values that could be scaled")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Moments:
     """Second moments with a mean diagonal of one, made positive definite.
 
-    Their double precision is left a few rows at a time, so that they need no second matrix.
+    They are converted from double precision a few rows at a time, without a second matrix.
     """
 
     second_moment: Array
@@ -112,33 +112,33 @@ def finalize(
     n_factors: int | None = None,
     damping: float = 0.0,
 ) -> FactorProduct:
-    """Lower ``E‖Wx − Ŵx‖²`` over the values of `product`, one factor at a time.
+    """Minimize ``E‖Wx − Ŵx‖²`` over the values of `product`, one factor at a time.
 
-    Source: Boža & Macko 2025, Section 4.3, "finalization", here by preconditioned conjugate
-    gradients on the fixed supports, of any factor of any product.
+    Source: Boža & Macko 2025, Section 4.3, "finalization". Here it uses preconditioned conjugate
+    gradients on the fixed supports, for any factor of any product.
 
     Parameters
     ----------
     product : FactorProduct
-        Where to start; kept as it is.
+        Initial product; not modified.
     W : array of shape (out_features, in_features)
         The real matrix to approximate.
     second_moment : array of shape (in_features, in_features)
         Average of ``x xᵀ`` or a multiple of it, possibly singular.
     n_sweeps : int
-        How often each factor is refitted.
+        Number of times each factor is refit.
     n_steps : int
-        Conjugate gradient steps each time.
+        Conjugate gradient steps per refit.
     n_factors : int or None
-        How many factors are refitted, from the output side on; None for all.
+        Number of factors to refit, starting from the output side; None for all.
     damping : float
-        Share of the diagonal of the second moments that is added to it. Larger values give less
-        weight to moments of pairs of inputs, which few samples estimate badly.
+        Share of the second moments' diagonal added to it. Larger values reduce the weight of mixed
+        moments, which few samples estimate poorly.
 
     Returns
     -------
     FactorProduct
-        The same supports with other values, and an error that is not larger, damping included.
+        A product with the same supports; its error, including damping, is not larger.
     """
     moments = _Moments(second_moment, W.dtype, damping)
     return _refitted(product, W, moments, n_sweeps, n_steps, n_factors)
@@ -152,7 +152,7 @@ def _refitted(
     n_steps: int,
     n_factors: int | None = None,
 ) -> FactorProduct:
-    """Do what :func:`finalize` says, with second moments that are damped already."""
+    """Like :func:`finalize`, with second moments that are already damped."""
     factors = list(product.factors)
     xp = backend.namespace(W)
     dense = [xp.asarray(array, copy=True) for array in _dense(factors)]  # overwritten
@@ -174,28 +174,28 @@ def reselect(
     n_rounds: int = 2,
     damping: float = 0.0,
 ) -> FactorProduct:
-    """Lower ``E‖Wx − Ŵx‖²`` further, by storing other entries of the output-side factor.
+    """Reduce ``E‖Wx − Ŵx‖²`` further by choosing the support of the output-side factor again.
 
-    As many as before, chosen by sparse regression with all that is known of the inputs, where
-    :func:`~matfact.solvers.dsf.dsf` knew their sizes only. All values are refitted before and
-    after, in few steps, since what has not converged yet goes on in the next round. A few percent
-    of the entries change, and lower the error of outputs by some 8 %.
+    The number of entries stays the same. They are chosen by sparse regression with the full second
+    moments, where :func:`~matfact.solvers.dsf.dsf` used only the sizes of inputs. All values are
+    refit before and after in few steps, since the next round continues. A few percent of the
+    entries change, which lowers the output error by about 8 %.
 
     Parameters
     ----------
     product : FactorProduct
-        Where to start, its first factor sparse; kept as it is.
+        Initial product with a sparse first factor; not modified.
     W, second_moment : array
         As for :func:`finalize`.
     n_rounds : int
-        How often entries are chosen.
+        Number of times entries are chosen.
     damping : float
         As for :func:`finalize`.
 
     Returns
     -------
     FactorProduct
-        As many values, and an error that is not larger, damping included.
+        A product with as many values; its error, including damping, is not larger.
     """
     moments = _Moments(second_moment, W.dtype, damping)
     best = _refitted(product, W, moments, 1, REFIT_STEPS)
@@ -212,7 +212,7 @@ def reselect(
 
 
 def _reselected(factor: Factor, right: Array | None, W: Array, moments: _Moments) -> Factor:
-    """Return a sparse factor on the entries that suit ``W ≈ factor · right`` best."""
+    """Return the best sparse factor found for ``W ≈ factor · right``."""
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
     right = xp.eye(W.shape[1], dtype=W.dtype, device=backend.device(W)) if right is None else right
@@ -224,7 +224,7 @@ def _reselected(factor: Factor, right: Array | None, W: Array, moments: _Moments
 
 
 def _regressed(gram: Array, cross: Array, factor: Factor) -> Array:
-    """Return the transpose of `factor` with as many other values, by steps that settle them."""
+    """Return the transpose of `factor` with a new support of the same size."""
     xp = backend.namespace(gram)
     X = backend.contiguous(xp.matrix_transpose(backend.compute_array(factor.toarray())))
     state = SparseState(X, X != 0)
@@ -252,20 +252,20 @@ def _dense(factors: Iterable[Factor]) -> list[Array]:
 
 
 def _product(matrices: list[Array]) -> Array | None:
-    """Return the product of `matrices`, None for no matrix."""
+    """Return the product of `matrices`, None if there are none."""
     if not matrices:
         return None
     return functools.reduce(backend.namespace(*matrices).matmul, matrices)
 
 
 def _support(factor: Factor) -> Array:
-    """Return where `factor` stores values."""
+    """Return the support of `factor`."""
     xp = backend.namespace(factor.values)
     return factor.with_values(xp.ones_like(factor.values)).toarray() != 0
 
 
 def _holding(factor: Factor, array: Array) -> Factor:
-    """Return the factor with its values taken from `array`."""
+    """Return the factor with values from `array`."""
     xp = backend.namespace(array)
     values = xp.take(xp.reshape(array, (-1,)), backend.like(factor.locations, array), axis=0)
     values = xp.astype(xp.reshape(values, factor.values.shape), factor.values.dtype)
@@ -281,7 +281,7 @@ def _refit(
     moments: _Moments,
     n_steps: int,
 ) -> None:
-    """Lower ``tr (W − L F R) H (W − L F R)ᵀ`` over the values of `F` where `factor` has some."""
+    """Minimize ``tr (W − L F R) H (W − L F R)ᵀ`` over `F` on the support of `factor`."""
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
     in_metric: Callable[[Array], Array]
@@ -312,14 +312,14 @@ def _refit(
         D = D * inverse_right
         if inverse_left is not None:
             D *= inverse_left
-        return backend.zeroed(D, support)  # nothing changes off it
+        return backend.zeroed(D, support)  # no change off the support
 
     cross -= image(F)
     conjugate_gradients(image, cross, F, n_steps, precondition=precondition)
 
 
 def _reciprocal(diagonal: Array) -> Array:
-    """Return the reciprocal of what is positive, and zero for the rest."""
+    """Return the reciprocals of positive entries, and zero elsewhere."""
     xp = backend.namespace(diagonal)
     used = diagonal > 0
     return xp.where(used, 1 / xp.where(used, diagonal, xp.ones_like(diagonal)), 0 * diagonal)

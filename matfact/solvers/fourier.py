@@ -21,12 +21,12 @@ def radices(n: int) -> list[int]:
 
 
 def fourier_nnz(n: int) -> int:
-    """Return how many values the mixed-radix Fourier transform of length `n` stores."""
+    """Return the number of stored values of the mixed-radix Fourier transform of length `n`."""
     return n * sum(radices(n))
 
 
 def root_of_unity(numerator: np.ndarray, denominator: int) -> np.ndarray:
-    """Return ``exp(−2πi numerator / denominator)`` for integers, the angle reduced exactly."""
+    """Return ``exp(−2πi numerator / denominator)`` for integers, with exact angle reduction."""
     angle = 2 * np.pi * (numerator % denominator) / denominator
     return np.cos(angle) - 1j * np.sin(angle)
 
@@ -50,16 +50,16 @@ def fourier(n: int) -> list[np.ndarray]:
 def convolution(c: np.ndarray) -> list[np.ndarray]:
     """Return the factors of the circulant matrix with first column `c`.
 
-    A chain of butterflies and a reversed one, the two factors between them, of equal supports,
-    multiplied together: a matrix ``B₁ B₂*`` in the sense of T. Dao et al., "Kaleidoscope: an
-    efficient, learnable representation for all structured linear maps", ICLR 2020.
+    A butterfly chain followed by a reversed one, with the two middle factors, which have equal
+    supports, multiplied together: a matrix ``B₁ B₂*`` in the sense of T. Dao et al., "Kaleidoscope:
+    an efficient, learnable representation for all structured linear maps", ICLR 2020.
     """
     n, spectrum = len(c), scipy.fft.fft(c.astype(np.result_type(c, np.float64)))
     first, *rest = fourier(n)
     _, d, p, _ = first.shape
     eigenvalues = (spectrum / n).reshape(p, d).T[None, :, :, None]
     middle = _adjoint(first) @ (eigenvalues * first)
-    # The transforms' orders of inputs cancel those that reverse the digits in each factor.
+    # The input orders of the transforms cancel the digit reversals in each factor.
     up = [*map(_adjoint, reversed(rest)), middle, *rest]
     return [_digits_reversed(v, n) for v in up]
 
@@ -69,7 +69,7 @@ def _adjoint(values: np.ndarray) -> np.ndarray:
 
 
 def _digits_reversed(values: np.ndarray, n: int) -> np.ndarray:
-    """Return the factor that `values` become when the digits of rows and columns are reversed."""
+    """Return the factor `values` with the digits of rows and columns reversed."""
     digits, n_before = radices(n), 0
     while math.prod(digits[:n_before]) < values.shape[0]:
         n_before += 1
@@ -79,15 +79,15 @@ def _digits_reversed(values: np.ndarray, n: int) -> np.ndarray:
 
 
 def real_part(values: list[np.ndarray]) -> list[np.ndarray]:
-    """Return real factors of the real part of a product, or of what it makes of real inputs.
+    """Return real factors of the real part of a product, or of its action on real inputs.
 
-    Each complex number becomes a 2×2 block. The digit that tells real from imaginary part stands
-    next to the digit that two neighbours share, so that the factors stay Kronecker-sparse.
+    Each complex number becomes a 2×2 block. The digit for real and imaginary parts is next to the
+    digit that two neighbours share, so the factors stay Kronecker-sparse.
 
     Parameters
     ----------
     values : list of ndarray of shape (a, d, b, c)
-        Factors in chains with growing or with shrinking `a`.
+        Factors in chains with growing or shrinking `a`.
     """
     growing = [v.shape[0] <= w.shape[0] for v, w in itertools.pairwise(values)]
     result = []

@@ -1,4 +1,4 @@
-"""Which rows and which columns to put together, so that the blocks they form have low rank."""
+"""Grouping of rows and columns into blocks of low rank."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from matfact._threads import single_threaded
 Groups = list[np.ndarray]
 
 _MAX_ITER = 20
-_TOLERANCE = 1e-4  #: gain in captured energy, relative to all of it, below which to stop
-_DECIMALS = {"f": 3, "d": 6}  #: of numbers of about one that are not rounding
-_BALANCING = 5  #: reassignments of clusters to groups of fixed sizes
+_TOLERANCE = 1e-4  #: relative gain in captured energy below which to stop
+_DECIMALS = {"f": 3, "d": 6}  #: significant decimals of numbers near one
+_BALANCING = 5  #: iterations that fit clusters into groups of fixed sizes
 
 
 def low_rank_groups(
     W: np.ndarray, rows: Groups, columns: Groups, rank: int
 ) -> tuple[Groups, Groups]:
-    """Return groups of rows and of columns whose blocks are nearer to a given rank.
+    """Group rows and columns so that the blocks are closer to a given rank.
 
-    Rows take turns with columns: each goes to the group whose leading singular vectors hold most
-    of its energy, as many to each group as before (an assignment problem), and the vectors are
-    computed anew, so that the energy they hold never falls. This starts from the groups given
-    and, as it ends in local optima, from clusters too: entries of a block of rank one are products
-    of a factor for the row and one for the column, so that rows of a group have magnitudes of
-    alike profiles, whatever their signs. The paper that blocks matrices suggests to cluster
-    outputs first (Liu et al., open questions); the method is ours.
+    Alternates between rows and columns. Each row is assigned to the group whose leading singular
+    vectors capture most of its energy, with fixed group sizes (an assignment problem); then the
+    vectors are recomputed. The captured energy never decreases. Since this ends in local optima, it
+    starts both from the given groups and from clusters of rows with similar magnitude profiles: in
+    a block of rank one, rows are multiples of each other. Liu et al. (open questions) suggest
+    clustering outputs; the method is new.
 
     Parameters
     ----------
     W : ndarray of shape (n_rows, n_columns)
         Real or complex.
     rows, columns : list of ndarray of int
-        Groups to start from, which together hold each row (column) once.
+        Initial groups, which together hold each row (column) once.
     rank : int
         Rank of a block.
 
     Returns
     -------
     rows, columns : list of ndarray of int
-        Groups of the same sizes, those given where none are better.
+        Groups of the same sizes; the given ones if none are better.
     """
     starts = [(rows, columns), (_clusters(W, rows), _clusters(W.T, columns))]
     found = [_improved(W, *start, rank) for start in starts]
@@ -51,7 +50,7 @@ def low_rank_groups(
 def _improved(
     W: np.ndarray, rows: Groups, columns: Groups, rank: int
 ) -> tuple[float, Groups, Groups]:
-    """Return the energy that blocks of a rank hold, and the groups after improvement."""
+    """Return the energy captured by blocks of a given rank, and the improved groups."""
     total = float(np.linalg.norm(W)) ** 2
     bases, energy = _bases(W, rows, columns, rank)
     best = (energy, rows, columns)
@@ -69,7 +68,7 @@ def _improved(
 def _bases(
     W: np.ndarray, rows: Groups, columns: Groups, rank: int
 ) -> tuple[list[list[np.ndarray]], float]:
-    """Return the leading right singular vectors of each block, and the energy they hold."""
+    """Return the leading right singular vectors of each block, and the captured energy."""
     bases, energy = [], 0.0
     for group in rows:
         parts = [np.linalg.svd(W[np.ix_(group, c)], full_matrices=False)[1:] for c in columns]
@@ -79,7 +78,7 @@ def _bases(
 
 
 def _captured(W: np.ndarray, columns: Groups, bases: list[list[np.ndarray]]) -> np.ndarray:
-    """Return the energy of each row of `W` that the vectors of each group hold."""
+    """Return the energy of each row of `W` captured by the vectors of each group."""
     return np.stack(
         [
             sum(
@@ -93,14 +92,14 @@ def _captured(W: np.ndarray, columns: Groups, bases: list[list[np.ndarray]]) -> 
 
 
 def assign(scores: np.ndarray, groups: Groups) -> Groups:
-    """Return groups of the sizes of `groups` with the largest sum of scores."""
+    """Return groups with the sizes of `groups` and the largest sum of scores."""
     owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     _, places = scipy.optimize.linear_sum_assignment(scores[:, owners], maximize=True)
     return [np.flatnonzero(owners[places] == k) for k in range(len(groups))]
 
 
 def _clusters(W: np.ndarray, groups: Groups) -> Groups:
-    """Return groups of rows whose magnitudes have alike profiles."""
+    """Return groups of rows with similar magnitude profiles."""
     if len(groups) == 1:
         return groups
     magnitudes = np.abs(W)
@@ -118,11 +117,11 @@ def _clusters(W: np.ndarray, groups: Groups) -> Groups:
 
 
 def centers_of(points: np.ndarray, count: int) -> np.ndarray | None:
-    """Return the centers of clusters, None where fewer points differ by more than rounding."""
+    """Return cluster centers, or None if too few points differ by more than rounding."""
     points = points.astype(np.float64).round(_DECIMALS[points.dtype.char])
     if np.unique(points, axis=0).shape[0] < count:
         return None
-    with single_threaded():  # its threads add in any order, and wait for one another
+    with single_threaded():  # its threads sum in any order, and wait for each other
         return KMeans(count, n_init=8, random_state=0).fit(points).cluster_centers_
 
 

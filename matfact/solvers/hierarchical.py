@@ -1,4 +1,4 @@
-"""Hierarchical factorization: split off one factor at a time, then refine all together."""
+"""Hierarchical factorization: split off one factor at a time, refining all after each split."""
 
 from __future__ import annotations
 
@@ -23,41 +23,39 @@ def hierarchical_palm4msa(
     tol: float = 1e-6,
     callback: Callback | None = None,
 ) -> tuple[list[Array], float, int]:
-    """Approximate `W` by a product of factors, found one after the other.
+    """Approximate `W` by a product of factors, split off one after the other.
 
-    Each level splits what is left into a factor and a new residual by :func:`palm4msa`, then
-    refines all factors found so far, with the residual, against `W`, unless their product is `W`
-    already. Source: [1]_, Fig. 3.
+    Each level splits the residual into a factor and a new residual by :func:`palm4msa`, then
+    refines all factors and the residual against `W`, unless their product is already exact. Source:
+    [1]_, Fig. 3.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
-        The matrix. Every factor is square on the shorter side, but for the one at the end of
-        the longer side.
+        The matrix. Factors are square with the shorter side, except the one at the longer side.
     constraints : sequence of Constraint
-        One set for each factor, at least two.
+        One constraint per factor, at least two.
     residual_constraints : sequence of Constraint
-        The sets of the residuals, two fewer than the factors. From the left, entry `i` holds
-        what stands for all factors after the `i`-th; from the right, what stands for the first
-        ``i + 2`` factors.
+        Constraints on the residuals, two fewer than the factors. With "left", entry `i` constrains
+        the product of the factors after the `i`-th; with "right", that of the first ``i + 2``.
     side : {"left", "right"}
-        Which factor is split off first.
+        Side at which factors are split off.
     max_iter : int
-        Most sweeps of each split and of each refinement.
+        Maximum number of sweeps of each split and each refinement.
     tol : float
         As in :func:`palm4msa`.
     callback : callable, optional
-        Called with the number of every sweep over all factors found so far, counted through, and
-        the objective.
+        Called with the running number of every sweep over all factors found so far, and the
+        objective.
 
     Returns
     -------
     factors : list of array
         The factors.
     scale : float
-        What their product is to be multiplied by; 1 if all sets allow factors to be scaled.
+        Scalar to multiply the product by; 1 if all constraints allow scaling.
     n_iter : int
-        Sweeps over all factors found so far.
+        Number of sweeps over all factors found so far.
 
     References
     ----------
@@ -78,7 +76,7 @@ def hierarchical_palm4msa(
         )  # fmt: skip
         factors = [*halves, *factors] if side == "right" else [*factors, *halves]
         sets = [*pair, *sets] if side == "right" else [*sets, *pair]
-        if level == 1:  # the first split has refined all there is
+        if level == 1:  # the first split has already refined everything
             scale, n_iter = split_scale, sweeps
         elif is_exact(W, factors):
             scale = 1.0
@@ -97,7 +95,7 @@ def _pair(
     side: Side,
     level: int,
 ) -> list[Constraint]:
-    """Return the sets of the two halves the residual is split into, at `level` from 1."""
+    """Return the constraints on the two parts of the residual at `level`, from 1."""
     is_last = level == len(constraints) - 1
     if side == "right":
         rest = constraints[0] if is_last else residual_constraints[-level]

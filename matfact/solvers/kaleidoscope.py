@@ -1,4 +1,4 @@
-"""Kaleidoscope products: butterflies times reversed butterflies, and powers of such products."""
+"""Kaleidoscope products: powers of butterflies times reversed butterflies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matfact.solvers.chains import Chain
 from matfact.solvers.descent import descend, loss_and_gradient
 from matfact.solvers.fourier import convolution, radices, real_part
 
-#: Sweeps that bring the butterflies which a fit may start from close enough.
+#: Sweeps for the butterflies that a fit may start from.
 _SWEEPS = 3
 
 
@@ -26,35 +26,35 @@ def kaleidoscope(
     tol: float = 1e-3,
     callback: Callback,
 ) -> tuple[list[Array], int]:
-    """Return the values of the factors of a kaleidoscope product that approximates `W`.
+    """Approximate `W` by a kaleidoscope product.
 
     The product is ``B₁ B₁* ⋯ B_w B_w*`` for butterflies ``B_i`` and reversed ones ``B_i*`` of
-    size `n`; neighbours of equal supports are one factor. Of three starting points the best is
-    improved by joint descent: the nearest butterfly, the nearest reversed butterfly, and the
-    nearest circulant matrix (a Toeplitz matrix where `n` is large enough), diagonalized by Fourier
-    transforms. What is one of these is recovered to rounding.
+    size `n`; neighbours with equal supports are merged. Joint descent improves the best of three
+    starting points: the nearest butterfly, the nearest reversed butterfly, and the nearest
+    circulant matrix (a Toeplitz matrix if `n` is large enough), diagonalized by Fourier transforms.
+    Matrices of these kinds are recovered to rounding.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
-        Finite matrix, real or complex, to be matched by the leading rows and columns.
+        Finite matrix, real or complex, approximated by the leading rows and columns.
     n : int
-        Size of the butterflies, at least the sides of `W`; its prime factors are their radices.
+        Size of the butterflies, at least the longer side of `W`; its prime factors are the radices.
     width : int, default=1
         Number of butterflies (and of reversed butterflies).
     complex_pairs : bool, default=False
-        Whether the factors of a real `W` hold complex numbers as 2×2 blocks.
+        Whether the factors of a real `W` represent complex numbers by 2×2 blocks.
     max_iter, tol : int, float
-        As for :func:`~matfact.solvers.descent.descend`.
+        As in :func:`~matfact.solvers.descent.descend`.
     callback : Callback
-        Called with 0 before the first step, and after each.
+        Called with 0 before the first step, and after each step.
 
     Returns
     -------
     values : list of array of shape (a, d, b, c)
         Values of the factors.
     n_iter : int
-        Steps done.
+        Number of steps.
     """
     starts = _butterflies(W, n)
     if backend.is_complex(W) or complex_pairs:
@@ -85,13 +85,13 @@ def _butterflies(W: Array, n: int) -> list[list[np.ndarray]]:
 
 
 def _widened(values: list[np.ndarray], width: int) -> list[np.ndarray]:
-    """Append identity factors: a butterfly and a reversed one for each beyond the first."""
+    """Append identity factors: a butterfly and a reversed one for each pair beyond the first."""
     identities = [np.broadcast_to(np.eye(v.shape[-1]), v.shape) for v in values[1:]]
     return [*values, *identities * (width - 1)]
 
 
 def _mean_diagonals(W: np.ndarray, n: int) -> np.ndarray:
-    """Return the first column of the circulant matrix of size `n` whose corner is nearest."""
+    """Return the first column of the circulant matrix of size `n` with the nearest corner."""
     rows, columns = np.indices(W.shape)
     place = ((rows - columns) % n).ravel()
     counts = np.maximum(np.bincount(place, minlength=n), 1)

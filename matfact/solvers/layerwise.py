@@ -1,4 +1,4 @@
-"""What a layer should be, and pruning it, with regard to its inputs."""
+"""Correction and pruning of a layer's weights given its inputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from matfact.solvers._callback import Callback
 from matfact.solvers.admm import DAMPING, SparseState, sparse_regression
 from matfact.solvers.least_squares import damped_gram, refit_values
 
-#: Penalty of the first and of the last ADMM step; geometric in between.
+#: Penalty of the first and last ADMM step; geometric in between.
 PENALTIES = (0.1, 1.0)
 #: Conjugate gradient steps on the values once the support is found.
 REFIT_STEPS = 20
-#: Damping without validation ÷ (number of inputs ÷ number of samples), and its bounds. It is least
-#: squares with noise, of which there is the more the fewer samples there are for each input.
+#: Damping without validation ÷ (number of inputs ÷ number of samples), and its bounds. Fewer
+#: samples per input mean more noise in the least-squares fit.
 NOISE, LEAST_DAMPING, LARGEST_DAMPING = 2.0, 0.1, 1.0
-#: Share of the root mean square of the norms of inputs that is added to each, in squares.
+#: Share of the mean square of the input norms that is added to each squared norm.
 RARE = 0.1
-#: Changes of outputs below this share of them are rounding.
+#: Relative changes of outputs below this are rounding.
 ROUNDING = 1e-12
-#: Least norm of an input relative to the largest, so that weights of dead inputs are pruned
-#: first, and in the order of their magnitude.
+#: Minimum norm of an input relative to the largest, so that weights of dead inputs are pruned
+#: first, in the order of their magnitude.
 LEAST_NORM = 1e-6
 
 
@@ -53,10 +53,10 @@ def input_norms(gram: Array) -> Array:
 
 
 def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = None) -> Array:
-    """Return the matrix near `W` whose outputs come nearest to those that are wanted.
+    """Return the weights near `W` that best give the target outputs.
 
-    With ``U`` the outputs wanted of the inputs ``X``, such as those that `W` had before its inputs
-    changed, it minimizes ``‖U − X Ŵᵀ‖_F² + damping · ‖(W − Ŵ) D‖_F²`` over `Ŵ`, `D` the norms of
+    Let ``U`` be the target outputs for the inputs ``X``, for example those of `W` before its inputs
+    changed. Minimizes ``‖U − X Ŵᵀ‖_F² + damping · ‖(W − Ŵ) D‖_F²`` over `Ŵ`, with `D` the norms of
     the inputs, each raised by a share of their root mean square.
 
     Parameters
@@ -64,7 +64,7 @@ def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = Non
     W : array of shape (rows, columns)
         Weights.
     wanted : OutputStatistics
-        Those of `X` and `U`.
+        Statistics of `X` and `U`.
     damping : float, optional
         Larger values keep the result closer to `W`. By default it grows from 0.1 to 1 as the
         number of samples per input shrinks.
@@ -79,18 +79,18 @@ def corrected(W: Array, wanted: OutputStatistics, *, damping: float | None = Non
 
 
 def caution(inputs: InputStatistics) -> float:
-    """Return a damping for least squares by these inputs where no others can tell a better one."""
+    """Return the default damping, for use without validation inputs."""
     noise = NOISE * inputs.n_features / inputs.count
     return min(max(noise, LEAST_DAMPING), LARGEST_DAMPING)
 
 
 def corrections(W: Array, wanted: OutputStatistics, dampings: Sequence[float]) -> Iterator[Array]:
-    """Yield what :func:`corrected` returns for each of `dampings`."""
+    """Yield the result of :func:`corrected` for each of `dampings`."""
     xp = backend.namespace(W)
     gram, wide = wanted.inputs.gram, backend.wide(xp.matrix_transpose(W))
     norms = _absolute_norms(gram)
     rare = RARE * backend.norm(norms) / math.sqrt(norms.shape[0])
-    norms = xp.sqrt(norms**2 + rare**2)  # of inputs that few samples know, little is learned
+    norms = xp.sqrt(norms**2 + rare**2)  # learn little about inputs with few samples
     # Xᵀ(U − X Wᵀ), a slab of inputs at a time
     change = xp.empty(wide.shape, dtype=wide.dtype, device=backend.device(wide))
     for rows in backend.slabs(gram.shape[0]):
@@ -104,7 +104,7 @@ def corrections(W: Array, wanted: OutputStatistics, dampings: Sequence[float]) -
         correction = backend.spd_solve(damped, xp.asarray(change, copy=True))
         del damped
         correction /= norms[:, None]
-        # In C order, of which no fit makes a copy.
+        # In C order, which fits do not copy.
         yield backend.contiguous(W + xp.astype(xp.matrix_transpose(correction), W.dtype))
         del correction
 
@@ -118,11 +118,11 @@ def admm_prune(
     max_iter: int = 40,
     callback: Callback | None = None,
 ) -> Array:
-    """Lower ``‖X (W − Ŵ)ᵀ‖_F²`` over `Ŵ` in a set of sparse matrices.
+    """Minimize ``‖X (W − Ŵ)ᵀ‖_F²`` over `Ŵ` in a set of sparse matrices, by ADMM.
 
-    Source: [1]_, with inputs scaled to unit norm. What differs is that the number of nonzeros
-    stays as it is while the penalty grows, so that supports change freely at first and then
-    settle, and that the values are refit in the end.
+    Source: [1]_, with inputs scaled to unit norm. Unlike there, the number of nonzeros is fixed
+    and the penalty grows, so that supports change freely at first and then settle. The values are
+    refit at the end.
 
     Parameters
     ----------
@@ -131,21 +131,20 @@ def admm_prune(
     gram : array of shape (columns, columns)
         ``XᵀX`` of the inputs, in double precision.
     constraint : Constraint
-        Set of `Ŵ`, a sparsity or a support.
+        Constraint on `Ŵ`, a sparsity or a support.
     damping : float
-        What is added to the diagonal of the Gram matrix of inputs of unit norm, which pulls
-        `Ŵ` to `W`.
+        Added to the diagonal of the Gram matrix of inputs of unit norm; pulls `Ŵ` towards `W`.
     max_iter : int
         Number of ADMM steps.
     callback : callable, optional
-        Called with the number of every step and the squared error of the outputs, damping
-        included, relative to the energy of the outputs.
+        Called with the number of every step and the relative squared error of the outputs,
+        including damping.
 
     Returns
     -------
     array of shape (rows, columns)
-        `Ŵ`, zero off its support; never worse than what magnitude pruning or Wanda keep with
-        their values refit in the same way.
+        `Ŵ`, zero off its support; never worse than magnitude pruning or Wanda with values refit in
+        the same way.
 
     References
     ----------
@@ -156,7 +155,7 @@ def admm_prune(
     norms = input_norms(gram)
     gram = damped_gram(gram, _absolute_norms(gram), damping, W.dtype)
     weights = xp.astype(norms, W.dtype)
-    # Columns are the outputs, each a regression on the inputs.
+    # Each column is an output, a regression on the inputs.
     target = backend.contiguous(xp.matrix_transpose(W * weights))
     cross = xp.matmul(gram, target)
     energy = float(xp.sum(target * cross)) or 1.0
@@ -173,7 +172,7 @@ def admm_prune(
     magnitude = SparseState(target, xp.matrix_transpose(constraint.support(W)))
     wanda = SparseState(target, rule.support(target))
     state = SparseState(xp.asarray(target, copy=True), wanda.support)
-    pulled = cross + DAMPING * target  # what the solver adds to the Gram matrix, added here too
+    pulled = cross + DAMPING * target  # as the solver adds DAMPING to the Gram matrix
     for step, penalty in enumerate(np.geomspace(*PENALTIES, max_iter), start=1):
         state = sparse_regression(gram, pulled, state, rule, [float(penalty)])
         if callback is not None:
@@ -184,6 +183,6 @@ def admm_prune(
 
 
 def _absolute_norms(gram: Array) -> Array:
-    """Return the norm of each input, not much smaller than the largest, and 1 if all are 0."""
+    """Return the norm of each input, bounded below relative to the largest; 1 if all are 0."""
     largest = backend.max_abs(backend.namespace(gram).linalg.diagonal(gram))
     return input_norms(gram) * math.sqrt(largest if largest > 0.0 else 1.0)

@@ -7,7 +7,7 @@ import numpy as np
 from matfact import backend
 from matfact.backend import Array
 
-#: Largest side of a Gram matrix whose squaring is faster than its eigenvectors.
+#: Largest side of a Gram matrix for which squaring is faster than eigenvectors.
 _SQUARING_SIDE = 32
 #: Squarings after which two singular values count as equal.
 _MAX_SQUARINGS = 50
@@ -26,7 +26,7 @@ def leading_range(blocks: Array, rank: int) -> Array:
     Returns
     -------
     array of shape (…, rows, rank)
-        Orthonormal columns (zero ones may stand for those of a zero block).
+        Orthonormal columns (possibly zero for a zero block).
     """
     rows, columns = blocks.shape[-2:]
     if rows <= columns:
@@ -38,8 +38,8 @@ def leading_range(blocks: Array, rank: int) -> Array:
 def improved_range(blocks: Array, basis: Array) -> Array:
     """Return `basis` after a step of the power method.
 
-    It restores what the Gram matrices of :func:`leading_range` lose of singular values below the
-    root of the precision; blocks of low rank are then spanned to rounding.
+    This restores directions with singular values below the square root of the precision, which the
+    Gram matrices of :func:`leading_range` lose. Blocks of low rank are then spanned to rounding.
     """
     xp = backend.namespace(blocks)
     return orthonormal(xp.matmul(blocks, xp.matmul(adjoint(blocks), basis)))
@@ -58,8 +58,8 @@ def _leading_vectors(blocks: Array, rank: int) -> Array:
 def leading_vector(gram: Array) -> Array:
     """Return the leading eigenvector of each positive semidefinite matrix.
 
-    Squaring a matrix k times is 2ᵏ steps of the power method, in a few products of batches of
-    matrices, so that even close eigenvalues come apart to rounding.
+    Squaring a matrix k times equals 2ᵏ steps of the power method, so a few batched products
+    separate even close eigenvalues to rounding.
 
     Parameters
     ----------
@@ -80,13 +80,13 @@ def leading_vector(gram: Array) -> Array:
     places, projectors, waiting = [], [], np.arange(power.shape[0])
     for squaring in range(_MAX_SQUARINGS):
         power = xp.matmul(power, power)
-        trace = _trace(power)  # Σ λ² where Σ λ = 1: one if and only if there is one eigenvalue
+        trace = _trace(power)  # Σ λ² with Σ λ = 1: equals 1 only for a single nonzero eigenvalue
         is_done = backend.to_numpy((trace == 0) | (1 - trace < n * xp.finfo(trace.dtype).eps))
         power = _over(power, trace)
         if squaring == _MAX_SQUARINGS - 1:
             is_done[:] = True
         if 4 * np.count_nonzero(is_done) < is_done.size:
-            continue  # too few to pay for moving the others together
+            continue  # too few have converged to pay for compacting the rest
         projectors.append(_rows(power, is_done))
         places.append(waiting[is_done])
         waiting, power = waiting[~is_done], _rows(power, ~is_done)
@@ -103,10 +103,10 @@ def _leading_of_two(gram: Array) -> Array:
     q = gram[..., 0, 1]
     difference = _real(gram[..., 0, 0] - gram[..., 1, 1]) / 2
     radius = xp.hypot(difference, xp.abs(q))
-    large = xp.astype(radius + xp.abs(difference), gram.dtype)  # the sum that cancels nothing
+    large = xp.astype(radius + xp.abs(difference), gram.dtype)  # the sum without cancellation
     first = difference >= 0
     vector = xp.stack([xp.where(first, large, q), xp.where(first, conj(q), large)], axis=-1)
-    # Multiples of the identity, among them zero, leave no vector: take the first axis then.
+    # Multiples of the identity, including zero, define no vector: take the first axis.
     unit = xp.astype(_real(gram[..., :, 0]) > 0, gram.dtype)
     return orthonormal(xp.where(radius[..., None] > 0, vector, unit)[..., None])
 
@@ -127,12 +127,12 @@ def adjoint(blocks: Array) -> Array:
 
 
 def conj(array: Array) -> Array:
-    """Return the complex conjugate of `array`, itself where it is real."""
+    """Return the complex conjugate of `array`, itself if it is real."""
     return backend.namespace(array).conj(array) if backend.is_complex(array) else array
 
 
 def _real(array: Array) -> Array:
-    """Return the real part of `array`, itself where it is real."""
+    """Return the real part of `array`, itself if it is real."""
     return backend.namespace(array).real(array) if backend.is_complex(array) else array
 
 

@@ -1,4 +1,4 @@
-"""Least squares for the values on a fixed support, by conjugate gradients."""
+"""Least squares on a fixed support, by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from matfact.backend import Array
 
 
 def damped_gram(gram: Array, norms: Array, damping: float, dtype: Any) -> Array:
-    """Return the Gram matrix of inputs of about unit norm, made positive definite.
+    """Return the Gram matrix of normalized inputs, made positive definite.
 
     Parameters
     ----------
     gram : array of shape (columns, columns)
         ``XᵀX`` of the inputs `X`, or their second moment.
     norms : array of shape (columns,)
-        What each input is divided by.
+        Divisor of each input.
     damping : float
-        What is added to the diagonal.
+        Added to the diagonal.
     dtype : dtype
-        Of the result; no more than a few rows are in any other.
+        Dtype of the result; only a few rows at a time are in another one.
     """
     xp = backend.namespace(gram)
     result = xp.empty(gram.shape, dtype=dtype, device=backend.device(gram))
@@ -33,7 +33,7 @@ def damped_gram(gram: Array, norms: Array, damping: float, dtype: Any) -> Array:
 
 
 def refit_values(gram: Array, residual: Array, X: Array, support: Array, n_steps: int) -> Array:
-    """Lower ``‖Mᵀ X − W‖_F²`` over the values of `X` on a fixed support.
+    """Reduce ``‖Mᵀ X − W‖_F²`` over the values of `X` on a fixed support.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def refit_values(gram: Array, residual: Array, X: Array, support: Array, n_steps
     residual : array of shape (rows, columns)
         ``M W − M Mᵀ X``, minus half the gradient. Overwritten, to save memory.
     X : array of shape (rows, columns)
-        Values to start from, zero off the support. Overwritten with the values.
+        Initial values, zero off the support. Overwritten with the result.
     support : array of bool, of shape (rows, columns)
         Where `X` may be nonzero.
     n_steps : int
@@ -68,24 +68,23 @@ def conjugate_gradients(
     *,
     precondition: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """Take steps towards the minimum of a quadratic function of `X`.
+    """Take conjugate gradient steps towards the minimum of a quadratic function of `X`.
 
-    Each lowers the function, however few there are.
+    Every step lowers the function.
 
     Parameters
     ----------
     image : callable
-        The linear part of half the gradient: symmetric, positive semidefinite, and zero wherever
-        `X` has to stay as it is, unless `precondition` is zero there. What it returns is
-        overwritten.
+        The linear part of half the gradient: symmetric, positive semidefinite, and zero where `X`
+        is fixed, unless `precondition` is zero there. Its result is overwritten.
     residual : array
         Minus half the gradient at `X`. Overwritten, to save memory.
     X : array
-        Where to start. Overwritten.
+        Initial value. Overwritten.
     n_steps : int
         Number of steps.
     precondition : callable, optional
-        What nearly undoes `image` where `X` may change, and is zero elsewhere.
+        Approximate inverse of `image` where `X` may change, and zero elsewhere.
 
     Returns
     -------
@@ -99,11 +98,11 @@ def conjugate_gradients(
     for _ in range(n_steps):
         step = image(direction)
         curvature = backend.inner(direction, step)
-        if energy <= negligible or curvature <= 0.0:  # nothing left to gain
+        if energy <= negligible or curvature <= 0.0:  # converged
             break
         step *= energy / curvature
         residual -= step
-        del step  # memory, as it is of the size of X
+        del step  # saves memory: it is as large as X
         X += (energy / curvature) * direction
         scaled = precondition(residual) if precondition else residual
         previous, energy = energy, backend.inner(residual, scaled)

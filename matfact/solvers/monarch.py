@@ -1,4 +1,4 @@
-"""Projection on Monarch matrices: products of two factors with low-rank blocks between them."""
+"""Projection onto Monarch matrices: products of two factors, with low-rank blocks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from matfact.solvers.svd import whitening_root
 def monarch(
     W: Array, chain: Chain, *, moment: Array = None, callback: Callback | None = None
 ) -> list[Array]:
-    """Return the values of the two factors of `chain` whose product is nearest to `W`.
+    """Return the two factors of `chain` with the product nearest to `W`.
 
-    The rows of the product with the same last digit and the columns with the same first digit
-    form a block of rank at most ``r_1``, independent of the others: the best approximation is the
-    truncated singular value decomposition of each (Dao et al. 2022, "Monarch: expressive
-    structured matrices for efficient and accurate training", Section 3.3 and Appendix D, which
-    has rank one and square matrices).
+    Rows of the product with the same last digit and columns with the same first digit form
+    independent blocks of rank at most ``r_1``. The best approximation is the truncated singular
+    value decomposition of each (Dao et al. 2022, "Monarch: expressive structured matrices for
+    efficient and accurate training", Section 3.3 and Appendix D, for rank one and square matrices).
 
     Parameters
     ----------
@@ -32,9 +31,9 @@ def monarch(
     chain : Chain
         Two factors.
     moment : array of shape (columns, columns), optional
-        Average of ``x xᵀ`` over the inputs of a real `W`, in double precision. With it the slices
-        keep the directions in which their outputs have most energy, as
-        :func:`~matfact.solvers.svd.whitened_svd` does for the whole matrix.
+        Average of ``x xᵀ`` over the inputs of a real `W`, in double precision. With it, slices keep
+        the directions in which their outputs have most energy, like
+        :func:`~matfact.solvers.svd.whitened_svd` for the whole matrix.
     callback : Callback, optional
         Called once, with the squared error.
 
@@ -66,7 +65,7 @@ def monarch(
 def monarch_loss(W: Array, chain: Chain, *, n_slices: int | None = None) -> float:
     """Return the squared error of :func:`monarch`, to about 1e-13 of ``‖W‖²``.
 
-    With `n_slices` it is estimated from that many slices, where there are more.
+    With `n_slices` it is estimated from at most that many slices.
     """
     xp = backend.namespace(W)
     slices = _slices(W, chain)
@@ -78,7 +77,7 @@ def monarch_loss(W: Array, chain: Chain, *, n_slices: int | None = None) -> floa
     chosen = backend.wide(chosen)
     if height > width:
         chosen = xp.matrix_transpose(chosen)
-    # Eigenvalues of Gram matrices take half the time of singular values; they ascend.
+    # Eigenvalues of Gram matrices, ascending, take half the time of singular values.
     energies = xp.linalg.eigvalsh(xp.matmul(chosen, adjoint(chosen)))
     lost = float(xp.sum(energies[..., : energies.shape[-1] - chain.ranks[0]]))
     return max(0.0, lost * n_all / math.prod(chosen.shape[:-2]))
@@ -92,7 +91,7 @@ def _slices(W: Array, chain: Chain) -> Array:
 
 
 def _outputs(slices: Array, moment: Array) -> Array:
-    """Return the slices times roots of the second moments of what they are applied to."""
+    """Return the slices times roots of the second moments of their inputs."""
     xp = backend.namespace(slices)
     right, width = slices.shape[0], slices.shape[3]
     spans = [slice(i * width, (i + 1) * width) for i in range(right)]

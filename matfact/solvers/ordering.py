@@ -1,4 +1,4 @@
-"""In which order the columns of a matrix make it a butterfly."""
+"""Column orders in which a matrix is close to a butterfly."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from matfact.solvers.chains import Chain
 from matfact.solvers.grouping import assign, centers_of, distances
 
 _MAX_ITER = 20
-#: Rows of a block, and numbers in all, that describe a column when columns are clustered.
+#: Rows per block, and total numbers, that describe a column for clustering.
 _ROWS, _FEATURES = 16, 4096
 
 
 def learned_order(W: np.ndarray, chain: Chain) -> np.ndarray:
-    """Return an order of the columns of `W` in which it is nearer to a product of `chain`.
+    """Return an order of the columns of `W` in which it is closer to a product of `chain`.
 
-    The first cut splits the columns into groups such that, in each group, the rows of each block
-    are of low rank. Which columns go together shows in what their entries in a block are
-    multiples of: columns are clustered by that, then each goes to the group whose singular
-    vectors hold most of its energy, turn by turn. What the vectors leave is cut again, group by
-    group, as in the identification of the factors. A planted order is found, up to those orders
-    in which a butterfly stays one; random rows of columns leave nothing to find.
+    The first cut splits the columns into groups such that the rows of each block have low rank
+    within each group. Columns of a group have parallel entries in each block, so columns are first
+    clustered by direction. Then each column is reassigned to the group whose singular vectors
+    capture most of its energy, in turns with updates of the vectors. The remainder is cut again,
+    group by group, as in the identification of the factors. This recovers a planted order, up to
+    orders that keep a butterfly a butterfly, but finds nothing in random columns.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def learned_order(W: np.ndarray, chain: Chain) -> np.ndarray:
 def _split(
     columns: np.ndarray, Z: np.ndarray, radix: int, rank: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split `columns` into groups; return them with what remains of their rows.
+    """Split `columns` into groups; return them with the remainder of their rows.
 
     `Z` has shape (rows, d, columns): `d` blocks side by side.
     """
@@ -58,7 +58,7 @@ def _split(
 
 
 def _improved(Z: np.ndarray, groups: list[np.ndarray], rank: int) -> tuple[float, list[np.ndarray]]:
-    """Return the energy that leading vectors hold, and the groups, after turns of both."""
+    """Alternate between vectors and groups; return the captured energy and the groups."""
     best = (-1.0, groups)
     for _ in range(_MAX_ITER):
         vectors = _vectors(Z, groups, rank)
@@ -82,18 +82,18 @@ def _vectors(Z: np.ndarray, groups: list[np.ndarray], rank: int) -> list[np.ndar
 
 
 def _held(Z: np.ndarray, U: np.ndarray) -> np.ndarray:
-    """Return the coefficients of the columns in the vectors, of shape (rank, d, columns)."""
+    """Return the coefficients of the columns, of shape (rank, d, columns)."""
     return np.moveaxis(U.conj().swapaxes(1, 2) @ np.moveaxis(Z, 1, 0), 1, 0)
 
 
 def _clusters(Z: np.ndarray, groups: list[np.ndarray]) -> list[np.ndarray]:
-    """Return groups of columns whose entries in the blocks are multiples of alike vectors."""
+    """Return groups of columns with similar directions in the blocks."""
     Z = Z[:: -(-Z.shape[0] // _ROWS)]
     rows, d, _ = Z.shape
     Z = Z[:, :: -(-rows * rows * d // _FEATURES)]
     sizes = np.linalg.norm(Z, axis=0)
     Z = Z / np.where(sizes > 0.0, sizes, 1.0)
-    projectors = Z[:, None] * Z[None, :].conj() * sizes  # of any sign or phase of the column
+    projectors = Z[:, None] * Z[None, :].conj() * sizes  # invariant to the column's sign or phase
     features = projectors.reshape(-1, Z.shape[2]).T
     features = np.concatenate([features.real, features.imag], axis=1)
     centers = centers_of(features, len(groups))

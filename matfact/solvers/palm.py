@@ -12,19 +12,20 @@ from matfact.backend import Array
 from matfact.constraints import Constraint, Support
 from matfact.solvers._callback import Callback
 
-#: Longest step at the start, as a multiple of 1 ÷ curvature: beyond 2 a gradient step diverges.
+#: Initial step as a multiple of 1 ÷ curvature; beyond 2 a gradient step diverges.
 RELAXATION = 1.8
-#: Shares of the iterations after which the longest step begins to shrink, and has shrunk to 1.
+#: Shares of the iterations after which the step begins to shrink, and has shrunk to 1.
 HELD, ANNEALED = 0.7, 0.95
-#: Share of the objective that a sweep leaves, at most, where the right supports are found.
+#: Maximum ratio of the objective after and before a sweep once the right supports are found.
 SETTLED = 0.5
-#: Relative error, in units of rounding, below which nothing is left to approximate.
+#: Relative error, in units of rounding, that counts as exact.
 NEGLIGIBLE = 32
-#: Powers of two by which a factor's norm may differ from the mean before all are scaled.
+#: Powers of two by which a factor's norm may differ from the mean before rescaling.
 DRIFT = 10
-#: Share of a product by which rounding may change it.
+#: Relative change of a product allowed by rounding.
 ROUNDING = 1e-4
-#: What an accepted step divides, and a refused step multiplies, the estimated curvature by.
+#: The estimated curvature is divided by this after an accepted step, multiplied after a rejected
+#: one.
 SHRINK, GROW = 1.25, 1.3
 
 
@@ -41,28 +42,28 @@ def palm4msa(
 ) -> tuple[list[Array], float, int]:
     """Approximate `W` by a product of factors, each in its constraint set.
 
-    Source: [1]_, Fig. 2, a block proximal gradient method on one factor after the other. Three
-    things differ. The step follows the curvature met along the step instead of the product of
-    spectral norms, which only bounds it. Where the set allows it, columns left and rows right of
-    a factor count with unit norm, a diagonal preconditioner. And the first steps are longer than
-    descent permits, so that supports keep changing; once they stay and the objective falls fast,
-    and late in any case, steps have the length that makes every further iteration descend. The
-    best iterate is returned, which is never worse than the start.
+    Source: [1]_, Fig. 2: a block proximal gradient method on one factor after the other. Three
+    things differ. The step size follows the curvature along the step instead of the product of
+    spectral norms, which only bounds it. Where the constraint allows it, a diagonal preconditioner
+    normalizes the columns left and the rows right of a factor. The first steps are longer than
+    descent permits, so that supports keep changing; once supports settle and the objective falls
+    fast, and late in any case, steps are short enough to descend. The best iterate is returned,
+    which is never worse than the start.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         The matrix.
     factors : sequence of array
-        Where to start, with shapes that chain; projected, and scaled to fit, first.
+        Initial factors with matching inner dimensions; they are first projected and scaled to fit.
     constraints : sequence of Constraint
-        One set for each factor.
+        One constraint per factor.
     max_iter : int
-        Most sweeps over the factors.
+        Maximum number of sweeps over the factors.
     tol : float
-        Stop when a sweep of descending steps lowers the objective by less than this share of it.
+        Stop when a sweep of descending steps reduces the objective by less than this fraction.
     relaxation : float
-        Length of the first steps, relative to the longest that is sure to descend, in [1, 2].
+        Initial step size relative to the largest that is sure to descend, in [1, 2].
     backward : bool
         Whether sweeps go from the last factor to the first.
     callback : callable, optional
@@ -71,11 +72,11 @@ def palm4msa(
     Returns
     -------
     factors : list of array
-        The best factors met.
+        The best factors found.
     scale : float
-        What their product is to be multiplied by; 1 if all sets allow factors to be scaled.
+        Scalar to multiply the product by; 1 if all constraints allow scaling.
     n_iter : int
-        Sweeps made.
+        Number of sweeps.
 
     References
     ----------
@@ -88,7 +89,7 @@ def palm4msa(
     is_scaled = not all(constraint.is_cone for constraint in constraints)
     scale = _best_scale(W, product)
     if not is_scaled:
-        power = 2.0 ** round(math.log2(scale))  # rounds nothing, and the steps find the rest
+        power = 2.0 ** round(math.log2(scale))  # exact; the steps find the rest
         factors[0], product, scale = power * factors[0], power * product, 1.0
     objective = _energy(W - scale * product)
     best, best_scale, best_objective = list(factors), scale, objective
@@ -112,7 +113,7 @@ def palm4msa(
         is_settled = objective <= SETTLED * previous and all(map(_is_equal, last, supports))
         if callback is not None:
             callback(iteration, objective)
-        # Large entries that cancel do so no more once factors are scaled, stored or rounded.
+        # Large entries that cancel no longer do so once factors are scaled, stored or rounded.
         if objective < best_objective and (is_trusted or not _paths_cancel(factors, product)):
             best, best_scale, best_objective = list(factors), scale, objective
         is_stalled = stretch == 1.0 and previous - objective <= tol * objective
@@ -122,9 +123,9 @@ def palm4msa(
 
 
 def _balanced(factors: list[Array], constraints: Sequence[Constraint]) -> list[Array]:
-    """Return factors of the same product whose facing columns and rows have equal norms.
+    """Return factors of the same product with equal norms of adjacent columns and rows.
 
-    What meets only zeros in the neighbour becomes zero. Sets must allow it.
+    Entries that meet only zeros in the neighbour become zero. Constraints must allow scaling.
     """
     factors = list(factors)
     for i, pair in enumerate(itertools.pairwise(constraints)):
@@ -142,7 +143,7 @@ def _balanced(factors: list[Array], constraints: Sequence[Constraint]) -> list[A
 
 
 def _near_in_norm(factors: list[Array]) -> list[Array]:
-    """Return factors scaled by powers of two, which rounds nothing, if long steps parted them."""
+    """Rescale factors by powers of two, which is exact, if long steps unbalanced them."""
     energies = [_energy(factor) for factor in factors]
     if min(energies) == 0.0:
         return factors
@@ -155,16 +156,16 @@ def _near_in_norm(factors: list[Array]) -> list[Array]:
 
 
 def _cancels(factors: list[Array], product: Array) -> bool:
-    """Whether entries are so large that a product that steps have kept up is not to be trusted."""
+    """Whether entries are too large to trust the incrementally updated product."""
     size = math.prod(_energy(factor) for factor in factors) ** 0.5
     eps = float(backend.namespace(product).finfo(product.dtype).eps)
     return eps * size > ROUNDING * _energy(product) ** 0.5
 
 
 def _paths_cancel(factors: list[Array], product: Array) -> bool:
-    """Whether rounding the factors' entries may change their product, however they are scaled."""
+    """Whether rounding the factors' entries may change their product, at any scaling."""
     xp = backend.namespace(product)
-    # Of entries times what they meet, not of norms: a large column may face a row of zeros.
+    # Use entries times their counterparts, not norms: a large column may meet a row of zeros.
     paths = functools.reduce(xp.matmul, [xp.abs(factor) for factor in factors])
     eps = float(xp.finfo(product.dtype).eps)
     return eps * _energy(paths) ** 0.5 > ROUNDING * _energy(product) ** 0.5
@@ -173,11 +174,11 @@ def _paths_cancel(factors: list[Array], product: Array) -> bool:
 def identity_start(
     W: Array, constraints: Sequence[Constraint], *, backward: bool = False
 ) -> tuple[list[Array], bool]:
-    """Return identities and the projection of `W`, whose product that is, and `backward`.
+    """Return identities and the projection of `W` as initial factors, and `backward`.
 
-    All factors but that of the longer side are square on the shorter side. `backward` makes
-    :func:`palm4msa` begin with an identity; at the projection it would stay. For a square `W`
-    it is as given.
+    All factors but the one at the longer side are square with the shorter side. `backward` makes
+    :func:`palm4msa` begin with an identity, since it would not move from the projection. For a
+    square `W` it is as given.
     """
     xp = backend.namespace(W)
     rows, columns = W.shape
@@ -190,18 +191,18 @@ def identity_start(
 
 
 def is_exact(W: Array, factors: Sequence[Array]) -> bool:
-    """Whether the product of `factors` differs from `W` by rounding at most."""
+    """Whether the product of `factors` equals `W` up to rounding."""
     product = functools.reduce(backend.namespace(W).matmul, factors)
     return _energy(W - product) <= _negligible(W)
 
 
 def _negligible(W: Array) -> float:
-    """Return the objective below which nothing is left to approximate."""
+    """Return the objective below which a product counts as exact."""
     return _energy(W) * (NEGLIGIBLE * float(backend.namespace(W).finfo(W.dtype).eps)) ** 2
 
 
 def _stretch(progress: float, relaxation: float) -> float:
-    """Return how much longer steps are, after a share `progress` of the iterations."""
+    """Return the step size factor after a share `progress` of the iterations."""
     left = min(1.0, max(0.0, (ANNEALED - progress) / (ANNEALED - HELD)))
     return 1.0 + (relaxation - 1.0) * left
 
@@ -215,7 +216,7 @@ def _sweep(
     stretch: float,
     backward: bool,
 ) -> Array:
-    """Update every factor once, in place, and return their `product`, which the steps keep up."""
+    """Update every factor once, in place, and return the updated `product`."""
 
     def join(near: Array | None, far: Array | None) -> Array | None:
         return _times(far, near) if backward else _times(near, far)
@@ -244,16 +245,16 @@ def _step(
     curvature: float,
     stretch: float,
 ) -> tuple[Array, Array, float]:
-    """Take one proximal gradient step on one factor, between the products at its `sides`.
+    """Take a proximal gradient step on a factor between the products at its `sides`.
 
     Returns
     -------
     factor : array
         The new factor.
     change : array
-        What it adds to the product.
+        Its contribution to the product.
     curvature : float
-        Where to start the search for the next step.
+        Initial curvature for the next step.
     """
     left, right = sides
     weights, bound = _weights(sides, constraint.is_scale_free)
@@ -267,7 +268,7 @@ def _step(
             new = weights * constraint.project(target / weights)
         step = new - start
         change = _times(left, _times(step / weights, right))
-        # The curvature along a step never exceeds the bound: no rounding can trap the search.
+        # The curvature along a step never exceeds the bound, so rounding cannot trap the search.
         met, size = _energy(change), stretch * _energy(step)
         if curvature >= bound or met <= curvature * size:
             return new / weights, change, max(curvature / SHRINK, met / size if size else 0.0)
@@ -275,7 +276,7 @@ def _step(
 
 
 def _weights(sides: tuple[Array | None, Array | None], is_scale_free: bool) -> tuple[Array, float]:
-    """Return what the entries of a factor count, and the largest curvature in that metric."""
+    """Return the metric of a factor's entries, and the largest curvature in it."""
     weights, bound = 1.0, 1.0
     for array, axis in zip(sides, (0, 1), strict=True):
         if array is None:
@@ -297,12 +298,12 @@ def _best_scale(W: Array, product: Array) -> float:
     if energy == 0.0:
         return 1.0
     inner = float(xp.real(xp.sum(xp.conj(product) * W)))
-    # A product that points away from W is better small; 0 would leave nothing to start from.
+    # A product that points away from W should be small, but not 0.
     return max(inner / energy, 1e-3 * (_energy(W) / energy) ** 0.5) or 1.0
 
 
 def _times(left: Array | None, right: Array | None) -> Array | None:
-    """Return the product of two matrices, None being the identity."""
+    """Return the product of two matrices; None is the identity."""
     if left is None or right is None:
         return right if left is None else left
     return backend.namespace(left).matmul(left, right)

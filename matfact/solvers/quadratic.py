@@ -1,4 +1,4 @@
-"""The error of a selection of hidden units, as second moments determine it."""
+"""Error of a selection of hidden units as a function of second moments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RANK_TOLERANCE = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Hidden units kept, in increasing order, with their output weights.
+    """Kept hidden units, in increasing order, with their output weights.
 
     `weights` has shape (n_neurons, n_outputs) and `error` is ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
     """
@@ -31,7 +31,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Quadratic:
-    """``‖U − H W‖_F²`` as a function of the rows of `W` that are not zero.
+    """``‖U − H W‖_F²`` as a function of the nonzero rows of `W`.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ class Quadratic:
     energy : float
         ``‖U‖_F²``.
     unit : float, default=1.0
-        What `W` is to be multiplied with where `H` and `U` were scaled.
+        Factor to multiply `W` by if `H` and `U` were scaled.
     width : int, default=1
-        Columns of `H` that make a unit, as the places of a channel do.
+        Columns of `H` per unit, such as the positions of a channel.
     """
 
     gram: Array
@@ -63,11 +63,11 @@ class Quadratic:
         return (support[:, None] * self.width + np.arange(self.width)).reshape(-1)
 
     def by_unit(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum of the values of the columns of each unit."""
+        """Sum values over the columns of each unit."""
         return values.reshape(-1, self.width).sum(axis=1)
 
     def normalized(self) -> tuple[Self, Array]:
-        """Return the same for units of norm one, with their norms (1 for a dead unit)."""
+        """Return the problem with units of norm one, and their norms (1 for a dead unit)."""
         xp = backend.namespace(self.gram)
         norms = xp.sqrt(xp.linalg.diagonal(self.gram))
         norms = xp.where(norms > 0.0, norms, 1.0)
@@ -96,7 +96,7 @@ class Quadratic:
         return max(0.0, 1.0 - gained / self.energy)
 
     def least_squares(self, support: np.ndarray) -> Array:
-        """Return the weights on `support` of smallest error, and of smallest norm among those."""
+        """Return the minimum-norm least-squares weights on `support`."""
         gram, cross = self.on(support)
         xp = backend.namespace(gram)
         eigenvalues, Q, sound = _spectrum(gram)
@@ -104,7 +104,7 @@ class Quadratic:
         return xp.matmul(Q * inverse, xp.matmul(xp.matrix_transpose(Q), cross))
 
     def unseen(self, support: np.ndarray, weights: Array) -> Array:
-        """Return the part of `weights` on `support` that no sample of `H` makes anything of."""
+        """Return the part of `weights` on `support` that has no effect on any sample of `H`."""
         gram, _ = self.on(support)
         xp = backend.namespace(gram)
         _, Q, sound = _spectrum(gram)
@@ -113,15 +113,15 @@ class Quadratic:
 
 
 def _spectrum(gram: Array) -> tuple[Array, Array, Array]:
-    """Return eigenvalues, eigenvectors, and which of them are more than rounding."""
+    """Return eigenvalues, eigenvectors, and a mask of those above rounding."""
     eigenvalues, Q = backend.namespace(gram).linalg.eigh(gram)
     return eigenvalues, Q, eigenvalues > eigenvalues[-1] * _RANK_TOLERANCE
 
 
 def quadratic(statistics: OutputStatistics, width: int = 1) -> Quadratic:
-    """Return the error of a selection as `statistics` determine it.
+    """Return the quadratic problem given by `statistics`.
 
-    Powers of two bring activations and outputs to a scale at which squares of moments are finite.
+    Activations and outputs are scaled by powers of two, so that squares of moments are finite.
     """
     gram, cross = statistics.inputs.gram, statistics.cross
     energies = (backend.max_abs(gram), statistics.energy)

@@ -1,4 +1,4 @@
-"""Products of three and more sparse matrices."""
+"""Products of three or more sparse matrices."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ def sparse_product(
 ) -> tuple[list[Array], int]:
     """Approximate `W` by a product of sparse matrices.
 
-    Double sparse factorization splits off one factor at a time from the left, what remains
-    keeping the nonzeros of all factors still to come; proximal gradient steps then refine all of
-    them together.
+    Double sparse factorization splits off one factor at a time from the left; the remainder keeps
+    the nonzeros of all later factors. Proximal gradient steps then refine all factors together.
 
     Parameters
     ----------
     W : array of shape (rows, columns)
         Finite real matrix with no more rows than columns.
     nonzeros : sequence of int
-        Most nonzeros of each factor, at least 1; all but the last are square.
+        Maximum number of nonzeros of each factor, at least 1. All factors but the last are square.
     max_iter : int
-        Number of sweeps of each split, and most sweeps of the refinement.
+        Number of sweeps of each split, and maximum number of sweeps of the refinement.
     callback : callable, optional
         Called with the number of every sweep of the refinement and ``‖W − F_1 F_2 …‖_F²``.
 
     Returns
     -------
     factors : list of array
-        The factors, no worse than the zero matrix.
+        The factors; their product is no worse than the zero matrix.
     n_iter : int
-        Sweeps over all factors.
+        Number of sweeps over all factors.
     """
     factors, rest = [], W
     for i, count in enumerate(nonzeros[:-1]):

@@ -1,4 +1,4 @@
-"""Best approximations of low rank, of a matrix or of what it makes of its inputs."""
+"""Best low-rank approximations of a matrix, or of its outputs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def truncated_svd(W: Array, rank: int) -> tuple[Array, Array]:
     W : array of shape (out_features, in_features)
         Finite matrix, real or complex.
     rank : int
-        Largest rank allowed, from 1 to min(out_features, in_features).
+        Maximum rank, from 1 to min(out_features, in_features).
 
     Returns
     -------
     left : array of shape (out_features, r)
-        Left singular vectors times the roots of the singular values; r is `rank`, or the rank of
-        `W` where that is less, and at least 1.
+        Left singular vectors times the square roots of the singular values. r is `rank`, limited by
+        the rank of `W` but at least 1.
     right : array of shape (r, in_features)
-        The roots times the right singular vectors.
+        Square roots of the singular values times the right singular vectors.
     """
     xp = backend.namespace(W)
     U, s, Vh = xp.linalg.svd(W, full_matrices=False)
@@ -32,33 +32,33 @@ def truncated_svd(W: Array, rank: int) -> tuple[Array, Array]:
 
 
 def numerical_rank(s: Array, shape: tuple[int, ...]) -> int:
-    """Return how many of the sorted singular values `s` of a matrix exceed its rounding error."""
+    """Return the number of sorted singular values `s` above rounding error."""
     xp = backend.namespace(s)
     tolerance = s[0] * (max(shape) * xp.finfo(s.dtype).eps)
     return int(xp.count_nonzero(s > tolerance))
 
 
 def whitened_svd(W: Array, rank: int, second_moment: Array) -> tuple[Array, Array]:
-    """Return the approximation of `W` of a given rank that keeps its outputs best.
+    """Return the approximation of `W` of a given rank with the smallest output error.
 
-    With the average `M` of ``x xᵀ`` over the layer's inputs, it minimizes the average of
+    With `M` the average of ``x xᵀ`` over the layer's inputs, it minimizes the average of
     ``‖W x − Ŵ x‖²``, which is ``‖(W − Ŵ) M^½‖_F²``. The minimizer is `W` projected on the leading
-    left singular vectors of ``W M^½``, so that nothing is inverted and `M` may be singular. A
-    rank left over is spent on the best approximation of `W` where there were no inputs.
+    left singular vectors of ``W M^½``. Nothing is inverted, so `M` may be singular; any remaining
+    rank approximates `W` in directions without inputs.
 
     Parameters
     ----------
     W : array of shape (out_features, in_features)
         Finite real matrix.
     rank : int
-        Largest rank allowed, from 1 to min(out_features, in_features).
+        Maximum rank, from 1 to min(out_features, in_features).
     second_moment : array of shape (in_features, in_features)
         `M`, or any positive multiple of it, in double precision.
 
     Returns
     -------
     left, right : array
-        As those of :func:`truncated_svd`, in the dtype of `W`.
+        As in :func:`truncated_svd`, in the dtype of `W`.
     """
     xp = backend.namespace(W)
     precise = backend.wide(W)
@@ -78,15 +78,15 @@ def psd_root(matrix: Array) -> Array:
     """Return a matrix `R` with ``R Rᵀ`` equal to a symmetric positive semidefinite `matrix`."""
     xp = backend.namespace(matrix)
     eigenvalues, Q = xp.linalg.eigh(matrix)
-    # What rounding leaves of absent directions must not take up rank.
+    # Rounding errors in absent directions must not use up rank.
     floor = eigenvalues[-1] * (matrix.shape[0] * xp.finfo(eigenvalues.dtype).eps)
     return Q * xp.sqrt(xp.where(eigenvalues > floor, eigenvalues, 0.0))
 
 
 def whitening_root(moment: Array) -> Array:
-    """Return :func:`psd_root` of `moment`, in which directions without inputs rank last.
+    """Return :func:`psd_root` of `moment`, with directions without inputs ranked last.
 
-    A little of the identity is added to the second moment for them.
+    A small multiple of the identity is added to the second moment for them.
     """
     xp = backend.namespace(moment)
     n = moment.shape[0]

@@ -1,5 +1,5 @@
-"""What users are warned of."""
+"""Warnings."""
 
 
 class CompressionWarning(UserWarning):
-    """A layer was not compressed as it was asked for."""
+    """A layer was not compressed as requested."""

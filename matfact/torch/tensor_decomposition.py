@@ -1,4 +1,4 @@
-"""Tensor decompositions of layers, through tensorly: baselines of Giffon et al. 2021."""
+"""Tensor decompositions of layers with tensorly, the baselines of Giffon et al. 2021."""
 
 from __future__ import annotations
 
@@ -32,32 +32,31 @@ def tucker_svd(
     layers: str | Collection[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Decompose convolutions by Tucker and linear layers by a truncated SVD.
+    """Decompose convolutions by Tucker decomposition, and linear layers by truncated SVD.
 
-    A convolution becomes three, the first and the last of which are of size one (Kim et al.
-    2016 [1]_), and a linear layer two. Layers that would store more are left alone.
+    A convolution becomes three, of which the first and last have size one (Kim et al. 2016 [1]_),
+    and a linear layer becomes two. Layers that would store more values are not changed.
 
     Parameters
     ----------
     model : torch.nn.Module
         The trained network.
     ranks : "vbmf" or float, default="vbmf"
-        How the ranks of convolutions are chosen: from the noise that variational Bayes finds in
-        their unfoldings [2]_, or as the least that hold this share of the squared singular values,
-        in (0, 1].
+        Ranks of convolutions: chosen by variational Bayes from the noise in the unfoldings [2]_, or
+        the smallest that hold this share of the squared singular values, in (0, 1].
     singular_values : float, default=0.2
-        Share of the singular values that linear layers keep, in (0, 1].
+        Share of the singular values to keep in linear layers, in (0, 1].
     layers : str or collection of str, optional
-        A regular expression searched in names of linear layers, or of convolutions in one or two
-        dimensions without groups, or their names; all of them by default. What is complex, shares
-        a parameter with another module or has a forward of its own is none of them.
+        A regular expression to search in names of linear layers and ungrouped 1-D or 2-D
+        convolutions, or their names. All such layers by default. Layers with complex weights,
+        shared parameters or a custom forward are excluded.
     inplace : bool, default=False
-        Whether `model` itself is changed, or a copy.
+        Whether to change `model` instead of a copy.
 
     Returns
     -------
     torch.nn.Module
-        The network of ordinary layers.
+        The network, with ordinary layers.
 
     References
     ----------
@@ -72,7 +71,7 @@ def tucker_svd(
         raise ValueError(f"singular_values must be in (0, 1], got {singular_values}.")
     if is_linear(model):
         if inplace:
-            raise ValueError("inplace must be False where the network itself is one layer.")
+            raise ValueError("inplace must be False if the network is a single layer.")
         whole = nn.Sequential(model)
         return tucker_svd(whole, ranks=ranks, singular_values=singular_values).get_submodule("0")
     model = _own(model, inplace)
@@ -100,20 +99,20 @@ def tensor_train(
 ) -> nn.Module:
     """Store the weights of layers as tensor trains (Novikov et al. 2015).
 
-    Layers stay what they are; their weights are computed from the cores, which are trained in
-    their place. Convolutional kernels are matrices of shape (out, in · kernel size). Layers that
-    would store more are left alone.
+    Layers keep their class; their weights are computed from the cores, which are trained instead.
+    Convolutional kernels count as matrices of shape (out, in · kernel size). Layers that would
+    store more values are not changed.
 
     Parameters
     ----------
     model : torch.nn.Module
         The trained network.
     max_rank : int, default=10
-        Largest rank between two cores.
+        Maximum rank between two cores.
     n_cores : int, default=4
-        Cores of each weight.
+        Number of cores per weight.
     layers, inplace
-        As for :func:`tucker_svd`.
+        As in :func:`tucker_svd`.
 
     Returns
     -------
@@ -134,14 +133,14 @@ def tensor_train(
 
 
 class TensorTrain(nn.Module):
-    """The parametrization of a weight by the cores of its tensor train.
+    """Parametrization of a weight by the cores of its tensor train.
 
     Parameters
     ----------
     shape : sequence of int
         Shape of the weight, outputs first.
     max_rank, n_cores : int
-        As for :func:`tensor_train`.
+        As in :func:`tensor_train`.
     """
 
     def __init__(self, shape: Sequence[int], max_rank: int, n_cores: int) -> None:
@@ -182,7 +181,7 @@ class TensorTrain(nn.Module):
 
 
 def balanced_factors(n: int, count: int) -> list[int]:
-    """Return `count` whole numbers whose product is `n`, as equal as its primes allow.
+    """Factorize `n` into `count` integers that are as equal as its primes allow.
 
     Examples
     --------
@@ -206,10 +205,10 @@ def balanced_factors(n: int, count: int) -> list[int]:
 
 
 def vbmf_rank(matrix: np.ndarray) -> int:
-    """Return the rank of what is not noise in a matrix, at least one.
+    """Estimate the rank of a noisy matrix, at least one.
 
-    Empirical variational Bayes with unknown variance of the noise, whose global solution keeps
-    the singular values above a threshold (Nakajima et al. 2013, Theorem 2 and Corollary 1 on).
+    The global solution of empirical variational Bayes with unknown noise variance keeps the
+    singular values above a threshold (Nakajima et al. 2013, Theorem 2 and Corollary 1 on).
 
     Parameters
     ----------
@@ -230,7 +229,7 @@ def vbmf_rank(matrix: np.ndarray) -> int:
         x = squares / (long * math.exp(log_variance))
         x = np.maximum(x, np.finfo(float).tiny)
         signal = x[x > threshold]
-        # What a component adds where it is kept.
+        # Contribution of a kept component.
         shift = signal - 1 - alpha
         t = (shift + np.sqrt(shift**2 - 4 * alpha)) / 2
         kept = np.log(t + 1) + alpha * np.log(t / alpha + 1) - t
@@ -252,9 +251,9 @@ def vbmf_rank(matrix: np.ndarray) -> int:
 
 
 def energy_rank(matrix: np.ndarray, share: float) -> int:
-    """Return the least rank that holds a share of the squared singular values."""
+    """Return the smallest rank that holds a share of the squared singular values."""
     energies = np.cumsum(np.linalg.svd(matrix, compute_uv=False) ** 2)
-    # Rounding of the sums must not cost a rank.
+    # Rounding of the sums must not change the rank.
     return 1 + int(np.sum(energies < share * energies[-1] * (1 - 1e-12)))
 
 
@@ -267,7 +266,7 @@ def _own(model: nn.Module, inplace: bool) -> nn.Module:
 
 
 def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tuple[list[str], Any]]:
-    """Return the layers to decompose, each with all of its names."""
+    """Return the layers to decompose, with all of their names."""
     tied = tied_places(model)
     found: list[tuple[list[str], Any]] = distinct_layers(model)
     every = [(names, layer) for names, layer in found if _is_plain(layer, tied)]
@@ -285,7 +284,7 @@ def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tupl
 
 
 def _is_plain(layer: Any, tied: Collection[tuple[Any, ...]]) -> bool:
-    """Whether a layer multiplies by a real weight of its own alone, in one group."""
+    """Whether a layer is ungrouped, with a real weight that it does not share."""
     return (
         isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
         and refusal(layer) is None
@@ -309,9 +308,10 @@ def _svd_parts(layer: nn.Linear, share: float) -> list[nn.Module]:
 
 
 def _tucker_parts(layer: Any, ranks: Literal["vbmf"] | float) -> list[nn.Module]:
-    """Return a convolution of size one, a small one of the layer's size, and another of size one.
+    """Return a convolution of size one, a small one of the layer's size, and one of size one.
 
-    Those of size one are applied at each place, so that padding may stay with the second.
+    The second one keeps the padding, since convolutions of size one act on each position
+    separately.
     """
     kernel = to_numpy(layer.weight.detach().double())
     unfolded = [np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1) for axis in (0, 1)]
@@ -319,7 +319,7 @@ def _tucker_parts(layer: Any, ranks: Literal["vbmf"] | float) -> list[nn.Module]
         vbmf_rank(matrix) if ranks == "vbmf" else energy_rank(matrix, float(ranks))
         for matrix in unfolded
     )
-    if math.prod(kernel.shape[2:]) == 1:  # a matrix, both of whose ranks are one and the same
+    if math.prod(kernel.shape[2:]) == 1:  # a matrix, for which both ranks are equal
         out_rank = in_rank = min(out_rank, in_rank)
     (core, (left, right)), _ = _tensorly().decomposition.partial_tucker(
         kernel, rank=[out_rank, in_rank], modes=[0, 1], random_state=0
@@ -338,7 +338,7 @@ def _tucker_parts(layer: Any, ranks: Literal["vbmf"] | float) -> list[nn.Module]
 
 
 def _filled(parts: list[nn.Module], weights: Sequence[Tensor], layer: Any) -> list[nn.Module]:
-    """Give layers their weights, and the last one the bias of `layer`, on its device."""
+    """Set the weights of layers, and the bias of the last one from `layer`, on its device."""
     with torch.no_grad():
         for part, weight in zip(parts, weights, strict=True):
             part.to(device=layer.weight.device, dtype=layer.weight.dtype)

@@ -140,7 +140,7 @@ def test_times_are_of_the_operator_where_it_lives(library):
     ("change", "message"),
     [
         ({"cost": "watts"}, "cost must be one of"),
-        ({"weights": {"other": 1.0}}, "weights must be of layers, got 'other'"),
+        ({"weights": {"other": 1.0}}, "weights must name layers, got 'other'"),
         ({"weights": {"noise": -1.0}}, "not negative"),
         ({"weights": {"noise": math.nan}}, r"finite .* 'noise'"),
         ({"layers": {"l": [Option("dense", 1.0, math.nan, 8, 8)]}}, "finite errors, unlike 'l'"),

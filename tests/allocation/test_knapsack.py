@@ -118,8 +118,8 @@ def test_an_ample_budget_takes_the_best_of_each_layer():
     ("costs", "errors", "budget", "message"),
     [
         ([[1]], [[1], [2]], 3, "equally many layers"),
-        ([[1, 2]], [[1]], 3, "as many numbers for layer 0"),
-        ([[]], [[]], 3, "as many numbers for layer 0"),
+        ([[1, 2]], [[1]], 3, "the same length, at least 1, for layer 0"),
+        ([[]], [[]], 3, "the same length, at least 1, for layer 0"),
         ([[1], [-1]], [[1], [1]], 3, "not negative, got layer 1"),
         ([[1]], [[math.nan]], 3, "finite"),
         ([[math.inf]], [[1]], 3, "finite"),

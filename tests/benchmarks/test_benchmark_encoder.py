@@ -1,4 +1,4 @@
-"""What the benchmark of the sentence transformer measures with."""
+"""Measures of the sentence transformer benchmark."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A language model is compressed cell by cell, and goes on where a run has stopped."""
+"""A language model is compressed cell by cell, and interrupted runs resume."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Studies go on where they were stopped, average over seeds, and run in their quick form."""
+"""Studies resume after interruptions, average over seeds, and have a quick version."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""From safetensors files to checkpoints: what is chosen, taken up again and refused."""
+"""Conversion of safetensors files to checkpoints: selection, resuming and errors."""
 
 import json
 import os
@@ -88,16 +88,18 @@ def test_a_pattern_chooses_the_layers(source, tmp_path):
     network = compress(source, tmp_path / "out", HALF, layers=r"embed|\.3\.")
     factorized = {name for name, tensor in network.tensors.items() if tensor.is_product}
     assert factorized == {"embed_tokens.weight", "layers.3.fc.weight"}
-    assert network.tensors["layers.0.fc.weight"].note == "not asked for"
+    assert network.tensors["layers.0.fc.weight"].note == "not requested"
 
 
 def test_what_is_asked_for_and_is_no_weight_is_named(source, tmp_path):
     save_file(tensors() | {"attn.bias": torch.ones(9, 9), "fc.scale": torch.ones(3)}, source)
     network = compress(source, tmp_path / "out", HALF, layers="attn|scale|steps|3.fc")
     assert network.tensors["layers.3.fc.weight"].is_product
-    assert "asked for, but in no linear layer or convolution" in network.tensors["attn.bias"].note
+    assert (
+        "requested, but not in a linear layer or convolution" in network.tensors["attn.bias"].note
+    )
     assert "asked" not in network.tensors["fc.scale"].note + network.tensors["steps"].note
-    with pytest.raises(ValueError, match=r"no weight. attn.bias: asked for, but .* are 5: "):
+    with pytest.raises(ValueError, match=r"no weight. attn.bias: requested, but .* are 5: "):
         compress(source, tmp_path / "none", HALF, layers="attn")
 
 
@@ -256,7 +258,7 @@ def test_a_folder_with_anything_else_is_left_alone(source, tmp_path, monkeypatch
     monkeypatch.setattr(_source.Source, "digests", lambda self: pytest.fail("hashed"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="new or an empty folder"):
+    with pytest.raises(ValueError, match="new or empty folder"):
         compress(source, tmp_path / "out", HALF)
     assert content(tmp_path / "out") == {"thesis.txt": b"years of work"}
 

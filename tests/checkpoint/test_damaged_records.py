@@ -1,4 +1,4 @@
-"""Records of earlier runs that are damaged, odd or hostile: they are refused or count as none."""
+"""Damaged, odd or hostile journals of earlier runs are refused or ignored."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Files of factors whose checksums are right and whose contents lie."""
+"""Files of factors with valid checksums and inconsistent contents."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints written from memory: nothing is lost, nothing damaged is believed."""
+"""Checkpoints written from memory: lossless, and damage is detected."""
 
 import hashlib
 import json

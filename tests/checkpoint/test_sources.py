@@ -1,4 +1,4 @@
-"""The network to be compressed: in which files its tensors are, and which are one."""
+"""Source networks: files of the tensors, and shared tensors."""
 
 import json
 import warnings

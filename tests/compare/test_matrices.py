@@ -81,13 +81,13 @@ def test_every_layer_is_cut_or_named_with_the_reason(sizes, per_size, full, laye
 def test_reasons_say_what_to_change():
     weights = WEIGHTS | {"layer.1.attention.small": np.ones((5, 70))}
     reasons = cut_matrices(weights, sizes=[40], per_size=1).left_out
-    assert "name it with layers" in reasons["embeddings.word"]
+    assert "select it with layers" in reasons["embeddings.word"]
     assert "smaller than the windows" in reasons["layer.1.attention.small"]
     (other,) = (name for name in reasons if "attention" in name and "small" not in name)
     assert "per_size=1 windows of each size were cut from other layers" in reasons[other]
     same = {f"m{i}": np.ones((8, 8)) for i in range(3)}
     reasons = cut_matrices(same, sizes=[4], per_size=1, full=True).left_out
-    assert {*reasons.values()} == {"per_size=1 other matrices of shape 8×8 were taken"}
+    assert {*reasons.values()} == {"per_size=1 other matrices of shape 8×8 were used"}
     reasons = cut_matrices(weights, sizes=[8], layers="mlp").left_out
     assert "does not match layers='mlp'" in reasons["layer.0.attention.key"]
 

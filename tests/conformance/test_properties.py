@@ -1,4 +1,4 @@
-"""What holds for every factorizer and every matrix."""
+"""Properties of every factorizer for every matrix."""
 
 import numpy as np
 import pytest

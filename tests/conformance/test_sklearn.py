@@ -1,4 +1,4 @@
-"""The estimators are scikit-learn estimators, and serve in its tools."""
+"""The estimators are scikit-learn estimators, and work with its tools."""
 
 import pickle
 

@@ -315,7 +315,7 @@ def test_number_of_units(n_neurons, expected):
         ({"max_error": 0.1}, np.random.RandomState(0).randn(200, 2), "max_error"),
         ({}, None, "requires y"),
         ({}, np.ones((3, 2)), "inconsistent numbers of samples"),
-        ({}, torch.ones((200, 2)), "y must be an array of the library of H"),
+        ({}, torch.ones((200, 2)), "y must be an array from the same library as H"),
     ],
 )
 def test_bad_arguments_are_refused(params, y, message):

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept where they can be, and work where they cannot."""
+"""Compiled kernels are cached if possible, and work without a cache."""
 
 import importlib.util
 from pathlib import Path

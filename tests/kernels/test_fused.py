@@ -1,4 +1,4 @@
-"""What Numba keeps on disk belongs to the sources it was compiled from."""
+"""Numba's disk cache matches the current sources."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Helpers share calls, sleep in between, and are never waited for in vain."""
+"""Helper threads share calls and sleep in between; callers never wait for missing helpers."""
 
 import os
 import threading

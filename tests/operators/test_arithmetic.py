@@ -1,4 +1,4 @@
-"""Products of factors behave as the arrays they stand for, in NumPy's and SciPy's hands."""
+"""Products of factors behave like arrays in NumPy and SciPy."""
 
 import operator
 
@@ -84,10 +84,10 @@ def test_permutations_can_be_scaled():
 @pytest.mark.parametrize("other", [np.ones((7, 9)), [1.0, 2.0], "2", None, make_product()])
 @pytest.mark.parametrize("operation", [operator.mul, operator.truediv])
 def test_only_numbers_scale(product, other, operation):
-    with pytest.raises(TypeError, match=r"by a number alone, got .*use @"):
+    with pytest.raises(TypeError, match=r"only be multiplied or divided by a number, got .*use @"):
         operation(product, other)
     if operation is operator.mul:
-        with pytest.raises(TypeError, match="by a number alone, got"):
+        with pytest.raises(TypeError, match="only be multiplied or divided by a number, got"):
             other * product
 
 
@@ -123,9 +123,9 @@ def test_sums_and_differences_are_operators_or_arrays(product, make, operation):
 
 @pytest.mark.parametrize("other", [np.ones((9, 7)), np.ones(9), 1.0, [[1.0] * 9] * 6])
 def test_sums_need_the_same_shape(product, other):
-    with pytest.raises(ValueError, match=r"of shape \(7, 9\) can be added to a matrix of that"):
+    with pytest.raises(ValueError, match=r"of shape \(7, 9\) can only be added to a matrix"):
         product + other
-    with pytest.raises(ValueError, match=r"of shape \(7, 9\) can be added to a matrix of that"):
+    with pytest.raises(ValueError, match=r"of shape \(7, 9\) can only be added to a matrix"):
         other - product
 
 
@@ -173,7 +173,7 @@ def test_tensors_are_multiplied_scaled_and_chained():
     torch.testing.assert_close(scalar.grad.double(), dense.sum(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close((product.H @ product).toarray(), dense.T @ dense)
     torch.testing.assert_close(product + dense, 2 * dense)
-    with pytest.raises(TypeError, match="products must be of one array library"):
+    with pytest.raises(TypeError, match="products must have the same array library"):
         product @ numpy_product.T
     with pytest.raises(TypeError, match="needs a product of NumPy factors"):
         product + product

@@ -1,4 +1,4 @@
-"""The rule by which products are multiplied out or not."""
+"""The rule that chooses between factors and dense matrix."""
 
 import numpy as np
 import pytest

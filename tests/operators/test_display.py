@@ -1,4 +1,4 @@
-"""Products can be looked at."""
+"""Display of products."""
 
 import numpy as np
 import pytest

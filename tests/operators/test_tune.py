@@ -1,4 +1,4 @@
-"""Tuning keeps what was measured, in one product, and results repeat to the bit after it."""
+"""Tuning applies to a single product, and results stay bit-reproducible."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Rows are written with given factors about as well as they can be."""
+"""Encoding of rows with given factors is close to optimal."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a layer should be once its inputs have changed."""
+"""Correction of a layer for changed inputs."""
 
 import numpy as np
 import pytest

@@ -97,10 +97,10 @@ KEPT = {
     "int8": "weight of dtype int8",
     "packed": "weight of dtype uint8",
     "float8": "weight of dtype float8_e4m3fn",
-    "scaled": "layer that holds more than weight and bias: weight_scale",
-    "gain": "layer that holds more than weight and bias: gain",
-    "adapted": "layer that holds more than weight and bias: lora",
-    "twice": "layer that holds more than weight and bias: weight_mask",
+    "scaled": "layer with more than a weight and a bias: weight_scale",
+    "gain": "layer with more than a weight and a bias: gain",
+    "adapted": "layer with more than a weight and a bias: lora",
+    "twice": "layer with more than a weight and a bias: weight_mask",
     "odd_bias": "bias of shape (4, 1)",
     "empty": "weight without entries",
     "not_finite": "weight with values that are not finite",
@@ -129,8 +129,8 @@ def test_what_is_in_no_layer_is_told_by_both(roads):
     assert untouched == {"token_embedding.weight", "norm.weight", "attention.in_proj_weight"}
     (said,) = report.untouched()
     for name in untouched:
-        assert tensors[name].note.startswith("in no linear layer or convolution")
-    assert said.startswith("in no linear layer or convolution")
+        assert tensors[name].note.startswith("not in a linear layer or convolution")
+    assert said.startswith("not in a linear layer or convolution")
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(32, 32), nn.Conv2d(4, 8, 3)])
@@ -143,7 +143,7 @@ def test_what_only_a_network_can_compute_is_said_of_the_file(layer, tmp_path):
     tensors = Checkpoint(tmp_path / "out").tensors
     assert tensors["a.weight"].is_product
     for name in ("b.weight_orig", "b.weight_mask"):
-        assert tensors[name].note == "part of what a layer computes its weight from"
+        assert tensors[name].note == "used to compute the weight of a layer"
 
 
 def test_weights_on_meta_which_no_file_holds_are_refused():
@@ -152,5 +152,5 @@ def test_weights_on_meta_which_no_file_holds_are_refused():
         compress(model, "magnitude")
     _, report = compress(model, "magnitude", overrides={"b": None})
     assert {row.layer: row.outcome for row in report} == {
-        "a": "MagnitudePruner", "b": "kept: as asked",
+        "a": "MagnitudePruner", "b": "kept: as requested",
     }  # fmt: skip

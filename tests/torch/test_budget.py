@@ -136,7 +136,7 @@ def test_jobs_do_not_change_what_a_budget_gives(network):
         ({"budget": math.nan}, "budget must be"),
         ({"budget": 10}, "budget=10"),
         ({"budget": 0.5, "method": ()}, "method"),
-        ({"budget": 0.5, "method": ("lowrank", LowRank(), LowRank())}, "differ in name"),
+        ({"budget": 0.5, "method": ("lowrank", LowRank(), LowRank())}, "must have different names"),
         ({"method": ("lowrank", "magnitude")}, "method must be"),
     ],
 )

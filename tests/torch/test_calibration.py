@@ -1,4 +1,4 @@
-"""Calibration on networks and batches that break what it used to assume."""
+"""Calibration on unusual networks and batches."""
 
 import copy
 import math
@@ -432,7 +432,7 @@ def test_layers_that_a_plain_list_holds_are_kept():
 
     small, report = compress(Listed(), "magnitude", density=0.5)
     assert [row.status for row in report] == ["kept", "kept", "compressed"]
-    assert "steps holds too" in report[0].message
+    assert "steps also holds" in report[0].message
     assert small.steps[0] is small.a
 
 

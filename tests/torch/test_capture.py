@@ -1,4 +1,4 @@
-"""What reaches the layers, against what the layers were given."""
+"""Statistics of layer inputs, compared with the recorded inputs."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Checkpoints that hold other names than the network: tied weights, buffers that it makes."""
+"""Checkpoints with other names than the network: tied weights, buffers it creates."""
 
 import pytest
 
@@ -163,7 +163,7 @@ def test_no_number_is_lost_in_another_dtype(there, here, tmp_path):
         return nn.Sequential(layer)
 
     save_network(build(there), tmp_path / "network")
-    with pytest.raises(ValueError, match=f"'0.numbers' is of {there} there and of {here} here"):
+    with pytest.raises(ValueError, match=f"'0.numbers' is {there} there and {here} here"):
         load_network(build(here), tmp_path / "network")
 
 
@@ -193,5 +193,5 @@ def test_factors_must_fit_the_dtype_too(tmp_path):
     double = nn.Sequential(nn.Linear(16, 24)).double()
     model, _ = compress(double, "lowrank", density=0.5)
     save_network(model, tmp_path / "network")
-    with pytest.raises(ValueError, match=r"'0\.weight' is of torch.float64"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is torch.float64"):
         load_network(nn.Sequential(nn.Linear(16, 24)), tmp_path / "network")

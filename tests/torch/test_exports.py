@@ -1,4 +1,4 @@
-"""What `matfact.torch` promises is there."""
+"""The public names of `matfact.torch` exist."""
 
 import pytest
 

@@ -242,7 +242,7 @@ def test_networks_made_in_inference_mode_are_not_changed_in_place(entry, tmp_pat
     with torch.inference_mode():
         model = network()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"'0.weight' was made inside.*copy\.deepcopy"):
+    with pytest.raises(ValueError, match=r"'0.weight' was created inside.*copy\.deepcopy"):
         ENTRIES[entry](model, tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

@@ -1,4 +1,4 @@
-"""Units removed from networks as they are called with batches of all kinds."""
+"""Pruning of units in networks with batches of all kinds."""
 
 from collections import Counter
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Which units count as a block: those that nothing else reads, tried in networks of all kinds."""
+"""Units that qualify as a block, in networks of all kinds: nothing else may read them."""
 
 import copy
 
@@ -215,7 +215,7 @@ def test_depthwise_convolutions_may_have_many_outputs_for_a_unit():
     ],
 )
 def test_blocks_that_are_none_are_refused(block, reason):
-    with pytest.raises(ValueError, match=f"blocks must be those of the network, .*{reason}"):
+    with pytest.raises(ValueError, match=f"blocks must be blocks of the network, .*{reason}"):
         prune_neurons(layers(), [torch.randn(64, 8)], 6, blocks=[block])
 
 

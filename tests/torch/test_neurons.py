@@ -1,4 +1,4 @@
-"""Units found by what flows where, and networks that are ordinary and smaller afterwards."""
+"""Search for units, and ordinary smaller networks after pruning."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Scores of singular triples: the fast ones order them as the exact ones do."""
+"""Scores of singular triples: fast and exact scores give the same ranking."""
 
 import numpy as np
 import pytest
@@ -192,5 +192,5 @@ def test_every_call_of_a_layer_counts():
 
 def test_weights_that_are_computed_are_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="hold their weight as it is, got '0'"):
+    with pytest.raises(ValueError, match="with a plain weight, got '0'"):
         exact_triple_scores(model, [torch.ones(2, 8)])

@@ -15,7 +15,7 @@ from matfact.torch.pruning import prune_network, to_torch_prune  # noqa: E402
 
 
 class Conv1D(nn.Module):
-    """A layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
+    """A layer with a transposed weight, as in the GPT-2 of `transformers`."""
 
     __module__ = "transformers.pytorch_utils"  # whose class is meant
 

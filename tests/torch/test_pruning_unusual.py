@@ -91,7 +91,7 @@ def test_layers_with_a_forward_of_their_own_are_left_out_with_the_reason():
     report = prune_network(model, "magnitude", 0.5)
     assert list(report.kept) == ["0.weight", "4.weight"]
     assert list(report.left_out) == ["1", "2", "3"]
-    assert "forward of its own" in report.left_out["1"]
+    assert "custom forward" in report.left_out["1"]
     assert "computed from" in report.left_out["2"]
     asked = prune_network(model[:2], "magnitude", 0.4, prunable=lambda m, name: name == "weight")
     assert list(asked.kept) == ["0.weight", "1.weight"]
@@ -207,7 +207,7 @@ def test_everything_and_nothing_can_be_kept():
     whole, nothing = layers(), layers()
     assert prune_network(whole, "synflow", 1.0, [x]).share == 1.0
     torch.testing.assert_close(whole(x), layers()(x))
-    with pytest.warns(UserWarning, match=r"Nothing is kept of 0\.weight, 2\.weight"):
+    with pytest.warns(UserWarning, match=r"All weights of 0\.weight, 2\.weight"):
         assert prune_network(nothing, "synflow", 1e-9, [x]).share == 0.0
 
 

@@ -1,4 +1,4 @@
-"""Snapshots of random number generators, which come back and are not used up."""
+"""Snapshots of random number generators can be restored repeatedly."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""What a factorized layer takes over from the one it replaces, and what a failed run leaves."""
+"""Properties inherited by a factorized layer, and restoration after a failed run."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Which layers of a network are taken, and what is said of the others."""
+"""Selection of layers, and the reasons for keeping the others."""
 
 import copy
 import functools
@@ -59,7 +59,7 @@ class Adapted(nn.Linear):
 
 
 class Conv1D(nn.Module):
-    """A layer of the name of one that is known, by somebody else."""
+    """A third-party layer with the name of a known one."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A walk through networks of many forms, against plain passes of what the network is then."""
+"""Sequential calibration of many networks, compared with plain passes of the current network."""
 
 import contextvars
 import copy
@@ -49,7 +49,7 @@ class Stack(nn.Module):
 
 
 class Residual(nn.Module):
-    """Convolutions in a block that holds a list of its own."""
+    """Convolutions in a block that contains a list of modules."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Two(nn.Module):
 
 
 class Telling(nn.Module):
-    """Blocks read how they are to scale from where the network has put it."""
+    """Blocks read their scale from an attribute set by the network."""
 
     def __init__(self, told, block=Two):
         super().__init__()

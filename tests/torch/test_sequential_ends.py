@@ -1,4 +1,4 @@
-"""Walks through networks that end early, in other modes, and beside each other."""
+"""Sequential calibration that ends early, in other modes, and in parallel threads."""
 
 import copy
 import threading

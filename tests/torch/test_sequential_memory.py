@@ -1,4 +1,4 @@
-"""Memory of batches that wait, in processes whose C library keeps none that is freed."""
+"""Memory of waiting batches, in processes whose C library returns freed memory."""
 
 import json
 import os

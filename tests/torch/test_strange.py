@@ -1,4 +1,4 @@
-"""Networks whose passes leave traces, or are unlike those of other batches and threads."""
+"""Networks with side effects, or with passes that differ between batches and threads."""
 
 import contextvars
 import copy

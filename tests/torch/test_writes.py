@@ -1,4 +1,4 @@
-"""Eval passes use the values of now, however these were written."""
+"""Eval passes use the current values, however these were written."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Files that others change while they are read, or after: what was checked is what is used."""
+"""Files that change during or after reading: only verified data is used."""
 
 import os
 import pickle

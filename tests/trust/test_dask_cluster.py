@@ -1,4 +1,4 @@
-"""Work on a cluster of processes: the same bytes, whoever dies, and no weights on the wire."""
+"""Work on a Dask cluster: identical bytes even if workers die, and no weights are sent."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""How commands end: by signals, for want of memory, by a crash; each has its line and status."""
+"""Ends of commands by signals, lack of memory or a crash: message and exit status of each."""
 
 import json
 import os

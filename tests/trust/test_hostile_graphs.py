@@ -1,4 +1,4 @@
-"""Files of torch that are graphs: sharing in them costs what is stored, not what it expands to."""
+"""Torch files with shared objects: cost is bounded by the stored size."""
 
 import collections
 import pickle

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a full disk: what is written is whole, what was there stays, work goes on."""
+"""Ctrl-C, SIGTERM, a full disk: files stay intact, and work can be resumed."""
 
 import os
 import signal

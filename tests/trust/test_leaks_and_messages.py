@@ -1,4 +1,4 @@
-"""Nothing is kept of a fit that is over, and nothing is said but through warnings."""
+"""Fits leak no memory and print nothing; they only use warnings."""
 
 import ast
 import gc

@@ -1,4 +1,4 @@
-"""Names come from files: wherever they are shown, they do nothing but stand there."""
+"""Names from files are harmless wherever they are displayed."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""JSON that is nested deeply, also where the limit on recursion was raised."""
+"""Deeply nested JSON, even with a raised recursion limit."""
 
 import subprocess
 import sys

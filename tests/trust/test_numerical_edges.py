@@ -1,4 +1,4 @@
-"""Every factorizer on matrices at the edges of what numbers can be."""
+"""Every factorizer on matrices at the limits of floating-point numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whatever stands where a command is told to write: it is left alone, or kept in mode and place."""
+"""Existing files at the output path are not touched, or replaced with mode and owner kept."""
 
 import ast
 import os
@@ -105,7 +105,7 @@ def test_networks_are_saved_through_a_link_to_a_folder(exists, tmp_path):
     assert os.listdir(tmp_path / "disk") == ["network"]
     if exists:
         assert (tmp_path / "disk" / "network").stat().st_mode & 0o777 == 0o750
-    with pytest.raises(FileExistsError, match="new or an empty folder"):
+    with pytest.raises(FileExistsError, match="new or empty folder"):
         save(tmp_path / "link", {"a": np.ones(3)})
 
 
@@ -118,7 +118,7 @@ def test_networks_are_saved_in_no_place_of_another_kind(kind, tmp_path):
         os.mkfifo(target)
     else:
         target.symlink_to(target)
-    with pytest.raises(FileExistsError, match="new or an empty folder"):
+    with pytest.raises(FileExistsError, match="new or empty folder"):
         save(target, {"a": np.ones(3)})
     assert os.listdir(tmp_path) == ["target"]
 

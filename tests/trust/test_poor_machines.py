@@ -1,4 +1,4 @@
-"""What a container offers: a number for a user, no home, no folder to write to."""
+"""Containers with a numeric user, without a home or a writable folder."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def test_the_commands_of_the_readme_need_no_home(nobody, arguments):
         os.chmod(folder, 0o777)
         done = nobody("-c", "from matfact.cli import app; app()", *arguments, folder=folder)
         assert done.returncode == 0, done.stderr
-        assert len(os.listdir(folder)) == 1  # what was asked for, and nothing else
+        assert len(os.listdir(folder)) == 1  # the requested file, and nothing else
 
 
 @pytest.mark.slow

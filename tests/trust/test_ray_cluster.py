@@ -1,4 +1,4 @@
-"""Work on a Ray cluster of two processes gives what one process does."""
+"""Work on a Ray cluster of two processes gives the same result as one process."""
 
 import dataclasses
 

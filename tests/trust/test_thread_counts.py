@@ -1,4 +1,4 @@
-"""What is set for a while is put back, whoever comes and goes when; and results do not change."""
+"""Temporary thread settings are restored in any order of exits, and results do not change."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Fits and products leave threads as they were, and bear threads and forks around them."""
+"""Fits and products do not change thread settings, and work with threads and forks."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Networks of others, tiny and with random weights, and what each of them is called with."""
+"""Tiny third-party networks with random weights, and the inputs of each."""
 
 import functools
 from collections.abc import Callable

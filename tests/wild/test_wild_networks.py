@@ -1,4 +1,4 @@
-"""Networks that nobody here has written: compressed, calibrated, stored and trained."""
+"""Third-party networks: compressed, calibrated, stored and trained."""
 
 import copy
 import functools

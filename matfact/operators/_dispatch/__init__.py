@@ -1,1 +1,1 @@
-"""Which way a product is applied: the rule, what is prepared for it, and tuning on request."""
+"""Dispatch: applying a product by its factors or by its dense matrix."""

@@ -1,4 +1,4 @@
-"""Which way to apply a product is the faster one, as timed here and now."""
+"""Timing of the two ways to apply a product."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from matfact.backend import Array
 
 Method = Literal["factors", "dense"]
 
-_ROUNDS = 5  #: timings of which the fastest counts
+_ROUNDS = 5  #: number of timings; the fastest counts
 
 
 class Advice(NamedTuple):
-    """How long a product with a batch takes by its factors and by the dense matrix.
+    """Times to apply a product to a batch by its factors and by its dense matrix.
 
     Parameters
     ----------
     batch_size : int
         Columns of the operand.
     factors_seconds : float
-        Time by the factors.
+        Time with the factors.
     dense_seconds : float
-        Time by the dense matrix.
+        Time with the dense matrix.
     rule : {"factors", "dense"}, optional
-        The way that ``@`` takes if it is not tuned. None where nothing was tuned.
+        What ``@`` uses if the product is not tuned. None if nothing was tuned.
     """
 
     batch_size: int
@@ -38,22 +38,22 @@ class Advice(NamedTuple):
 
     @property
     def method(self) -> Method:
-        """The faster way, ``"factors"`` or ``"dense"``."""
+        """The faster method, ``"factors"`` or ``"dense"``."""
         return "factors" if self.factors_seconds <= self.dense_seconds else "dense"
 
     @property
     def seconds(self) -> float:
-        """Time of the faster way."""
+        """Time of the faster method."""
         return min(self.factors_seconds, self.dense_seconds)
 
     @property
     def speedup(self) -> float:
-        """Time by the dense matrix ÷ time by the factors: below 1, factors do not pay."""
+        """Dense time ÷ time with the factors; below 1 the factors are slower."""
         return self.dense_seconds / self.factors_seconds
 
     @property
     def changed(self) -> bool:
-        """Whether ``@`` was tuned to another way than the rule's."""
+        """Whether tuning changed what ``@`` uses."""
         return self.rule not in (None, self.method)
 
     def __repr__(self) -> str:
@@ -69,7 +69,7 @@ class Advice(NamedTuple):
 
 
 def operand(columns: int, batch: int, like: Array, dtype: Any) -> Array:
-    """Return a random operand to time products with, of the library of `like`."""
+    """Return a random operand for timings, from the library of `like`."""
     values = np.random.RandomState(0).standard_normal((columns, batch))
     return backend.like(values, like, dtype=dtype)
 
@@ -77,7 +77,7 @@ def operand(columns: int, batch: int, like: Array, dtype: Any) -> Array:
 def measure(
     by_factors: Callable[[Array], Array], by_dense: Callable[[Array], Array], X: Array
 ) -> Advice:
-    """Time both ways of applying a product to `X`."""
+    """Time both ways to apply a product to `X`."""
     return Advice(int(X.shape[1]), _fastest(by_factors, X), _fastest(by_dense, X))
 
 
@@ -86,6 +86,6 @@ def _fastest(call: Callable[[Array], Any], X: Array) -> float:
     for _ in range(_ROUNDS + 1):
         start = time.perf_counter()
         result = call(X)
-        backend.to_numpy(result[:1, :1])  # waits for devices that compute in the background
+        backend.to_numpy(result[:1, :1])  # waits for asynchronous devices
         times.append(time.perf_counter() - start)
     return min(times[1:])

@@ -1,7 +1,7 @@
-"""Whether the factors of a product take less work than its dense matrix: a rule, no measurement.
+"""Fixed rule that compares the work of the factors with that of the dense matrix.
 
-What is computed must not depend on how busy a machine was when it was first asked: both ways
-round differently.
+The rule measures nothing: the two ways round differently, so results must not depend on how busy
+a machine was.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-#: Batch sizes for which work is known.
+#: Batch sizes at which work was measured.
 BATCHES = (1, 16, 64, 256)
-#: Work of each part of a program, in that of a value of a dense block: ratios of times of the
-#: kernels on one thread of a server's processor, which hardly differ between float32 and float64.
+#: Work per element of each part of a program, relative to a value of a dense block. Ratios of
+#: kernel times on one thread of a server CPU; nearly the same for float32 and float64.
 WORK = {
     "row": (2.0, 2.5, 4.0, 3.6),
     "csr": (0.9, 1.5, 2.3, 2.8),
@@ -23,12 +23,12 @@ WORK = {
 
 
 def work(counts: Mapping[str, int], batch: int) -> float:
-    """Return the work for `counts` of each part of a program, at one batch size."""
+    """Return the work of a program with `counts` of each part, for one batch size."""
     return sum(n * float(np.interp(batch, BATCHES, WORK[kind])) for kind, n in counts.items())
 
 
 def factors_pay(counts: Mapping[str, int], shape: tuple[int, int], batch: int) -> bool:
-    """Whether a program takes no more work than the dense matrix of its `shape`."""
+    """Whether a program takes at most the work of a dense matrix of its `shape`."""
     rows, columns = shape
     dense = {"row": rows + columns, "block": rows * columns}
     return work(counts, batch) <= work(dense, batch)

@@ -1,4 +1,4 @@
-"""How a product is applied: by its factors or by the dense matrix, by a fixed rule or as tuned."""
+"""Choice between factors and dense matrix, by a fixed rule or by tuning."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ Apply = Callable[[np.ndarray], np.ndarray]
 K = TypeVar("K")
 V = TypeVar("V")
 
-#: Longest side of factors for which compiling does not pay. BLAS rounds products of such matrices
-#: alike for any number of its threads, which share out longer sums.
+#: Largest side of factors for which compiling does not pay. BLAS splits only longer sums between
+#: threads, so up to this size its results do not depend on the number of threads.
 _SMALL = 128
-_SAVED = 1 << 19  #: multiplications that take as long as the calls for one factor
-_KEPT = 64  #: shapes of operands for which it is kept what to do, at most
-#: Dtypes of operands that are taken as they are.
+_SAVED = 1 << 19  #: multiplications that take as long as the call overhead of one factor
+_KEPT = 64  #: maximum number of operand shapes for which the choice is cached
+#: Dtypes of operands that need no conversion.
 COMPUTED = frozenset(map(np.dtype, (np.float32, np.float64, np.complex64, np.complex128)))
 _STORED = COMPUTED | {np.dtype(np.float16)}  #: dtypes of NumPy values
 
 
 class Plan:
-    """The prepared forms of a product of factors on the host, each made when first needed.
+    """Prepared forms of a product on the host, each created when first needed.
 
-    Which of them multiplies an operand depends on factors, shapes and dtypes alone, unless the
-    product was tuned, and none depends on the number of threads: a product gives the same bits
-    each time, in each process.
+    Unless the product was tuned, the form used depends only on factors, shapes and dtypes. No form
+    depends on the number of threads, so results are bit-identical in every call and process.
 
     Parameters
     ----------
     factors : sequence of Factor
         Factors that this `suits`.
     tuned : dict of int to {"factors", "dense"}
-        The ways for operands of some columns instead of the rule's; `tune` writes to it.
+        Methods that override the rule, by the number of columns; `tune` writes to it.
     """
 
     def __init__(self, factors: Sequence[Factor], tuned: dict[int, Method]) -> None:
@@ -50,10 +49,10 @@ class Plan:
         self._factors = [f.with_values(backend.host_view(f.values)) for f in factors]
         self._tuned = tuned
         self._shape = (factors[0].shape[0], factors[-1].shape[1])
-        #: Dtype that the values are computed with.
+        #: Dtype used for computing.
         self.dtype = np.result_type(np.float32, *(f.dtype for f in self._factors if not self._half))
         self.versions = versions(factors)
-        #: What to call for operands of a shape and dtype.
+        #: Function to call for operands of a shape and dtype.
         self.ways: dict[tuple[tuple[int, ...], np.dtype], Apply] = {}
         self._methods: dict[tuple[int, np.dtype], Method] = {}
         self._programs: dict[np.dtype, Program] = {}
@@ -69,8 +68,8 @@ class Plan:
         return all(view is not None and view.dtype in _STORED for view in views)
 
     def apply(self, X: np.ndarray) -> np.ndarray:
-        """Return the product with `X`, of shape (in,) or (in, batch), of a dtype in COMPUTED."""
-        key, ways = (X.shape, X.dtype), self.ways  # by name, as tuning puts others in their place
+        """Return the product with `X`, of shape (in,) or (in, batch) and a dtype in COMPUTED."""
+        key, ways = (X.shape, X.dtype), self.ways  # a local reference, since tuning replaces it
         way = ways.get(key)
         if way is None:
             way = self._way(X, np.result_type(self.dtype, X.dtype))
@@ -78,13 +77,13 @@ class Plan:
         return way(X)
 
     def _way(self, X: np.ndarray, dtype: np.dtype) -> Apply:
-        """Return what to call for operands like `X`."""
+        """Return the function to call for operands like `X`."""
         if dtype.kind == "c" and self.dtype.kind != "c":
             return functools.partial(self._apply_to_parts, dtype=dtype)
         return self._by(self.method(X.shape[1] if X.ndim == 2 else 1, dtype), X, dtype)
 
     def method(self, batch: int, dtype: np.dtype) -> Method:
-        """Return which way operands of so many columns are multiplied."""
+        """Return the method for operands with `batch_size` columns."""
         key, methods = (batch, dtype), self._methods
         method = methods.get(key)
         if method is None:
@@ -93,18 +92,18 @@ class Plan:
         return method
 
     def rule(self, batch: int, dtype: np.dtype) -> Method:
-        """Return which way they are multiplied if nothing is tuned."""
+        """Return the method without tuning."""
         if self._is_small:
             pays = batch * self._saved > _SAVED * len(self._factors)
         else:
-            # Imported where needed, so that products load without waiting for the compiler.
+            # Imported late, so that products load without the compiler.
             from matfact.operators._dispatch import cost
 
             pays = cost.factors_pay(self._program(dtype).counts, self._shape, batch)
         return "factors" if pays else "dense"
 
     def _by(self, method: Method, X: np.ndarray, dtype: np.dtype) -> Apply:
-        """Return what to call for operands like `X` to multiply them one of two ways."""
+        """Return the function that multiplies operands like `X` by the given method."""
         if self._is_small:
             if method == "factors":
                 return functools.partial(self._apply_factors, dtype=dtype)
@@ -113,7 +112,7 @@ class Plan:
         return program.prepared(X.shape) if X.dtype == dtype else program.apply
 
     def _apply_to_parts(self, X: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Return the product of real factors with the real and the imaginary parts of `X`."""
+        """Apply real factors to the real and imaginary parts of `X`."""
         parts = np.ascontiguousarray(_columns(X), dtype).view(dtype.char.lower())
         return self.apply(parts).view(dtype).reshape(self._shape[0], *X.shape[1:])
 
@@ -121,37 +120,37 @@ class Plan:
         """Return the product with `X` by NumPy and SciPy."""
         result = _columns(X).astype(dtype, copy=False)
         for factor in reversed(self._factors):
-            # As another factor, which keeps nothing.
+            # A new factor, which caches nothing.
             result = factor.with_values(factor.values).apply(result)
         return result if X.ndim == 2 else result[:, 0]
 
     @functools.cached_property
     def _is_small(self) -> bool:
-        """Whether NumPy and SciPy do, and repeat to the bit."""
-        shortest = 2 if self.dtype.kind == "c" else 1  # BLAS takes complex rows for vectors
+        """Whether NumPy and SciPy are fast enough and bit-reproducible."""
+        shortest = 2 if self.dtype.kind == "c" else 1  # BLAS treats complex rows as vectors
         sides = [self._shape[0], *(factor.shape[1] for factor in self._factors)]
         return self._half != "bfloat16" and shortest <= min(sides) and max(sides) <= _SMALL
 
     @property
     def _saved(self) -> int:
-        """Multiplications that factors save for a column, if one of theirs takes twice as long."""
+        """Multiplications saved per column, if one in a factor takes twice as long."""
         return self._shape[0] * self._shape[1] - 2 * sum(factor.nnz for factor in self._factors)
 
     def advise(self, batch: int) -> Advice:
-        """Time the factors and what NumPy takes for the dense matrix."""
+        """Time the factors and NumPy's product with the dense matrix."""
         X = self._operand(batch)
         return measure(
             self._by("factors", X, self.dtype), self._densified(self.dtype).__matmul__, X
         )
 
     def tune(self, batch: int) -> Advice:
-        """Time the two ways that operands of so many columns can go here; take the faster."""
+        """Time both methods for operands with `batch_size` columns and keep the faster."""
         X = self._operand(batch)
         by_factors, by_dense = (self._by(way, X, self.dtype) for way in get_args(Method))
         advice = measure(by_factors, by_dense, X)._replace(rule=self.rule(batch, self.dtype))
         self._tuned[batch] = advice.method
         self.ways, self._methods = {}, {}
-        if advice.method == "factors":  # the dense matrix may have been made for this alone
+        if advice.method == "factors":  # the dense matrix may have been made only for this
             self._dense, self._dense_programs = {}, {}
         return advice
 
@@ -169,9 +168,9 @@ class Plan:
         return self._programs[dtype]
 
     def _dense_program(self, dtype: np.dtype) -> Program:
-        """Return the program of the dense matrix, which BLAS would multiply no faster.
+        """Return the program of the dense matrix.
 
-        Unlike BLAS it gives the same bits for any number of threads.
+        It is as fast as BLAS, but its results do not depend on the number of threads.
         """
         from matfact.operators._dispatch.program import Program
 
@@ -187,7 +186,7 @@ class Plan:
         return self._dense[dtype]
 
     def _densified(self, dtype: np.dtype) -> np.ndarray:
-        """Return the dense matrix, some columns computed at a time."""
+        """Return the dense matrix, computed a few columns at a time."""
         columns = self._shape[1]
         dense = np.empty(self._shape, dtype)
         for part in backend.slabs(columns):
@@ -201,7 +200,7 @@ class Plan:
 
 
 def _keep(kept: dict[K, V], key: K, value: V) -> None:
-    """Keep a value for a key, or begin anew where there are too many."""
+    """Cache a value; empty the cache first if it is full."""
     if len(kept) >= _KEPT:
         kept.clear()
     kept[key] = value
@@ -212,13 +211,13 @@ def _columns(X: np.ndarray) -> np.ndarray:
 
 
 def versions(factors: Sequence[Factor]) -> list[int]:
-    """Return numbers that change when values are written to, where the library keeps count."""
+    """Return version counters of the values, for libraries that have them."""
     if backend.is_numpy(factors[0].values):
         return []
     return [backend.version(factor.values) for factor in factors]
 
 
 def _half(factors: Sequence[Factor]) -> str:
-    """Return the 16-bit dtype that all values have, by name, "" if there is none."""
+    """Return the name of the 16-bit dtype of all values, or ""."""
     names = {str(dtype).rpartition(".")[2] for dtype in {factor.dtype for factor in factors}}
     return names.pop() if names in ({"float16"}, {"bfloat16"}) else ""

@@ -1,4 +1,4 @@
-"""The factors of a product as one flat program for the fused kernels."""
+"""Flat programs of all factors of a product, for the fused kernels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from matfact._threads import allowed_threads
 from matfact.kernels import csr, fused
 from matfact.kernels.blocks import TILE
 
-_HELP = 1 << 15  #: multiplications of vectors from which a second thread pays
-_DOT_SPEED = 3  #: values of a single column that take as long as one multiplication of vectors
+_HELP = 1 << 15  #: vector multiplications from which a second thread pays
+_DOT_SPEED = 3  #: values of a single column that take as long as one vector multiplication
 _PAIR = 16  #: entries of the largest block whose rows cost more than its values
-_SMALL = 256  #: entries of the largest block that is stored side by side with others
-_PIECES = 4  #: parts of a factor for each thread, so that a late one still finds work
-_VECTOR_PIECES = 2  #: the same for a single column, which comes from memory in longer stretches
-_CACHE_LINE = 64  #: bytes; vectors that straddle two take twice as long
-_KEPT = 64  #: sizes of batches for which something is prepared, at most
-_ALONE = np.zeros(fused.STATE_SIZE, np.int64)  #: what a kernel without helpers shares with them
+_SMALL = 256  #: entries of the largest block that is interleaved with others
+_PIECES = 4  #: parts of a factor per thread, so that a late thread still finds work
+_VECTOR_PIECES = 2  #: the same for a single column, read from memory in longer stretches
+_CACHE_LINE = 64  #: bytes; loading a vector that straddles two lines takes twice as long
+_KEPT = 64  #: maximum number of batch sizes with a cached preparation
+_ALONE = np.zeros(fused.STATE_SIZE, np.int64)  #: shared state of a kernel without helpers
 _memory = threading.local()  #: scratch space, kept from call to call
 
 
@@ -32,14 +32,14 @@ Apply = Callable[[np.ndarray], np.ndarray]
 
 
 class Program:
-    """Steps to apply, in that order, with their values in one array.
+    """Steps in the order of their application, with all values in one array.
 
     Parameters
     ----------
     dtype : dtype
         float32 or float64, in which results are computed.
     half : {"", "float16", "bfloat16"}
-        Which 16-bit numbers all values are, if they are; bfloat16 numbers are given as their bits.
+        16-bit dtype of all values, if any; bfloat16 values are given as their bits.
     columns : int
         Rows of the operand.
     """
@@ -92,7 +92,7 @@ class Program:
         self._add(fused.BANDS, rows, len(tiles), len(tiles), values, place)
 
     def add_selection(self, index: np.ndarray) -> None:
-        """Add a choice of rows, negative where there is none."""
+        """Add a selection of rows; negative indices give zeros."""
         place = {"TABLE": self._append(self._table, index)}
         self._add(fused.SELECTION, len(index), len(index), len(index), np.zeros(0), place)
 
@@ -117,7 +117,7 @@ class Program:
         self._largest = max(self._largest, rows)
 
     def finish(self) -> Program:
-        """Lay everything out flat; nothing can be added afterwards."""
+        """Lay out all arrays; no step can be added afterwards."""
         stored = {"": self.dtype, "float16": np.float16, "bfloat16": np.int16}[self._half]
         values = np.concatenate([np.ravel(v).astype(stored, copy=False) for v in self._values])
         narrow = self._largest <= 1 << 16
@@ -143,12 +143,12 @@ class Program:
         return self
 
     def threads(self, batch: int) -> int:
-        """Return how many threads a batch is worth, and no more than allowed."""
+        """Return the number of threads worth using for a batch, within the limit."""
         worth = self._worth(batch)
         return min(allowed_threads(), worth) if worth > 1 else 1
 
     def _worth(self, batch: int) -> int:
-        """Return how many threads a batch is worth."""
+        """Return the number of threads worth using for a batch."""
         values = self._n_values
         if batch == 1:
             vectors = values // _DOT_SPEED
@@ -159,7 +159,7 @@ class Program:
     def apply(self, X: np.ndarray, threads: int | None = None) -> np.ndarray:
         """Return the product with `X`, of shape (columns,) or (columns, batch).
 
-        The result is laid out like `X`: row by row, or column by column.
+        The result has the memory layout of `X`.
         """
         batch = X.shape[1] if X.ndim == 2 else 1
         flags = X.flags
@@ -167,7 +167,7 @@ class Program:
         if X.dtype != self.dtype or not (by_columns or flags.c_contiguous):
             X, by_columns = np.ascontiguousarray(X, self.dtype), False
         elif not flags.writeable:
-            X = X.copy("K")  # Numba has a type for read-only arrays
+            X = X.copy("K")  # Numba has a separate type for read-only arrays
         out = np.empty((self.rows, *X.shape[1:]), self.dtype, "F" if by_columns else "C")
         if batch:
             call = self._call(batch, by_columns, threads or self.threads(batch))
@@ -177,14 +177,14 @@ class Program:
         return out
 
     def prepared(self, shape: tuple[int, ...], threads: int | None = None) -> Apply:
-        """Return what applies the program to operands of a shape and of its dtype.
+        """Return a function that applies the program to operands of a shape and of its dtype.
 
-        It does what `apply` does. Where one thread suffices, more of it is done beforehand, which
-        takes more than a microsecond off each call.
+        Equivalent to `apply`. If one thread suffices, more work is done in advance, which saves
+        more than a microsecond per call.
         """
         batch = shape[1] if len(shape) == 2 else 1
         if not batch or (threads or self._worth(batch)) > 1:
-            return functools.partial(self.apply, threads=threads)  # None: what is allowed then
+            return functools.partial(self.apply, threads=threads)  # None: the limit at that time
         call, dtype, result = self._call(batch, False, 1), self.dtype, (self.rows, *shape[1:])
         kernel, job, size, scratch = call.kernel, call.job, call.scratch, self._scratch
         values, indices = self._arrays[1:3]
@@ -202,7 +202,7 @@ class Program:
         return apply
 
     def _call(self, batch: int, by_columns: bool, threads: int) -> _Call:
-        """Return what is the same in all products with batches of one size and layout."""
+        """Return the preparation for batches of one size and layout."""
         key = (batch, by_columns, threads)
         if key not in self._calls:
             if len(self._calls) >= _KEPT:
@@ -226,9 +226,9 @@ class Program:
         return _Call(job, kernel, number, math.prod(shape), threads)
 
     def _panels(self, job: np.ndarray, batch: int, threads: int) -> tuple[int, int]:
-        """Divide a batch into panels; return the shape of the scratch space."""
+        """Split a batch into panels and return the shape of the scratch space."""
         wide, narrow = (n // self.dtype.itemsize for n in (fused.WIDE, fused.NARROW))
-        n_wide = (batch + wide // 2 - 1) // wide  # what is left over goes into narrow panels
+        n_wide = (batch + wide // 2 - 1) // wide  # the rest goes into narrow panels
         n_panels = n_wide + max(0, -(-(batch - n_wide * wide) // narrow))
         lanes = wide if n_wide else narrow
         whole = threads == 1 or n_panels >= 2 * threads
@@ -237,7 +237,7 @@ class Program:
         return rows, 2 * self._largest * lanes
 
     def _scratch(self, size: int) -> np.ndarray:
-        """Return uninitialized memory that belongs to this thread until its next product."""
+        """Return uninitialized memory, valid in this thread until its next product."""
         arrays = _memory.__dict__
         memory = arrays.get(self.dtype.char)
         if memory is None or memory.size < size:
@@ -250,9 +250,9 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What is prepared for products with batches of one size and layout.
+    """Preparation for batches of one size and layout.
 
-    `job` lacks the addresses of operands and of scratch space, which has `scratch` entries.
+    `job` lacks the addresses of operands and of the scratch space, which has `scratch` entries.
     """
 
     job: np.ndarray
@@ -263,8 +263,8 @@ class _Call:
 
 
 def _halved(values: np.ndarray, halves: np.ndarray, is_bfloat16: bool) -> np.ndarray:
-    """Return the values with those marked 1 or 2 replaced by halves that add up to them."""
-    if is_bfloat16:  # given as the upper bits of float32
+    """Replace the values marked 1 or 2 by halves that add up to them."""
+    if is_bfloat16:  # stored as the upper bits of float32
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     first, second = halves == 1, halves == 2
     values[first] *= 0.5
@@ -284,7 +284,7 @@ def _strides(by_columns: bool, rows: int, batch: int) -> tuple[int, int]:
 def _bands(blocks: np.ndarray, rows: int, origin: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut blocks into tiles of a few rows: see ``kernels.blocks.band_panel``.
 
-    `origin` is the place of the first value.
+    `origin` is the position of the first value.
     """
     sizes = (blocks[:, 1] - blocks[:, 0]) * (blocks[:, 3] - blocks[:, 2])
     begins = origin + np.cumsum(sizes) - sizes

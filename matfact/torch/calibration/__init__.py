@@ -1,1 +1,1 @@
-"""What enters the layers of a network, all at once or one after the other."""
+"""Statistics of the inputs of a network's layers, at once or sequentially."""

@@ -1,4 +1,4 @@
-"""Statistics of the layers of a block that its batches call next."""
+"""Statistics of the layers that the batches in a block call next."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from matfact.torch.calibration._passes import Stopped
 from matfact.torch.calibration.statistics import naming, rows_of
 from matfact.torch.layers._matricized import Matricized
 
-#: A tensor and the number of its changes in place, None where that is not counted.
+#: A tensor and its version, None if torch does not track it.
 _State = tuple[Tensor, int | None]
 _Mode = Callable[[], contextlib.AbstractContextManager[None]]
 
-#: Least correlation of inputs with their counterparts in the dense network.
+#: Minimum correlation of inputs with their counterparts in the dense network.
 LEAST_CORRELATION = 0.5
 _UNLIKE = "its inputs have no counterparts in the dense network: fitted without feedback"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrived:
-    """A batch that is where layers are called next.
+    """A batch waiting before the next layers.
 
     Attributes
     ----------
     index : int
-        Its number.
+        Number of the batch.
     calls : Counter of str
-        How often it calls each layer in the dense network.
+        Number of calls of each layer in the dense network.
     own : Pass or WholePass
-        In the network as it is now.
+        Pass through the network in its current state.
     dense : Pass, WholePass or None
-        In the dense network, if that is wanted.
+        Pass through the dense network, if needed.
     """
 
     index: int
@@ -49,7 +49,7 @@ class Arrived:
 
 
 class Collected:
-    """The first layer of a block that is called, and those that are given the same inputs.
+    """Collects statistics of the next layer of a block and of others with the same inputs.
 
     Parameters
     ----------
@@ -58,14 +58,14 @@ class Collected:
     views : dict of str to Matricized
         Layers of the block.
     arrived : list of Arrived
-        Batches that wait before the block.
+        Batches waiting before the block.
     as_dense : callable
-        Returns a context in which the network has the layers of the dense one.
+        Returns a context in which the network has its dense layers.
 
     Attributes
     ----------
     statistics : dict of str to LayerStatistics
-        Those of the inputs of each; none where no batch calls a layer.
+        Statistics of the inputs of each layer; empty if no batch calls a layer.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Collected:
             self._add_alone(arrived)
 
     def _first_called(self, own: Any) -> str | None:
-        """Return the layer that a batch calls first."""
+        """Return the first layer called by a batch."""
         found: list[str] = []
 
         def visit(name: str, x: Tensor) -> None:
@@ -107,7 +107,7 @@ class Collected:
             self._add(each, None)
 
     def _add_pairs(self, arrived: Sequence[Arrived]) -> bool:
-        """Add pairs of inputs now and in the dense network; return whether they belong together."""
+        """Add pairs of current and dense inputs; return whether they correspond."""
         likeness = _Likeness()
         for each in arrived:
             dense = self._dense_inputs(each)
@@ -116,7 +116,7 @@ class Collected:
         return likeness.is_given
 
     def _dense_inputs(self, batch: Arrived) -> list[Tensor] | None:
-        """Return what all calls of the layer are given in the dense network, None if unknown."""
+        """Return the inputs of all calls of the layer in the dense network, or None if unknown."""
         found: list[Tensor] = []
         wanted = batch.calls[self._first]
         if batch.dense is None or batch.dense.at != batch.own.at:
@@ -124,7 +124,7 @@ class Collected:
 
         def visit(name: str, x: Tensor) -> None:
             if name == self._first:
-                found.append(x if wanted == 1 else x.clone())  # which later code may write to
+                found.append(x if wanted == 1 else x.clone())  # later code may modify it
                 if len(found) == wanted:
                     raise Stopped
 
@@ -135,7 +135,7 @@ class Collected:
     def _add(
         self, batch: Arrived, dense: list[Tensor] | None, likeness: _Likeness | None = None
     ) -> bool:
-        """Add what one batch brings; return whether it fits what it has in the dense network."""
+        """Add the inputs of one batch; return whether they correspond to the dense ones."""
         entered: dict[str, _State] = {}
         expected = set(self.statistics or self._views)
         wanted, n_calls, fits = batch.calls[self._first], 0, True
@@ -144,13 +144,15 @@ class Collected:
             nonlocal n_calls, fits
             state = x, None if x.is_inference() else x._version
             if name == self._first:
-                twin = None if dense is None else dense[n_calls] if n_calls < len(dense) else x
-                fits = twin is None or _shape(twin) == _shape(x)
+                counterpart = (
+                    None if dense is None else dense[n_calls] if n_calls < len(dense) else x
+                )
+                fits = counterpart is None or _shape(counterpart) == _shape(x)
                 if not fits:
                     raise Stopped
                 n_calls += 1
                 entered[name] = state
-                self._count(batch, name, x, twin, likeness)
+                self._count(batch, name, x, counterpart, likeness)
             elif entered and wanted == 1:
                 if not (batch.calls[name] == 1 and self._shares(name, state, entered[self._first])):
                     raise Stopped
@@ -166,33 +168,38 @@ class Collected:
         return fits and (dense is None or n_calls == len(dense))
 
     def _shares(self, name: str, state: _State, entered: _State) -> bool:
-        """Whether a layer is given what the first one was, as query, key and value are."""
+        """Whether a layer has the same inputs as the first one, like query, key and value."""
         (x, version), (y, before) = state, entered
         by_rows = all(self._views[each].by_rows for each in (name, self._first))
         return by_rows and x is y and version is not None and version == before
 
     def _count(
-        self, batch: Arrived, name: str, x: Tensor, twin: Tensor | None, likeness: _Likeness | None
+        self,
+        batch: Arrived,
+        name: str,
+        x: Tensor,
+        counterpart: Tensor | None,
+        likeness: _Likeness | None,
     ) -> None:
         view = self._views[name]
         if name not in self.statistics:
             if name != self._first and batch.index != self._started:
-                return  # an earlier batch has not given it the same
+                return  # its inputs differed in an earlier batch
             self._started = batch.index
-            self.statistics[name] = LayerStatistics.of(view, paired=twin is not None)
+            self.statistics[name] = LayerStatistics.of(view, paired=counterpart is not None)
         x = rows_of(view, x, batch.own.batch, self._model)
-        if twin is not None:
-            twin = rows_of(view, twin, batch.own.batch, self._model)
+        if counterpart is not None:
+            counterpart = rows_of(view, counterpart, batch.own.batch, self._model)
             if likeness is not None:
-                likeness.add(x, twin, axis=-1 if view.by_rows else 1)
+                likeness.add(x, counterpart, axis=-1 if view.by_rows else 1)
         with naming(name, batch.index):
-            self.statistics[name].add(view, x, twin, aside=is_aside(batch.index))
+            self.statistics[name].add(view, x, counterpart, aside=is_aside(batch.index))
 
 
 class _Likeness:
-    """How much inputs vary with their counterparts in the dense network.
+    """Correlation of inputs with their counterparts in the dense network.
 
-    Wrong counterparts, such as other tokens that a router sent there, tell nothing of them.
+    It reveals wrong counterparts, such as other tokens sent by a router.
     """
 
     def __init__(self) -> None:
@@ -205,13 +212,13 @@ class _Likeness:
             for each in (x, dense)
         ])  # fmt: skip
         self._count += rows.shape[1]
-        # Not in place: the network may be in inference mode here, or its caller.
+        # Not in place: inference mode may be on.
         self._products = self._products + _products(rows)
         self._sums = self._sums + rows.sum(1)
 
     @property
     def is_given(self) -> bool:
-        """Whether they do; if one of them does not vary at all, there is nothing to tell."""
+        """Whether inputs are correlated; true if one of them is constant."""
         if not self._count:
             return True
         about_mean = self._products - self._count * _products(self._sums[:, None] / self._count)
@@ -221,7 +228,7 @@ class _Likeness:
 
 
 def _products(rows: Tensor) -> Tensor:
-    """Return the inner products of inputs with counterparts, with themselves, and of those."""
+    """Return inner products: inputs with counterparts, inputs, and counterparts."""
     x, dense = rows
     return torch.stack([(x * dense).sum(), (x * x).sum(), (dense * dense).sum()])
 

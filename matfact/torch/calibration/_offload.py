@@ -1,4 +1,4 @@
-"""What waiting batches hold, in files, whose pages take no memory until somebody uses them."""
+"""Offloading of the tensors of waiting batches to memory-mapped files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from matfact.torch.running._mapped import is_worth_a_file, written
 
 @contextlib.contextmanager
 def offloading(model: nn.Module, blocks: Collection[str], folder: Path | None) -> Iterator[None]:
-    """Keep in files what modules hand to each other on a pass, if there is a `folder` for them.
+    """Store tensors passed between modules in files, if there is a `folder`.
 
-    Outputs of `blocks`, and of modules outside of them, become copies that are mapped into memory.
-    Whoever uses such a copy finds it as if it were in memory; a pass that waits lets go of its
-    pages. Files have no name, and vanish with the tensors or the process.
+    Outputs of `blocks`, and of modules outside of them, are replaced by memory-mapped copies. They
+    can be used like any tensor; a waiting pass releases their pages. Files have no name, and vanish
+    with the tensors or the process.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def offloading(model: nn.Module, blocks: Collection[str], folder: Path | None) -
     blocks : collection of str
         Modules before which passes wait.
     folder : Path or None
-        Where to write; it should not be in memory itself.
+        Folder for the files; not a RAM disk.
     """
     with contextlib.ExitStack() as handles:
         if folder is not None:
@@ -40,10 +40,10 @@ def offloading(model: nn.Module, blocks: Collection[str], folder: Path | None) -
 
 
 def between(model: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the blocks, and the outermost modules that neither hold one nor are in one."""
+    """Yield the blocks, and the outermost modules that are neither inside nor around a block."""
     holders = {""} | {name for block in blocks for name in _holders(block)}
     for name, module in model.named_modules():
-        is_scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+        is_scripted = isinstance(module, torch.jit.ScriptModule)  # does not support hooks
         if name not in holders and name.rpartition(".")[0] in holders and not is_scripted:
             yield name, module
 
@@ -58,7 +58,7 @@ def _hook(folder: Path) -> Callable[..., Any]:
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Any:
         present = Pass.advancing()
-        if present is None:  # a trial, or a call by somebody else
+        if present is None:  # a trial, or a call from outside
             return output
         entered = {_place(each) for each in _tensors((args, dict(kwargs)))}
         return _offloaded(output, entered, present, folder)
@@ -81,7 +81,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _offloaded(output: Any, entered: Collection[int], present: Pass, folder: Path) -> Any:
-    """Return `output` with its large tensors in files, but for those that came in."""
+    """Return `output` with large tensors in files, except tensors from the inputs."""
     if type(output) is tuple:
         return tuple(_offloaded(each, entered, present, folder) for each in output)
     if type(output) is not Tensor or output.requires_grad:

@@ -1,4 +1,4 @@
-"""Batches on their way through a network, which wait where they are told to and can go back."""
+"""Passes of batches through a network, which can wait before a module and replay it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Visitor = Callable[[str, Tensor], None]
 
 
 class Stopped(BaseException):
-    """Ends a trial run; no ``except Exception`` in a model may catch it."""
+    """Ends a trial run. Not an ``Exception``, so that models do not catch it."""
 
 
 class _Cancelled(BaseException):
@@ -36,35 +36,34 @@ class _Cancelled(BaseException):
 
 
 class Pass:
-    """One batch on its way through the network, in a thread that waits where it is told to.
+    """Pass of one batch through the network, in a thread that can wait before modules.
 
-    The network's own code calls everything with its own arguments, so that any network can be
-    passed. The thread holds the place in that code. Modules are run by the thread that
-    advances the pass, in the grad and autocast modes of the pass. So threads that wait hold
-    neither workers nor work space.
+    The network runs its own code with its own arguments, so any network is supported; the thread
+    holds the position in that code. Modules are run by the thread that advances the pass, in the
+    grad and autocast modes of the pass, so waiting threads hold no workers and no work space.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     batch : object
-        What it is called with.
+        Input of the network.
     draws : RandomState
-        Where the random numbers that it draws start. Passes to compare are given the same.
+        Initial state of the random number generators. Passes to compare share it.
 
     Attributes
     ----------
     at : str or None
         Name of the module before which it waits.
     offloaded : set of mmap.mmap
-        Files that hold tensors of the pass, as long as it needs them.
+        Files with tensors of the pass, while it needs them.
     """
 
     _local = threading.local()
 
     def __init__(self, model: nn.Module, batch: Any, draws: RandomState) -> None:
         self._draws = draws
-        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, model), daemon=True)
         self._modes = dataclasses.replace(_Modes.now(), gradients=False, inference=False)
@@ -80,28 +79,28 @@ class Pass:
 
     @classmethod
     def advancing(cls) -> Pass | None:
-        """Return the pass whose thread asks."""
+        """Return the pass of the current thread."""
         present: Pass | None = getattr(cls._local, "current", None)
         return present
 
     def _run(self, model: nn.Module) -> None:
         self._local.current = self
         try:
-            with self._modes.entered():  # each thread has its own
+            with self._modes.entered():  # modes are per thread
                 forward(model, self.batch)
         except _Cancelled:
             pass
         except BaseException as error:
             self._error = error
         finally:
-            self._halted.release()
+            self._stopped.release()
 
     def wait_for(self, call: _Call) -> Any:
-        """Wait until advanced, and return what comes of going on (called by the thread)."""
-        if not self._cancelled:  # else it is code that cleans up, for which nobody waits
+        """Wait to be advanced, then continue and return the result (called in the thread)."""
+        if not self._cancelled:  # else this is cleanup code, and nobody waits
             self._call = call
             page_out(self.offloaded)
-            self._halted.release()
+            self._stopped.release()
             self._go.acquire()
             self._call = None
         if self._cancelled:
@@ -109,11 +108,11 @@ class Pass:
         return call.result()
 
     def advance(self) -> None:
-        """Let the batch run to where it waits next, or to its end, and raise what went wrong."""
+        """Run the batch to its next stop or its end, and raise its error, if any."""
         with drawing(self._draws):
             if self._thread.ident is None:
                 self._thread.start()
-                self._halted.acquire()
+                self._stopped.acquire()
             else:
                 self._go_on()
             while self._call is not None and self._call.name is None:
@@ -126,31 +125,31 @@ class Pass:
         if self._call is not None:
             self._call.finish()
         self._go.release()
-        self._halted.acquire()
+        self._stopped.acquire()
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
-        """Let a copy of the batch run through the module where it waits.
+        """Replay the module before which the batch waits, on a copy of the batch.
 
         Parameters
         ----------
         views : dict of str to Matricized
             Layers in that module, or the module itself.
         visitor : callable
-            Called by each of these that is come to; it may raise :class:`Stopped`.
+            Called for each layer that is reached; may raise :class:`Stopped`.
         """
         assert self._call is not None
         if (name := self._call.name) in views:
             with contextlib.suppress(Stopped):
                 visitor(name, layer_input(self._call.args, self._call.kwargs))
         else:
-            # What the module raises is for the network's own code, when the pass goes on.
+            # Errors of the module are left to the network's own code, when the pass continues.
             ignoring = contextlib.suppress(Exception)
             with _visiting(views, visitor), drawing(self._draws), ignoring:
                 self._call.try_out()
         page_out(self.offloaded)
 
     def cancel(self) -> None:
-        """End the thread where it waits."""
+        """End the thread at its current stop."""
         self._cancelled = True
         self._go.release()
         if self._thread.ident is not None:
@@ -158,18 +157,18 @@ class Pass:
 
 
 class _Call:
-    """Where a pass waits, with the context and the modes that its thread has there.
+    """Position at which a pass waits, with the context and modes of its thread.
 
     Parameters
     ----------
     name : str or None
-        Of the module that comes next, None if there is no need to wait.
+        Name of the next module, None if there is no need to wait.
     run : callable
-        Runs that module as it was when the pass came.
+        Runs that module as it was when the pass arrived.
     args, kwargs
-        What it is called with.
+        Arguments of the call.
     go_on : callable
-        Runs what has taken its place.
+        Runs its replacement.
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class _Call:
         self._error: BaseException | None = None
 
     def try_out(self) -> None:
-        """Run the module on a copy of its arguments, which it may write to, as caches are."""
+        """Run the module on a copy of its arguments, since it may modify them (caches)."""
         copied = functools.partial(duplicate, memo={})
         args = map(copied, self.args)
         kwargs = {key: copied(value) for key, value in self.kwargs.items()}
@@ -195,16 +194,16 @@ class _Call:
             self._context.copy().run(self._run, *args, **kwargs)
 
     def finish(self) -> None:
-        """Go on as far as the module goes."""
+        """Run to the end of the module."""
         try:
             with self._modes.entered():
                 self._outcome = self._context.run(self._go_on)
-        except BaseException as error:  # for the network's own code to see
+        except BaseException as error:  # passed on to the network's own code
             self._error = error
 
     def result(self) -> Any:
-        """Return what the module has returned, or raise what it has raised (in the thread)."""
-        for variable, value in self._context.items():  # which later code may read
+        """Return the module's result or raise its error (in the thread)."""
+        for variable, value in self._context.items():  # later code may read them
             if variable.get(self) is not value:
                 variable.set(value)
         if self._error is not None:
@@ -214,7 +213,7 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Modes:
-    """Modes of torch that each thread has for itself."""
+    """Thread-local modes of torch."""
 
     gradients: bool
     inference: bool
@@ -222,7 +221,7 @@ class _Modes:
 
     @classmethod
     def now(cls) -> _Modes:
-        """Return those of this thread."""
+        """Return the modes of this thread."""
         precisions = tuple(
             (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
             for device in ("cpu", "cuda")
@@ -231,7 +230,7 @@ class _Modes:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Have these modes in this thread."""
+        """Set these modes in this thread."""
         with contextlib.ExitStack() as modes:
             modes.enter_context(torch.inference_mode(self.inference))
             modes.enter_context(torch.set_grad_enabled(self.gradients))
@@ -242,14 +241,14 @@ class _Modes:
 
 
 class WholePass:
-    """A batch that can go through the whole network, again and again, without a stop.
+    """Pass of one batch through the whole network, repeatable and without stops.
 
     Parameters
     ----------
     model, batch, draws
-        As for :class:`Pass`.
+        As in :class:`Pass`.
     traces : Traces
-        What passes may leave in the network, restored after each.
+        State that passes may leave in the network; restored after each.
     """
 
     at = None
@@ -259,7 +258,7 @@ class WholePass:
         self.batch = batch
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
-        """Let the batch run through the network, as :meth:`Pass.visit` does through a module."""
+        """Run the batch through the network, like :meth:`Pass.visit` through a module."""
         with _visiting(views, visitor), drawing(self._draws), torch.no_grad():
             try:
                 forward(self._model, self.batch)
@@ -269,10 +268,10 @@ class WholePass:
 
 @contextlib.contextmanager
 def _visiting(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
-    """Call `visitor` with the name and the input of each layer that is called, until it raises.
+    """Call `visitor` with the name and input of each called layer, until it raises.
 
-    What it raises ends the run and comes out of it, but for :class:`Stopped`, whatever handlers of
-    exceptions in the network make of that.
+    Its exception ends the run and is raised, except :class:`Stopped`, even if the network handles
+    exceptions.
     """
     raised: list[BaseException] = []
 
@@ -297,29 +296,29 @@ def _visiting(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
         except (Exception, Stopped):
             if not raised:
                 raise
-    error = raised.pop() if raised else Stopped()  # else its frames would keep tensors in memory
+    error = raised.pop() if raised else Stopped()  # popped, as its frames keep tensors in memory
     if not isinstance(error, Stopped):
         raise error
 
 
 @contextlib.contextmanager
 def waiting_before(model: nn.Module, name: str) -> Iterator[threading.Event]:
-    """Make passes wait before the module `name`, and hand it on once the event yielded is set."""
+    """Make passes wait before the module `name`, until the yielded event is set."""
     opened = threading.Event()
     module: Any = model.get_submodule(name)
-    own, patched = type(module).forward, vars(module).get("forward")  # by another library before
+    own, patched = type(module).forward, vars(module).get("forward")  # patched by another library
 
     def run(module: Any, *args: Any, **kwargs: Any) -> Any:
         return patched(*args, **kwargs) if patched else own(module, *args, **kwargs)
 
-    reference = weakref.ref(module)  # what has been replaced need not stay in memory
+    reference = weakref.ref(module)  # does not keep replaced modules in memory
 
     def forward_in_turn(*args: Any, **kwargs: Any) -> Any:
         before: Any = reference()
 
         def go_on() -> Any:
             now = model.get_submodule(name)
-            # Without the hooks of a replacement: they are those of the layer that is being called.
+            # Without the hooks of a replacement: those of the current call already run.
             return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
 
         comer = Pass.advancing()
@@ -328,12 +327,12 @@ def waiting_before(model: nn.Module, name: str) -> Iterator[threading.Event]:
         at = None if opened.is_set() else name
         return comer.wait_for(_Call(at, functools.partial(run, before), args, kwargs, go_on))
 
-    with contextlib.suppress(TypeError, ValueError):  # of compiled code
+    with contextlib.suppress(TypeError, ValueError):  # compiled code has no signature
         signature = inspect.signature(module.forward)
         forward_in_turn.__signature__ = signature  # type: ignore[attr-defined]
     forward_in_turn.takes_turns = True  # type: ignore[attr-defined]
     module.forward = forward_in_turn
-    # Where torch sees a hook, its attention calls all modules instead of reading their weights.
+    # With a hook, torch's attention calls its modules instead of reading their weights.
     seen = module.register_forward_pre_hook(lambda *_: None)
     del module
     try:

@@ -1,4 +1,4 @@
-"""What a network does with its layers, seen in one pass of each batch before any work starts."""
+"""Survey of the calls of a network's layers, from one pass per batch before any work starts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from matfact.torch.running._batches import forward
 from matfact.torch.running._random import RandomState, drawing
 from matfact.torch.running._traces import Traces
 
-#: A module on the stack of calls, and the number of that call.
+#: A module on the call stack, and the number of the call.
 _Call = tuple[str, int]
-#: Shape of a tensor, its norm, and its inner product with fixed numbers.
+#: Fingerprint of a tensor: shape, norm, and inner product with fixed numbers.
 Mark = tuple[Any, float, float]
 
-#: How far marks of inputs may be apart, relative to their norm, that differ by rounding.
+#: Tolerance of fingerprints, relative to the norm, for inputs that differ by rounding.
 _ROUNDING = 0.02
 
 
 def mark(x: Tensor) -> Mark:
-    """Return what tells a tensor from others of its kind."""
+    """Return the fingerprint of a tensor."""
     if x.is_nested:
         return mark(torch.cat([each.flatten() for each in x.unbind()]))
     numbers = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
@@ -37,7 +37,7 @@ def mark(x: Tensor) -> Mark:
 
 
 def are_alike(a: Mark, b: Mark) -> bool:
-    """Whether two tensors are the same but for rounding, as far as marks tell."""
+    """Whether two fingerprints agree up to rounding."""
     (shape, *sums), (other, *others) = a, b
     off = max(abs(x - y) for x, y in zip(sums, others, strict=True))
     return bool(shape == other) and off <= _ROUNDING * max(a[1], b[1])
@@ -45,21 +45,21 @@ def are_alike(a: Mark, b: Mark) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """How often layers are called, and by what.
+    """Calls of a network's layers.
 
     Attributes
     ----------
     calls : list of Counter
-        For each batch, how often each layer is called.
+        Number of calls of each layer, per batch.
     around : dict of str to list of str
-        For each layer that is called, in the order of first calls: the modules that are called
-        once, by every batch that calls the layer, and that all of its calls are part of, from the
-        outside in: from ``""``, the network, to the layer itself where it is called once.
+        For each called layer, in the order of first calls: the modules that contain all of its
+        calls and are called once by every batch that calls the layer, from the outside in. Starts
+        with ``""``, the network, and ends with the layer itself if it is called once.
     marks : list of dict
-        For each batch and layer, what tells the input of the first call from others.
+        Fingerprint of the input of the first call, for each batch and layer.
     interferes : bool
-        Whether passes may read what others leave behind, such as tensors in buffers or attributes
-        of modules, so that they cannot wait beside each other.
+        Whether passes may read data left by others, such as tensors in buffers or attributes of
+        modules, and thus cannot run interleaved.
     """
 
     calls: list[Counter[str]]
@@ -69,16 +69,16 @@ class Survey:
 
     @property
     def repeated(self) -> list[str]:
-        """The layers that batches cannot come to one after the other, in the order of first calls.
+        """The layers that batches do not reach one after the other, in the order of first calls.
 
-        The first that some batch calls more than once, or before others that another calls before
-        it, and all that come after; all of them where passes interfere.
+        These are the first layer that a batch calls more than once, or in another order than other
+        batches, and all layers after it. If passes interfere, these are all layers.
         """
         if self.interferes:
             return list(self.around)
         turns = {name: i for i, name in enumerate(self.around)}
         found = {turns[name] for calls in self.calls for name, n in calls.items() if n > 1}
-        for calls in self.calls:  # in the order in which the batch calls them
+        for calls in self.calls:  # in the order of calls
             order = [turns[name] for name in calls]
             found |= {turn for pair in zip(order, sorted(order), strict=True)
                       if pair[0] != pair[1] for turn in pair}  # fmt: skip
@@ -91,7 +91,7 @@ def survey(
     batches: Iterable[tuple[Any, RandomState]],
     traces: Traces,
 ) -> Survey:
-    """Return how often layers are called in each batch, and which modules are around all calls.
+    """Return the calls of layers in each batch, and the modules around all calls.
 
     Parameters
     ----------
@@ -100,14 +100,14 @@ def survey(
     views : mapping of str to Matricized
         The layers.
     batches : iterable of tuple
-        Batches with the states that random numbers are drawn from.
+        Batches with their states of the random number generators.
     traces : Traces
-        What passes may leave in the network, restored after each.
+        State that passes may leave in the network; restored after each.
 
     Raises
     ------
     ValueError
-        If what enters a layer is not finite; the layer and the batch are named.
+        If an input of a layer is not finite. The message names the layer and the batch.
     """
     found, leaves_tensors = Survey([], {}, []), False
     names = {view.layer: name for name, view in views.items()}
@@ -141,7 +141,7 @@ def survey(
 
 
 class _Watch:
-    """The stack of calls of one batch, and what all calls of each layer have in common there."""
+    """Call stack of one batch, and the modules common to all calls of each layer."""
 
     def __init__(self, model: nn.Module, views: Mapping[str, Matricized]) -> None:
         self._model, self._views = model, views
@@ -173,7 +173,7 @@ class _Watch:
     def _check(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"calibration must hold tensors, but layer {name!r} is given a "
+                f"calibration must hold tensors, but layer {name!r} gets a "
                 f"{type(x).__name__} in batch {self.index}."
             )
         if not bool(torch.isfinite(rows_of(self._views[name], x, self._batch, self._model)).all()):

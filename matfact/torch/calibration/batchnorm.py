@@ -1,4 +1,4 @@
-"""Batch normalization after the layers before it have changed."""
+"""Re-estimation of batch-normalization statistics."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from matfact.torch.running._batches import checked, eval_mode, forward
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Average the statistics of every batch normalization anew over `batches`.
+    """Re-estimate the statistics of all batch normalizations as averages over `batches`.
 
-    Nothing else of the network changes: all other layers run as they do in eval mode.
+    All other layers run in eval mode and do not change.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, changed in place.
     batches : iterable
-        Tensors, tuples (labels behind the inputs are ignored) or mappings.
+        Tensors, tuples (labels after the inputs are ignored) or mappings.
 
     Returns
     -------
     int
-        Number of layers re-estimated. Where a batch fails, the statistics are those of before.
+        Number of re-estimated layers. If a batch fails, the old statistics are restored.
     """
     norms: list[Any] = [
         module
@@ -40,7 +40,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     with eval_mode(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # an average in which all batches count the same
+            norm.momentum = None  # cumulative average
             norm.train()
         try:
             for batch in checked(batches):

@@ -1,4 +1,4 @@
-"""A pass over all batches that stops at each layer, so that the layer can be replaced."""
+"""Sequential calibration: a pass over all batches that stops at each layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from matfact.torch.running._random import RandomState, batch_states
 from matfact.torch.running._traces import Traces
 
 _WHOLE = "calibrated in runs of the whole network, since batches cannot wait before its blocks"
-#: Passes that may wait at a time, each in a thread of some 0.1 MB.
+#: Maximum number of waiting passes, each in a thread of about 0.1 MB.
 MOST_PASSES = 2048
 
 Stops = Generator[tuple[str, LayerStatistics]]
@@ -44,53 +44,53 @@ def sequential_statistics(
     paired: bool = False,
     folder: Path | None = None,
 ) -> Stops:
-    """Stop a pass over all batches at each layer, and go on with the layer that is there then.
+    """Run all batches through the network, stopping at each layer so that it can be replaced.
 
-    A first pass of the dense network finds out how often each batch calls each layer, and whether
-    all that enters them is finite. Then every batch goes through the network once, as far as the
-    last of `layers`, in a thread of its own that waits before each block with one of them. When all
-    have come to a block, they run through it one after the other up to its first layer; the name of
-    that and the statistics of its inputs, of all calls, are yielded, the caller may replace the
-    layer, and the batches start again for the next one, which sees what the replacement makes of
-    the inputs. In memory are the Gram matrices of one layer, what enters the block of all batches,
-    and what one batch makes of it: many small batches take the least.
+    A survey pass of the dense network records how often each batch calls each layer, and checks
+    that all inputs are finite. Then every batch passes through the network once, up to the last of
+    `layers`, in its own thread, which waits before each block with one of them. When all batches
+    have arrived at a block, each is run up to the first layer in it. The layer's name and the
+    statistics of its inputs, over all calls, are yielded, and the caller may replace the layer. The
+    block is then replayed for its next layer, which sees the outputs of the replacement. Memory
+    holds the Gram matrices of one layer, the inputs of the block for all batches, and the
+    activations of one batch, so many small batches take the least.
 
-    Before that, all batches go through the dense network in the same way. If layers are then given
-    anything else than in the first pass, as where blocks read what other batches or threads write,
-    all layers have their turn one by one.
+    First, all batches pass through the dense network in the same way. If the inputs of a layer then
+    differ from those in the survey, for example because blocks read data written by other batches
+    or threads, all layers are calibrated one by one.
 
-    A block is what a list of modules holds, such as a layer of a transformer; a layer that is in
-    none is one by itself. From the first layer on that is called more than once, or in another
-    order by another batch, layers have their turn one by one, in runs of the whole network; so do
-    all layers of a network whose passes leave tensors in its modules. All passes of a batch draw
-    the same random numbers, and nothing is left in the network.
+    A block is an entry of a list of modules, such as a transformer layer; a layer outside of such
+    lists is its own block. Starting with the first layer that is called more than once, or in
+    different orders, layers are calibrated one by one, in runs of the whole network. So are all
+    layers if passes leave tensors in the network's modules. All passes of a batch draw the same
+    random numbers, and leave nothing in the network.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, which is in eval mode until the generator ends.
+        The network, in eval mode until the generator ends.
     layers : sequence of str
-        Names of linear or convolutional layers. Where a network calls blocks in another order,
-        that of `layers` decides between batches that wait before different ones.
+        Names of linear or convolutional layers. If batches wait before different blocks, the order
+        of `layers` decides which block comes first.
     batches : iterable
-        As for :func:`input_statistics`.
+        As in :func:`input_statistics`.
     paired : bool, default=False
-        Whether each batch also runs through the layers as they were, in a second pass beside the
-        first, so that inputs are known together with those in the dense network.
+        Whether each batch also passes through the original layers, so that inputs come in pairs
+        with those in the dense network.
     folder : Path, optional
-        Where batches keep what enters blocks while they wait, in files instead of memory.
+        Folder for the block inputs of waiting batches, in files instead of memory.
 
     Yields
     ------
     name : str
-        Name of a layer that was called; each comes once.
+        Name of a called layer; each comes once.
     statistics : LayerStatistics
-        Those of its inputs.
+        Statistics of its inputs.
 
     Raises
     ------
     ValueError
-        If there are more batches than threads could wait for, or an input is not finite.
+        If there are too many batches for waiting threads, or an input is not finite.
     """
     views = layer_views(model, layers)
     most = MOST_PASSES // 2 if paired else MOST_PASSES
@@ -100,7 +100,7 @@ def sequential_statistics(
     if len(drawn) > most:
         raise ValueError(
             f"calibration must have at most {most} batches for sequential calibration"
-            f"{' with feedback' if paired else ''}, got more: make them larger, or choose "
+            f"{' with feedback' if paired else ''}, got more: make them larger, or set "
             "sequential=False."
         )
     traces = Traces(model)
@@ -112,7 +112,7 @@ def sequential_statistics(
                 seen = dataclasses.replace(seen, interferes=True)
                 started = _Replay(model, views, seen, paired)
             traces.restore()
-            del views  # layers that are replaced need not stay in memory
+            del views  # do not keep replaced layers in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
             yield from started.through_blocks(started.batches(Pass, drawn), folder)
             yield from started.repeated(whole)
@@ -121,20 +121,20 @@ def sequential_statistics(
 
 
 class _UnlikeError(Exception):
-    """A layer is given something else than in the survey."""
+    """The inputs of a layer differ from those in the survey."""
 
 
 class _Replay:
-    """Which layers are left, and which batches wait where.
+    """State of sequential calibration: remaining layers and waiting batches.
 
     Attributes
     ----------
     blocks : dict of str to dict
-        Layers that have not had their turn, by the block in which they have it.
+        Remaining layers by block.
     pending : OrderedDict of str to Matricized
-        Those of them that are in no block, as batches cannot come to them one by one.
+        Remaining layers without a block, which batches do not reach one by one.
     dense : dict of str to torch.nn.Module
-        Layers as they were, of those that dense passes may come to again.
+        Original layers that dense passes may still reach.
     """
 
     def __init__(self, model: nn.Module, views: _Views, seen: Survey, paired: bool) -> None:
@@ -146,7 +146,7 @@ class _Replay:
         self.dense: dict[str, nn.Module] = {}
 
     def batches(self, kind: Any, drawn: list[tuple[Any, RandomState]]) -> list[Arrived]:
-        """Return all batches, none of which has started."""
+        """Return all batches, not yet started."""
         found = []
         for i, (each, calls) in enumerate(zip(drawn, self._seen.calls, strict=True)):
             dense = kind(self._model, *each) if self._is_paired else None
@@ -154,14 +154,14 @@ class _Replay:
         return found
 
     def through_blocks(self, batches: list[Arrived], folder: Path | None) -> Stops:
-        """Lead batches from block to block, and stop at the layers of each."""
+        """Advance batches from block to block, stopping at the layers of each."""
         every: list[Any] = [each for b in batches for each in (b.own, b.dense) if each is not None]
         with self._started(every, folder) as opened:
             while name := self._next(every):
                 as_dense = self._as_dense(self.blocks[name])
                 arrived = [batch for batch in batches if batch.own.at == name]
                 yield from self._at(name, arrived, as_dense)
-                if not any(self.blocks.values()):  # what comes behind does not matter
+                if not any(self.blocks.values()):  # nothing after this matters
                     break
                 if arrived:
                     opened[name].set()
@@ -174,10 +174,10 @@ class _Replay:
                 forget(self._model.get_submodule(name))
 
     def is_faithful(self, batches: list[Arrived], folder: Path | None) -> bool:
-        """Whether passes that wait for each other, and trials, are what passes one by one are.
+        """Whether interleaved passes and replays give the same inputs as passes one by one.
 
-        They are not where blocks read what others write to objects, classes or ``threading.local``,
-        or if modules that are handed over call blocks.
+        They do not if blocks read what others write to objects, classes or ``threading.local``, or
+        if modules passed as arguments call blocks.
         """
         passes, left = [batch.own for batch in batches], set(self.blocks)
         missed = [self._in_blocks & batch.calls.keys() for batch in batches]
@@ -196,9 +196,9 @@ class _Replay:
                     left.discard(name)
                     for _, each in arrived if left else ():
                         each.advance()
-        except (OSError, MemoryError, torch.OutOfMemoryError):  # a full disk, for one
+        except (OSError, MemoryError, torch.OutOfMemoryError):  # such as a full disk
             raise
-        except Exception:  # one by one, they have passed
+        except Exception:  # passes one by one have succeeded
             return False
         return not any(missed)
 
@@ -206,7 +206,7 @@ class _Replay:
     def _started(
         self, passes: list[Any], folder: Path | None
     ) -> Iterator[dict[str, threading.Event]]:
-        """Lead passes to the first block, and end them after."""
+        """Start passes up to the first block, and end them afterwards."""
         with contextlib.ExitStack() as hooks:
             opened = {
                 name: hooks.enter_context(waiting_before(self._model, name)) for name in self.blocks
@@ -224,12 +224,12 @@ class _Replay:
                     each.cancel()
 
     def _next(self, passes: list[Any]) -> str | None:
-        """Return the first block before which one waits."""
+        """Return the first block with a waiting pass."""
         waiting = {each.at for each in passes}
         return next((name for name in self.blocks if name in waiting), None)
 
     def _at(self, block: str, arrived: list[Arrived], as_dense: _Mode) -> Stops:
-        """Yield the layers of a block in the order in which its batches call them."""
+        """Yield the layers of a block in the order of their calls."""
         views = self.blocks[block]
         while views and arrived:
             found = Collected(self._model, views, arrived, as_dense).statistics
@@ -241,7 +241,7 @@ class _Replay:
                 yield name, found.pop(name)
 
     def repeated(self, batches: list[Arrived]) -> Stops:
-        """Yield the layers that are in no block, each in runs of the whole network."""
+        """Yield the layers without a block, each in runs of the whole network."""
         while self.pending:
             name, view = self.pending.popitem(last=False)
             as_dense = self._as_dense({name: view})
@@ -253,7 +253,7 @@ class _Replay:
             yield from statistics.items()
 
     def _as_dense(self, views: _Views) -> _Mode:
-        """Return what makes the network dense, in these layers and those that came before."""
+        """Return a context that makes these layers and all earlier ones dense."""
         if not self._is_paired:
             return contextlib.nullcontext
         layers = {view.layer for view in views.values()}
@@ -265,7 +265,7 @@ class _Replay:
 
 
 def _blocks(model: nn.Module, views: Mapping[str, Matricized], seen: Survey) -> dict[str, _Views]:
-    """Return the layers of each block that batches come to, by the name of the block."""
+    """Return the layers of each block reached by batches, by the name of the block."""
     lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     modules = dict(model.named_modules(remove_duplicate=False))
     held = {name for name in modules if name and isinstance(modules[_parent(name)], lists)}
@@ -273,12 +273,12 @@ def _blocks(model: nn.Module, views: Mapping[str, Matricized], seen: Survey) -> 
     chosen = set(innermost.values())
     blocks: dict[str, _Views] = {}
     for name, block in innermost.items():
-        if name not in seen.around:  # no batch comes to it
+        if name not in seen.around:  # no batch reaches it
             continue
         *_, outermost = (p for p in _around(block) if p in chosen)
         around = seen.around[name]
         blocks.setdefault(outermost if outermost in around else around[-1], {})[name] = views[name]
-    for name in list(blocks):  # passes do not wait inside of blocks
+    for name in list(blocks):  # passes do not wait inside blocks
         if outer := [each for each in _around(_parent(name)) if each in blocks]:
             blocks[outer[-1]].update(blocks.pop(name))
     return blocks
@@ -289,7 +289,7 @@ def _parent(name: str) -> str:
 
 
 def _around(name: str) -> Iterator[str]:
-    """Yield the names of a module and of those around it, from the inside out."""
+    """Yield the names of a module and its ancestors, from the inside out."""
     while name:
         yield name
         name = _parent(name)
@@ -297,7 +297,7 @@ def _around(name: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _holding(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put `layers` into the network, and what was there back after."""
+    """Put `layers` into the network and restore the previous ones afterwards."""
     present = {name: model.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():

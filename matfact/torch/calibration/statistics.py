@@ -1,4 +1,4 @@
-"""Statistics of what reaches the layers of a network, without a copy of its forward pass."""
+"""Statistics of the inputs of a network's layers, collected with hooks."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from matfact.torch.running._traces import Traces
 def input_statistics(
     model: nn.Module, batches: Iterable[Any], layers: str | Sequence[str] | None = None
 ) -> dict[str, list[InputStatistics]]:
-    """Return statistics of the inputs of many layers, from one pass over the batches.
+    """Return statistics of the inputs of layers, from one pass over the batches.
 
-    Batches are forgotten as soon as the model has seen them; a Gram matrix is kept for each layer.
+    Batches are not kept; memory holds one Gram matrix per layer.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, run in eval mode without gradients.
     batches : iterable
-        What the network is called with: tensors, tuples (labels behind the inputs are ignored) or
-        mappings. Tokens where the ``attention_mask`` of a mapping is zero do not count.
+        Inputs of the network: tensors, tuples (labels after the inputs are ignored) or mappings.
+        Tokens with a zero in the ``attention_mask`` of a mapping are ignored.
     layers : str or sequence of str, optional
-        A regular expression searched in names of linear or convolutional layers, or their names;
-        all of them by default.
+        A regular expression to search in names of linear or convolutional layers, or their names.
+        All such layers by default.
 
     Returns
     -------
     dict of str to list of InputStatistics
-        One for each group of each layer that was called, from the patches of a convolution.
+        One per group of each called layer; for convolutions, of the patches.
 
     Examples
     --------
@@ -57,26 +57,26 @@ def input_statistics(
 def captured(
     model: nn.Module, batches: Iterable[Any], views: Mapping[str, Matricized], *, split: bool = True
 ) -> dict[str, LayerStatistics]:
-    """Return what enters layers in one pass over the batches, every call of a layer counted.
+    """Return statistics of layer inputs over all calls in one pass over the batches.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     batches : iterable
-        As for :func:`input_statistics`.
+        As in :func:`input_statistics`.
     views : mapping of str to Matricized
         The layers.
     split : bool, default=True
-        Whether some batches are kept aside.
+        Whether to hold out some batches.
 
     Raises
     ------
     ValueError
-        If what enters a layer is not finite; the layer and the batch are named.
+        If an input of a layer is not finite. The message names the layer and the batch.
     """
     found: dict[str, LayerStatistics] = {}
-    present: tuple[int, Any] = 0, None  # the batch that is on its way
+    present: tuple[int, Any] = 0, None  # the current batch
 
     def hook(name: str) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,13 +104,13 @@ def captured(
 
 
 def rows_of(view: Matricized, x: Tensor, batch: Any, model: nn.Module) -> Tensor:
-    """Return the input of a layer without padding, where rows are what it multiplies."""
+    """Return the input of a layer, without padding if the layer multiplies rows."""
     return attended(x, batch, model) if view.by_rows else x
 
 
 @contextlib.contextmanager
 def naming(layer: str, batch: int) -> Iterator[None]:
-    """Say of errors in sums of inputs to which layer and batch they belong."""
+    """Add the layer and the batch to errors in input statistics."""
     try:
         yield
     except ValueError as error:
@@ -120,7 +120,7 @@ def naming(layer: str, batch: int) -> Iterator[None]:
 
 
 def layer_views(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Matricized]:
-    """Return the layers of these names, or found by a regular expression, as matrices."""
+    """Return the matrix views of layers given by names or by a regular expression."""
     if layers is None or isinstance(layers, str):
         every = ((name, matricized(module)) for name, module in model.named_modules())
         pattern = layers or ""
@@ -137,5 +137,5 @@ def layer_views(model: nn.Module, layers: str | Sequence[str] | None) -> dict[st
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the input a layer was called with."""
+    """Return the input of a layer's call."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -1,4 +1,4 @@
-"""Building a network without memory for the weights that it is about to be given."""
+"""Building a network without allocating weights that are loaded afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def built(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return what `build` makes, its parameters without storage, as they are to be loaded."""
+    """Return the result of `build`, with parameters on the meta device."""
 
     def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
@@ -27,7 +27,7 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves out the initialization of tensors without storage: it takes most of building."""
+    """Skips the initialization of meta tensors, which takes most of the time."""
 
     _NAMES = frozenset(
         {"normal_", "uniform_"} | {name for name in dir(nn.init) if name[0] != "_" == name[-1]}
@@ -37,7 +37,7 @@ class _Undrawn(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # By name, since functions of nn.init may have been replaced by others that call them.
+        # By name, since functions of nn.init may have been wrapped.
         if getattr(func, "__name__", "") in self._NAMES:
             target = args[0] if args else kwargs["tensor"]
             if target.is_meta:
@@ -46,7 +46,7 @@ class _Undrawn(TorchFunctionMode):
 
 
 def without_assigned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give parameters without storage what `state` holds, and return the rest of it."""
+    """Assign entries of `state` to meta parameters, and return the other entries."""
     empty = {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

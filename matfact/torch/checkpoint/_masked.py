@@ -1,4 +1,4 @@
-"""Pruned weights as they are stored: their values, and one bit an entry."""
+"""Storage of pruned weights: their values, and one bit per entry."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from matfact.torch.layers._factors import FactorModule
 from matfact.torch.layers._matricized import MatricizedTransposed, matricized
 from matfact.torch.pruning._masks import Prunable
 
-#: Bytes that a file of its own takes besides its tensors, about.
+#: Approximate overhead of a separate file, in bytes.
 _FILE = 512
 
 
 class Masked(NamedTuple):
-    """A masked parameter as it is stored.
+    """A stored masked parameter.
 
     Attributes
     ----------
     content : FactorProduct or Tensor
-        The values that are left, or all where that takes fewer bytes.
+        The remaining values, or all values if that takes fewer bytes.
     shape : tuple of int
         Shape in the network.
     """
@@ -34,9 +34,9 @@ class Masked(NamedTuple):
 
 
 def masked_tensors(model: nn.Module) -> dict[str, Masked]:
-    """Return the masked parameters of a network, by the names that they have without masks.
+    """Return the masked parameters of a network, by their names without masks.
 
-    What modules share, mask included, comes once.
+    Shared parameters with a shared mask come once.
     """
     distinct: dict[tuple[int, int], Prunable] = {}
     for p in masked_parameters_of(model):
@@ -47,7 +47,7 @@ def masked_tensors(model: nn.Module) -> dict[str, Masked]:
 
 
 def mask_names(model: nn.Module) -> set[str]:
-    """Return the names in the state dict of what masked parameters are computed from."""
+    """Return the state-dict names of the tensors behind masked parameters."""
     masked: dict[nn.Module, list[str]] = {}
     for parameter in masked_parameters_of(model):
         masked.setdefault(parameter.module, []).append(parameter.name)
@@ -60,17 +60,17 @@ def mask_names(model: nn.Module) -> set[str]:
 
 
 def joined(prefix: str, name: str) -> str:
-    """Return the full name of what is called `name` in the module called `prefix`."""
+    """Return the full name of `name` in the module `prefix`."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def stored_product(chain: list[FactorModule]) -> FactorProduct:
-    """Return the product of factors, of which masked values are left out."""
+    """Return the product of factors without masked values."""
     return FactorProduct([_stored_factor(module) for module in chain])
 
 
 def masked_parameters_of(model: nn.Module) -> Iterator[Prunable]:
-    """Yield the masked parameters of a network, also those that others read without the mask."""
+    """Yield the masked parameters of a network, also if others read them without the mask."""
     for prefix, module in model.named_modules():
         for buffer in module._buffers:
             parameter = Prunable("", module, buffer.removesuffix("_mask"))
@@ -80,7 +80,7 @@ def masked_parameters_of(model: nn.Module) -> Iterator[Prunable]:
 
 
 def _values(parameter: Prunable) -> tuple[Tensor, Tensor]:
-    """Return masked values and the mask, without a change of the module."""
+    """Return masked values and the mask without changing the module."""
     mask = parameter.module.get_buffer(f"{parameter.name}_mask").detach()
     return (parameter.original.detach() * mask).masked_fill(mask == 0, 0), mask != 0
 
@@ -89,7 +89,7 @@ def _stored(parameter: Prunable) -> Masked:
     values, mask = _values(parameter)
     if values.ndim < 2:
         return Masked(values, tuple(values.shape))
-    # Products are of the matrix (outputs, inputs), whatever the layer keeps.
+    # Products represent the matrix (outputs, inputs), even if the layer stores the transpose.
     oriented, support = (t.T if _is_transposed(parameter.module) else t for t in (values, mask))
     matrix = matrix_shape(tuple(oriented.shape))
     factor = SparseFactor.from_dense(oriented.reshape(matrix), support.reshape(matrix))
@@ -100,12 +100,12 @@ def _stored(parameter: Prunable) -> Masked:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that keeps its weight transposed."""
+    """Whether a module is a linear layer with a transposed weight."""
     return isinstance(matricized(module), MatricizedTransposed)
 
 
 def _stored_factor(module: FactorModule) -> Factor:
-    """Return a factor without its masked values, which stay zero where blocks hold them."""
+    """Return a factor without masked values; in blocks they stay as zeros."""
     factor = module.to_factor()
     parameter = Prunable("values", module, "values")
     if not parameter.masked:

@@ -1,4 +1,4 @@
-"""What a network has and a checkpoint holds: whether they fit, before any of it is changed."""
+"""Checks that a checkpoint fits a network, before anything is changed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from matfact._text import printable
 from matfact.checkpoint import Checkpoint
 from matfact.torch.checkpoint._masked import masked_parameters_of
 
-#: Dtypes that NumPy lacks, by their names in safetensors files.
+#: Dtypes missing in NumPy, by their names in safetensors files.
 _BEYOND_NUMPY = {stored: name for name, stored in FLOAT8.items()}
 
 
-#: Dtypes of torch by the names that safetensors files have for them.
+#: Dtypes of torch, by their names in safetensors files.
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
     "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64",
     "I64": "int64", "F64": "float64", "C64": "complex64", **_BEYOND_NUMPY,
 }  # fmt: skip
-#: Networks may be loaded in whichever of these a caller has chosen.
+#: Interchangeable dtypes: the network's dtype is used.
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class State:
-    """The tensors of a network, by the names under which a checkpoint may hold them.
+    """Tensors of a network, by their possible names in a checkpoint.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     network : Checkpoint
-        What is to be loaded.
+        The checkpoint to load.
     replaced : sequence of str
-        Names of the layers that get factors from it.
+        Names of the layers that get factors.
     """
 
     def __init__(self, model: nn.Module, network: Checkpoint, replaced: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class State:
         self._masked = [
             parameter
             for parameter in masked_parameters_of(model)
-            if f"{parameter.label}_orig" not in network  # as earlier versions wrote them
+            if f"{parameter.label}_orig" not in network  # written by earlier versions
         ]
         self._own = dict(self._named(model.state_dict(keep_vars=True)))
         self._together: dict[Any, list[str]] = {}
@@ -55,7 +55,7 @@ class State:
             self._together.setdefault(place(tensor), []).append(name)
 
     def _named(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors, those with masks under the name they have without."""
+        """Yield the tensors; masked ones by their name without the mask."""
         masked = {id(parameter.original) for parameter in self._masked}
         masks = {id(p.module.get_buffer(f"{p.name}_mask")) for p in self._masked}
         for name, tensor in state.items():
@@ -64,12 +64,12 @@ class State:
                 yield name.removesuffix("_orig") if is_masked else name, tensor
 
     def checked(self, names: Sequence[str], strict: bool) -> list[str]:
-        """Return those of the `names` in the checkpoint that are to be loaded as tensors.
+        """Return the `names` in the checkpoint to load as tensors.
 
         Raises
         ------
         ValueError
-            If, with what is replaced, they do not make up all of the network, or do not fit it.
+            If these and the replaced layers do not cover the network, or do not fit it.
         """
         held = [name for name in names if name in self._own]
         if strict:
@@ -84,7 +84,7 @@ class State:
         return held
 
     def _missing(self, held: set[str]) -> list[str]:
-        """Return what neither the checkpoint holds nor what it holds is tied to."""
+        """Return the tensors that are neither in the checkpoint nor tied to one in it."""
         return [
             name
             for names in self._together.values()
@@ -93,13 +93,13 @@ class State:
         ]
 
     def _is_replaced(self, name: str) -> bool:
-        """Whether a tensor is in a layer that is replaced, which takes its bias over."""
+        """Whether a tensor is in a replaced layer, which inherits the bias."""
         *parts, leaf = name.split(".")
         layers = (".".join(parts[:n]) for n in range(len(parts) + 1))
         return leaf != "bias" and any(layer in self._replaced for layer in layers)
 
     def _is_derived(self, name: str) -> bool:
-        """Whether the network makes the very tensor itself, as older versions of it did not."""
+        """Whether the network already has the same tensor, as newer versions of it may."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.is_meta or self._network.tensors[name].is_product:
             return False
@@ -109,7 +109,7 @@ class State:
     def check_shared(
         self, tensors: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
     ) -> None:
-        """Raise ``ValueError`` where the network has one tensor, and the checkpoint two values."""
+        """Raise ``ValueError`` if a shared tensor has two values in the checkpoint."""
         for names in self._together.values():
             first, *others = [name for name in names if name in tensors] or [""]
             for name in others:
@@ -122,7 +122,7 @@ class State:
     def tied(
         self, tensors: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
     ) -> dict[str, Tensor]:
-        """Return tensors outside of layers that are tied to the weight of a replaced one."""
+        """Return tensors outside of layers that are tied to the weight of a replaced layer."""
         found: dict[str, Tensor] = {}
         for names in self._together.values():
             weight = next((name for name in names if name in replaced), None)
@@ -132,7 +132,7 @@ class State:
         return found
 
     def unmask(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the masks from parameters that get all of their values."""
+        """Remove the masks of parameters that get all of their values."""
         for parameter in self._masked:
             names = self._together[place(parameter.original)]
             is_loaded = any(name in tensors for name in names)
@@ -141,7 +141,7 @@ class State:
 
 
 def check_dtype(network: Checkpoint, name: str, here: torch.dtype) -> None:
-    """Raise ``ValueError`` if numbers of a tensor would be lost in the network's dtype."""
+    """Raise ``ValueError`` if the network's dtype cannot represent a tensor."""
     there: torch.dtype = getattr(torch, _DTYPES[network.tensors[name].spec.dtype])
     if here == there or (here in _CAST and there in _CAST):
         return
@@ -149,8 +149,8 @@ def check_dtype(network: Checkpoint, name: str, here: torch.dtype) -> None:
     if numbers[0] == numbers[1] and _widens(there, here):
         return
     raise ValueError(
-        f"path must name a checkpoint of this network, but {name!r} is of {there} there and of "
-        f"{here} here, which cannot hold all of its numbers."
+        f"path must name a checkpoint of this network, but {name!r} is {there} there and "
+        f"{here} here, which cannot represent all of its numbers."
     )
 
 
@@ -162,14 +162,14 @@ def _widens(there: torch.dtype, here: torch.dtype) -> bool:
 
 
 def place(tensor: Tensor) -> Any:
-    """Return what only tensors have in common that are one in memory."""
+    """Return a key shared only by tensors with the same memory."""
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def stored_tensor(network: Checkpoint, name: str) -> Tensor:
-    """Return a tensor of a checkpoint; factors of what is no layer are multiplied."""
+    """Return a tensor of a checkpoint; factors outside of layers are multiplied."""
     spec = network.tensors[name].spec
     if network.tensors[name].is_product:
         return torch.from_numpy(network.product(name).toarray()).reshape(spec.shape)
@@ -181,7 +181,7 @@ def stored_tensor(network: Checkpoint, name: str) -> Tensor:
 
 
 def raise_if(what: str, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` where there are any `names`."""
+    """Raise ``ValueError`` if there are any `names`."""
     if names:
         shown = ", ".join(map(printable, names[:5])) + (", …" if len(names) > 5 else "")
         raise ValueError(f"path must name a checkpoint of this network, but it {what} {shown}.")

@@ -1,4 +1,4 @@
-"""Networks of factorized layers on disk, in the format of :mod:`matfact.checkpoint`."""
+"""Saving and loading of factorized networks, in the format of :mod:`matfact.checkpoint`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._tensors import outside_inference_mode
 
-#: In the settings of checkpoints whose products are laid out (out, in), whatever the layer.
+#: Setting of checkpoints with all products in the layout (out, in).
 _BY_LAYER = {"layout": "out, in"}
 
 
@@ -46,25 +46,24 @@ def save_network(
     report: CompressionReport | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a network, its factorized layers as factors, to a folder.
+    """Save a network to a folder, with factorized layers stored as factors.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network. Parameters that several modules share are written once, and of masked weights
-        only what their masks leave.
+        The network. Shared parameters are written once, and masked weights without masked values.
     path : str or Path
-        The folder, which must not exist or be empty. All of it is written or nothing.
+        The folder, which must be new or empty. It is written completely or not at all.
     report : CompressionReport, optional
-        What :func:`compress` said of it. ``matfact.checkpoint.Checkpoint(path).report`` tells it
-        again.
+        Report of :func:`compress`, available later as
+        ``matfact.checkpoint.Checkpoint(path).report``.
     settings : mapping, optional
-        How the network was made; anything that JSON can hold.
+        How the network was made; any values that JSON can represent.
 
     Raises
     ------
     FileExistsError
-        If there is something at `path`.
+        If `path` exists and is not an empty folder.
     """
     content: dict[str, FactorProduct | Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -99,31 +98,30 @@ def load_network(
     Parameters
     ----------
     model : torch.nn.Module or callable
-        The network, before or after it was compressed, with any weights. Its layers are replaced
-        by factorized ones in place; it keeps its devices and dtypes. Or a function that builds it,
-        which is faster and takes less memory: dense weights are never there. Either way the
-        values are in memory of the network's own, whatever becomes of the files.
+        The network, before or after compression, with any weights. Its layers are replaced in place
+        by factorized ones; devices and dtypes are kept. Alternatively a function that builds the
+        network, which is faster and takes less memory, since dense weights are never allocated.
+        Values are copied, so the files may be removed afterwards.
     path : str or Path
         A folder written by :func:`save_network` or by ``matfact compress``.
     strict : bool, default=True
-        Whether the checkpoint must hold every tensor of the network and no other, as for
-        ``load_state_dict``. Of tensors that the network shares one name is enough, and buffers
-        that it makes itself, with the same values, may be there.
+        Whether the checkpoint must hold exactly the tensors of the network, as in
+        ``load_state_dict``. One name is enough for shared tensors, and extra tensors may match
+        buffers that the network creates with the same values.
 
     Returns
     -------
     torch.nn.Module
-        The same `model`, or the one built. Layers pruned by a mask have sparse factors, those from
-        which :func:`prune_neurons` has removed units are narrower; no other layer is resized.
+        `model`, or the network built. Layers pruned by masks have sparse factors. Layers pruned by
+        :func:`prune_neurons` are narrower; no other layer is resized.
 
     Raises
     ------
     FileNotFoundError
         If there is no checkpoint.
     ValueError
-        If the checkpoint is damaged, or is not of this architecture, or if the network has a
-        dtype that cannot hold the numbers of a tensor; float16, bfloat16 and float32 stand for
-        one another.
+        If the checkpoint is damaged or of another architecture, or if the network's dtype cannot
+        represent a tensor; float16, bfloat16 and float32 are interchangeable.
     """
     network = Checkpoint(path)
     with network.reading_ahead():
@@ -139,7 +137,7 @@ def _load(model: nn.Module, network: Checkpoint, strict: bool) -> None:
     state = State(model, network, [name for replacement in fitting for name in replacement.names])
     used = {key for replacement in fitting for key in replacement.keys}
     names = state.checked([name for name in network if name not in used], strict)
-    found = [replacement.loaded(network) for replacement in fitting]  # now that all of it fits
+    found = [replacement.loaded(network) for replacement in fitting]  # after all checks
     tensors = {name: stored_tensor(network, name) for name in names}
     weights = {joined(name, "weight"): r.weight for r in found for name in r.names}
     state.check_shared(tensors, weights)
@@ -155,7 +153,7 @@ def _load(model: nn.Module, network: Checkpoint, strict: bool) -> None:
 
 
 class _Replacement(NamedTuple):
-    """A layer, by all its names, and the products stored for it under `keys`, once loaded."""
+    """A layer with all its names, and its products stored under `keys`."""
 
     names: list[str]
     keys: list[str]
@@ -163,7 +161,7 @@ class _Replacement(NamedTuple):
     products: list[FactorProduct]
 
     def loaded(self, network: Checkpoint) -> _Replacement:
-        """Return it with its products."""
+        """Load the products."""
         products = [network.product(key) for key in self.keys]
         if _is_turned(network, self.view):
             products = [product.T for product in products]
@@ -177,7 +175,7 @@ class _Replacement(NamedTuple):
 
 
 def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacement]:
-    """Yield the layers of which the checkpoint holds factors."""
+    """Yield the layers with factors in the checkpoint."""
     for names, layer in distinct_layers(model):
         view = matricized(layer)
         for name in names if view is not None else ():
@@ -191,7 +189,7 @@ def _replacements(model: nn.Module, network: Checkpoint) -> Iterator[_Replacemen
 
 
 def _check(network: Checkpoint, keys: Sequence[str], view: Matricized) -> None:
-    """Raise ``ValueError`` where the products of a layer are not of its shape and dtype."""
+    """Raise ``ValueError`` if the products of a layer have another shape or dtype."""
     for key, matrix in zip(keys, view.matrices(), strict=True):
         there = network.tensors[key].spec.shape
         there = matrix_shape(there) if len(there) > 1 else there
@@ -202,13 +200,13 @@ def _check(network: Checkpoint, keys: Sequence[str], view: Matricized) -> None:
 
 
 def _is_turned(network: Checkpoint, view: Matricized) -> bool:
-    """Whether the products of a layer are laid out as the transposed weight that it keeps."""
+    """Whether the stored products of a layer are transposed, like its weight."""
     is_by_layer = network.settings.get("layout") == _BY_LAYER["layout"]
     return isinstance(view, MatricizedTransposed) and not is_by_layer
 
 
 def _kernel_names(name: str, groups: int) -> list[str]:
-    """Return the names under which a layer's products are stored, one for each group."""
+    """Return the names of a layer's stored products, one per group."""
     if groups == 1:
         return [joined(name, "weight")]
     return [joined(name, f"kernels.{i}.weight") for i in range(groups)]
@@ -221,7 +219,7 @@ def _linears(conv: FactorizedConv) -> list[FactorizedLinear]:
 def _unshared(
     model: nn.Module, inside: tuple[str, ...], masks: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the tensors of the state that are in no factors and no masked ones, each once."""
+    """Return the tensors of the state outside of factors and masked parameters, each once."""
     found: dict[Any, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         if name not in masks:

@@ -1,1 +1,1 @@
-"""Compress the layers of a network, within a budget or step by step."""
+"""Compression of a network's layers, with a density, a budget, or gradually."""

@@ -1,4 +1,4 @@
-"""Give a trained network factors in place of its weight matrices."""
+"""Compression of a trained network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from matfact.torch.layers._inherit import copied
 from matfact.torch.layers._matricized import is_linear, other_matrices, replace
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
-#: What the package hands on from here.
+#: Re-exported names.
 __all__ = ["Compressed", "CompressionReport", "LayerReport", "compress"]
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _Results = Generator[tuple[Task, Fitted | None]]
 
 
 class Compressed(NamedTuple):
-    """A compressed network and what was done to it."""
+    """A compressed network and its report."""
 
     model: nn.Module
     report: CompressionReport
@@ -66,68 +66,67 @@ def compress(
 ) -> Compressed:
     """Factorize the linear layers and convolutions of a trained network.
 
-    Works on any :class:`torch.nn.Module`: layers are found by their class, replaced by name, and
-    their inputs are seen through hooks while the network's own code runs. A layer is taken only
-    where it computes what its class in torch does, by a weight of a floating or complex dtype: the
-    weight it computes with, if hooks or parametrizations make that from others. Other linear
-    layers and convolutions are kept, with the reason in the report.
+    Works on any :class:`torch.nn.Module`. Layers are found by class and replaced by name; hooks
+    record their inputs while the network runs its own code. A layer is compressed if it computes
+    what its torch class does, with a floating or complex weight. If hooks or parametrizations
+    compute the weight, the computed weight is factorized. Other linear layers and convolutions are
+    kept, and the report says why.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     method : str or BaseFactorizer, default="dsf"
-        A factorizer, or its name in ``matfact.factorizers.METHODS``. With a budget, several: each
-        layer then gets the one that suits it.
+        A factorizer, or its name in ``matfact.factorizers.METHODS``. With a budget, several
+        methods can be given, and each layer gets the best of them.
     density : float, optional
-        Stored values ÷ entries of each layer, in (0, 1]. By default what the factorizer says.
+        Stored values ÷ entries of each layer, in (0, 1]. By default that of the factorizer.
     budget : float or Budget, optional
-        What the selected layers may cost in all, kept ones included: bytes of values and
-        positions, or their share of the dense bytes where it is at most 1. FLOPs and measured
-        time are bounded by a :class:`Budget`. Each method is tried in each layer at a few
-        densities first, so that layers which lose much can be given more.
+        Maximum total cost of the selected layers, including kept ones: bytes of values and
+        positions, or a share of the dense bytes if at most 1. Use :class:`Budget` to bound FLOPs or
+        measured time. Each method is first tried on each layer at several densities, so that
+        sensitive layers get more.
     layers : str, collection of str or callable, optional
-        A regular expression searched in layer names, the names themselves, or a function of name
-        and module. By default all linear layers and convolutions in one to three dimensions.
+        A regular expression to search in layer names, the names themselves, or a function of name
+        and module. By default all linear layers and 1-D to 3-D convolutions.
     overrides : mapping of str to object, optional
-        For layers of that name, or else the first regular expression found in their name: another
-        method, another density, a pair of both, or None to keep the layer.
+        Another method or density, a pair of both, or None to keep the layer. Keys are layer names
+        or regular expressions; names come first, then the first expression that matches.
     keep : sequence of {"first", "last"}, default=()
         Keep the first or the last of the selected layers.
     calibration : iterable or Calibration, optional
-        Batches of inputs, see :class:`Calibration`. The errors of layer outputs are lowered and
+        Batches of inputs, see :class:`Calibration`. Errors of layer outputs are then reduced and
         reported.
     n_jobs : int, default=1
-        Layers fitted at a time, by joblib; −1 for one on each core. Sequential calibration fits
-        one after the other.
+        Number of layers fitted in parallel with joblib; −1 for all cores. Sequential calibration
+        fits one layer after the other.
     inplace : bool, default=False
-        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned. Old
-        layers are held until nothing can fail any more, their weights in files where there is an
-        `offload_folder`; after an error the network is as it was.
+        Whether to change `model` instead of a copy. After an error, `model` is restored: old layers
+        are kept until the end, with an `offload_folder` in files.
     dry_run : bool, default=False
-        Whether to report only which layers would be compressed, and how. With a budget the
-        trials are made.
+        Whether to only report which layers would be compressed, and how. With a budget, trial fits
+        are still run.
     progress : callable, optional
         Called with each finished row of the report and the number of layers.
     **options
-        Fields of :class:`Calibration`, such as ``feedback=False``, for batches that are given
-        alone.
+        Fields of :class:`Calibration`, such as ``feedback=False``, if `calibration` is a plain
+        iterable.
 
     Returns
     -------
     model : torch.nn.Module
-        The compressed network, with the training modes, hooks and frozen parameters of the old.
-        One that is itself a layer is compressed as "0", the only one of a Sequential.
+        The compressed network, with the training modes, hooks and frozen parameters of the
+        original. If `model` is a single layer, it is wrapped in a Sequential as "0".
     report : CompressionReport
         One row for each selected layer.
 
     Raises
     ------
     ValueError
-        If a parameter is invalid or names no layer, if no layer is selected, if a weight to be
-        compressed is not in memory, or if the method fails on a layer, which is named. A layer is
-        kept with a warning if its weight is complex and the method takes real ones only, or if
-        the density is too small for its shape.
+        If a parameter is invalid or matches no layer, if no layer is selected, if a weight to
+        compress is not in memory, or if the method fails on a layer; the message names the layer.
+        If only the weight is complex and the method is for real ones, or the density is too small
+        for its shape, the layer is kept with a warning.
 
     Examples
     --------
@@ -145,8 +144,8 @@ def compress(
     is_layer = is_linear(model)
     if is_layer and inplace and not dry_run:
         raise ValueError(
-            f"inplace must be False where the network itself is one layer, here a "
-            f"{type(model).__name__}: nothing can take its place in itself."
+            f"inplace must be False if the network is a single layer, here a "
+            f"{type(model).__name__}: it cannot be replaced in itself."
         )
     original = model
     if not (inplace or dry_run):
@@ -154,7 +153,7 @@ def compress(
     elif inplace:
         check_trainable(model)
     if is_layer:
-        model = nn.Sequential(model)  # in which it can be replaced
+        model = nn.Sequential(model)  # so that it can be replaced
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
     metadata["untouched"] = other_matrices(model)
     if budget is not None:
@@ -193,7 +192,7 @@ def _check(budget: Any, density: Any, keep: Any) -> None:
 
 
 def _warn_of_none(tasks: list[Task]) -> None:
-    """Say so where nothing can be compressed of what has been selected."""
+    """Warn if no selected layer can be compressed."""
     if all(task.view is None for task in tasks):
         first = tasks[0]
         message = f"no selected layer can be compressed; {first.names[0]} is kept: {first.message}."
@@ -207,10 +206,10 @@ def _finished(
     replaced: Replaced | None,
     progress: Callable[[LayerReport, int], None] | None,
 ) -> list[LayerReport]:
-    """Return the rows of all tasks, whose layers have been replaced, in the modes they had."""
+    """Replace the layers of all tasks and return the rows of the report."""
     modes = {name: model.get_submodule(name).training for task in tasks for name in task.names[:1]}
     rows = []
-    # Closed also where `progress` fails, so that no batch is left waiting in the network.
+    # Closed even if `progress` fails, so that no batch is left waiting in the network.
     with contextlib.closing(_installed(model, fits, replaced)) as done:
         for row in done:
             rows.append(row)
@@ -225,7 +224,7 @@ def _finished(
 def _fits(
     model: nn.Module, tasks: list[Task], calibration: Calibration | None, n_jobs: int
 ) -> _Results:
-    """Yield each task with its fit; None where the method cannot take the layer."""
+    """Yield each task with its fit, or None if the method cannot handle the layer."""
     fit: _Fit = _try
     statistics: Mapping[str, LayerStatistics] = {}
     if calibration is not None:
@@ -269,22 +268,22 @@ def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted
 
 
 def _is_real(task: Task) -> bool:
-    assert task.view is not None  # of what is fitted
+    assert task.view is not None  # fitted layers have a view
     return not any(matrix.is_complex() for matrix in task.view.matrices())
 
 
 def _note_lack(task: Task, statistics: LayerStatistics | None) -> None:
-    """Say of a layer what its calibration lacks, if anything."""
+    """Note why a layer has no calibration, if it has none."""
     if statistics is not None and not statistics.is_empty:
         task.message = statistics.note
         return
     if not _is_real(task):
         why = "its inputs are complex"
     elif task.kind == "NonDynamicallyQuantizableLinear":
-        why = "attention reads its weight and never calls it, so that its inputs are unknown"
+        why = "its inputs are unknown, since attention reads its weight without calling it"
     else:
         why = "no calibration input reached it"
-    task.message = f"{why}: fitted without"
+    task.message = f"{why}: fitted without calibration"
     warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
 
 
@@ -298,7 +297,7 @@ def _try(
     adapt: Adaptation = "none",
     shift_bias: bool = False,
 ) -> tuple[Fitted | None, str]:
-    """Return the fit of the layer `name`, or None and why there is none."""
+    """Return the fit of the layer `name`, or None and the reason."""
     try:
         shift = shift_bias and has_bias
         return fit_layer(factorizer, matrices, statistics, adapt, shift=shift), ""
@@ -311,7 +310,7 @@ def _try(
 def _installed(
     model: nn.Module, fits: _Results, replaced: Replaced | None
 ) -> Generator[LayerReport]:
-    """Put factorized layers in place of dense ones as they come, and report."""
+    """Replace dense layers by factorized ones as fits arrive, and report."""
     with contextlib.closing(fits):
         for task, fitted in fits:
             if fitted is None:
@@ -326,7 +325,7 @@ def _installed(
                 if replaced is not None:
                     replaced.page_out()
                 row = task.report("compressed", fitted)
-            # With the layer as it was, and all that is in the new one by now.
+            # With the old layer, and everything the new one holds by now.
             task.view = None
             del fitted
             yield row
@@ -335,7 +334,7 @@ def _installed(
 def _shared_out(
     model: nn.Module, method: Method | Sequence[Method], budget: float | Budget, **options: Any
 ) -> tuple[dict[str, Override], dict[str, Any]]:
-    """Return overrides that keep the budget, and what is to be reported of it."""
+    """Return overrides that keep the budget, and its entry in the report."""
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     allocation, chosen = within_budget(model, budget, named_methods(method), **options)
     facts = {"cost": budget.cost, "ceiling": allocation.budget, "planned": allocation.cost}

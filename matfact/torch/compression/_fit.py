@@ -1,4 +1,4 @@
-"""Fit one matrix of a layer, with or without statistics of its inputs."""
+"""Fits of a layer's matrices, with or without statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -22,31 +22,29 @@ from matfact.torch.calibration._layer_statistics import LayerStatistics, Sums
 from matfact.torch.calibration.options import Adaptation
 from matfact.torch.compression._problem import Choice, Problem
 
-#: Dampings of refits that are tried as long as the error on inputs kept aside becomes less, the
-#: most cautious first.
+#: Dampings of refits, most cautious first; tried as long as the error on held-out inputs falls.
 REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
-#: Dampings for factorizers that use inputs themselves, the boldest first.
+#: Dampings for factorizers that use inputs themselves, boldest first.
 CALIBRATION_DAMPINGS = (0.0, 0.3, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The products of a layer, one a group, and how near they come.
+    """Fitted products of a layer, one per group, and their errors.
 
     Attributes
     ----------
     products : list of FactorProduct
-        One for each matrix.
+        One per matrix.
     relative_error, normalized_error : float
-        Of all matrices together.
+        Errors over all matrices.
     layer_error, fitted_layer_error : float or None
-        Error on the layer's outputs, for inputs that were kept aside, measured before the products
-        were fitted to these too, if they were, and for those fitted in the end, as far as there
-        are any that make an output.
+        Error of the layer's outputs on held-out inputs, measured before any refit to them, and on
+        the inputs of the final fit. None if no such inputs lead to an output.
     seconds : float
         Wall time of the fits.
     shifts : list of array
-        Means of what outputs have lost, one for each matrix, where a bias can make up for them.
+        Mean errors of the outputs, one per matrix, if a bias can correct them.
     """
 
     products: list[FactorProduct]
@@ -58,7 +56,7 @@ class Fitted:
     shifts: list[Array] = dataclasses.field(default_factory=list)
 
     def nbytes(self, itemsize: int) -> int:
-        """Return the bytes of values of `itemsize` bytes each and of their positions."""
+        """Return the bytes of values, `itemsize` each, and of their positions."""
         factors = [factor for product in self.products for factor in product]
         return sum(itemsize * f.nnz + f.index_nbytes("smallest") for f in factors)
 
@@ -73,23 +71,22 @@ def fit_layer(
 ) -> Fitted:
     """Factorize the matrices of a layer and measure the result.
 
-    Batches kept aside choose between fits to the others, and say how far the chosen one can be
-    trusted. A factorizer that uses inputs itself is then fitted once more with all of them, as
-    scikit-learn's searches do.
+    Held-out batches choose between fits to the other batches and give the reported error. A
+    factorizer that uses inputs is then refit to all batches, like in scikit-learn's searches.
 
     Parameters
     ----------
     factorizer : BaseFactorizer
-        Fitted to each matrix in turn.
+        Estimator to fit to each matrix.
     matrices : list of array
-        The matrices, of one shape.
+        The matrices, all of the same shape.
     statistics : LayerStatistics or None
-        Those of the inputs. Where they are those of pairs, the matrices are corrected for what has
-        become of the inputs.
+        Statistics of the inputs. With statistics of pairs, the matrices are first corrected for the
+        changes of the inputs.
     adapt : {"finalize", "finalize_one", "scale", "none"}
-        What makes factorizers that cannot use the inputs themselves take them into account.
+        How inputs are used for factorizers that cannot use them themselves.
     shift : bool
-        Whether a bias makes up for the mean of what outputs lose.
+        Whether a bias corrects the mean error of the outputs.
     """
     start = time.perf_counter()
     sums: Sequence[tuple[Sums | None, Sums | None]] = [(None, None)] * len(matrices)
@@ -117,7 +114,7 @@ def fit_layer(
 
 
 class _Part(NamedTuple):
-    """A fitted matrix, its squared errors beside the energies of what is wanted, and its shift."""
+    """A fitted matrix, its squared errors with the energies of the target, and its shift."""
 
     product: FactorProduct
     aside: tuple[float, float]
@@ -151,8 +148,8 @@ def _fit_matrix(
 
 
 def _chosen(factorizer: BaseFactorizer, problem: Problem, adapt: Adaptation) -> Choice:
-    """Return what batches kept aside have chosen, if there are any."""
-    # Copies are fitted, and forgotten at once, since factorizers keep what they have found.
+    """Return the fit chosen by held-out batches, if there are any."""
+    # Fit clones and drop them at once, since estimators keep their results.
     if problem.wanted is not None and uses_inputs(factorizer):
         return _calibrated(factorizer, problem, problem.wanted.inputs)
     if problem.wanted is None or adapt == "none":
@@ -161,7 +158,7 @@ def _chosen(factorizer: BaseFactorizer, problem: Problem, adapt: Adaptation) -> 
 
 
 def _calibrated(factorizer: BaseFactorizer, problem: Problem, inputs: InputStatistics) -> Choice:
-    """Return the fit of a factorizer that uses inputs, with more caution where it has to be."""
+    """Return the fit of a factorizer that uses inputs, with more damping if needed."""
 
     def fit(target: Array, inputs: InputStatistics, damping: float) -> FactorProduct:
         damped = inputs.damped(damping) if damping else inputs
@@ -181,16 +178,16 @@ def _calibrated(factorizer: BaseFactorizer, problem: Problem, inputs: InputStati
 def _adapted(
     factorizer: BaseFactorizer, problem: Problem, inputs: InputStatistics, adapt: Adaptation
 ) -> Choice:
-    """Return the fit of a factorizer that cannot use inputs.
+    """Return the fit of a factorizer that does not use inputs.
 
-    It is fitted to columns scaled by what enters them, and its values are refitted to the inputs
-    (Boža & Macko 2025, Section 4.3); where entries may be stored anywhere, some are chosen anew.
+    The factorizer is fitted to columns scaled by the size of their inputs, and its values are refit
+    to the inputs (Boža & Macko 2025, Section 4.3). Unstructured supports are partly chosen again.
     """
     target, xp = problem.target, backend.namespace(problem.target)
     scale = xp.astype(problem.scale(inputs), target.dtype)
     scaled = target * scale[None, :]
     unit = backend.unit(scaled)
-    scaled *= 1 / unit  # in place, so that the factorizer makes no copy of its own
+    scaled *= 1 / unit  # in place, so that the factorizer makes no copy
     product = scaled_columns(clone(factorizer).fit(scaled).operator_, unit / scale).rescaled(1.0)
     del scaled
     if adapt == "scale":
@@ -217,11 +214,11 @@ def _adapted(
 
 
 def uses_inputs(factorizer: BaseFactorizer) -> bool:
-    """Whether `factorizer` takes calibration inputs itself."""
+    """Whether `factorizer` uses calibration inputs itself."""
     return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
 def _layer_error(errors: Iterable[tuple[float, float]]) -> float | None:
-    """Return the relative error of the outputs of all groups together, None if there are none."""
+    """Return the relative error of the outputs over all groups, or None without outputs."""
     error, total = map(math.fsum, zip(*errors, strict=True))
     return math.sqrt(error / total) if total else None

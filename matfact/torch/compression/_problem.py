@@ -1,4 +1,4 @@
-"""What one matrix of a layer is fitted to, and how fits of it are judged."""
+"""Fitting problem of one matrix of a layer: its target and the judgement of fits."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from matfact.solvers.finalize import input_scale
 from matfact.solvers.layerwise import corrected, corrections
 from matfact.torch.calibration._layer_statistics import Sums
 
-#: Dampings of corrections for former layers that are tried as long as the error on inputs kept
-#: aside becomes less, the most cautious first.
+#: Dampings of corrections for earlier layers, most cautious first; tried as long as the error on
+#: held-out inputs falls.
 CORRECTION_DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-#: The error on inputs kept aside, relative to that on those fitted, from which more caution is
-#: tried.
+#: Ratio of the errors on held-out and fitted inputs from which more damping is tried.
 OVERFITTED = 1.1
 _Outputs = OutputStatistics | MapStatistics
 
 
 class Choice(NamedTuple):
-    """A product, and what fits it once more to a target and inputs, if that is worth it."""
+    """A product, and an optional function that refits it to another target and inputs."""
 
     product: FactorProduct
     again: Callable[[Array, InputStatistics], FactorProduct] | None = None
@@ -33,24 +32,23 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What one matrix of a layer is fitted to.
+    """Fitting problem of one matrix.
 
     Attributes
     ----------
     W : array
         The matrix.
     target : array
-        The matrix, corrected for what has become of its inputs.
+        The matrix, corrected for changes of its inputs.
     wanted : OutputStatistics, MapStatistics or None
-        Inputs with the outputs of the dense network, without their means where a bias makes up for
-        those.
+        Inputs with the outputs of the dense network, centred if a bias corrects the means.
     damping : float or None
-        That of the correction; infinite where there is none, None where no others judge it.
+        Damping of the correction; infinite without correction, None without held-out batches.
     aside : OutputStatistics, MapStatistics or None
-        The same as `wanted` for the batches kept aside, less the means of the others; None where
-        there are none.
+        The same for held-out batches, centred with the means of the other batches; None without
+        held-out batches.
     unshifted : OutputStatistics, MapStatistics or None
-        Those kept aside with their means, where a bias might make up for them.
+        The held-out statistics without centring, if a bias might correct the means.
     means : tuple of array
         Mean input and mean output.
     """
@@ -72,9 +70,9 @@ class Problem:
         W : array of shape (rows, columns)
             The matrix.
         fitted, aside : InputStatistics, OutputStatistics or None
-            Those of the batches it is fitted to, and of those kept aside.
+            Statistics of the fitted and of the held-out batches.
         shift : bool
-            Whether a bias makes up for means.
+            Whether a bias corrects means.
         """
         if fitted is None:
             return cls(W, W)
@@ -82,14 +80,14 @@ class Problem:
         judge = None if aside is None else _with_outputs(aside, W)
         unshifted = judge if shift else None
         if judge is not None and shift:
-            judge = judge.centered(_with_outputs(fitted, W))  # type: ignore[arg-type]  # alike
-        if judge is not None and not judge.energy:  # nothing can be told from zeros
+            judge = judge.centered(_with_outputs(fitted, W))  # type: ignore[arg-type]
+        if judge is not None and not judge.energy:  # zero outputs cannot judge fits
             judge = None
         target, damping = _target(W, wanted, judge)
         return cls(W, target, wanted, damping, judge, unshifted, means)
 
     def of_all(self, sums: Sums, shift: bool) -> Self:
-        """Return the problem with all batches, corrected as those kept aside have borne out."""
+        """Return the problem for all batches, with the correction confirmed by held-out ones."""
         wanted, means = _deviations(sums, self.W, shift)
         target = self.W
         if isinstance(wanted, OutputStatistics) and self.damping != math.inf:
@@ -97,19 +95,19 @@ class Problem:
         return type(self)(self.W, target, wanted, self.damping, means=means)
 
     def lost_mean(self, W_hat: Array) -> Array:
-        """Return the mean of what outputs have lost."""
+        """Return the mean error of the outputs."""
         assert self.means is not None
         inputs, outputs = self.means
         return outputs - backend.wide(W_hat) @ inputs
 
     def is_shifted(self, W_hat: Array) -> bool:
-        """Whether a bias that makes up for means lowers the error on inputs kept aside, if any."""
+        """Whether correcting means by a bias lowers the held-out error, if there is one."""
         if self.aside is None or self.unshifted is None:
             return True
         return self.aside.squared_error(W_hat) <= self.unshifted.squared_error(W_hat)
 
     def error_aside(self, W_hat: Array) -> tuple[float, float]:
-        """Return the squared error on inputs kept aside, and the energy of what is wanted."""
+        """Return the squared error on held-out inputs and the energy of the target."""
         if self.aside is None:
             return 0.0, 0.0
         judge = self.aside if self.is_shifted(W_hat) else self.unshifted
@@ -117,13 +115,13 @@ class Problem:
         return judge.squared_error(W_hat), self.aside.energy
 
     def error_fitted(self, W_hat: Array) -> tuple[float, float]:
-        """Return the same on the inputs fitted."""
+        """Return the squared error on fitted inputs and the energy of the target."""
         if self.wanted is None:
             return 0.0, 0.0
         return self.wanted.squared_error(W_hat), self.wanted.energy
 
     def improved(self, choice: Choice, others: Iterable[Choice]) -> Choice:
-        """Return the last of `others` up to which each lowers the error on inputs kept aside."""
+        """Return the last of `others` before the held-out error stops falling."""
         best, least = choice, self._error(self.aside, choice.product)
         for other in others:
             error = self._error(self.aside, other.product)
@@ -133,7 +131,7 @@ class Problem:
         return best
 
     def is_overfitted(self, product: FactorProduct) -> bool:
-        """Whether inputs kept aside tell that more caution may pay."""
+        """Whether held-out inputs suggest more damping."""
         if self.aside is None:
             return False
         return self._error(self.aside, product) > OVERFITTED * self._error(self.wanted, product)
@@ -144,10 +142,10 @@ class Problem:
         return math.sqrt(sums.squared_error(W_hat) / sums.energy) if sums.energy else 0.0
 
     def scale(self, inputs: InputStatistics) -> Array:
-        """Return what columns are multiplied by before a fit, nothing if that does not hold up.
+        """Return the scale of columns before a fit, or None if held-out inputs do not confirm it.
 
-        A fit spreads its error over all entries alike; divided by the scale and multiplied by the
-        inputs kept aside, it should become less.
+        A fit spreads its error evenly over all entries. Divided by the scale, this error should be
+        smaller on held-out inputs.
         """
         scale = input_scale(inputs.second_moment)
         if self.aside is None:
@@ -161,19 +159,19 @@ class Problem:
 
 
 def _with_outputs(sums: Sums, W: Array) -> _Outputs:
-    """Return the sums of inputs with those of outputs, which `W` makes of them if nothing else."""
+    """Return statistics with outputs, by default the outputs of `W`."""
     return sums if isinstance(sums, OutputStatistics) else MapStatistics(sums, W)
 
 
 def _deviations(sums: Sums, W: Array, shift: bool) -> tuple[_Outputs, tuple[Array, Array]]:
-    """Return the sums, without their means where a bias makes up for them, and the means."""
+    """Return the statistics, centred if a bias corrects the means, and the means."""
     wanted = _with_outputs(sums, W)
     means = wanted.inputs.mean, wanted.mean
     return wanted.centered() if shift else wanted, means
 
 
 def _target(W: Array, wanted: _Outputs, aside: _Outputs | None) -> tuple[Array, float | None]:
-    """Return `W` corrected for what has become of its inputs, as far as others bear it out."""
+    """Return `W` corrected for changes of its inputs, as far as held-out inputs confirm it."""
     if isinstance(wanted, MapStatistics):
         return W, None
     if aside is None:

@@ -1,4 +1,4 @@
-"""Which layers of a network are compressed, and how."""
+"""Selection of layers to compress, and how to compress each."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ from matfact.torch.layers._matricized import (
 from matfact.torch.layers._weights import is_finite, place, tied_places
 from matfact.torch.running._traces import OF_ALL_MODULES
 
-#: Message of layers that are to be kept.
-AS_ASKED = "as asked"
+#: Message of layers that are kept on request.
+AS_REQUESTED = "as requested"
 #: A factorizer, or its name in :data:`matfact.factorizers.METHODS`.
 Method = str | BaseFactorizer
-#: Layers by regular expression, by name, or by a function of name and module.
+#: Selection of layers: a regular expression, names, or a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
-#: Which of the selected layers may be kept.
+#: Positions of layers to keep.
 Position = Literal["first", "last"]
-#: What one layer gets in place of the rule: a method, a density, both, or None to be kept.
+#: Override for a layer: a method, a density, both, or None to keep it.
 Override = Method | float | tuple[Method, float] | None
 
 
 @dataclasses.dataclass
 class Task:
-    """A layer and what to do with it.
+    """A layer and how to compress it.
 
     Attributes
     ----------
     names : list of str
-        Every name the layer has in the network.
+        All names of the layer in the network.
     kind : str
         Its class.
     dimensions : Dimensions
-        Those of its matrices.
+        Dimensions of its matrices.
     view : Matricized or None
-        The layer as matrices; None where it is of a kind that is not taken.
+        Matrix view of the layer; None if it is not supported.
     factorizer : BaseFactorizer or None
-        Unfitted; None where the layer is kept.
+        Unfitted estimator; None if the layer is kept.
     message : str
-        Why it is kept, or what is to be known about it.
+        Why it is kept, or a remark.
     is_given : bool
-        Whether an override says what it gets.
+        Whether it has an override.
     """
 
     names: list[str]
@@ -75,11 +75,11 @@ class Task:
     is_given: bool = False
 
     def keep(self, message: str) -> None:
-        """Leave the layer as it is, and say why."""
+        """Keep the layer, with a reason."""
         self.factorizer, self.message = None, message
 
     def problem(self) -> tuple[BaseFactorizer, list[Array], bool]:
-        """Return the factorizer, the matrices, and whether there is a bias."""
+        """Return the factorizer, the matrices, and whether the layer has a bias."""
         assert self.factorizer is not None
         assert self.view is not None
         layer: Any = self.view.layer
@@ -133,8 +133,8 @@ def plan(
     Raises
     ------
     ValueError
-        If a parameter is invalid, names no layer, or no layer is selected; or if a layer that is
-        to be compressed has no weight in memory.
+        If a parameter is invalid or matches no layer, if no layer is selected, or if the weight of
+        a layer to compress is not in memory.
     """
     metrics.check_density(density)
     found = [(names, layer) for names, layer in distinct_layers(model) if is_linear(layer)]
@@ -146,12 +146,12 @@ def plan(
         if any(is_selected(name, layer, layers) for name in names):
             tasks.append(_task(names, layer, factorizer, _shared(layer, tied), holders.get(layer)))
     if not tasks:
-        raise ValueError(f"layers must select linear layers or convolutions, but {layers!r} none.")
+        raise ValueError(f"layers must select linear layers or convolutions, got {layers!r}.")
     for task in tasks:
         task.is_given = bool(_matching(task.names, overrides))
     for position, task in zip(get_args(Position), (tasks[0], tasks[-1]), strict=True):
         if position in keep:
-            task.keep(AS_ASKED)
+            task.keep(AS_REQUESTED)
     for task in tasks:
         _check_values(task)
     return tasks
@@ -173,16 +173,16 @@ def _task(
     task = Task(names, type(layer).__name__, dimensions(layer), matricized(layer), factorizer)
     known = facts(layer)
     if holder is not None and known.odd is None:
-        known = known._replace(odd=f"layer that {holder} holds too, where nothing can replace it")
+        known = known._replace(odd=f"layer that {holder} also holds, where it cannot be replaced")
     if (reason := reason_to_keep(known._replace(shared=shared))) is not None:
         task.keep(reason)
     elif factorizer is None:
-        task.keep(AS_ASKED)
+        task.keep(AS_REQUESTED)
     return task
 
 
 def _shared(layer: nn.Module, tied: Mapping[Any, Mapping[nn.Module, str]]) -> dict[str, str]:
-    """Return which parameters of a layer other modules use too, and a name of each there."""
+    """Return the shared parameters of a layer, with a name of each in another module."""
     return {
         "weight" if own.startswith("weight") else own: min(
             name for module, name in tied[place(parameter)].items() if module is not layer
@@ -193,7 +193,7 @@ def _shared(layer: nn.Module, tied: Mapping[Any, Mapping[nn.Module, str]]) -> di
 
 
 def _holders(model: nn.Module) -> dict[Any, str]:
-    """Return the layers that a plain attribute holds, through which they may be called."""
+    """Return layers that are also plain attributes, through which they may still be called."""
     holders: dict[Any, str] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -208,14 +208,14 @@ def _holders(model: nn.Module) -> dict[Any, str]:
 
 
 def _check_values(task: Task) -> None:
-    """Raise ``ValueError`` where a weight is not in memory, and keep it where it is not finite."""
+    """Raise ``ValueError`` for weights not in memory, and keep layers with non-finite weights."""
     if task.view is None or task.factorizer is None:
         return
     weight, name = task.view.weight, task.names[0]
     if weight.is_meta:
         raise ValueError(
-            f"model must have in memory what is to be compressed, but the weight of {name!r} is on "
-            "the meta device: never loaded, or offloaded. Load it, or leave the layer out by "
+            f"model must have the weights to compress in memory, but the weight of {name!r} is on "
+            "the meta device: never loaded, or offloaded. Load it, or exclude the layer with "
             "layers or overrides."
         )
     if not is_finite(weight):
@@ -224,7 +224,7 @@ def _check_values(task: Task) -> None:
 
 
 def check_names(layers: Layers | None, overrides: Mapping[str, Override], known: list[str]) -> None:
-    """Raise ``ValueError`` where a name or a regular expression is that of no layer."""
+    """Raise ``ValueError`` for a name or regular expression that matches no layer."""
     if layers is not None and not callable(layers):
         is_pattern = isinstance(layers, str)
         for entry in [layers] if is_pattern else layers:
@@ -250,7 +250,7 @@ def _check_name(parameter: str, entry: str, known: list[str], is_pattern: bool) 
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the `known` names that resemble `name`."""
+    """Return the end of an error message, with the `known` names similar to `name`."""
     every = list(known)
     close = difflib.get_close_matches(name, every, cutoff=0.4)
     if close:
@@ -269,7 +269,7 @@ def is_selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
 def _factorizer(
     names: list[str], method: Method, density: float | None, overrides: Mapping[str, Override]
 ) -> BaseFactorizer | None:
-    """Return the unfitted factorizer of a layer, None to keep it."""
+    """Return the unfitted factorizer of a layer, or None to keep it."""
     for override in _matching(names, overrides):
         if override is None:
             return None
@@ -293,7 +293,7 @@ def _factorizer(
 
 
 def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Override]:
-    """Return the overrides of a layer: one of its names first, then the patterns in order."""
+    """Return the overrides of a layer: first by name, then by pattern in order."""
     exact = [overrides[name] for name in names if name in overrides]
     patterns = (k for k in overrides if any(re.search(k, name) for name in names))
     return exact or [overrides[pattern] for pattern in patterns]

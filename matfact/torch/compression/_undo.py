@@ -1,4 +1,4 @@
-"""Layers that have been replaced, kept until nothing can fail any more."""
+"""Undoing of replacements after an error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from matfact.torch.running._mapped import is_worth_a_file, page_out, written
 
 
 class Replaced:
-    """The layers that have been replaced, while they may have to come back.
+    """Replaced layers, kept until an error can no longer occur.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     folder : Path, optional
-        Where their weights wait, in files without a name instead of memory.
+        Folder for their weights, in unnamed files instead of memory.
     """
 
     def __init__(self, model: nn.Module, folder: Path | None) -> None:
@@ -32,12 +32,12 @@ class Replaced:
         self._in_files: list[nn.Parameter] = []
 
     def add(self, names: Sequence[str], layer: nn.Module) -> None:
-        """Keep `layer`, which the network has under each of `names`."""
+        """Keep `layer`, with all its `names` in the network."""
         hooks = {name: copy.copy(held) for name, held in hooks_of(layer).items()}
         self._layers.append((names, layer, hooks))
 
     def page_out(self) -> None:
-        """Let the weights of the layer that was added last wait in files, if there is a folder."""
+        """Move the weights of the last added layer to files, if there is a folder."""
         if self._folder is None:
             return
         for parameter in self._layers[-1][1].parameters():
@@ -47,7 +47,7 @@ class Replaced:
                 self._in_files.append(parameter)
 
     def put_back(self) -> None:
-        """Leave the network as it was."""
+        """Restore the network."""
         for parameter in self._in_files:
             parameter.data = parameter.detach().clone()
         for names, layer, before in reversed(self._layers):
@@ -62,7 +62,7 @@ class Replaced:
 
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module, folder: Path | None) -> Iterator[Replaced]:
-    """Put the layers that are added to what is yielded back into `model` if anything fails."""
+    """Yield an object to record replaced layers, and restore them if the block fails."""
     replaced = Replaced(model, folder)
     try:
         yield replaced

@@ -1,4 +1,4 @@
-"""What a network's layers may get under a budget."""
+"""Allocation of methods and densities to a network's layers under a budget."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from matfact.torch.layers._matricized import Dimensions, distinct_layers, is_lin
 
 _METHODS = ("dsf", "lowrank", "monarch", "magnitude")
 _DENSITIES = (0.1, 0.2, 0.35, 0.5)
-#: Further densities whose costs and errors are interpolated.
+#: Further densities, with interpolated costs and errors.
 _BETWEEN = tuple(i / 40 for i in range(1, 40))
-#: A method by name, a layer, and the densities to try; None for that of the factorizer.
+#: Method name, layer, and densities to try; None for the density of the factorizer.
 _Work = tuple[str, Task, Sequence[float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the selected layers of a network may cost in all: for :func:`compress`.
+    """Maximum total cost of the selected layers, for :func:`compress`.
 
     Attributes
     ----------
     amount : float
-        The ceiling. A number up to 1 is a share of what the dense layers cost.
+        The maximum cost. Numbers up to 1 are a share of the cost of the dense layers.
     cost : {"nbytes", "flops", "seconds"}, default="nbytes"
-        What is bounded: bytes of values and positions; floating point operations; or the time of
-        operators for one sample as measured here, of which `amount` must be a share. With
-        calibration inputs, FLOPs and seconds of a layer count as often as it is called for each
-        call of the layer that is called least; without, once.
+        Kind of cost: bytes of values and positions; floating-point operations; or measured time of
+        the operators for one sample, for which `amount` must be a share. With calibration inputs,
+        FLOPs and seconds of a layer are multiplied by its number of calls, relative to the layer
+        with the fewest calls.
     weights : mapping of str to float, optional
-        How much the network suffers from each layer's squared relative error, 1 where none is
-        given: :func:`output_sensitivity`.
+        Weight of each layer's squared relative error, by default 1; see
+        :func:`output_sensitivity`.
     densities : sequence of float
-        Stored values ÷ entries at which every method is tried in every layer; what happens in
-        between is interpolated.
+        Stored values ÷ entries at which every method is tried in every layer. Costs and errors in
+        between are interpolated.
     """
 
     amount: float
@@ -71,13 +71,13 @@ class Budget:
 
 
 def named_methods(methods: Method | Sequence[Method]) -> dict[str, Method]:
-    """Return one or more methods by name; that of a factorizer is its class."""
+    """Return methods by name; a factorizer has the name of its class."""
     several = [methods] if isinstance(methods, (str, BaseFactorizer)) else list(methods)
     named = {m if isinstance(m, str) else type(m).__name__: m for m in several}
     if not named:
         raise ValueError("methods must hold at least one method, got none.")
     if len(named) < len(several):
-        raise ValueError("methods must differ in name, that of a factorizer being its class.")
+        raise ValueError("methods must have different names; a factorizer has that of its class.")
     return named
 
 
@@ -92,14 +92,14 @@ def within_budget(
     calibration: Iterable[Any] | None = None,
     n_jobs: int = 1,
 ) -> tuple[Allocation, dict[str, Override]]:
-    """Return which method and density each layer gets, and the same as overrides.
+    """Return the method and density of each layer, also as overrides.
 
-    Layers that are kept, or that have an override already, count with what they cost.
+    Kept layers and layers with an override count with their cost.
 
     Raises
     ------
     ValueError
-        If the budget is less than the cheapest choice costs.
+        If the budget is below the cost of the cheapest choice.
     """
     planned = {m: plan(model, methods[m], None, layers, overrides or {}, keep) for m in methods}
     every = next(iter(planned.values()))
@@ -130,7 +130,7 @@ def within_budget(
 
 
 def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list[_Work]:
-    """Return what has to be fitted: everything where there is a choice, overrides as they are."""
+    """Return the trials: all methods and densities, but only the override where there is one."""
     first, *_ = planned
     work: list[_Work] = []
     for label, tasks in planned.items():
@@ -145,12 +145,12 @@ def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list
 
 
 def _more(options: list[Option], is_free: bool) -> list[Option]:
-    """Return further options by interpolation, where there is a choice."""
+    """Add interpolated options for layers with a choice."""
     return interpolate(options, _BETWEEN) if is_free else options
 
 
 def _called(option: Option, times: float) -> Option:
-    """Return the option at the cost of `times` calls."""
+    """Return the option with the cost of `times` calls."""
     flops, seconds = round(option.flops * times), option.seconds * times
     return dataclasses.replace(option, flops=flops, seconds=seconds)
 
@@ -165,31 +165,31 @@ def layer_options(
     latency: Callable[[FactorProduct], float] | None = None,
     n_jobs: int = 1,
 ) -> dict[str, list[Option]]:
-    """Fit layers by several methods at several densities, and list what each costs and loses.
+    """Fit layers by several methods at several densities, and list their costs and errors.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, which is left as it is.
+        The network, which is not changed.
     methods : sequence of str or BaseFactorizer
-        What every layer may get, besides being left as it is: names as for :func:`compress`, or
-        factorizers, which go by the name of their class.
+        Methods to try in addition to keeping the layer: names as in :func:`compress`, or
+        factorizers, which have the name of their class.
     densities : sequence of float
-        Stored values ÷ entries, each in (0, 1]. More can be had by
-        :func:`matfact.allocation.interpolate`.
+        Stored values ÷ entries, each in (0, 1]. Use :func:`matfact.allocation.interpolate` to add
+        more.
     layers : str, collection of str or callable, optional
-        As for :func:`compress`.
+        As in :func:`compress`.
     calibration : iterable, optional
-        Batches of inputs. With them errors are those of layer outputs.
+        Batches of inputs. Errors are then those of layer outputs.
     latency : callable, optional
-        Returns the seconds that an operator takes; :func:`matfact.allocation.apply_seconds`.
+        Returns the seconds of an operator, such as :func:`matfact.allocation.apply_seconds`.
     n_jobs : int, default=1
-        Fits at a time.
+        Number of parallel fits.
 
     Returns
     -------
     dict of str to list of Option
-        For each layer. FLOPs are for one input row, or one patch of a convolution.
+        Options of each layer. FLOPs are for one input row, or one patch of a convolution.
 
     Examples
     --------
@@ -234,7 +234,7 @@ def _measured(
     latency: Callable[[FactorProduct], float] | None,
     n_jobs: int,
 ) -> Iterable[tuple[str, list[Option]]]:
-    """Return the options of each task by the method of that name, at several densities."""
+    """Return the options of each task by the named method, at several densities."""
     jobs = (
         joblib.delayed(_options)(task, label, densities, seen.get(task.names[0]), latency)
         for label, task, densities in work
@@ -244,17 +244,17 @@ def _measured(
 
 
 def _taken(tasks: Iterable[Task]) -> list[str]:
-    """Return the names of layers that are taken as matrices."""
+    """Return the names of layers with a matrix view."""
     return [task.names[0] for task in tasks if task.view is not None]
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Raise ``ValueError`` where a weight is that of no layer, be it selected or not."""
+    """Raise ``ValueError`` for a weight that matches no layer, selected or not."""
     known = [name for names, layer in distinct_layers(model) if is_linear(layer) for name in names]
     for name in weights:
         if name not in known:
             raise ValueError(
-                f"weights of the budget must be those of layers, but {name!r} is none"
+                f"weights of the budget must name layers, but {name!r} is not one"
                 f"{near(name, known)}."
             )
 
@@ -267,7 +267,7 @@ def _dense(task: Task, latency: Callable[[FactorProduct], float] | None) -> Opti
 
 
 def _alike(shape: Dimensions) -> list[Array]:
-    """Return matrices to time in place of those that no operator takes."""
+    """Return matrices to time for layers without a matrix view."""
     each = np.zeros((shape.rows, shape.columns), np.float32)
     return [each] * shape.groups if each.size else []
 
@@ -279,7 +279,7 @@ def _options(
     statistics: LayerStatistics | None,
     latency: Callable[[FactorProduct], float] | None,
 ) -> tuple[str, list[Option]]:
-    """Return the options of one layer by one method."""
+    """Return the options of one layer for one method."""
     options = []
     factorizer: Any
     factorizer, matrices, has_bias = task.problem()

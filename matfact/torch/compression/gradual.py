@@ -1,4 +1,4 @@
-"""Compress step by step, with training in between."""
+"""Gradual compression, with training in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matfact.torch.training.finetune import check_finite
 
 
 def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list[float]:
-    """Return falling densities, fast at first and slowly at the end.
+    """Return densities that fall along a cubic schedule: fast at first, slowly at the end.
 
     Source: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
     model compression", ICLR workshop 2018, equation 1.
@@ -24,11 +24,11 @@ def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list
     Parameters
     ----------
     density : float
-        The last density.
+        Final density.
     n_stages : int
-        How many densities.
+        Number of densities.
     initial : float, default=1.0
-        Density before the first of them.
+        Density before the first stage.
 
     Examples
     --------
@@ -55,29 +55,28 @@ def compress_gradually(
     inplace: bool = False,
     **options: Any,
 ) -> Compressed:
-    """Compress to ever lower densities, and train after each.
+    """Compress to decreasing densities, and train after each stage.
 
-    Every stage factorizes what training has made of the weights so far, so that supports follow
-    the training. With ``method="magnitude"`` this is gradual magnitude pruning; any factorizer
-    serves.
+    Every stage factorizes the trained weights again, so supports follow the training. With
+    ``method="magnitude"`` this is gradual magnitude pruning; any factorizer can be used.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     method : str or BaseFactorizer, default="dsf"
-        As for :func:`compress`.
+        As in :func:`compress`.
     density : float
-        Density of each layer in the end.
+        Final density of each layer.
     train : callable
-        Called with the network and the stage, from 0; trains in place. The parameters are others
-        in each stage, so that it needs a new optimizer.
+        Called with the network and the stage, from 0; trains in place. Each stage has new
+        parameters and needs a new optimizer.
     n_stages : int, default=4
-        How often the network is compressed.
+        Number of compressions.
     initial_density : float, default=1.0
-        Where the densities start to fall from, see :func:`cubic_densities`.
+        Density before the first stage, see :func:`cubic_densities`.
     inplace : bool, default=False
-        Whether `model` itself is changed; otherwise it stays as it is and a copy is returned.
+        Whether to change `model` instead of a copy.
     **options
         Further parameters of :func:`compress`.
 
@@ -86,7 +85,7 @@ def compress_gradually(
     model : torch.nn.Module
         The network after the last training.
     report : CompressionReport
-        That of the last stage, against the layers as they were before it.
+        Report of the last stage, compared with the layers before that stage.
 
     Raises
     ------

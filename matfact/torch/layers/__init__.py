@@ -1,1 +1,1 @@
-"""Layers that hold products, and layers of networks as matrices."""
+"""Factorized layers, and the matrix view of a network's layers."""

@@ -1,4 +1,4 @@
-"""Products of sparse factors as one operation of autograd, by kernels on the host."""
+"""Products of sparse factors as one autograd operation, using the kernels on the host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from matfact.torch.layers._factors import (
     apply_factors,
 )
 
-_WORK = 1 << 24  #: values times samples for each of several threads, below which more do not pay
+_WORK = 1 << 24  #: minimum work (values times samples) per thread
 
 
 def apply_fused(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _Product(torch.autograd.Function):
         ctx.chain = chain
         ctx.save_for_backward(x, *values)
         X, steps = _samples(x), _steps(chain, values)
-        # A copy: autograd does not allow writing to a view that an operation returns.
+        # A copy: autograd does not allow writing to a view returned by an operation.
         result = x.new_empty(*x.shape[:-1], chain[0].rows)
         out = _samples(result)
         parts = _parts(len(X), values)
@@ -47,7 +47,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, *values = ctx.saved_tensors
-        if torch.is_grad_enabled():  # gradients of gradients are wanted
+        if torch.is_grad_enabled():  # second derivatives are needed
             return _by_torch(ctx.chain, x, values, grad)
         X, G = _samples(x), _samples(grad)
         out = np.empty_like(X)

@@ -1,4 +1,4 @@
-"""What is derived from parameters, kept while those stay as they are."""
+"""Cache of values derived from parameters, valid until the parameters change."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether nothing but the value of `x` counts: no gradient, tracing or transformation."""
+    """Whether only the value of `x` matters: no gradient, tracing or transformation."""
     return is_untransformed(x) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def is_untransformed(x: Tensor) -> bool:
-    """Whether `x` is an ordinary tensor outside of code that is transformed."""
+    """Whether `x` is an ordinary tensor outside of transformed code."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and forward_ad._current_level < 0
@@ -28,7 +28,7 @@ def is_untransformed(x: Tensor) -> bool:
 
 
 def are_plain(parameters: Sequence[Tensor]) -> bool:
-    """Whether nothing but the values of `parameters` counts: no gradient, tracing or substitute."""
+    """Whether only the values of `parameters` matter: no gradient, tracing or substitute."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or {*map(type, parameters)} != {nn.Parameter}:
@@ -37,20 +37,20 @@ def are_plain(parameters: Sequence[Tensor]) -> bool:
 
 
 class Derived(Generic[T]):
-    """Something computed from the state of a module, anew after each change of it.
+    """Cached result of a computation on the state of a module, updated when the state changes.
 
-    Copies of the state tell of changes. Nothing less would do: what is written through ``.data``,
-    through NumPy or through DLPack changes neither the place nor the version of a tensor. Copies
-    and pickles of this start empty.
+    Changes are detected by comparing with a copy, since writes through ``.data``, NumPy or DLPack
+    change neither the address nor the version of a tensor. Copies and pickles of this object start
+    empty.
     """
 
     def __init__(self) -> None:
-        self.is_checked = True  #: whether the bits are compared, or what torch counts alone
+        self.is_checked = True  #: whether to compare bits, or only torch's version counters
         self.clear()
 
     def clear(self) -> None:
-        """Keep nothing until it is wanted again."""
-        # In one piece, which other threads see whole.
+        """Drop the cached result."""
+        # One assignment, which other threads see as a whole.
         self._kept: tuple[list[Copy], T] | None = None
 
     def get(
@@ -59,10 +59,10 @@ class Derived(Generic[T]):
         compute: Callable[[list[Copy]], T],
         positions: Sequence[Tensor] = (),
     ) -> T | None:
-        """Return what `compute` makes of copies of `parameters`, or None where it cannot be kept.
+        """Return ``compute`` of copies of `parameters`, or None if it cannot be cached.
 
-        That is where gradients are wanted, in traced and transformed code, and in code that has
-        replaced the parameters by tensors of its own. `positions` are what else it depends on.
+        It cannot if gradients are needed, in traced or transformed code, or if the parameters have
+        been replaced by other tensors. The result may also depend on `positions`.
         """
         if not are_plain(parameters) or not _are_readable(parameters):
             return None
@@ -86,18 +86,18 @@ class Derived(Generic[T]):
 
 
 class Copy:
-    """The bits of a tensor as they were."""
+    """Snapshot of the bits of a tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._kind = tensor.dtype, tensor.shape, tensor.device
         self._place = _place(tensor)
-        self._storage = tensor.detach()  # held, so that no other comes to stand at the same place
+        self._storage = tensor.detach()  # keeps the memory from being reused
         bits = _bits(tensor)
-        # Python compares such bytes with those of an array as fast as they come from memory.
+        # Python compares bytes with an array at memory speed.
         self._bits: Any = bits.clone() if isinstance(bits, Tensor) else bytearray(bits.tobytes())
 
     def equals(self, tensor: Tensor, is_checked: bool) -> bool:
-        """Whether `tensor` has these bits, or else torch knows of no write to it."""
+        """Whether `tensor` has these bits or, unchecked, torch counted no write to it."""
         if (tensor.dtype, tensor.shape, tensor.device) != self._kind:
             return False
         if not is_checked and self._place is not None and _place(tensor) == self._place:
@@ -108,26 +108,26 @@ class Copy:
         return bool(self._bits == bits)
 
     def array(self, dtype: Any) -> np.ndarray:
-        """Return a tensor of the host as an array of a NumPy dtype, in memory of its own."""
+        """Return a copy of a host tensor as a NumPy array."""
         return np.frombuffer(self._bits, dtype).reshape(self._kind[1])
 
 
 def _place(tensor: Tensor) -> tuple[int, int] | None:
-    """Return where a tensor stands and how often it was written to, None where none counts."""
+    """Return the address and version of a tensor, or None if torch does not track versions."""
     return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
 
 
 def _are_readable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the host can look at values: not where there are none, nor while CUDA records."""
+    """Whether values can be read: not on the meta device, nor during CUDA graph capture."""
     if any(tensor.is_meta for tensor in tensors):
         return False
     return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def _bits(tensor: Tensor) -> Any:
-    """Return whole numbers or bytes, NaN being equal to itself, in memory that is shared.
+    """Return a view of a tensor as integers or bytes, so that NaN equals itself.
 
-    They are a NumPy array on the host and a tensor elsewhere.
+    The view is a NumPy array for host tensors, else a tensor.
     """
     if tensor.is_cpu and not (tensor.itemsize < 4 and tensor.is_floating_point()):
         return np.ascontiguousarray(tensor.numpy(force=True))
@@ -139,16 +139,16 @@ def _bits(tensor: Tensor) -> Any:
 def keep_unchecked(model: nn.Module) -> nn.Module:
     """Skip the check for writes to values that bypass autograd.
 
-    In eval mode, layers keep what they have made of their values, and compare these at each pass
-    with a copy. That takes little against a product with many samples, up to two thirds of the
-    time of one with a single sample, and has to wait for a GPU. Without it, they still notice what
-    torch counts: optimizers, loading, moves and operations in place. They do not notice what is
-    written through ``.data``, through ``.detach().numpy()`` or through DLPack.
+    In eval mode, layers cache what they derive from their values, and compare the values with a
+    copy in every pass. This costs little for many samples, but up to two thirds of the time for a
+    single one, and synchronizes with a GPU. Without the check, layers still notice changes that
+    torch tracks: optimizers, loading, moves and in-place operations. They do not notice writes
+    through ``.data``, ``.detach().numpy()`` or DLPack.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A factorized layer or a network of such, whose copies will compare again.
+        A factorized layer, or a network that contains some. Copies of it compare again.
 
     Returns
     -------
@@ -172,7 +172,7 @@ def keep_unchecked(model: nn.Module) -> nn.Module:
 
 
 def forget(module: nn.Module) -> None:
-    """Let `module` and what is in it keep nothing derived, which takes as much memory as they."""
+    """Drop all caches in `module`, which may be as large as its values."""
     for derived in _derived(module):
         derived.clear()
 

@@ -1,4 +1,4 @@
-"""Factors as modules: values are parameters, positions are buffers."""
+"""Modules for factors: values are parameters, positions are buffers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from matfact.operators import (
     SparseFactor,
 )
 
-_BLOCK = 64  #: entries of the largest blocks whose kernel always beats products of batches
-_MANY = 64  #: samples from which such products are faster for larger blocks
-_WIDTH = 32  #: of the largest blocks that factors are joined into; no more than there are samples
+_BLOCK = 64  #: largest blocks, in entries, for which the kernel always beats batched products
+_MANY = 64  #: samples from which batched products are faster for larger blocks
+_WIDTH = 32  #: maximum width of merged blocks; at most the number of samples
 
 
 class FactorModule(nn.Module):
-    """A factor of a product, applied to the last axis of its input.
+    """Factor of a product, applied to the last axis of its input.
 
-    Gradients flow through the values alone, so that no optimizer can move the support.
+    Only the values have gradients, so optimizers cannot change the support.
 
     Parameters
     ----------
@@ -37,8 +37,8 @@ class FactorModule(nn.Module):
         Whether the values are copied.
     """
 
-    has_values = True  #: whether there is anything to train
-    positions = ""  #: name of the buffer that says where the values stand, if there is one
+    has_values = True  #: whether there are values to train
+    positions = ""  #: name of the buffer with the positions of the values, if any
 
     def __init__(self, factor: Factor, copy: bool = True) -> None:
         super().__init__()
@@ -46,24 +46,24 @@ class FactorModule(nn.Module):
         self.values = nn.Parameter(_tensor(factor.values, copy))
 
     def dense(self) -> Tensor:
-        """Return the matrix, through which gradients reach the values."""
+        """Return the matrix as a differentiable function of the values."""
         return self(torch.eye(self.columns, dtype=self.values.dtype, device=self.values.device)).T
 
     def to_factor(self) -> Factor:
-        """Return the factor, which shares the memory of the values, but not of the positions."""
+        """Return the factor, sharing memory with the values but not with the positions."""
         raise NotImplementedError
 
     @property
     def work(self) -> int:
-        """Multiplications a sample takes in :meth:`forward`."""
+        """Multiplications per sample in :meth:`forward`."""
         return self.values.numel()
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
-        """Whether the kernels have gradients of this factor, for samples like `x`."""
+        """Whether the kernels support gradients of this factor, for samples like `x`."""
         return False
 
     def _holds(self, x: Tensor) -> bool:
-        """Whether the values are a parameter like `x`, not what code has put in its place."""
+        """Whether the values are a parameter like `x` and have not been replaced."""
         values = self._parameters.get("values")
         return (
             type(values) is nn.Parameter
@@ -76,7 +76,7 @@ class FactorModule(nn.Module):
 
 
 class DenseFactorModule(FactorModule):
-    """A factor stored entry by entry."""
+    """Dense factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.values)
@@ -89,11 +89,12 @@ class DenseFactorModule(FactorModule):
 
 
 class SparseFactorModule(FactorModule):
-    """A factor with scattered values: one bit an entry says where they stand.
+    """Sparse factor, with positions stored as a mask of one bit per entry.
 
-    The bits are kept and saved; their expansion to indices is kept, and not saved. Column numbers
-    that 16 bits can hold are kept as two bytes, the lower one first: torch sends no integers of 16
-    bits between processes. A state dict with another support, of any size, replaces the support.
+    The mask is saved in state dicts; the indices derived from it are not. Column numbers that fit
+    into 16 bits are stored as two bytes in little-endian order, since torch cannot send 16-bit
+    integers between processes. Loading a state dict with another support, of any size, replaces the
+    support.
     """
 
     positions = "mask"
@@ -112,14 +113,14 @@ class SparseFactorModule(FactorModule):
         self._keep(factor)
 
     def _locate(self) -> None:
-        """Expand the bits to the places of the values."""
-        if self.mask.is_meta:  # nothing to expand before a state dict is loaded
+        """Expand the mask to the positions of the values."""
+        if self.mask.is_meta:  # nothing to expand until a state dict is loaded
             return
         shape = (self.rows, self.columns)
         self._keep(SparseFactor.from_bits(self.values.detach(), self.mask.cpu().numpy(), shape))
 
     def _keep(self, factor: SparseFactor) -> None:
-        """Keep the places of the values in a `factor`."""
+        """Store the positions of the values of `factor`."""
         if self.columns <= 1 << 16:
             indices = factor.indices.astype("<u2", copy=False).view(np.uint8).reshape(-1, 2)
         else:
@@ -130,7 +131,7 @@ class SparseFactorModule(FactorModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.indices.dtype == torch.int16:  # of an earlier version
+        if self.indices.dtype == torch.int16:  # written by an earlier version
             self._buffers["indices"] = self.indices[:, None].view(torch.uint8)
 
     def _load_from_state_dict(
@@ -148,9 +149,9 @@ class SparseFactorModule(FactorModule):
         return flat.scatter(0, self._locations(), self.values).reshape(self.rows, self.columns)
 
     def _locations(self) -> Tensor:
-        """Return where each value stands in the flattened matrix."""
+        """Return the position of each value in the flattened matrix."""
         indices = self._column_numbers().long()
-        nnz, begins = len(indices), self.indptr[1:-1]  # of all rows but the first
+        nnz, begins = len(indices), self.indptr[1:-1]  # starts of all rows but the first
         steps = indices.new_zeros(nnz + 1).scatter_add(0, begins, torch.ones_like(begins))
         return indices + self.columns * steps[:nnz].cumsum(0)
 
@@ -158,7 +159,7 @@ class SparseFactorModule(FactorModule):
         """Return the column of each value."""
         if self.indices.dtype != torch.uint8:
             return self.indices
-        lower, upper = self.indices.int().unbind(1)  # no view of them as numbers can be exported
+        lower, upper = self.indices.int().unbind(1)  # a view as integers cannot be exported
         return lower + 256 * upper
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class SparseFactorModule(FactorModule):
 
 
 class KroneckerFactorModule(FactorModule):
-    """A butterfly, Monarch or block-diagonal factor."""
+    """Butterfly, Monarch or block-diagonal factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return apply_factors([self], x)
@@ -195,7 +196,7 @@ class KroneckerFactorModule(FactorModule):
 
 
 class BlockFactorModule(FactorModule):
-    """A factor of dense blocks anywhere."""
+    """Factor with dense blocks at any position."""
 
     positions = "spans"
     spans: Tensor
@@ -206,7 +207,7 @@ class BlockFactorModule(FactorModule):
         self._read_spans()
 
     def _read_spans(self) -> None:
-        """Keep the spans as numbers too, which compiled graphs need."""
+        """Also store the positions as Python numbers, which compiled graphs need."""
         self._blocks = [tuple(span) for span in self.spans.tolist()]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -219,7 +220,7 @@ class BlockFactorModule(FactorModule):
             stop = start + (r1 - r0) * (c1 - c0)
             block = self.values[start:stop].reshape(r1 - r0, c1 - c0)
             part = functional.linear(x[..., c0:c1], block)
-            if out is None:  # of the dtype that autocast computes in, mapped over what values are
+            if out is None:  # with the dtype of autocast, and batched like the values under vmap
                 out = part.new_zeros(*x.shape[:-1], self.rows)
             out[..., r0:r1] += part
             start = stop
@@ -231,7 +232,7 @@ class BlockFactorModule(FactorModule):
 
 
 class SelectionFactorModule(FactorModule):
-    """A permutation, padding or cropping, which has nothing to train."""
+    """Permutation, padding or cropping, without trainable values."""
 
     has_values, positions = False, "index"
     index: Tensor
@@ -244,7 +245,7 @@ class SelectionFactorModule(FactorModule):
         self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Entries that nothing is selected for read the zero behind the last column.
+        # Entries without a source read the zero appended after the last column.
         source = torch.where(self.index < 0, self.columns, self.index)
         return functional.pad(x, (0, 1)).index_select(-1, source)
 
@@ -272,10 +273,10 @@ def factor_module(factor: Factor, copy: bool = True) -> FactorModule:
 def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
     """Apply a product of factors to the last axis of `x`.
 
-    Samples are columns where factors are Kronecker-sparse: small blocks then multiply long rows.
+    For Kronecker-sparse factors samples are columns, so that small blocks multiply long rows.
     """
     samples, are_columns = x.reshape(-1, x.shape[-1]), False
-    # Compiled graphs may leave the number of samples open.
+    # The number of samples may be symbolic in compiled graphs.
     width = _WIDTH if torch.compiler.is_compiling() else min(_WIDTH, samples.shape[0])
     factors = list(chain)
     while factors:
@@ -300,9 +301,9 @@ def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
 def _joined(left: Tensor, right: Tensor, width: int) -> Tensor | None:
     """Return the values of the product of two Kronecker-sparse factors with small blocks.
 
-    The product of neighbours in a butterfly, or in a transposed one, has blocks that are the
-    product of their sizes wide, and no sum in any entry. It takes more work than both, but in
-    fewer and larger pieces.
+    In a butterfly or a transposed one, the block size of the product of two neighbours is the
+    product of their block sizes, and its entries involve no sums. Applying it is more work, but in
+    fewer and larger operations.
     """
     if max(left.shape[2] * right.shape[2], left.shape[3] * right.shape[3]) > width:
         return None
@@ -314,7 +315,7 @@ def _joined(left: Tensor, right: Tensor, width: int) -> Tensor | None:
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor | None:
-    """Return the values of the product if blocks of `left` take all blocks of `right` between."""
+    """Return the values of the product if each block of `left` spans whole blocks of `right`."""
     (a, d, b, c), (n_right, d_right, b_right, c_right) = left.shape, right.shape
     if n_right != a * c or d != b_right * d_right:
         return None
@@ -325,7 +326,7 @@ def _outer(left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def _on_columns(values: Tensor, X: Tensor) -> Tensor:
-    """Apply the Kronecker-sparse factor with some values to the columns of `X`."""
+    """Apply the Kronecker-sparse factor with the given values to the columns of `X`."""
     a, d, b, c = values.shape
     blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
     product = torch.matmul(values, blocks).transpose(1, 2)
@@ -333,20 +334,20 @@ def _on_columns(values: Tensor, X: Tensor) -> Tensor:
 
 
 def dense_product(chain: Sequence[FactorModule]) -> Tensor:
-    """Return the product of factors as a matrix, through which gradients reach the values."""
+    """Return the product of factors as a differentiable matrix."""
     *left, last = chain
     if left and isinstance(last, SelectionFactorModule):
         return dense_product(left) @ last.dense()
     if isinstance(last, KroneckerFactorModule):
         factor = KroneckerSparseFactor(last.values)
-        # Much less work than to apply the factors to the unit vectors.
+        # Much less work than applying the factors to unit vectors.
         while left and isinstance(left[-1], KroneckerFactorModule):
             merged = KroneckerSparseFactor(left[-1].values).merged(factor)
             if merged is None:
                 break
             factor = merged
             left.pop()
-        product = factor.toarray().to(last.values.dtype)  # halves are merged in single precision
+        product = factor.toarray().to(last.values.dtype)  # merged in single precision
     else:
         product = last.dense()
     for module in reversed(left):
@@ -355,12 +356,12 @@ def dense_product(chain: Sequence[FactorModule]) -> Tensor:
 
 
 def _own(positions: Tensor) -> np.ndarray:
-    """Return positions in memory of their own: torch frees that of buffers which it shares."""
+    """Copy positions, since torch may free memory shared with buffers."""
     return np.array(positions.numpy(force=True))
 
 
 def _tensor(values: Any, copy: bool) -> Tensor:
-    """Return `values` as a contiguous tensor, a copy if asked for."""
+    """Return `values` as a contiguous tensor, copied if `copy` is true."""
     tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
     if copy:
         return tensor.clone(memory_format=torch.contiguous_format)

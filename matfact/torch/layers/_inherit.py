@@ -1,4 +1,4 @@
-"""What a replacement takes over from the layer it replaces."""
+"""Transfer of dtype, device, mode, hooks and bias from a layer to its replacement."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from matfact.torch.layers._weights import effective, is_computing, is_frozen
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of `model`, with the values of what hooks have computed in it."""
+    """Return a deep copy of `model`, including tensors that hooks have computed."""
     memo: dict[int, Any] = {
-        id(value): value.detach().clone()  # torch copies no tensor that has a gradient behind it
+        id(value): value.detach().clone()  # torch cannot copy non-leaf tensors
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
@@ -24,26 +24,26 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def inherit(new: Any, old: Any, name: str) -> None:
-    """Give `new` the dtype, device, mode, hooks and bias of `old`, and freeze what is frozen there.
+    """Give `new` the dtype, device, mode, hooks, bias and frozen parameters of `old`.
 
-    A warning names the layer, by `name`, if it has what cannot go over.
+    Warn, with the layer's `name`, if something cannot be transferred.
     """
     weight, bias = effective(old, "weight"), effective(old, "bias")
-    device = None if weight.is_meta else weight.device  # which weights without storage lack
+    device = None if weight.is_meta else weight.device  # meta weights have no device
     new.to(device=device, dtype=weight.dtype).train(old.training)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True))
     for own, parameter in new.named_parameters():
         parameter.requires_grad_(not is_frozen(old, "bias" if own == "bias" else "weight"))
     move_hooks(new, old, name)
-    if "_hf_hook" in vars(old):  # of a kind that only moves inputs, or it had not been taken
+    if "_hf_hook" in vars(old):  # it only moves inputs, else the layer would have been rejected
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, old._hf_hook)
 
 
 def is_moved_by_accelerate(layer: nn.Module) -> bool:
-    """Whether accelerate has replaced ``forward``, for no more than to move what it is given."""
+    """Whether accelerate has replaced ``forward`` only to move its inputs."""
     held = vars(layer)
     kind, own = type(held.get("_hf_hook")), held.get("_old_forward")
     return (
@@ -54,15 +54,15 @@ def is_moved_by_accelerate(layer: nn.Module) -> bool:
 
 
 def hooks_of(layer: nn.Module) -> dict[str, Any]:
-    """Return the dictionaries that hold the hooks of `layer`, by attribute."""
+    """Return the hook dictionaries of `layer`, by attribute."""
     return {k: held for k, held in vars(layer).items() if "_hooks" in k and isinstance(held, dict)}
 
 
 def move_hooks(new: nn.Module, old: nn.Module, name: str) -> None:
-    """Give `new` the hooks of `old`, but for those that compute its weight, which are done with.
+    """Give `new` the hooks of `old`, except those that compute its weight.
 
-    They stay in the same dictionaries, so that their handles remove them from both. A warning
-    names the layer, by `name`, if gradients of its parameters have hooks, which are lost.
+    The dictionaries are shared, so that handles remove hooks from both layers. Warn, with the
+    layer's `name`, if hooks on gradients of its parameters are lost.
     """
     every: dict[int, Any] = old._load_state_dict_pre_hooks
     bound = [hook for hook in every.values() if not is_computing(hook)]
@@ -72,7 +72,7 @@ def move_hooks(new: nn.Module, old: nn.Module, name: str) -> None:
         if kind != "_load_state_dict_pre_hooks":
             own = vars(new)[kind]
             vars(new)[kind] = type(hooks)({**own, **hooks}) if own else hooks
-    for hook in bound:  # which hold the module that they are called with
+    for hook in bound:  # they hold a reference to their module
         register: Any = new._register_load_state_dict_pre_hook
         register(hook.hook, with_module=hook.with_module)
     vars(new)["_is_full_backward_hook"] = vars(old)["_is_full_backward_hook"]

@@ -1,4 +1,4 @@
-"""Layers seen as matrices: what each class of layer multiplies, by what, and its replacement."""
+"""Matrix views of layers: their matrices, the inputs of these, and factorized replacements."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from matfact.torch.layers.linear import FactorizedLinear
 
 
 class Matricized(ABC):
-    """A layer as one matrix, or as one for each of its groups.
+    """View of a layer as one matrix, or one per group.
 
     Parameters
     ----------
     layer : torch.nn.Module
-        The layer, which is left as it is.
+        The layer, which is not changed.
     """
 
-    #: Whether rows of its inputs are what it multiplies, whatever the layer.
+    #: Whether the layer multiplies the rows of its inputs.
     by_rows: ClassVar[bool] = False
 
     def __init__(self, layer: Any) -> None:
@@ -37,7 +37,7 @@ class Matricized(ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight the layer computes with."""
+        """The weight used by the layer."""
         weight: Tensor = effective(self.layer, "weight")
         return weight.detach()
 
@@ -47,19 +47,19 @@ class Matricized(ABC):
 
     @abstractmethod
     def replacement(self, products: Sequence[FactorProduct], copy: bool) -> nn.Module:
-        """Return the layer with `products`, copied or not, in place of the matrices."""
+        """Return the layer with its matrices replaced by `products`, copied or not."""
 
     @abstractmethod
     def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
-        """Yield what a layer input `x` multiplies: (n, inputs) for each matrix, in pieces."""
+        """Yield the inputs (n, inputs) of each matrix for a layer input `x`, in chunks."""
 
     def arrays(self) -> list[Array]:
-        """Return the matrices for the solvers: NumPy arrays on the CPU, tensors elsewhere."""
+        """Return the matrices for the solvers: NumPy arrays on the CPU, else tensors."""
         return [as_array(matrix) for matrix in self.matrices()]
 
 
 class MatricizedLinear(Matricized):
-    """A linear layer, dense or factorized: ``weight`` is the matrix."""
+    """Linear layer, dense or factorized: ``weight`` is the matrix."""
 
     by_rows = True
 
@@ -74,14 +74,14 @@ class MatricizedLinear(Matricized):
 
 
 class MatricizedTransposed(MatricizedLinear):
-    """A linear layer that keeps its weight transposed, as the GPT-2 of `transformers` does."""
+    """Linear layer with a transposed weight, as in the GPT-2 of `transformers`."""
 
     def matrices(self) -> list[Tensor]:
         return [self.weight.T]
 
 
 class MatricizedConv(Matricized):
-    """A convolution: the kernel of each group, flattened to (out, in · kernel size)."""
+    """Convolution: the kernel of each group, flattened to (out, in · kernel size)."""
 
     def matrices(self) -> list[Tensor]:
         return list(self.weight.flatten(1).chunk(self.layer.groups))
@@ -92,12 +92,12 @@ class MatricizedConv(Matricized):
     def _inputs(self, x: Tensor) -> Iterator[list[Tensor]]:
         conv = self.layer
         batch = x if x.ndim == len(conv.kernel_size) + 2 else x[None]
-        for sample in batch.split(1):  # patches of one image at a time, to bound the memory
+        for sample in batch.split(1):  # one image at a time, to bound memory
             patches = unfold(pad(sample, conv), conv.kernel_size, conv.stride, conv.dilation)
             yield list(patches[0].chunk(conv.groups, dim=1))
 
 
-#: Classes of linear maps, and those of them as matrices.
+#: Matrix views by layer class.
 _VIEWS: dict[type, type[Matricized]] = {
     nn.Linear: MatricizedLinear,
     FactorizedLinear: MatricizedLinear,
@@ -106,45 +106,45 @@ _VIEWS: dict[type, type[Matricized]] = {
     nn.Conv3d: MatricizedConv,
     FactorizedConv: MatricizedConv,
 }
-#: What makes a module compute what it does.
+#: Methods that define what a module computes.
 _METHODS = ("__call__", "_call_impl", "forward", "_conv_forward")
-#: What is known of a layer that is factorized already.
-_UNDOUBTED = Weight("float32", (1, 1))
+#: Stands for the weight of a layer that is already factorized.
+_FACTORIZED = Weight("float32", (1, 1))
 _TENSORS = (Tensor, nn.Parameter, nn.UninitializedParameter)
 
 
 def matricized(layer: nn.Module) -> Matricized | None:
-    """Return `layer` as matrices, or None if it is no linear map that can be taken."""
+    """Return the matrix view of `layer`, or None if it has none."""
     if refusal(layer) is not None:
         return None
     return _VIEWS.get(_family(layer), MatricizedTransposed)(layer)  # type: ignore[arg-type]
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether `layer` is by its class a linear layer or a convolution, taken or not."""
+    """Whether `layer` is a linear layer or a convolution by class."""
     return _family(layer) is not None
 
 
 def refusal(layer: nn.Module) -> str | None:
-    """Return why `layer` is not taken as matrices, or None if it is.
+    """Return why `layer` has no matrix view, or None if it has one.
 
-    It is taken if it computes what its class in torch does, by a weight of a floating or complex
-    dtype. What stands in the weight does not matter, not even whether it is in memory.
+    It has one if it computes what its torch class does, with a floating or complex weight. The
+    values of the weight do not matter, and need not be in memory.
     """
     return reason_to_keep(facts(layer))
 
 
 def facts(layer: nn.Module) -> Weight:
-    """Return what is known of the weight of `layer`."""
+    """Return the known properties of the weight of `layer`."""
     if odd := _odd_class(layer):
         return Weight("", (), odd=odd)
     if isinstance(layer, (FactorizedLinear, FactorizedConv)):
-        return _UNDOUBTED
+        return _FACTORIZED
     weight = effective(layer, "weight")
     if odd := _odd_tensor(weight):
         return Weight("", (), odd=odd)
     known = Weight(str(weight.dtype).removeprefix("torch."), (1, 1), others=others(layer))
-    if is_lazy(weight):  # its shape is yet to come
+    if is_lazy(weight):  # its shape is not known yet
         return known
     bias, n_axes = effective(layer, "bias"), 2 + len(getattr(layer, "kernel_size", ()))
     return known._replace(
@@ -155,18 +155,18 @@ def facts(layer: nn.Module) -> Weight:
 
 
 def _odd_class(layer: nn.Module) -> str | None:
-    """Return how a layer computes something else than a linear layer or convolution of torch."""
+    """Return why a layer is not computed like a linear layer or convolution of torch, or None."""
     base = _family(layer)
     if base is None:
-        return "no linear layer or convolution"
+        return "not a linear layer or convolution"
     if base not in _VIEWS and base.__module__.partition(".")[0] != "transformers":
-        return "class that is not the Conv1D of transformers"
+        return "class other than the Conv1D of transformers"
     changed = [name for name in _METHODS if _differs(layer, base, name)]
-    return f"layer with a {changed[0]} of its own" if changed else None
+    return f"layer with a custom {changed[0]}" if changed else None
 
 
 def _family(layer: nn.Module) -> type | None:
-    """Return the class of linear maps that `layer` comes from."""
+    """Return the linear layer or convolution class that `layer` derives from."""
     for base in type(layer).__mro__:
         if base in _VIEWS or (base.__name__ == "Conv1D" and hasattr(layer, "nf")):
             return base
@@ -174,33 +174,31 @@ def _family(layer: nn.Module) -> type | None:
 
 
 def _differs(layer: nn.Module, base: type, name: str) -> bool:
-    """Whether a method of `layer` is not that of the class it comes from."""
+    """Whether a method of `layer` differs from that of its base class."""
     own = getattr(type(layer), name, None) is getattr(base, name, None)
     if not own or name not in vars(layer):
         return not own
-    takes_turns = getattr(
-        vars(layer)[name], "takes_turns", False
-    )  # of a calibration that is under way
+    takes_turns = getattr(vars(layer)[name], "takes_turns", False)  # of a running calibration
     return not (takes_turns or is_moved_by_accelerate(layer))
 
 
 def _odd_tensor(weight: Any) -> str | None:
-    """Return what is odd about how a weight is stored, if anything."""
+    """Return why a weight cannot be read as an array, or None."""
     if not isinstance(weight, Tensor):
-        return "layer with no weight"
+        return "layer without a weight"
     if type(weight) not in _TENSORS:
         return f"weight of class {type(weight).__name__}"
     return None if weight.layout == torch.strided else f"weight of layout {weight.layout}"
 
 
 def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
-    """Return each module that is not inside a layer, with all of its names."""
+    """Return all modules that are not inside a layer, with all of their names."""
     names: dict[nn.Module, list[str]] = {}
     inside: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if name.rpartition(".")[0] in inside:
             inside.add(name)
-        elif name:  # the network itself cannot be replaced in itself
+        elif name:  # the network itself cannot be replaced
             names.setdefault(module, []).append(name)
             if matricized(module) is not None:
                 inside.add(name)
@@ -208,15 +206,15 @@ def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
 
 
 def other_matrices(model: nn.Module) -> dict[str, float]:
-    """Return the parameters of two or more axes that are in no linear layer or convolution.
+    """Return the parameters with two or more axes outside of linear layers and convolutions.
 
-    Embeddings are among them, the weights of recurrent layers, and the joint projection of queries,
+    Examples are embeddings, the weights of recurrent layers, and the joint projection of queries,
     keys and values in :class:`torch.nn.MultiheadAttention`.
 
     Returns
     -------
     dict of str to float
-        The share of each in all parameters of the network.
+        Share of each in the network's parameters.
     """
     layers = [module for module in model.modules() if is_linear(module)]
     seen = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -226,7 +224,7 @@ def other_matrices(model: nn.Module) -> dict[str, float]:
 
 
 class Dimensions(NamedTuple):
-    """The shape of a layer's matrices, how many they are, and the bytes of an entry."""
+    """Shape and number of a layer's matrices, and bytes per entry."""
 
     rows: int
     columns: int
@@ -240,7 +238,7 @@ class Dimensions(NamedTuple):
 
 
 def dimensions(layer: nn.Module) -> Dimensions:
-    """Return the dimensions of a linear layer or convolution, whether it is taken or not."""
+    """Return the dimensions of any linear layer or convolution."""
     view = matricized(layer)
     if view is not None:
         matrix, *rest = view.matrices()
@@ -261,10 +259,10 @@ def replace(
     *,
     copy: bool = True,
 ) -> None:
-    """Put `products` in place of the layer that `model` has under each of `names`.
+    """Replace the layer with the given `names` by one with `products`.
 
-    The `shifts`, one for each product if there are any, are added to its bias. Values
-    are copied, or shared with the products. What else the layer has goes over to the new one.
+    `shifts`, one per product or none, are added to its bias. Values are copied, or shared with the
+    products. The new layer inherits all other properties.
     """
     new: Any = view.replacement(products, copy)
     inherit(new, view.layer, names[0])
@@ -276,5 +274,5 @@ def replace(
 
 
 def as_array(tensor: Tensor) -> Array:
-    """Return `tensor` as the solvers take it; on the CPU they are fastest on NumPy arrays."""
+    """Return `tensor` for the solvers: on the CPU as a NumPy array, which is fastest."""
     return backend.to_numpy(tensor) if tensor.device.type == "cpu" else tensor.detach()

@@ -1,7 +1,7 @@
-"""What has become of the widths of a network that has fewer units than its code builds.
+"""Record of the original widths of a network with pruned units.
 
-The network that was pruned remembers the shapes its tensors had before, so that a checkpoint of it
-can say which layers of the full network to narrow, and no other network is ever resized.
+A pruned network stores the original shapes of its tensors, so that a checkpoint can say which
+layers of the full network to narrow. No other network is ever resized.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from matfact._safetensors import is_sizes
 
 _Shape = tuple[int, ...]
-#: Tensors of a module that have an entry for each unit, or places for each.
+#: Tensors of a module with one or more entries per unit.
 _LEAVES = ("weight", "bias", "running_mean", "running_var")
-#: Attribute of the network in which shapes are remembered.
+#: Attribute of the network that stores the shapes.
 _MARK = "_narrowed"
 
 
@@ -29,7 +29,7 @@ class Narrowed(NamedTuple):
 
 
 def remember(model: nn.Module, dense: nn.Module) -> None:
-    """Let `model` know which of its tensors have been narrowed since it was `dense`."""
+    """Record in `model` which of its tensors have been narrowed compared with `dense`."""
     before = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
     known: dict[str, Narrowed] = dict(vars(model).get(_MARK, {}))
     for name, tensor in model.state_dict().items():
@@ -41,7 +41,7 @@ def remember(model: nn.Module, dense: nn.Module) -> None:
 
 
 def narrowed_tensors(model: nn.Module) -> dict[str, Narrowed]:
-    """Return the tensors of a network, or of networks in it, that have been narrowed."""
+    """Return the narrowed tensors of a network, including networks inside it."""
     return {
         f"{prefix}.{name}" if prefix else name: shapes
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -50,7 +50,7 @@ def narrowed_tensors(model: nn.Module) -> dict[str, Narrowed]:
 
 
 def parsed(record: Any) -> dict[str, Narrowed]:
-    """Return what a checkpoint says of narrowed tensors, or raise ``ValueError``."""
+    """Return the narrowed tensors listed in a checkpoint, or raise ``ValueError``."""
     try:
         found = {name: Narrowed(*shapes) for name, shapes in (record or {}).items()}
         fits = all(name.rpartition(".")[2] in _LEAVES for name in found) and all(
@@ -68,7 +68,7 @@ def parsed(record: Any) -> dict[str, Narrowed]:
 
 @contextlib.contextmanager
 def narrowed(model: nn.Module, record: Mapping[str, Narrowed]) -> Iterator[None]:
-    """Narrow the tensors of a full network as recorded; where what follows fails, not at all."""
+    """Narrow the tensors of a full network as recorded; undo it if the block fails."""
     if not record:
         yield
         return
@@ -94,7 +94,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _by_module(model: nn.Module, record: Mapping[str, Narrowed]) -> dict[str, dict[str, _Shape]]:
-    """Return the tensors that have their full shape, with the one they get."""
+    """Return the tensors that still have their full shape, with their narrowed shape."""
     found: dict[str, dict[str, _Shape]] = {}
     own = model.state_dict(keep_vars=True)
     for name, shapes in record.items():
@@ -105,12 +105,12 @@ def _by_module(model: nn.Module, record: Mapping[str, Narrowed]) -> dict[str, di
 
 
 def _narrow(module: Any, shapes: Mapping[str, _Shape]) -> None:
-    """Give tensors of a module fewer units; which of their numbers stay is of no matter."""
+    """Resize tensors of a module; their values are arbitrary."""
     old = module._parameters.get("weight")
     for name, shape in shapes.items():
         tensors = module._parameters if name in module._parameters else module._buffers
         tensor = tensors[name]
-        if tuple(tensor.shape) == shape:  # the module has another name
+        if tuple(tensor.shape) == shape:  # already narrowed under another name
             continue
         smaller = tensor.detach()[tuple(slice(n) for n in shape)].clone()
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -123,13 +123,13 @@ def _narrow(module: Any, shapes: Mapping[str, _Shape]) -> None:
 
 
 def _set_widths(module: Any, old: Tensor, new: Tensor) -> None:
-    """Let a module know its widths, those of its `new` weight."""
+    """Set the width attributes of a module from its `new` weight."""
     held = vars(module)
     if "kernel_size" in held:
-        if old.shape[1] == new.shape[1]:  # each group has lost none of its inputs
+        if old.shape[1] == new.shape[1]:  # no group has lost inputs
             module.groups = max(1, module.groups * new.shape[0] // old.shape[0])
         module.out_channels, module.in_channels = new.shape[0], new.shape[1] * module.groups
-    elif "nf" in held:  # the layer of `transformers` that keeps its weight transposed
+    elif "nf" in held:  # Conv1D of `transformers`, with a transposed weight
         module.nx, module.nf = new.shape
     elif "in_features" in held:
         module.out_features, module.in_features = new.shape

@@ -1,4 +1,4 @@
-"""The weight and the bias that a layer computes with, however they are stored."""
+"""The effective weight and bias of a layer, however they are stored."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _COMPUTING = (
 
 
 def is_computing(hook: Any) -> bool:
-    """Whether a hook of a module does nothing but to compute one of its tensors from others."""
+    """Whether a hook only computes a tensor of a module from others."""
     return isinstance(getattr(hook, "hook", hook), _COMPUTING)
 
 
 def effective(layer: Any, name: str) -> Any:
-    """Return the tensor that `layer` computes with in eval mode as its `name`.
+    """Return the tensor `name` that `layer` uses in eval mode.
 
-    Hooks that compute it, as those of :mod:`torch.nn.utils.prune`, set it when the layer is
-    called: until then the attribute is that of the last call.
+    Hooks that compute it, such as those of :mod:`torch.nn.utils.prune`, only set the attribute when
+    the layer is called; until then it is outdated.
     """
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
@@ -46,13 +46,13 @@ def effective(layer: Any, name: str) -> Any:
         if isinstance(hook, SpectralNorm) and hook.name == name:
             return hook.compute_weight(layer, do_power_iteration=False)
     if parametrize.is_parametrized(layer, name):
-        with eval_mode(layer.parametrizations[name]):  # where some change at each look
+        with eval_mode(layer.parametrizations[name]):  # some change whenever they are read
             return getattr(layer, name)
     return getattr(layer, name, None)
 
 
 def is_frozen(layer: nn.Module, name: str) -> bool:
-    """Whether nothing that the weight, or else the bias, is stored in is to be trained."""
+    """Whether all tensors that store the weight (or the bias) are frozen."""
     stored = (p for own, p in layer.named_parameters() if _is_bias(own) == (name == "bias"))
     return not any(parameter.requires_grad for parameter in stored)
 
@@ -63,21 +63,21 @@ def _is_bias(name: str) -> bool:
 
 
 def others(layer: nn.Module) -> list[str]:
-    """Return the names of what `layer` holds besides what a weight and a bias are stored in."""
+    """Return the names of tensors and modules of `layer` other than its weight and bias."""
     held = {**layer._parameters, **layer._buffers, **layer._modules}
     held.pop("parametrizations", None)
     return others_in_layer(name for name, value in held.items() if value is not None)
 
 
 def place(parameter: Tensor) -> tuple[Any, ...]:
-    """Return a key for the memory of `parameter`; tied parameters have the same."""
+    """Return a key for the memory of `parameter`; tied parameters share it."""
     if parameter.is_meta or is_lazy(parameter) or not parameter.numel():
         return (id(parameter),)
     return parameter.device, parameter.data_ptr()
 
 
 def tied_places(model: nn.Module) -> dict[tuple[Any, ...], dict[nn.Module, str]]:
-    """Return the places of parameters that several modules hold, and their names there."""
+    """Return the places of parameters shared by several modules, with the name in each."""
     owners: dict[tuple[Any, ...], dict[nn.Module, str]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):

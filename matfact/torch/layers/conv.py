@@ -1,4 +1,4 @@
-"""Convolutions whose kernel, as a matrix, is a product of factors."""
+"""Convolutions with a factorized kernel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from matfact.torch.layers._derived import Derived
 from matfact.torch.layers._factors import DenseFactorModule, SparseFactorModule
 from matfact.torch.layers.linear import FactorizedLinear, Inference, filled
 
-#: Factors that are filters of a convolution themselves.
+#: Factors that can be used as filters of a convolution.
 _FILTERS = (DenseFactorModule, SparseFactorModule)
-#: What it costs to read and write an activation, in multiplications (measured on a CPU).
+#: Cost of reading and writing an activation, in multiplications (measured on a CPU).
 _PASS = 100
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -25,27 +25,27 @@ _CONVOLVE: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: func
 
 
 class FactorizedConv(nn.Module):
-    """A convolution in one to three dimensions, a drop-in replacement of the dense one.
+    """1-D to 3-D convolution with a factorized kernel, a drop-in replacement of the dense layer.
 
     The kernel of each group, of shape (out, in, *kernel), is the product of shape (out, in ·
-    kernel size) of a factorized linear layer. It is computed from the factors where this is less
-    work than to apply them at each position. Otherwise, where the last factor is dense or
-    scattered, the layer is a convolution into its rows followed by convolutions of size one, and
-    else the factors are applied to unfolded patches.
+    kernel size) of a factorized linear layer. If computing the dense kernel is less work than
+    applying the factors at each position, the layer does so. Otherwise, if the last factor is dense
+    or sparse, it is applied as a convolution, followed by convolutions of size one. In other cases
+    the factors are applied to unfolded patches.
 
     Parameters
     ----------
     conv : torch.nn.Conv1d, torch.nn.Conv2d or torch.nn.Conv3d
-        Gives all but the kernel: the geometry, and the bias, which is copied.
+        Provides the geometry and the bias, which is copied.
     kernels : sequence of FactorizedLinear
-        One a group, without bias, from the patches of the group to its output channels.
+        One per group, without bias, from the patches of the group to its output channels.
     inference : {"auto", "dense", "factors"}, default="auto"
-        As for :class:`FactorizedLinear`.
+        As in :class:`FactorizedLinear`.
 
     Attributes
     ----------
     kernels : torch.nn.ModuleList
-        One factorized linear layer a group.
+        One factorized linear layer per group.
     bias : torch.nn.Parameter or None
         The bias.
     """
@@ -87,7 +87,7 @@ class FactorizedConv(nn.Module):
     def from_products(
         cls, conv: Convolution, products: Sequence[FactorProduct], *, copy: bool = True
     ) -> FactorizedConv:
-        """Give `conv` kernels that are products, one a group, their values copied or shared."""
+        """Replace the kernels of `conv` by products, one per group; values are copied or shared."""
         weight = conv.weight
         layer = FactorizedConv(conv, [FactorizedLinear(p, copy=copy) for p in products])
         return layer.to(device=None if weight.is_meta else weight.device, dtype=weight.dtype)
@@ -96,16 +96,16 @@ class FactorizedConv(nn.Module):
     def from_scratch(
         cls, conv: Convolution, layer: type[FactorizedLinear], **structure: Any
     ) -> FactorizedConv:
-        """Return the convolution of `conv`'s geometry with random kernels of the class `layer`.
+        """Return a convolution with the geometry of `conv` and random kernels of class `layer`.
 
         Parameters
         ----------
         conv : torch.nn.Conv1d, torch.nn.Conv2d or torch.nn.Conv3d
-            Gives the geometry and the bias.
+            Provides the geometry and the bias.
         layer : type
-            One of the layers to train from scratch, :class:`LowRankLinear` for example.
+            One of the layers to train from scratch, such as :class:`LowRankLinear`.
         **structure
-            Its parameters, as ``rank=4``.
+            Its parameters, such as ``rank=4``.
         """
         columns = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
         make: Any = layer
@@ -117,7 +117,7 @@ class FactorizedConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel, computed anew."""
+        """The dense kernel, computed on each access."""
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         return torch.cat([kernel.weight for kernel in self._groups()]).reshape(shape)
 
@@ -125,17 +125,17 @@ class FactorizedConv(nn.Module):
         return cast(list[FactorizedLinear], list(self.kernels))
 
     def keeps_product(self) -> bool:
-        """Whether eval mode convolves with the dense kernel rather than with the factors."""
+        """Whether eval mode uses the dense kernel instead of the factors."""
         if self.inference != "auto":
             return self.inference == "dense"
         return self._prefers_product()
 
     def _prefers_product(self, n_positions: int | None = None) -> bool:
-        """Whether the dense kernel is less work than the factors, for each position.
+        """Whether the dense kernel takes less work per position than the factors.
 
-        With `n_positions` the kernel is computed for these and not kept.
+        With `n_positions`, include the work of computing the kernel for that many positions.
         """
-        kernel, *_ = self._groups()  # all are alike
+        kernel, *_ = self._groups()  # all have the same structure
         work = sum(factor.work for factor in kernel.chain)
         dense: float = kernel.in_features * kernel.out_features
         if n_positions is not None:
@@ -148,7 +148,7 @@ class FactorizedConv(nn.Module):
             work += _PASS * passes
         return dense <= work
 
-    def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, for keyword calls
         """Convolve `input`, of shape (batch, channels, *size) or without the batch."""
         x = input
         batched = x if x.ndim == len(self.kernel_size) + 2 else x[None]
@@ -174,7 +174,7 @@ class FactorizedConv(nn.Module):
         return out + self.bias.to(out.dtype).reshape(-1, *[1] * (x.ndim - 2))
 
     def _kept_kernel(self) -> Tensor | None:
-        """Return the dense kernel that is kept for inference, None where that cannot be used."""
+        """Return the cached dense kernel for inference, or None if it cannot be used."""
         if torch.compiler.is_compiling():
             return None
         values, positions = [], []
@@ -207,11 +207,11 @@ class FactorizedConv(nn.Module):
         return convolve(x, weight, bias, self.stride, 0, self.dilation, groups)
 
     def to_products(self) -> list[FactorProduct]:
-        """Return the products of the groups, which share the memory of the values."""
+        """Return the products of the groups, sharing memory with the values."""
         return [kernel.to_product() for kernel in self._groups()]
 
     def to_dense(self) -> Convolution:
-        """Return the dense convolution that computes the same."""
+        """Return the equivalent dense convolution."""
         value = self._groups()[0].values()[0]
         make: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(self.kernel_size)]
         dense = make(
@@ -229,7 +229,7 @@ class FactorizedConv(nn.Module):
 
 
 def pad(x: Tensor, conv: Any) -> Tensor:
-    """Return batched inputs padded as `conv`, dense or factorized, pads them."""
+    """Pad batched inputs like `conv`, dense or factorized."""
     if conv.padding == "same":
         reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         amounts = [(total // 2, total - total // 2) for total in reach]
@@ -248,7 +248,7 @@ def unfold(
     """Return the patches of padded, batched inputs, of shape (batch, positions, patch)."""
     if len(kernel_size) == 3:
         return _unfold_volume(x, kernel_size, stride, dilation)
-    if len(kernel_size) == 1:  # torch unfolds images only
+    if len(kernel_size) == 1:  # torch can only unfold images
         x, kernel_size = x[:, :, None], (1, *kernel_size)
         stride, dilation = (1, *stride), (1, *dilation)
     patches = functional.unfold(x, tuple(kernel_size), tuple(dilation), 0, tuple(stride))

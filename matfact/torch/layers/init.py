@@ -1,4 +1,4 @@
-"""Values and supports to start training from."""
+"""Initialization of values and supports."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from matfact.torch.running._tensors import outside_inference_mode
 
 
 def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module:
-    """Draw the values of every factorized layer in `model` anew, on the supports they have.
+    """Initialize the values of all factorized layers in `model`, keeping their supports.
 
-    The first factor of a product is drawn as He et al. do, the others as Glorot and Bengio do,
-    with the connections that the support leaves each neuron in place of the widths [1]_. Outputs
-    then vary about as much as those of a dense layer drawn as He et al. do. Biases become zero.
+    The first factor of a product follows He et al., the others Glorot and Bengio, with the number
+    of connections of each neuron in the support instead of the width [1]_. Outputs then have about
+    the variance of a dense layer initialized by He et al. Biases are set to zero.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A factorized layer or a network of such.
+        A factorized layer, or a network that contains some.
     random_state : int, RandomState or None, default=None
-        Draws the values.
+        Seed of the values.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module
 
 
 def _variance(factor: Factor, first: bool) -> np.ndarray:
-    """Return the variance to draw each value with."""
+    """Return the variance of each value."""
     rows, columns = np.divmod(factor.locations, factor.shape[1])
     fan_in = np.bincount(rows)[rows]
     fan_out = np.bincount(columns)[columns]
@@ -63,14 +63,14 @@ def _variance(factor: Factor, first: bool) -> np.ndarray:
 
 @outside_inference_mode
 def randomize_supports(model: nn.Module, *, random_state: Any = None) -> nn.Module:
-    """Give every sparse factor in `model` a random support of the same size, and new values.
+    """Give all sparse factors in `model` random supports of the same size and new values.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A factorized layer or a network of such.
+        A factorized layer, or a network that contains some.
     random_state : int, RandomState or None, default=None
-        Draws supports and values.
+        Seed of supports and values.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def randomize_supports(model: nn.Module, *, random_state: Any = None) -> nn.Modu
 
 
 def random_support(shape: tuple[int, int], nnz: int, rng: np.random.RandomState) -> np.ndarray:
-    """Return a mask of `nnz` entries that leaves as few rows and columns empty as it can.
+    """Return a random mask with `nnz` entries and as few empty rows and columns as possible.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def random_support(shape: tuple[int, int], nnz: int, rng: np.random.RandomState)
     nnz : int
         Entries to keep.
     rng : RandomState
-        Draws the entries.
+        Random number generator.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def random_support(shape: tuple[int, int], nnz: int, rng: np.random.RandomState)
         The mask.
     """
     mask = np.zeros(shape, dtype=bool)
-    diagonals = max(shape)  # one entry in each row and column, wrapped around
+    diagonals = max(shape)  # wrapped diagonals, with one entry per row and column
     rows = rng.permutation(shape[0])[np.arange(diagonals) % shape[0]]
     columns = rng.permutation(shape[1])[np.arange(diagonals) % shape[1]]
     mask[rows[:nnz], columns[:nnz]] = True

@@ -1,4 +1,4 @@
-"""Linear layers made of a product of factors."""
+"""Linear layers with a factorized weight."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from matfact.torch.layers._factors import (
 if TYPE_CHECKING:
     from matfact.factorizers import BaseFactorizer
 
-#: How a layer is applied where no gradient is wanted.
+#: How a layer is applied if no gradient is needed.
 Inference = Literal["auto", "dense", "factors"]
-_DTYPES = (torch.float32, torch.float64)  #: that the kernels compute in
+_DTYPES = (torch.float32, torch.float64)  #: dtypes of the kernels
 
 
 class FactorizedLinear(nn.Module):
-    """``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a drop-in replacement of :class:`torch.nn.Linear`.
+    """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of :class:`torch.nn.Linear`.
 
-    Values are parameters and positions are buffers: any optimizer trains the values on a fixed
-    support. Copying, saving, compiling and exporting work as for any module, by plain torch
-    operations; on the CPU, kernels apply products of sparse factors and find their gradients.
+    Values are parameters and positions are buffers, so any optimizer trains the values on a fixed
+    support. Copying, saving, compiling and exporting work as for any module. On the CPU, compiled
+    kernels compute products of sparse factors and their gradients.
 
     Parameters
     ----------
     product : FactorProduct
         NumPy or torch factors.
     bias : Tensor, optional
-        Bias of shape (out_features,), copied.
+        Bias of shape (out_features,); copied.
     inference : {"auto", "dense", "factors"}, default="auto"
-        How the layer is applied in eval mode where no gradient is wanted. "dense" multiplies the
-        factors once and keeps their product: as fast as the layer replaced, but as large in
-        memory. "factors" keeps nothing. "auto" takes what is fastest: on the CPU the kernels of
-        :class:`~matfact.operators.FactorProduct`, which keep the values in their own order, or
-        torch with the product, where that class would multiply by the dense matrix too; elsewhere
-        it keeps the product where the factors take more work, as torch has no fast kernel for
-        scattered values. What is kept is compared with the values at each pass, see
+        How the layer is applied in eval mode if no gradient is needed. "dense" caches the dense
+        product, which is as fast and as large as the original layer. "factors" caches nothing.
+        "auto" takes the fastest. On the CPU these are the kernels of
+        :class:`~matfact.operators.FactorProduct`, which cache reordered values, or torch with the
+        dense product wherever that class would use it too. On other devices, where torch has no
+        fast kernel for scattered values, "auto" caches the dense product if the factors take more
+        work. The values are compared with a copy in every pass to detect changes, see
         :func:`keep_unchecked`.
     copy : bool, default=True
         Whether the values of the factors are copied.
@@ -58,11 +58,11 @@ class FactorizedLinear(nn.Module):
     Attributes
     ----------
     factors : torch.nn.ModuleList
-        One module a factor, applied from the last to the first.
+        One module per factor, applied from last to first.
     bias : torch.nn.Parameter or None
         The bias.
     in_features, out_features : int
-        Width of inputs and outputs.
+        Number of inputs and outputs.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class FactorizedLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, factorizer: BaseFactorizer, *, calibration: Any = None
     ) -> FactorizedLinear:
-        """Factorize the weight of `linear`, of any class with ``weight`` and ``bias``.
+        """Factorize the weight of a layer with ``weight`` and ``bias``.
 
         Parameters
         ----------
         linear : torch.nn.Module
-            The trained layer, which is left as it is.
+            The trained layer, which is not changed.
         factorizer : BaseFactorizer
-            Fitted to the weight here.
+            Estimator to fit to the weight.
         calibration : array or InputStatistics, optional
-            Inputs of the layer or their statistics, for factorizers that use them.
+            Inputs of the layer, or their statistics, for factorizers that use them.
         """
         weight: Any = linear.weight
         matrix = to_numpy(weight) if weight.device.type == "cpu" else weight.detach()
@@ -107,7 +107,7 @@ class FactorizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense product, computed anew: for code that reads the weight of a linear layer."""
+        """The dense product, computed on each access, for code that reads ``weight``."""
         return dense_product(self.chain)
 
     @property
@@ -116,7 +116,7 @@ class FactorizedLinear(nn.Module):
         return cast(list[FactorModule], list(self.factors))
 
     def keeps_product(self) -> bool:
-        """Whether eval mode multiplies by the dense product rather than by the factors."""
+        """Whether eval mode uses the dense product instead of the factors."""
         if self.inference != "auto":
             return self.inference == "dense"
         return sum(factor.work for factor in self.chain) >= self.in_features * self.out_features
@@ -132,11 +132,11 @@ class FactorizedLinear(nn.Module):
             if out is not None:
                 return out
         x = self.apply_factors(x)
-        # In the dtype that autocast computes in.
+        # In the dtype of autocast.
         return x if self.bias is None else x + self.bias.to(x.dtype)
 
     def _infer(self, x: Tensor) -> Tensor | None:
-        """Return the output by what is kept for inference, None where that cannot be used."""
+        """Return the output computed from the cache for inference, or None if it cannot be used."""
         values = self.values()
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.positions())
@@ -150,30 +150,31 @@ class FactorizedLinear(nn.Module):
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)
         if host.operator.method_for(len(samples)) == "dense":
-            # By torch: where NumPy's threads take turns with torch's, each waits for the other.
+            # With torch: the thread pools of NumPy and torch would wait for each other.
             return functional.linear(x, host.product, self.bias)
         columns = torch.from_numpy(host.operator @ samples.T.numpy())
         out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out.add_(self.bias)
 
     def values(self) -> list[Tensor]:
-        """Return the values of the factors: parameters, unless code has put others in place."""
+        """Return the values of the factors: parameters, unless they have been replaced."""
         values: list[Tensor] = []
         for module in self.factors._modules.values():
             factor = cast(FactorModule, module)
             if factor.has_values:
-                # Not by name, which takes longer than small products: inference asks at each call.
+                # Not by name: every call needs this, and a lookup takes longer than a small
+                # product.
                 parameter = factor._parameters.get("values")
                 values.append(factor.values if parameter is None else parameter)
         return values
 
     def positions(self) -> list[Tensor]:
-        """Return the buffers that say where the values of the factors stand."""
+        """Return the buffers with the positions of the factors' values."""
         factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
         return [cast(Tensor, f._buffers[f.positions]) for f in factors if f.positions]
 
     def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
-        """Whether products on the host are faster than anything torch has."""
+        """Whether kernels on the host are faster than torch."""
         return (
             x.device.type == "cpu"
             and x.dtype in _DTYPES
@@ -185,7 +186,7 @@ class FactorizedLinear(nn.Module):
         )
 
     def _to_host(self, copies: Sequence[Copy]) -> _Host:
-        """Return the product with values in NumPy arrays that nobody writes to."""
+        """Return the product with values in read-only NumPy arrays."""
         left, factors = iter(copies), []
         for module in self.chain:
             factor = module.to_factor()
@@ -198,14 +199,14 @@ class FactorizedLinear(nn.Module):
         """Return the output without bias."""
         chain = self.chain
         if self._trains_fused(chain, x):
-            # Imported here, so that networks which are not trained need no compiler.
+            # Imported late, so that inference does not load the compiler.
             from matfact.torch.layers._autograd import apply_fused
 
             return apply_fused(chain, x)
         return apply_factors(chain, x)
 
     def _trains_fused(self, chain: list[FactorModule], x: Tensor) -> bool:
-        """Whether gradients are wanted, and the kernels for them are faster than torch."""
+        """Whether gradients are needed and the kernels compute them faster than torch."""
         return (
             torch.is_grad_enabled()
             and is_untransformed(x)
@@ -219,11 +220,11 @@ class FactorizedLinear(nn.Module):
         )
 
     def to_product(self) -> FactorProduct:
-        """Return the product of the factors, which shares the memory of their values."""
+        """Return the product of the factors, sharing memory with their values."""
         return FactorProduct([factor.to_factor() for factor in self.chain])
 
     def to_dense(self) -> nn.Linear:
-        """Return the dense layer that computes the same."""
+        """Return the equivalent dense layer."""
         value = self.values()[0]
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None,
@@ -239,20 +240,20 @@ class FactorizedLinear(nn.Module):
 
 
 class _Host:
-    """A product whose NumPy values nobody writes to, and the dense matrix once it is needed."""
+    """Product with read-only NumPy values, and its dense matrix once needed."""
 
     def __init__(self, operator: FactorProduct) -> None:
         self.operator = operator
 
     @functools.cached_property
     def product(self) -> Tensor:
-        with torch.inference_mode(False):  # of use outside too
+        with torch.inference_mode(False):  # so that it can be used outside too
             return torch.from_numpy(np.ascontiguousarray(self.operator.toarray()))
 
 
 @torch.no_grad()
 def filled(dense: Any, layer: Any) -> Any:
-    """Return `dense` with the weight, the bias and the mode of a factorized `layer`."""
+    """Return `dense` with the weight, bias and mode of a factorized `layer`."""
     dense.weight.copy_(layer.weight)
     if layer.bias is not None:
         dense.bias.copy_(layer.bias)

@@ -1,4 +1,4 @@
-"""Linear layers to train from scratch, on a structure of one's choice."""
+"""Structured linear layers to train from scratch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from matfact.torch.layers.linear import FactorizedLinear
 
 
 class _StructuredLinear(FactorizedLinear):
-    """A layer that starts from random values on given factors."""
+    """Base class of layers with random initial values."""
 
     def __init__(
         self,
@@ -44,23 +44,23 @@ class _StructuredLinear(FactorizedLinear):
 
 
 class SparseProductLinear(_StructuredLinear):
-    """A product of sparse matrices with random supports, drawn once.
+    """Linear layer with a product of sparse matrices on fixed random supports.
 
     Parameters
     ----------
     in_features, out_features : int
-        Width of inputs and outputs.
+        Number of inputs and outputs.
     bias : bool, default=True
-        Whether a bias is added.
+        Whether to add a bias.
     density : float, default=0.25
         Stored values ÷ entries of the dense weight.
     n_factors : int, default=2
-        Number of factors, all as dense as each other. The inner widths are the smaller of
-        `in_features` and `out_features`.
+        Number of factors, all of the same density. Inner widths are the smaller of `in_features`
+        and `out_features`.
     random_state : int, RandomState or None, default=None
-        Draws supports and values.
+        Seed of supports and values.
     device, dtype
-        As for :class:`torch.nn.Linear`.
+        As in :class:`torch.nn.Linear`.
 
     Examples
     --------
@@ -101,23 +101,23 @@ class SparseProductLinear(_StructuredLinear):
 
 
 class ButterflyLinear(_StructuredLinear):
-    """A chain of Kronecker-sparse factors.
+    """Linear layer with a chain of Kronecker-sparse factors.
 
     Parameters
     ----------
     in_features, out_features : int
-        Width of inputs and outputs.
+        Number of inputs and outputs.
     bias : bool, default=True
-        Whether a bias is added.
+        Whether to add a bias.
     patterns : list of (a, b, c, d), optional
-        Supports ``I_a ⊗ 1_{b×c} ⊗ I_d`` of the factors, which must chain. By default as many
-        factors as the widths allow, of 2×2 blocks where these are powers of two.
+        Supports ``I_a ⊗ 1_{b×c} ⊗ I_d`` of the factors, which must chain. By default the maximum
+        number of factors for the widths, with 2×2 blocks if these are powers of two.
     rank : int, default=1
         Rank of the blocks of the product, for the default chain.
     random_state : int, RandomState or None, default=None
-        Draws the values.
+        Seed of the values.
     device, dtype
-        As for :class:`torch.nn.Linear`.
+        As in :class:`torch.nn.Linear`.
 
     Examples
     --------
@@ -148,22 +148,22 @@ class ButterflyLinear(_StructuredLinear):
 
 
 class KaleidoscopeLinear(_StructuredLinear):
-    """A butterfly times a reversed butterfly, or a power of such: a K-matrix [1]_.
+    """Linear layer with a kaleidoscope matrix: butterflies times reversed butterflies [1]_.
 
     Parameters
     ----------
     in_features, out_features : int
-        Width of inputs and outputs.
+        Number of inputs and outputs.
     bias : bool, default=True
-        Whether a bias is added.
+        Whether to add a bias.
     width : int, default=1
-        Number of butterflies, and of reversed butterflies.
+        Number of pairs of a butterfly and a reversed butterfly.
     expansion : int, default=1
-        How many times larger than the layer the butterflies are.
+        Size of the butterflies ÷ size of the layer.
     random_state : int, RandomState or None, default=None
-        Draws the values.
+        Seed of the values.
     device, dtype
-        As for :class:`torch.nn.Linear`.
+        As in :class:`torch.nn.Linear`.
 
     References
     ----------
@@ -196,7 +196,7 @@ class KaleidoscopeLinear(_StructuredLinear):
         side = expansion * max(in_features, out_features)
         down = dyadic_chain((side, side)).patterns
         up = [(a, c, b, d) for a, b, c, d in reversed(down)]
-        # Neighbours of equal supports are one factor.
+        # Neighbours with equal supports are merged.
         patterns = [*down, *(up[1:] + down[1:]) * (width - 1), *up[1:]]
         factors: list[Factor] = [
             KroneckerSparseFactor(np.zeros((a, d, b, c), dtype=np.float32))
@@ -212,22 +212,22 @@ class KaleidoscopeLinear(_StructuredLinear):
 
 
 class MonarchLinear(_StructuredLinear):
-    """Two block-diagonal factors with a permutation between them.
+    """Linear layer with a Monarch matrix: two block-diagonal factors and a permutation.
 
     Parameters
     ----------
     in_features, out_features : int
-        Width of inputs and outputs.
+        Number of inputs and outputs.
     bias : bool, default=True
-        Whether a bias is added.
+        Whether to add a bias.
     n_blocks : int or tuple of two int, optional
-        Blocks of the left and of the right factor; by default the square roots of the widths.
+        Blocks of the left and right factor; by default the square roots of the widths.
     rank : int, default=1
         Rank of the blocks of the product.
     random_state : int, RandomState or None, default=None
-        Draws the values.
+        Seed of the values.
     device, dtype
-        As for :class:`torch.nn.Linear`.
+        As in :class:`torch.nn.Linear`.
 
     Examples
     --------
@@ -259,22 +259,22 @@ class MonarchLinear(_StructuredLinear):
 
 
 class BlockLowRankLinear(_StructuredLinear):
-    """A grid of blocks, each of low rank.
+    """Linear layer with a grid of low-rank blocks.
 
     Parameters
     ----------
     in_features, out_features : int
-        Width of inputs and outputs, at least as large as the grid.
+        Number of inputs and outputs, at least as large as the grid.
     bias : bool, default=True
-        Whether a bias is added.
+        Whether to add a bias.
     grid : tuple of two int, default=(2, 2)
         Row strips and column strips.
     rank : int, default=1
         Rank of each block.
     random_state : int, RandomState or None, default=None
-        Draws the values.
+        Seed of the values.
     device, dtype
-        As for :class:`torch.nn.Linear`.
+        As in :class:`torch.nn.Linear`.
 
     Examples
     --------
@@ -317,20 +317,20 @@ class BlockLowRankLinear(_StructuredLinear):
 
 
 class LowRankLinear(_StructuredLinear):
-    """Two dense factors.
+    """Linear layer with two dense factors.
 
     Parameters
     ----------
     in_features, out_features : int
-        Width of inputs and outputs.
+        Number of inputs and outputs.
     bias : bool, default=True
-        Whether a bias is added.
+        Whether to add a bias.
     rank : int
         Inner width.
     random_state : int, RandomState or None, default=None
-        Draws the values.
+        Seed of the values.
     device, dtype
-        As for :class:`torch.nn.Linear`.
+        As in :class:`torch.nn.Linear`.
 
     Examples
     --------
@@ -356,10 +356,10 @@ class LowRankLinear(_StructuredLinear):
 
 
 def _chain_factors(chain: Chain, shape: tuple[int, int]) -> list[Factor]:
-    """Return factors of `chain` whose values are zero, cropped to `shape`."""
+    """Return factors of `chain` with zero values, cropped to `shape`."""
     if any(padded < n for padded, n in zip(chain.shape, shape, strict=True)):
         raise ValueError(
-            f"patterns must make a product of at least {shape[0]}×{shape[1]}, got "
+            f"patterns must give a product of at least {shape[0]}×{shape[1]}, got "
             f"{chain.shape[0]}×{chain.shape[1]}."
         )
     values = [np.zeros((a, d, b, c), dtype=np.float32) for a, b, c, d in chain.patterns]

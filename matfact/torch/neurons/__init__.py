@@ -1,4 +1,4 @@
-"""Remove hidden units and channels from networks, and re-solve the layers that read them."""
+"""Pruning of hidden units and channels, with a refit of the layers that read them."""
 
 from matfact.torch.neurons._blocks import NeuronBlock
 from matfact.torch.neurons._find import find_blocks

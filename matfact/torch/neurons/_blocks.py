@@ -1,4 +1,4 @@
-"""Hidden units of a network: which layers write them, and which one reads them."""
+"""Blocks of hidden units: the layers that produce and consume them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class NeuronBlock:
-    """Hidden units that some layers write and one layer reads.
+    """Hidden units produced by some layers and consumed by one.
 
     Attributes
     ----------
     producers : tuple of str
-        Names of the layers each of whose outputs belongs to a unit: one, or two where one gates
-        the other.
+        Names of the layers with one output per unit: one, or two if one gates the other.
     between : tuple of str
-        Names of the normalizations, depthwise convolutions and other modules with parameters of
-        each unit.
+        Names of normalizations, depthwise convolutions and other modules with parameters per unit.
     consumer : str
-        Name of the layer that reads the units, and no other does.
+        Name of the only layer that reads the units.
     n_units : int
-        How many there are.
+        Number of units.
     width : int
-        Inputs of the consumer for each unit: places of its kernel, or of a flattened image.
+        Inputs of the consumer per unit: kernel positions, or positions of a flattened image.
     """
 
     producers: tuple[str, ...]

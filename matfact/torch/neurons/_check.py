@@ -1,4 +1,4 @@
-"""Whether a block can be cut: tried, not concluded."""
+"""Check by trial whether units of a block can be removed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from matfact.torch.neurons._cut import cut_units, modules_of, way_back, weight_o
 from matfact.torch.neurons._trial import Trial, channel_axis, removed
 from matfact.torch.running._tensors import samplewise, tensors_in
 
-#: What reached the consumer, of the units that were kept, and the outputs of the network.
+#: Inputs of the consumer from the kept units, and outputs of the network.
 _Run = tuple[list[Tensor], list[Tensor]]
 
 
 def is_cuttable(layer: nn.Module) -> bool:
-    """Whether a layer has one dense weight of real numbers, which can be cut."""
+    """Whether a layer has a dense real weight, which can be narrowed."""
     weight = layer._parameters.get("weight")
     return (
         matricized(layer) is not None
@@ -32,7 +32,7 @@ def is_cuttable(layer: nn.Module) -> bool:
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of a layer, places of its kernel included."""
+    """Return the numbers of outputs and inputs of a layer, including kernel positions."""
     view = matricized(layer)
     assert view is not None
     rows, columns = view.matrices()[0].shape
@@ -40,18 +40,19 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def objection(trial: Trial, block: NeuronBlock) -> str | None:
-    """Return what speaks against cutting a block, None if nothing does.
+    """Return why a block cannot be pruned, or None if it can.
 
-    Without some of the units, the network must do what it does when the consumer sees zeros in
-    their place, and the consumer must see the others as before: in the network as it is, and with
-    random numbers in place of the units, so that those that are idle on this batch show too.
+    Without some units, the network must compute the same as with zeros in their place at the
+    consumer, and the consumer must see the other units unchanged. This is tested both for the
+    actual units and for random values in their place, to include units that are inactive on this
+    batch.
 
     Parameters
     ----------
     trial : Trial
         The network, in eval mode, and a batch.
     block : NeuronBlock
-        The units.
+        The block.
     """
     if reason := _mismatch(trial.model, block):
         return reason
@@ -63,12 +64,12 @@ def objection(trial: Trial, block: NeuronBlock) -> str | None:
             _run(trial, block, kept, random, cut) for cut in (_ignore_units, _cut_units)
         )
         if found is None or expected is None or not _agree(found, expected, trial.model):
-            return f"without {block.n_units - len(kept)} of its units, the network is another one"
+            return f"without {block.n_units - len(kept)} of its units, its outputs change"
     return None
 
 
 def _mismatch(model: nn.Module, block: NeuronBlock) -> str | None:
-    """Return what makes a block impossible whatever the network computes."""
+    """Return why a block is structurally impossible, or None."""
     modules = modules_of(model, block)
     ends = modules[: len(block.producers)], modules[-1]
     if not all(is_cuttable(layer) for layer in (*ends[0], ends[1])):
@@ -85,7 +86,7 @@ def _mismatch(model: nn.Module, block: NeuronBlock) -> str | None:
 
 
 def _subsets(n_units: int) -> Iterator[tuple[Tensor, bool]]:
-    """Yield units to keep, and whether they get random numbers: each is left out once."""
+    """Yield units to keep, and whether to randomize them; each unit is left out once."""
     order = torch.randperm(n_units, generator=torch.Generator().manual_seed(0))
     half, rest = order[: n_units // 2].sort().values, order[n_units // 2 :].sort().values
     middle = torch.arange(n_units) != n_units // 2
@@ -96,14 +97,14 @@ def _subsets(n_units: int) -> Iterator[tuple[Tensor, bool]]:
 def _run(
     trial: Trial, block: NeuronBlock, kept: Tensor, random: bool, change: Callable[..., Any]
 ) -> _Run | None:
-    """Run the network with a `change`, and random numbers for units; None if that fails."""
+    """Run the network with a `change` and random units; return None if that fails."""
     restore = way_back(modules_of(trial.model, block))
     inputs: list[Tensor] = []
     handles = _randomized(trial.model, block, kept, cut=change is _cut_units) if random else []
     try:
         handles.append(change(trial.model, block, kept, inputs))
         return inputs, trial.run()
-    except Exception:  # whatever the network's code makes of other shapes
+    except Exception:  # the network's code may fail in any way on other shapes
         return None
     finally:
         with removed(handles):
@@ -111,7 +112,7 @@ def _run(
 
 
 def _ignore_units(model: nn.Module, block: NeuronBlock, kept: Tensor, inputs: list[Tensor]) -> Any:
-    """Let the consumer see zeros in place of all units but `kept`."""
+    """Zero all units but `kept` at the consumer."""
     consumer = model.get_submodule(block.consumer)
 
     def ignore(layer: Any, args: Any, kwargs: Any) -> Any:
@@ -129,7 +130,7 @@ def _ignore_units(model: nn.Module, block: NeuronBlock, kept: Tensor, inputs: li
 
 
 def _cut_units(model: nn.Module, block: NeuronBlock, kept: Tensor, inputs: list[Tensor]) -> Any:
-    """Cut all units but `kept`."""
+    """Remove all units but `kept`."""
     cut_units(model, block, kept, weight_on(model, block, kept))
     consumer = model.get_submodule(block.consumer)
     return consumer.register_forward_pre_hook(
@@ -139,7 +140,7 @@ def _cut_units(model: nn.Module, block: NeuronBlock, kept: Tensor, inputs: list[
 
 
 def _randomized(model: nn.Module, block: NeuronBlock, kept: Tensor, cut: bool) -> list[Any]:
-    """Put random numbers in place of what the producers write, whichever units there are."""
+    """Replace the outputs of the producers by random numbers."""
     source = torch.Generator().manual_seed(0)
 
     def write(layer: Any, args: Any, output: Tensor) -> Tensor:
@@ -157,9 +158,9 @@ def _randomized(model: nn.Module, block: NeuronBlock, kept: Tensor, cut: bool) -
 
 
 def _agree(found: _Run, expected: _Run, model: nn.Module) -> bool:
-    """Whether two runs have the same inputs of the consumer and the same outputs, but for rounding.
+    """Whether two runs have the same consumer inputs and outputs, up to rounding.
 
-    Products of other sizes round differently, and on GPUs to fewer digits than the dtype has.
+    Products of other sizes round differently, and GPUs may use fewer digits than the dtype has.
     """
     pairs = [*zip(found[0], expected[0], strict=False), *zip(found[1], expected[1], strict=False)]
     if not expected[0] or [len(f) for f in found] != [len(e) for e in expected]:
@@ -170,7 +171,7 @@ def _agree(found: _Run, expected: _Run, model: nn.Module) -> bool:
 
 
 def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether no entries differ by more than `tolerance` times the largest."""
+    """Whether all differences are at most `tolerance` times the largest entry."""
     if found.shape != expected.shape:
         return False
     wide = torch.complex128 if expected.is_complex() else torch.float64

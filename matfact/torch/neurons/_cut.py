@@ -1,4 +1,4 @@
-"""Fewer units in the layers of a block, and the way back."""
+"""Removal of units from the layers of a block, and restoring them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def cut_units(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> None:
-    """Leave only some units of a block. No tensor is changed: modules get new ones.
+    """Remove units of a block. Modules get new tensors; existing tensors do not change.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     block : NeuronBlock
-        Its units.
+        The block.
     kept : Tensor of int
-        Which units stay.
+        Units to keep.
     weight : Tensor of shape (n_outputs, len(kept) * width)
         New weight of the consumer, as a matrix.
     bias : Tensor of shape (n_outputs,), optional
@@ -50,7 +50,7 @@ def cut_units(
 
 
 def _replace_inputs(consumer: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give the layer that reads units a weight for fewer."""
+    """Set the narrowed weight of the consumer."""
     old = consumer.weight
     new = weight.T if hasattr(consumer, "nf") else weight.reshape(len(weight), -1, *old.shape[2:])
     consumer.weight = _parameter(new, old)
@@ -67,13 +67,13 @@ def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
 
 
 def _take(tensors: dict[str, Any], n_units: int, kept: Tensor, axis: int) -> None:
-    """Keep the entries of units in parameters or buffers; biases have one axis only."""
+    """Keep the entries of units in parameters and buffers; biases have a single axis."""
     for name, tensor in tensors.items():
         if tensor is None or tensor.ndim == 0:
             continue
         along = min(axis, tensor.ndim - 1)
         each, rest = divmod(tensor.shape[along], n_units)
-        if rest or not each:  # such as the one parameter for all units
+        if rest or not each:  # such as a parameter common to all units
             continue
         places = (kept[:, None] * each + torch.arange(each)).flatten().to(tensor.device)
         taken = tensor.detach().index_select(along, places)
@@ -81,19 +81,19 @@ def _take(tensors: dict[str, Any], n_units: int, kept: Tensor, axis: int) -> Non
 
 
 def _resize(module: Any, attributes: Sequence[str], n_units: int, kept: Tensor) -> None:
-    """Let attributes that count units, or some places for each, count those kept."""
+    """Update attributes that count units or their positions."""
     for attribute in attributes:
         if each := vars(module).get(attribute, 0) // n_units:
             setattr(module, attribute, each * len(kept))
 
 
 def modules_of(model: nn.Module, block: NeuronBlock) -> list[nn.Module]:
-    """Return the modules that a cut changes."""
+    """Return the modules changed by a removal."""
     return [model.get_submodule(n) for n in (*block.producers, *block.between, block.consumer)]
 
 
 def way_back(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Return a function that gives modules the parameters, buffers and sizes that they have now."""
+    """Return a function that restores the parameters, buffers and sizes of modules."""
     tensors = ("_parameters", "_buffers")
     before = [(m, {**vars(m), **{name: dict(vars(m)[name]) for name in tensors}}) for m in modules]
 
@@ -105,7 +105,7 @@ def way_back(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 def weight_on(model: nn.Module, block: NeuronBlock, kept: Tensor) -> Tensor:
-    """Return what the weight of the consumer has for some units, as a matrix."""
+    """Return the part of the consumer's weight for some units, as a matrix."""
     view = matricized(model.get_submodule(block.consumer))
     assert view is not None
     (matrix,) = view.matrices()

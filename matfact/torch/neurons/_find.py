@@ -1,4 +1,4 @@
-"""The hidden units of a network, found by what flows where."""
+"""Search for blocks of hidden units by tracing the flow of values."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from matfact.torch.running._batches import eval_mode
 
 
 def find_blocks(model: nn.Module, batch: Any) -> list[NeuronBlock]:
-    """Return all hidden units that can be removed, by what flows where in a forward pass.
+    """Find all hidden units that can be removed, by tracing values in a forward pass.
 
-    An output of a layer is replaced by NaN, and the layers where NaN arrives read it. Units
-    count where one layer alone reads them, in places of their own: those of linear and
-    convolutional layers, with any activation, gates, batch normalization, depthwise convolutions
-    and pooling in between, but not those of residual streams and attention heads. Each block is
-    then tried: without some units, the network must do what it does when the layer that reads
-    them sees zeros instead. No knowledge of architectures is used.
+    Outputs of a layer are replaced by NaN; the layers that receive NaN read them. Units are found
+    if a single layer reads them, at separate positions. They may pass through activations, gates,
+    batch normalization, depthwise convolutions and pooling, but residual streams and attention
+    heads do not qualify. Each block is then verified: without some units, the network must compute
+    the same as with zeros at the layer that reads them. No knowledge of architectures is used.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, run in eval mode. Only layers whose forward is torch's own count.
+        The network, run in eval mode. Only layers with torch's own forward are considered.
     batch : tensor, tuple or mapping
-        What it is called with; a few samples serve.
+        Input of the network; a few samples are enough.
 
     Returns
     -------
     list of NeuronBlock
-        In the order in which consumers are called.
+        Blocks in the order of calls of their consumers.
 
     Raises
     ------
     ValueError
-        If the network makes NaN of the batch.
+        If the outputs of the network contain NaN.
     """
     trial = Trial(model, batch)
     found: dict[tuple[str, int, int], tuple[list[str], list[str]]] = {}
@@ -61,10 +60,10 @@ def find_blocks(model: nn.Module, batch: Any) -> list[NeuronBlock]:
 
 
 def _match(trial: Trial, name: str) -> tuple[tuple[str, int, int], list[str]] | None:
-    """Return the one reader of a layer's outputs, their number and its inputs for each.
+    """Return the only reader of a layer's outputs, the number of units and its inputs per unit.
 
-    And the modules that they pass; None if no one layer reads the first and the last of them, each
-    in places of its own.
+    Also return the modules that units pass through. Return None unless a single layer reads the
+    first and the last output, at separate positions.
     """
     if not is_cuttable(trial.model.get_submodule(name)):
         return None
@@ -85,7 +84,7 @@ def _match(trial: Trial, name: str) -> tuple[tuple[str, int, int], list[str]] | 
 
 
 def _are_own(traces: dict[int, Trace], first: Trace) -> bool:
-    """Whether units arrive everywhere in places of their own, and nowhere else."""
+    """Whether units arrive everywhere at separate positions, and nowhere else."""
 
     def owned(found: dict[str, set[int]], like: dict[str, set[int]], unit: int) -> bool:
         each = {name: len(places) for name, places in like.items()}

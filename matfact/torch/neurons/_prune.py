@@ -1,4 +1,4 @@
-"""Fewer hidden units in many blocks of a network, one after the other."""
+"""Pruning of the hidden units of a network, block by block."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ _SOLVERS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class PrunedBlock:
-    """What has become of the units of a block.
+    """Result of pruning a block.
 
     Attributes
     ----------
     block : NeuronBlock
-        The units before.
+        The block before pruning.
     kept : ndarray of int
-        Which of them are left.
+        Kept units.
     error : float
-        Relative error of the consumer's outputs on the calibration batches, against those of the
-        dense network. NaN where no batch has reached it, or none has made anything but zeros, so
-        that all units are left.
+        Relative error of the consumer's outputs on the calibration batches, compared with the dense
+        network. NaN if no batch reached the consumer or its outputs were all zero; all units are
+        then kept.
     """
 
     block: NeuronBlock
@@ -62,14 +62,14 @@ class PrunedBlock:
 
 @dataclasses.dataclass(frozen=True)
 class NeuronPruning:
-    """The smaller network, and what was removed.
+    """A network with pruned units, and the result for each block.
 
     Attributes
     ----------
     model : torch.nn.Module
-        The network, whose layers are of the classes they were, only smaller.
+        The network, with smaller layers of the same classes.
     blocks : list of PrunedBlock
-        In the order in which they were pruned.
+        Results in the order of pruning.
     """
 
     model: nn.Module
@@ -89,51 +89,49 @@ def prune_neurons(
     inplace: bool = False,
     progress: Callable[[PrunedBlock], Any] | None = None,
 ) -> NeuronPruning:
-    """Remove hidden units and channels, block by block, and re-solve the layers that read them.
+    """Remove hidden units and channels block by block, and refit the layers that read them.
 
-    Each block sees the activations that the blocks pruned before it leave, and is fitted to what
-    its consumer made of those of the dense network, so that later blocks make up for earlier
-    ones. Activations are streamed: moments are kept, of one block at a time.
+    Each block is fitted on the activations of the already pruned network to the consumer's outputs
+    in the dense network, so later blocks correct errors of earlier ones. Activations are streamed;
+    memory holds second moments of one block at a time.
 
     Parameters
     ----------
     model : torch.nn.Module
         The trained network.
     batches : iterable
-        What the network is called with: tensors, tuples or lists (labels behind the inputs are
-        ignored) or mappings. Iterated over for each block, so that generators are refused. A
-        batch finds the random number generators in the same state in every pass, and the state
-        before is put back.
+        Inputs of the network: tensors, tuples or lists (labels after the inputs are ignored) or
+        mappings. They are iterated for each block, so generators are not allowed. Each batch uses
+        the same random numbers in every pass, and the state of the generators is restored.
     n_neurons : int, float, mapping or None, default=None
-        Units to keep in each block: a number, a fraction in (0, 1] (rounded down, at least one),
-        or None for half of them, or for as few as `max_error` allows. A mapping gives it by the
-        name of the consumer; other blocks are left alone.
+        Units to keep in each block: a number, or a fraction in (0, 1] (rounded down, at least one).
+        None keeps half of them, or as few as `max_error` allows. A mapping gives values by the name
+        of the consumer; other blocks are not pruned.
     max_error : float or None, default=None
-        Largest ``error`` wanted of each block, in [0, 1), in place of `n_neurons` and for
-        ``"least_squares"`` alone. Where earlier blocks have lost more than later ones can make
-        up for, all units stay.
+        Upper bound on the ``error`` of each block, in [0, 1), instead of `n_neurons`. Only for
+        "least_squares". If errors of earlier blocks make it unreachable, all units are kept.
     blocks : sequence of NeuronBlock, optional
-        What to prune, in the order of calls; by default all that :func:`find_blocks` finds. Those
-        given are tried as it tries them.
+        Blocks to prune, in the order of calls; by default those of :func:`find_blocks`. Given
+        blocks are verified in the same way.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
-        As for :class:`~matfact.CoSaMPNeuronSelector`. The first also re-solves biases.
+        As in :class:`~matfact.CoSaMPNeuronSelector`. "least_squares" also refits biases.
     max_iter : int, default=50
-        Most iterations of the selection.
+        Maximum number of iterations of the selection.
     inplace : bool, default=False
-        Whether `model` itself shrinks, or a copy. It stays as it was if anything fails.
+        Whether to change `model` instead of a copy. It is restored if anything fails.
     progress : callable, optional
-        Called with what has become of each block.
+        Called with the result of each block.
 
     Returns
     -------
     NeuronPruning
-        The smaller network, in ``model``, and the blocks.
+        The pruned network, in ``model``, and the blocks.
 
     Raises
     ------
     ValueError
-        If an argument is invalid, or what enters a layer is not finite; the layer and the batch
-        are named.
+        If an argument is invalid, or an input of a layer is not finite. The message names the layer
+        and the batch.
 
     Examples
     --------
@@ -158,7 +156,7 @@ def prune_neurons(
     if blocks is None:
         blocks = find_blocks(model, first)
         if not blocks:
-            message = "no block of hidden units can be pruned: the network stays as it is."
+            message = "no block of hidden units can be pruned: the network is not changed."
             warnings.warn(message, CompressionWarning, stacklevel=3)
     else:
         _check_blocks(model, blocks, first)
@@ -197,7 +195,7 @@ def _prune(
     method: Method,
     max_iter: int,
 ) -> PrunedBlock:
-    """Cut one block, if anything has been seen of it."""
+    """Prune one block, if batches reached it."""
     if not (statistics.inputs.count and statistics.energy):
         return PrunedBlock(block, np.arange(block.n_units), np.nan)
     with_bias = method == "least_squares" and _bias(model, block) is not None
@@ -210,7 +208,7 @@ def _prune(
 
 
 def _check_blocks(model: nn.Module, blocks: Sequence[NeuronBlock], batch: Any) -> None:
-    """Raise ``ValueError`` for blocks that the network does not have."""
+    """Raise ``ValueError`` for invalid blocks."""
     names = {name for name, _ in model.named_modules()}
     with eval_mode(model), torch.no_grad():
         for block in blocks:
@@ -220,18 +218,18 @@ def _check_blocks(model: nn.Module, blocks: Sequence[NeuronBlock], batch: Any) -
                 else objection(Trial(model, batch), block)
             )
             if reason:
-                raise ValueError(f"blocks must be those of the network, got {block}: {reason}.")
+                raise ValueError(f"blocks must be blocks of the network, got {block}: {reason}.")
 
 
 def _bias(model: nn.Module, block: NeuronBlock) -> Any:
-    """Return the bias of the consumer of a block, None if it has none."""
+    """Return the bias of a block's consumer, or None."""
     return getattr(model.get_submodule(block.consumer), "bias", None)
 
 
 def _counts(
     n_neurons: float | Mapping[str, float], blocks: Sequence[NeuronBlock]
 ) -> dict[str, int]:
-    """Return how many units to keep, by the names of consumers."""
+    """Return the number of units to keep, by the name of the consumer."""
     units = {block.consumer: block.n_units for block in blocks}
     wanted = n_neurons if isinstance(n_neurons, Mapping) else dict.fromkeys(units, n_neurons)
     if unknown := sorted(set(wanted) - set(units)):
@@ -251,7 +249,7 @@ def _counts(
 
 
 def _check_target(max_error: float, n_neurons: Any, method: Method) -> None:
-    """Raise ``ValueError`` if `max_error` is no error, or goes with no other parameter."""
+    """Raise ``ValueError`` if `max_error` is invalid or conflicts with other parameters."""
     if not 0.0 <= max_error < 1.0:
         raise ValueError(f"max_error must lie in [0, 1), got {max_error}.")
     if n_neurons is not None:
@@ -268,21 +266,21 @@ def _select(
     method: Method,
     max_iter: int,
 ) -> Selection:
-    """Return `count` units, or as few as `max_error` allows; all where they miss it themselves."""
+    """Return `count` units, or as few as `max_error` allows; all if it is unreachable."""
     if max_error is None:
         return _SOLVERS[method](statistics, count, max_iter, width=block.width)
     try:
         return cosamp.smallest_selection(statistics, max_error**2, max_iter, width=block.width)
-    except ValueError:  # of all units together
+    except ValueError:  # even all units exceed the error
         return cosamp.least_squares(statistics, count, max_iter, width=block.width)
 
 
 def _completed(
     model: nn.Module, block: NeuronBlock, statistics: OutputStatistics, selection: Selection
 ) -> Selection:
-    """Return a selection whose weights are those of `model` where no input tells another.
+    """Return a selection with the weights of `model` in directions without inputs.
 
-    Few samples leave directions without any input; other samples have some there.
+    A few samples leave directions without inputs, in which other samples may have some.
     """
     problem, norms = quadratic(statistics, block.width).normalized()
     columns = problem.columns(selection.support)
@@ -300,7 +298,7 @@ def _shrink(
     selection: Selection,
     with_bias: bool,
 ) -> None:
-    """Cut a block to the units of a selection."""
+    """Reduce a block to the units of a selection."""
     support, weight = selection.support, backend.to_numpy(selection.weights).T
     bias: Tensor | None = None
     if with_bias:

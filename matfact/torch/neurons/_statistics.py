@@ -1,4 +1,4 @@
-"""What a consumer reads in the network that shrinks, beside what it writes in the dense one."""
+"""Statistics of a consumer's inputs in the pruned network and outputs in the dense one."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from matfact.torch.running._random import batch_states, drawing
 def paired_statistics(
     model: nn.Module, dense: nn.Module, block: NeuronBlock, batches: Iterable[Any]
 ) -> OutputStatistics:
-    """Return moments of what the consumer reads in `model` and writes in `dense`, sans bias.
+    """Return moments of the consumer's inputs in `model` and outputs in `dense`, without bias.
 
-    All of its calls count. A call that has no equal in the dense network, as where other tokens
-    are routed to an expert now, is held to what the consumer makes of its own inputs.
+    All of its calls count. If a call has no counterpart in the dense network, for example because
+    other tokens are routed to an expert, the consumer's outputs for its own inputs are the target.
 
     Parameters
     ----------
     model, dense : torch.nn.Module
-        The network as it is now, whose consumer still has its weight, and as it was.
+        The current network, with the original weight of the consumer, and the dense network.
     block : NeuronBlock
-        Names the consumer.
+        Block with the consumer.
     batches : iterable
-        What both are called with, from the same state of the random number generators.
+        Inputs of both networks; they use the same random numbers.
     """
     view = matricized(model.get_submodule(block.consumer))
     assert view is not None
     statistics = OutputStatistics()
-    written: list[Tensor] = []  # by the dense network, for the present batch
+    written: list[Tensor] = []  # by the dense network, for the current batch
     index, batch = 0, None
 
     def counted(x: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def paired_statistics(
         x = counted(layer_input(args, kwargs))
         if not (bool(torch.isfinite(x).all()) and bool(torch.isfinite(rows).all())):
             raise ValueError(
-                f"batches must be such that inputs and outputs of layers are finite, but batch "
-                f"{index} has others at {block.consumer!r}."
+                f"batches must give finite inputs and outputs of layers, but batch {index} does "
+                f"not at {block.consumer!r}."
             )
         for (piece,) in view._inputs(x) if x.numel() else ():
             statistics.update(as_array(piece), as_array(rows[: len(piece)]))
@@ -77,14 +77,14 @@ def paired_statistics(
 
 
 def _without_bias(layer: Any, output: Tensor) -> Tensor:
-    """Return outputs as rows, in a tensor that code behind the layer does not write to."""
+    """Return outputs as rows, copied since later code may modify them."""
     rows = output.movedim(channel_axis(layer), -1)
     rows = rows.clone() if layer.bias is None else rows - layer.bias
     return rows.reshape(-1, rows.shape[-1])
 
 
 def _are_pairs(own: Tensor, dense: Tensor) -> bool:
-    """Whether rows are of the same inputs: closer to each other than to their mean."""
+    """Whether rows belong to the same inputs: closer to each other than to their mean."""
     if own.shape != dense.shape:
         return False
     difference = own.double() - dense.double()

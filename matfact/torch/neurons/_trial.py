@@ -1,4 +1,4 @@
-"""A network that runs on one batch again and again, each time with the same random numbers."""
+"""Repeated runs of a network on one batch with the same random numbers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from matfact.torch.running._tensors import samplewise, tensors_in
 
 @dataclasses.dataclass
 class Trace:
-    """Where outputs of a layer have come up, as places along the axis of channels.
+    """Where outputs of a layer arrive, as positions along the channel axis.
 
     Attributes
     ----------
     read : dict of str to set of int
-        In the inputs of layers seen as matrices.
+        Positions in the inputs of layers with a matrix view.
     passed : dict of str to set of int
-        In the inputs of modules that hold parameters of each channel.
+        Positions in the inputs of modules with parameters per channel.
     closed : bool
-        Whether they have reached the outputs of the network in no other way.
+        Whether they reach the outputs of the network in no other way.
     """
 
     read: dict[str, set[int]] = dataclasses.field(default_factory=dict)
@@ -38,14 +38,14 @@ class Trace:
 
 
 class Trial:
-    """A network in eval mode, and the batch that it runs on.
+    """A network in eval mode with a batch to run on.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     batch : tensor, mapping, tuple or list
-        What it is called with.
+        Input of the network.
     """
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
@@ -53,12 +53,12 @@ class Trial:
         self._state = RandomState.now(device_of(model), generators_of(model))
 
     def run(self) -> list[Tensor]:
-        """Return all tensors in the outputs."""
+        """Run the network and return all tensors in its outputs."""
         with drawing(self._state), as_written():
             return list(tensors_in(forward(self.model, self.batch)))
 
     def call_order(self) -> list[str]:
-        """Return the names of the layers that the network calls, by their first calls."""
+        """Return the names of the called layers, in the order of first calls."""
         calls: dict[str, None] = {}
         handles = [
             module.register_forward_pre_hook(lambda *_, name=name: calls.setdefault(name))
@@ -68,11 +68,11 @@ class Trial:
         with removed(handles):
             outputs = self.run()
         if any(bool(torch.isnan(output).any()) for output in outputs):
-            raise ValueError("batch must give outputs without NaN, which marks units here.")
+            raise ValueError("batch must give outputs without NaN, which is used to trace units.")
         return list(calls)
 
     def follow(self, producers: Sequence[str], units: Tensor) -> Trace:
-        """Follow outputs of layers, set to NaN, to the layers that read them as zeros instead."""
+        """Trace outputs of layers, set to NaN, to the layers that read them (as zeros)."""
         trace = Trace()
 
         def mark(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -99,23 +99,23 @@ class Trial:
                 handles.append(
                     module.register_forward_pre_hook(_named(hook, name), with_kwargs=True)
                 )
-        with removed(handles), contextlib.suppress(Exception):  # of code that looks at values
+        with removed(handles), contextlib.suppress(Exception):  # code may depend on values
             trace.closed = not any(bool(torch.isnan(output).any()) for output in self.run())
         return trace
 
 
 def channel_axis(layer: Any) -> int:
-    """Return the axis of the outputs, and inputs, of `layer` that counts channels, from the end."""
+    """Return the channel axis of the inputs and outputs of `layer`, counted from the end."""
     return -1 - len(getattr(layer, "kernel_size", ()))
 
 
 def is_between(module: nn.Module) -> bool:
-    """Whether a module holds parameters, or statistics, of each channel."""
+    """Whether a module holds parameters or statistics per channel."""
     return isinstance(module, (_NormBase, nn.PReLU)) or is_depthwise(module)
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution of each channel by itself."""
+    """Whether a module is a depthwise convolution."""
     groups = getattr(module, "groups", 1)
     plain = "weight" in module._parameters and matricized(module) is not None
     return plain and groups > 1 and groups == module.in_channels
@@ -126,7 +126,7 @@ def _named(hook: Any, name: str) -> Any:
 
 
 def _nan_places(x: Any, axis: int) -> set[int]:
-    """Return the places along `axis` where `x` has NaN."""
+    """Return the positions along `axis` where `x` has NaN."""
     found: set[int] = set()
     for y in tensors_in(x):
         if y.is_floating_point():
@@ -137,7 +137,7 @@ def _nan_places(x: Any, axis: int) -> set[int]:
 
 @contextlib.contextmanager
 def removed(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks on leaving."""
+    """Remove hooks at the end of the block."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Prune the weights of networks, dense or factorized: scores, masks, and what they save."""
+"""Pruning of the weights of networks, dense or factorized: scores, masks and FLOPs."""
 
 from matfact.torch.pruning._flops import FlopCount, count_flops
 from matfact.torch.pruning._gradual import GradualMagnitude

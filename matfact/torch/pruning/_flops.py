@@ -1,4 +1,4 @@
-"""Work of a network, counted while it runs."""
+"""FLOPs of a network, counted in a forward pass."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from matfact.torch.running._batches import as_written, eval_mode, forward
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """Multiplications and additions of each layer for a batch.
+    """FLOPs (multiplications and additions) of a network for a batch.
 
     Attributes
     ----------
     stored : dict of str to int
-        FLOPs of each parameter if none of its values were zero.
+        FLOPs of each parameter, counting all values.
     kept : dict of str to int
-        FLOPs of those that are not zero.
+        FLOPs of each parameter, counting nonzero values.
     """
 
     stored: dict[str, int]
@@ -35,17 +35,17 @@ class FlopCount:
 
     @property
     def total(self) -> int:
-        """FLOPs of all values that are not zero."""
+        """FLOPs of all nonzero values."""
         return sum(self.kept.values())
 
     @property
     def sparsity(self) -> float:
-        """Share of the FLOPs that zeros save, in the whole network."""
+        """Share of the network's FLOPs saved by zeros."""
         stored = sum(self.stored.values())
         return 1.0 - self.total / stored if stored else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
-        """Return the share of the FLOPs that zeros save in each layer that was called."""
+        """Return the share of FLOPs saved by zeros in each called layer."""
         return {
             label: 1.0 - self.kept[label] / stored
             for label, stored in self.stored.items()
@@ -54,28 +54,27 @@ class FlopCount:
 
 
 def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None) -> FlopCount:
-    """Count the work of linear and convolutional layers in a forward pass.
+    """Count the FLOPs of linear and convolutional layers in a forward pass.
 
-    Hooks see how often every layer runs, and on how many rows or positions, so that strides,
-    sequences and layers that are called many times, or never, count as they are. Each value that
-    is not zero makes one multiplication and one addition there; for factorized layers these are
-    the values of the factors.
+    Hooks record how often each layer runs and on how many rows or positions, so strides, sequences
+    and repeated or missing calls are counted correctly. Each nonzero value takes one multiplication
+    and one addition per row or position; for factorized layers these are the values of the factors.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, pruned or not.
     batch : tensor, tuple or mapping
-        What it is called with.
+        Input of the network.
     prunable : callable, optional
-        Parameters to count instead of all weights, see :func:`prunable_parameters`; weights of
-        layers with a forward of their own count as those of others do. Those of modules of other
-        kinds are taken to work once on every row of the first input.
+        Parameters to count instead of all weights, see :func:`prunable_parameters`. Layers with a
+        custom forward count like others. Parameters of other modules are assumed to be applied once
+        to every row of the first input.
 
     Returns
     -------
     FlopCount
-        For the whole batch.
+        Counts for the whole batch.
 
     Examples
     --------
@@ -123,9 +122,9 @@ def _is_counted(module: nn.Module, name: str) -> bool:
 def _callers(
     model: nn.Module, parameters: list[Prunable], counted: Predicate
 ) -> list[tuple[nn.Module, list[str]]]:
-    """Return the layers whose calls use parameters, with the labels of these.
+    """Return the layers that use parameters, with the parameters' labels.
 
-    Factorized layers use their factors in ways of their own, not always by calling them.
+    Factorized layers do not always call the modules of their factors.
     """
     owner: dict[int, nn.Module] = {}
     for layer in model.modules():
@@ -141,7 +140,7 @@ def _callers(
 
 
 def _positions(layer: nn.Module, x: Tensor, output: Any) -> int:
-    """Return on how many rows or positions a call has used each value."""
+    """Return the number of rows or positions on which a call used each value."""
     if isinstance(layer, _ConvTransposeNd):
         return x.numel() // layer.in_channels
     if isinstance(layer, (_ConvNd, FactorizedConv)):

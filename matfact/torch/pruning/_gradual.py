@@ -1,4 +1,4 @@
-"""Magnitude pruning in small steps, while the network trains."""
+"""Gradual magnitude pruning during training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from matfact.torch.pruning._prune import Scope, _check, prune_lowest_magnitudes
 
 
 class GradualMagnitude:
-    """Prune a little after every few optimizer steps, fast at first and slowly at the end.
+    """Prune gradually during training: fast at first, slowly at the end.
 
-    The share that is kept falls from 1 to `keep` along the cubic schedule of Zhu & Gupta [1]_.
+    The share of kept weights falls from 1 to `keep` along the cubic schedule of Zhu & Gupta [1]_.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network in training, changed in place. Make the optimizer after this, or before: its
-        parameters stay the same objects.
+        The network in training, changed in place. The optimizer may be created before or after,
+        since parameters stay the same objects.
     keep : float
-        Share of the weights to keep in the end, in (0, 1].
+        Final share of weights to keep, in (0, 1].
     steps : int
         Optimizer steps from the first pruning to the last.
     every : int, default=100
@@ -33,7 +33,7 @@ class GradualMagnitude:
     start : int, default=0
         Optimizer steps before the first pruning.
     scope : {"layer", "global"}, default="layer"
-        Whether each layer keeps the same share, as published, or all weights compete.
+        Whether each layer keeps the same share, as published, or weights of all layers compete.
     prunable : callable, optional
         See :func:`prunable_parameters`.
 
@@ -79,16 +79,16 @@ class GradualMagnitude:
         check_weights(self._parameters)
         self._n_steps = 0
         for parameter in self._parameters:
-            _ = parameter.mask  # put in place now, while the optimizer may still be made
+            _ = parameter.mask  # create masks now, before the optimizer
 
     def share(self, step: int) -> float:
-        """Return the share of weights that the schedule keeps after `step` optimizer steps."""
+        """Return the share of weights to keep after `step` optimizer steps."""
         left = 1.0 - min(max(step - self.start, 0), self.steps) / self.steps
         return self.keep + (1.0 - self.keep) * left**3
 
     @torch.no_grad()
     def step(self) -> None:
-        """Prune if it is time, after a step of the optimizer."""
+        """Prune if it is due; call after every optimizer step."""
         step, self._n_steps = self._n_steps, self._n_steps + 1
         last = self.start + self.steps
         if step < self.start or step > last or ((step - self.start) % self.every and step < last):

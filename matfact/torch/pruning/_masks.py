@@ -1,10 +1,10 @@
-"""Masks on parameters, whichever way a layer uses these.
+"""Masks on parameters.
 
-A masked ``weight`` is an attribute that is computed, when it is read, from the parameter
-``weight_orig`` and the buffer ``weight_mask``: the names of :mod:`torch.nn.utils.prune`, so that
-state dicts are interchangeable. Unlike the hooks of that module it also holds where a parameter
-is read outside the ``forward`` of its module, as convolutions of factors and attention do; unlike
-:mod:`torch.nn.utils.parametrize` it can be pickled.
+A masked ``weight`` is computed on every read from the parameter ``weight_orig`` and the buffer
+``weight_mask``. State dicts are compatible with :mod:`torch.nn.utils.prune`, which uses the same
+names. Unlike the hooks of that module, masks also apply if a parameter is read outside the
+``forward`` of its module, as in attention and factorized convolutions. Unlike
+:mod:`torch.nn.utils.parametrize`, masked modules can be pickled.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._tensors import outside_inference_mode
 
-#: Which parameters to prune, from a module and the name of one of its parameters.
+#: Decides whether to prune a parameter, given its module and name.
 Predicate = Callable[[nn.Module, str], bool]
 
 _TRANSPOSED: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 )  # fmt: skip
-#: Those with the arithmetic that scores take.
+#: Dtypes with the arithmetic needed by scores.
 _DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
 )  # fmt: skip
 
 
 class LayerCollapseWarning(UserWarning):
-    """Pruning has left nothing of a layer, so that nothing flows through it any more."""
+    """Pruning has removed all weights of a layer, which blocks the flow through it."""
 
 
 def _masked_value(name: str) -> property:
-    """Return the attribute that reads as the masked parameter."""
+    """Return the property that computes a masked parameter."""
 
     def get(module: Any) -> Tensor:
         return getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
@@ -53,7 +53,7 @@ def _masked_value(name: str) -> property:
 
 
 class _Masked:
-    """Marks the classes that :func:`_masked_class` makes."""
+    """Marker of the classes made by :func:`_masked_class`."""
 
     _unmasked: type
     _names: tuple[str, ...]
@@ -64,20 +64,20 @@ class _Masked:
 
 @functools.cache
 def _masked_class(base: type, names: tuple[str, ...]) -> type:
-    """Return the subclass of `base` whose attributes `names` are masked parameters."""
+    """Return the subclass of `base` with masked parameters `names`."""
     attributes = {name: _masked_value(name) for name in names}
     marks = {"_unmasked": base, "_names": names, "__module__": base.__module__}
     return type(f"Masked{base.__name__}", (_Masked, base), {**attributes, **marks})
 
 
 def _new_masked(base: type, names: tuple[str, ...]) -> Any:
-    """Return an empty module, for copies and pickles."""
+    """Return an empty module, for copying and unpickling."""
     made: Any = _masked_class(base, names)
     return made.__new__(made)
 
 
 def _set_names(module: Any, names: tuple[str, ...]) -> None:
-    """Let the attributes `names` of a module, and no others, read as masked parameters."""
+    """Make exactly the attributes `names` of a module masked parameters."""
     base = type(module)._unmasked if isinstance(module, _Masked) else type(module)
     module.__class__ = _masked_class(base, names) if names else base
 
@@ -89,13 +89,13 @@ class Prunable:
     Attributes
     ----------
     label : str
-        Its name in the network, ``"0.weight"`` for example, whether masked or not.
+        Its name in the network without a mask, such as ``"0.weight"``.
     module : torch.nn.Module
-        The module it belongs to.
+        Its module.
     name : str
-        Its name there.
+        Its name in the module.
     sharers : tuple of (torch.nn.Module, str)
-        Other modules that hold the same parameter, and its names there. They share the mask.
+        Other modules with the same parameter, and its names there. They share the mask.
     """
 
     label: str
@@ -105,23 +105,23 @@ class Prunable:
 
     @property
     def masked(self) -> bool:
-        """Whether it has a mask, of this package or of :mod:`torch.nn.utils.prune`."""
+        """Whether it has a mask of this package or of :mod:`torch.nn.utils.prune`."""
         return f"{self.name}_orig" in self.module._parameters
 
     @property
     def original(self) -> Tensor:
-        """The trained parameter itself."""
+        """The trained parameter."""
         name = f"{self.name}_orig" if self.masked else self.name
         return self.module.get_parameter(name)
 
     @property
     def values(self) -> Tensor:
-        """Its values, zeros where it is pruned."""
+        """Its values, with zeros where it is pruned."""
         return self.original * self.mask if self.masked else self.original
 
     @property
     def mask(self) -> Tensor:
-        """The mask, which this puts into place where there is none yet."""
+        """The mask, created if there is none yet."""
         if self.name not in _masked_names(self.module):
             present = self.module._buffers.get(f"{self.name}_mask")
             mask = torch.ones_like(self.original, dtype=torch.bool) if present is None else present
@@ -131,12 +131,12 @@ class Prunable:
 
     @property
     def holders(self) -> list[tuple[nn.Module, str]]:
-        """All modules that hold it, and its names there."""
+        """All modules with this parameter, and its names there."""
         return [(self.module, self.name), *self.sharers]
 
     @torch.no_grad()
     def unmask(self) -> None:
-        """Remove the mask, and leave zeros where it pruned."""
+        """Remove the mask, leaving zeros where it pruned."""
         self.settle()
         for module, name in self.holders:
             _set_names(module, tuple(n for n in _masked_names(module) if n != name))
@@ -151,17 +151,17 @@ class Prunable:
     @torch.no_grad()
     def settle(self) -> None:
         """Set pruned values to zero."""
-        # In place: whatever was derived from the parameter sees that it has changed.
+        # In place, so that caches derived from the parameter notice the change.
         self.original.masked_fill_(~self.mask.bool(), 0)
 
 
 def _masked_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the parameters of a module that read as masked ones."""
+    """Return the masked parameters of a module."""
     return module._names if isinstance(module, _Masked) else ()
 
 
 def _put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Let a module read its parameter `name` through a mask, its own or one that it gets now."""
+    """Mask the parameter `name` of a module, with its existing mask or a new one."""
     if f"{name}_orig" in module._parameters:
         _drop_hook(module, name)
     else:
@@ -172,7 +172,7 @@ def _put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
 
 
 def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
-    """Give a parameter another name in its place, so that optimizers find all in their order."""
+    """Rename a parameter in its place, to keep the order for optimizers."""
     renamed = {new if name == old else name: value for name, value in parameters.items()}
     parameters.clear()
     parameters.update(renamed)
@@ -188,21 +188,21 @@ def _drop_hook(module: nn.Module, name: str) -> None:
 
 
 def prunable_parameters(model: nn.Module, prunable: Predicate | None = None) -> list[Prunable]:
-    """Return the parameters of a network that may be pruned, in its order.
+    """Return the parameters of a network that may be pruned, in order.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
     prunable : callable, optional
-        Says whether to prune a parameter, from its module and its name there. By default the
-        weights of linear and convolutional layers whose forward is torch's own, and the values of
-        factorized ones.
+        Decides whether to prune a parameter, given its module and name. By default these are the
+        weights of linear and convolutional layers with torch's own forward, and the values of
+        factorized layers.
 
     Returns
     -------
     list of Prunable
-        A parameter that several modules share comes once.
+        Shared parameters come once.
     """
     predicate = _is_weight if prunable is None else prunable
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -238,7 +238,7 @@ def check_weights(parameters: Iterable[Prunable]) -> None:
 
 @contextlib.contextmanager
 def unchanged_on_failure(parameters: Iterable[Prunable]) -> Iterator[None]:
-    """Put masks back to what they are now if anything fails before weights are set to zero."""
+    """Restore masks if anything fails before weights are set to zero."""
     before = [(p, p.mask.clone() if p.masked else None) for p in parameters]
     try:
         yield
@@ -253,7 +253,7 @@ def unchanged_on_failure(parameters: Iterable[Prunable]) -> Iterator[None]:
 
 
 def unprunable_layers(model: nn.Module) -> dict[str, str]:
-    """Return the linear and convolutional layers whose weights are no default, and why."""
+    """Return the linear and convolutional layers not pruned by default, and why."""
     layers = ((name, module) for name, module in model.named_modules() if is_layer(module))
     return {name: reason for name, module in layers if (reason := _refusal(module)) is not None}
 
@@ -271,24 +271,24 @@ def _is_weight(module: nn.Module, name: str) -> bool:
 
 
 def _refusal(module: nn.Module) -> str | None:
-    """Return why the weight of a layer is not pruned unless asked for, None if it is."""
+    """Return why the weight of a layer is not pruned by default, or None if it is."""
     if isinstance(module, (FactorizedLinear, FactorizedConv)):
-        return None  # whose factors are
+        return None  # its factors are pruned
     if "weight" not in module._parameters and "weight_mask" not in module._buffers:
         return "weight computed from other parameters"
     if not isinstance(module, _ConvTransposeNd):
         return refusal(module)
     own = any(type(module).forward is kind.forward for kind in _TRANSPOSED)
-    return None if own and "forward" not in vars(module) else "layer with a forward of its own"
+    return None if own and "forward" not in vars(module) else "layer with a custom forward"
 
 
 def collapsed_layers(parameters: Iterable[Prunable]) -> list[str]:
-    """Return the labels of parameters of which nothing is kept, and warn if there are any."""
+    """Return the labels of completely pruned parameters, and warn if there are any."""
     labels = [p.label for p in parameters if p.mask.numel() and not bool(p.mask.any())]
     if labels:
         warnings.warn(
-            f"Nothing is kept of {', '.join(labels)}: the network has collapsed there. Keep more, "
-            "or use scope='layer' or method='synflow'.",
+            f"All weights of {', '.join(labels)} are pruned: the network has collapsed there. Keep "
+            "more, or use scope='layer' or method='synflow'.",
             LayerCollapseWarning,
             stacklevel=4,
         )
@@ -303,12 +303,12 @@ def masked_parameters(model: nn.Module) -> list[Prunable]:
 
 @outside_inference_mode
 def make_permanent(model: nn.Module) -> nn.Module:
-    """Remove all masks, and leave zeros where they pruned.
+    """Remove all masks, leaving zeros where they pruned.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A pruned network, changed in place; its parameters have their old names again.
+        A pruned network, changed in place; its parameters get their old names back.
 
     Returns
     -------
@@ -322,7 +322,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 @outside_inference_mode
 def to_torch_prune(model: nn.Module) -> nn.Module:
-    """Turn all masks into those of :mod:`torch.nn.utils.prune`, for tools that expect these.
+    """Convert all masks to those of :mod:`torch.nn.utils.prune`, for tools that expect them.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Prune a network to a share of its weights by one of the published scores."""
+"""Pruning of a network by published scores."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from matfact.torch.running._tensors import check_trainable, outside_inference_mo
 
 Scope = Literal["global", "layer"]
 
-#: Rounds of SynFlow, as published; the other scores are of one round.
+#: Rounds of SynFlow, as published; other scores use one round.
 _ROUNDS = {"synflow": 100}
 
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport:
-    """What is kept of each layer.
+    """Result of pruning, layer by layer.
 
     Attributes
     ----------
     asked : float
-        Share of the weights to keep.
+        Requested share of weights to keep.
     kept, sizes : dict of str to int
-        Weights kept of each parameter, and all of them.
+        Number of kept weights and of all weights, per parameter.
     collapsed : list of str
-        Parameters of which nothing is kept.
+        Parameters with no weight kept.
     left_out : dict of str to str
-        Linear and convolutional layers whose weights are not pruned by default, and why: those
-        with a forward of their own, for example. Empty where the caller chose the parameters.
+        Linear and convolutional layers that are not pruned by default, for example because of a
+        custom forward, and why. Empty if the caller chose the parameters.
     """
 
     asked: float
@@ -53,7 +53,7 @@ class PruningReport:
 
     @property
     def share(self) -> float:
-        """Share of the weights that is kept, at most `asked`."""
+        """Share of weights kept, at most `asked`."""
         return sum(self.kept.values()) / max(1, sum(self.sizes.values()))
 
 
@@ -70,52 +70,52 @@ def prune_network(
     prunable: Predicate | None = None,
     random_state: Any = None,
 ) -> PruningReport:
-    """Mask all but the weights that matter most.
+    """Prune all but the weights with the highest scores.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, changed in place: a pruned ``weight`` is computed from the parameter
+        The network, changed in place. A pruned ``weight`` is computed from the parameter
         ``weight_orig`` and the mask ``weight_mask``, until :func:`make_permanent`. Values of
-        factorized layers are pruned as weights are. What is masked already, also by
-        :mod:`torch.nn.utils.prune`, stays so. Nothing is changed if scores fail.
+        factorized layers are pruned like weights. Existing masks, including those of
+        :mod:`torch.nn.utils.prune`, are kept. Nothing is changed if scores fail.
     method : {"random", "magnitude", "snip", "grasp", "synflow"}, default="synflow"
         Score of the weights, see :func:`pruning_scores`.
     keep : float, default=0.1
-        Share of the weights to keep, in (0, 1], of all that may be pruned; never exceeded.
+        Maximum share of prunable weights to keep, in (0, 1].
     batches : iterable, default=()
-        What the network is called with, with whatever `loss` needs: for SNIP and GraSP. Of the
-        first, SynFlow takes the shape. Iterated over in each round, so that generators are
-        refused.
+        Inputs of the network, and whatever `loss` needs. SNIP and GraSP use all batches, SynFlow
+        only the shape of the first. They are iterated in each round, so generators are not
+        allowed.
     loss : callable, optional
-        From the output for a batch and the batch, for SNIP and GraSP, which use the network as in
-        training.
+        Returns the loss for an output and its batch. For SNIP and GraSP, which run the network in
+        training mode.
     scope : {"global", "layer"}, default="global"
-        Whether all weights compete, or those of each layer, which all keep the same share.
+        Whether weights of all layers compete, or each layer keeps the same share.
     rounds : int, optional
-        The scores are computed anew in each, on what is left, and the share that is kept falls
-        exponentially to `keep`. By default 100 for SynFlow, and 1. SynFlow takes more where a
-        round would cost a layer all of its flow.
+        Number of rounds, by default 100 for SynFlow and 1 for other scores. Each round recomputes
+        the scores of the remaining weights, and the share kept falls exponentially to `keep`.
+        SynFlow uses more rounds if one would remove all flow through a layer.
     prunable : callable, optional
         See :func:`prunable_parameters`.
     random_state : int, RandomState or None, default=None
-        Draws random scores.
+        Seed of random scores.
 
     Returns
     -------
     PruningReport
-        What is kept of each layer.
+        The result for each layer.
 
     Raises
     ------
     ValueError
-        If an argument is invalid, or a loss or a score is not finite; the batch or the parameter
-        is named.
+        If an argument is invalid, or a loss or score is not finite. The message names the batch or
+        the parameter.
 
     Warns
     -----
     LayerCollapseWarning
-        Where nothing is kept of a layer.
+        If no weight of a layer is kept.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def prune_network(
 
 
 def _check(method: str, keep: float, scope: str, rounds: int | None) -> None:
-    """Raise ``ValueError`` for a parameter of no meaning."""
+    """Raise ``ValueError`` for an invalid parameter."""
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
     if scope not in get_args(Scope):
@@ -165,7 +165,7 @@ def _check(method: str, keep: float, scope: str, rounds: int | None) -> None:
 
 
 def _budget(group: list[Prunable], keep: float) -> int:
-    """Return how many weights of `group` may be kept."""
+    """Return the number of weights of `group` to keep."""
     return metrics.part_of(sum(p.values.numel() for p in group), keep)
 
 
@@ -176,11 +176,11 @@ def _kept(group: list[Prunable]) -> int:
 def _remove_lowest(
     group: list[Prunable], scores: list[Tensor], wanted: int, *, gently: bool = False
 ) -> None:
-    """Mask the lowest scores until `wanted` weights are kept, or `gently` some of them.
+    """Mask the lowest scores until `wanted` weights are kept, or fewer of them with `gently`.
 
-    Gently means that their scores add up to less than those of any layer: SynFlow conserves the
-    flow, so that no layer is cut from the others as long as any choice could avoid it (Tanaka et
-    al. 2020, Theorem 3). Where the flow has ways around a layer, its best weight is spared.
+    With `gently`, the masked scores add up to less than those of any layer. Since SynFlow conserves
+    the flow, no layer is cut off as long as this can be avoided (Tanaka et al. 2020, Theorem 3). If
+    the flow can bypass a layer, its best weight is kept.
     """
     flat = torch.cat([score.flatten().double() for score in scores])
     masks = torch.cat([p.mask.flatten() for p in group])
@@ -199,7 +199,7 @@ def _remove_lowest(
 
 
 def _leaving_one(group: list[Prunable], flat: Tensor, alive: Tensor, lowest: Tensor) -> Tensor:
-    """Return as many of the lowest scores as `lowest`, but never all that is alive of a layer."""
+    """Return as many of the lowest scores as `lowest`, but never all weights of a layer."""
     flat, count = flat.clone(), len(lowest)
     while True:
         left = torch.zeros_like(flat, dtype=torch.bool)
@@ -222,12 +222,12 @@ def _leaving_one(group: list[Prunable], flat: Tensor, alive: Tensor, lowest: Ten
 
 
 def _by_layer(group: list[Prunable], values: Tensor) -> tuple[Tensor, ...]:
-    """Return the part of each parameter of values for all of them."""
+    """Split values for all parameters into those of each."""
     return values.split([p.mask.numel() for p in group])
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
-    """Return the positions of the `count` lowest values in increasing order, first come first."""
+    """Return the positions of the `count` lowest values, ascending; ties go to the first."""
     if not count:
         return torch.zeros(0, dtype=torch.int64, device=values.device)
     threshold = values.kthvalue(count).values
@@ -237,7 +237,7 @@ def _lowest(values: Tensor, count: int) -> Tensor:
 
 
 def prune_lowest_magnitudes(parameters: list[Prunable], keep: float, scope: Scope) -> None:
-    """Keep the share `keep` of largest magnitude, of all weights or of each layer."""
+    """Keep a share `keep` of weights by magnitude, over all weights or within each layer."""
     groups = [parameters] if scope == "global" else [[p] for p in parameters]
     magnitudes = [[p.values.detach().abs() for p in group] for group in groups]
     for group, scores in zip(groups, magnitudes, strict=True):

@@ -1,4 +1,4 @@
-"""How much each weight matters: what is kept has the highest scores."""
+"""Scores of weights for pruning; the highest scores are kept."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from matfact.torch.running._random import RandomState, batch_states, drawing, ge
 from matfact.torch.running._tensors import first_filled
 
 Method = Literal["random", "magnitude", "snip", "grasp", "synflow"]
-#: Loss of an output and the batch it is for.
+#: Loss of an output and its batch.
 Loss = Callable[[Any, Any], Tensor]
-#: Gives the scores of all parameters, of those that are masked too.
+#: Returns the scores of all parameters, including masked weights.
 Scores = Callable[[], list[Tensor]]
 
-#: Outputs are divided by it before the loss of GraSP, which evens out the predictions.
+#: Divisor of the outputs before the loss of GraSP, which evens out predictions.
 _TEMPERATURE = 200.0
 _NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _ACTIVATIONS = tuple(
@@ -48,30 +48,30 @@ def pruning_scores(
     prunable: Predicate | None = None,
     random_state: Any = None,
 ) -> dict[str, Tensor]:
-    """Return the score of every weight: the higher, the more it matters.
+    """Return the score of every weight; higher is more important.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, whose masks get into place if it has none.
+        The network. Masks are created if it has none.
     method : {"random", "magnitude", "snip", "grasp", "synflow"}
-        ``"snip"``: ``|g ⊙ θ|`` with the gradient `g` of the loss [1]_. ``"grasp"``: ``θ ⊙ Hg`` with
-        the Hessian `H`, which is high where removal would weaken the gradient [2]_ (the paper
-        prefers low values of its opposite). ``"synflow"``: ``|θ| ⊙ ∂R/∂|θ|``, with `R` the sum
-        of outputs of the network for inputs of one, with absolute weights, without biases,
-        normalizations and activation modules, in double precision [3]_.
+        "snip" is ``|g ⊙ θ|`` with the gradient `g` of the loss [1]_. "grasp" is ``θ ⊙ Hg`` with the
+        Hessian `H`; it is high if removing the weight would weaken the gradient [2]_ (the paper
+        uses the opposite sign). "synflow" is ``|θ| ⊙ ∂R/∂|θ|`` in double precision [3]_. `R` is the
+        sum of the network's outputs for inputs of ones, with absolute weights and without biases,
+        normalizations and activation modules.
     batches, loss, prunable, random_state
-        As for :func:`prune_network`.
+        As in :func:`prune_network`.
 
     Returns
     -------
     dict of str to Tensor
-        Of the shape of each parameter.
+        Scores with the shape of each parameter.
 
     Raises
     ------
     ValueError
-        If an argument is invalid, or a loss or a score is not finite.
+        If an argument is invalid, or a loss or score is not finite.
 
     References
     ----------
@@ -98,7 +98,7 @@ def scorer(
     prunable: Predicate | None,
     random_state: Any,
 ) -> Scores:
-    """Return the function that scores `parameters` under their present masks."""
+    """Return the function that scores `parameters` under their current masks."""
     score = _scorer(model, parameters, method, batches, loss, prunable, random_state)
 
     def checked() -> list[Tensor]:
@@ -186,7 +186,7 @@ def grasp(
 
 
 def _losses(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[Tensor]:
-    """Yield the loss of each batch, for which the network draws the same numbers every time."""
+    """Yield the loss of each batch, always with the same random numbers."""
     for index, (batch, state) in enumerate(zip(batches, batch_states(model), strict=False)):
         with drawing(state):
             value = loss(forward(model, batch), batch)
@@ -199,7 +199,7 @@ def _losses(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[Te
 
 
 def _times(gradient: Tensor, values: Tensor) -> Tensor:
-    """Return by how much a loss changes with each value, to first order; complex ones too."""
+    """Return the first-order change of a loss with each value, real or complex."""
     return (gradient.conj() * values).real if values.is_complex() else gradient * values
 
 
@@ -211,9 +211,9 @@ def _add(totals: list[Tensor], terms: Sequence[Tensor | None]) -> None:
 
 @contextlib.contextmanager
 def _as_in_training(model: nn.Module, parameters: list[Prunable]) -> Iterator[list[Tensor]]:
-    """Yield parameters that take gradients; modes, flags and running statistics come back."""
+    """Yield parameters with gradients; modes, flags and running statistics are restored."""
     for parameter in parameters:
-        _ = parameter.mask  # whose place is the last that may change the parameter object
+        _ = parameter.mask  # created now, since it may replace the parameter
     originals = [parameter.original for parameter in parameters]
     flags = [original.requires_grad for original in originals]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -232,7 +232,7 @@ def _as_in_training(model: nn.Module, parameters: list[Prunable]) -> Iterator[li
 
 
 class _SynFlow:
-    """Synaptic flow through a copy of the network that is positive and linear."""
+    """Synaptic flow through a positive, linear copy of the network."""
 
     def __init__(
         self, model: nn.Module, parameters: list[Prunable], batch: Any, prunable: Predicate | None
@@ -241,7 +241,7 @@ class _SynFlow:
         for parameter in parameters:
             if parameter.original.is_complex():
                 raise ValueError(
-                    f"method must not be 'synflow' for complex weights, as {parameter.label} is."
+                    f"method must not be 'synflow' for complex weights, such as {parameter.label}."
                 )
             _ = parameter.mask  # so that the copy has masks too
         self._copy = copy.deepcopy(model).double().eval()
@@ -277,7 +277,7 @@ def _identity(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _ones(batch: Any) -> Any:
-    """Return one sample of a batch, all of whose floating point entries are one."""
+    """Return one sample of a batch, with all floating-point entries set to one."""
     if isinstance(batch, Tensor):
         one = batch[:1]
         return torch.ones_like(one, dtype=torch.float64) if one.is_floating_point() else one
@@ -287,7 +287,7 @@ def _ones(batch: Any) -> Any:
 
 
 def _first_tensor(output: Any) -> Tensor:
-    """Return the output itself, or the logits or the first tensor among many outputs."""
+    """Return the output itself, or the logits or first tensor of several outputs."""
     if isinstance(output, Tensor):
         return output
     if hasattr(output, "logits"):

@@ -1,1 +1,1 @@
-"""Run a network on batches: modes, random numbers, what a pass leaves behind."""
+"""Running a network on batches: modes, random numbers, side effects."""

@@ -1,4 +1,4 @@
-"""Batches of any kind, as a model takes them."""
+"""Calling a model on batches of any kind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: What is added to scores of attention hides a token where it is less.
+#: Additive attention masks hide a token below this value.
 _HIDDEN = -1e3
-#: The stance of the compiler, who needs it, and who changes it.
+#: The stance of torch.compile: its users, and a lock for changes.
 _STANCE, _WRITTEN, _CHANGING = contextlib.ExitStack(), list[None](), threading.Lock()
 
 
@@ -27,10 +27,10 @@ def forward(model: nn.Module, batch: Any) -> Any:
     model : torch.nn.Module
         The network.
     batch : tensor, mapping, tuple or list
-        A mapping holds keyword arguments. Of a tuple or list the model gets as many of the first
-        entries as its ``forward`` requires, at least one, so that labels behind them are ignored;
-        all of them where it takes any number. The model gets a copy, which it may write to, as
-        normalizations in place and caches are: other passes need the batch as it was.
+        A mapping holds keyword arguments. Of a tuple or list, the model gets the first entries: as
+        many as its ``forward`` requires, at least one, so that labels after them are ignored; all
+        if it takes any number. The model gets a copy, since it may modify its inputs and other
+        passes need the original batch.
     """
     memo: dict[int, Any] = {}
     batch = moved(batch, device_of(model), lambda value: duplicate(value, memo))
@@ -42,20 +42,20 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 
 def attended(x: Tensor, batch: Any, model: nn.Module) -> Tensor:
-    """Return the tokens that enter a layer, without those that the batch says are padding.
+    """Return the input tokens of a layer without padding.
 
     Parameters
     ----------
     x : Tensor
         The input of a layer that multiplies rows.
     batch : tensor, mapping, tuple or list
-        What the network was called with. Padding is where an ``attention_mask`` of a mapping, of
-        shape (samples, tokens), is zero. In a network of two sides that have as many tokens, a
-        token counts if it does on either side.
+        Input of the network. Padding is where the ``attention_mask`` of a mapping, of shape
+        (samples, tokens), is zero. In an encoder-decoder network with equally many tokens on both
+        sides, a token counts if either side's mask includes it.
     model : torch.nn.Module
         The network.
     """
-    if x.is_nested:  # holds no padding
+    if x.is_nested:  # without padding
         return torch.cat([sample.reshape(-1, sample.shape[-1]) for sample in x.unbind()])
     for (n_samples, n_tokens), mask in _masks(batch, model).items():
         mask = mask.to(x.device)
@@ -71,7 +71,7 @@ def attended(x: Tensor, batch: Any, model: nn.Module) -> Tensor:
 
 
 def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
-    """Return which tokens count, for each shape (samples, tokens) in which some do not."""
+    """Return the masks of tokens that count, for each shape (samples, tokens) with padding."""
     if not hasattr(batch, "keys"):
         return {}
     entries = {k: batch[k] for k in batch.keys() if isinstance(batch[k], Tensor)}  # noqa: SIM118
@@ -82,7 +82,7 @@ def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
             continue
         shape = (kept.shape[0], kept.shape[1])
         found[shape] = found[shape].to(kept.device) | kept if shape in found else kept
-    if "decoder_attention_mask" not in entries:  # all tokens of that side count
+    if "decoder_attention_mask" not in entries:  # all decoder tokens count
         config = getattr(model, "config", None)
         names = ["labels"] if getattr(config, "is_encoder_decoder", False) else []
         for name in [*names, *(name for name in entries if name.startswith("decoder_"))]:
@@ -92,26 +92,26 @@ def _masks(batch: Any, model: nn.Module) -> dict[tuple[int, int], Tensor]:
 
 
 def _attended_tokens(mask: Tensor | None) -> Tensor | None:
-    """Return which tokens a mask lets count, (samples, tokens), None if it does not tell.
+    """Return a mask (samples, tokens) of the tokens that count, or None if it is unclear.
 
-    It may be one for all heads and queries, and one of zeros that is added to scores.
+    The given mask may have axes for heads and queries, and may be additive.
     """
     if mask is None or mask.ndim < 2 or any(n != 1 for n in mask.shape[1:-1]):
         return None
     mask = mask.reshape(mask.shape[0], mask.shape[-1])
     if bool(((mask == 0) | (mask == 1)).all()):
-        return mask.bool() if bool(mask.any()) else None  # zeros may all be added
+        return mask.bool() if bool(mask.any()) else None  # an additive mask may be all zeros
     if mask.is_floating_point() and bool(((mask == 0) | (mask < _HIDDEN)).all()):
         return mask == 0
     return None
 
 
 def _n_taken(model: nn.Module) -> int | None:
-    """Return how many positional arguments ``model.forward`` requires, None for any number."""
+    """Return the number of required positional arguments of ``model.forward``, None for any."""
     wrapped = getattr(model, "module", getattr(model, "_orig_mod", None))
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
-        # Wrappers, such as DataParallel, hand on what the network in them takes.
+        # Wrappers, such as DataParallel, take the arguments of the wrapped network.
         return _n_taken(wrapped) if isinstance(wrapped, nn.Module) else None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))
@@ -125,7 +125,7 @@ def device_of(model: nn.Module) -> torch.device:
 def moved(
     value: Any, device: torch.device, copied: Callable[[Any], Any] = lambda value: value
 ) -> Any:
-    """Return `value`, a tensor or containers of what is `copied` and tensors, on `device`."""
+    """Return `value`, a tensor or a container, with its tensors on `device`, copied if needed."""
     if isinstance(value, Tensor):
         there = value.to(device)
         return copied(value) if there is value else there
@@ -137,7 +137,7 @@ def moved(
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of `value`, or itself where it cannot be copied, as generators cannot."""
+    """Return a copy of `value`, or itself if it cannot be copied (generators)."""
     try:
         return copy.deepcopy(value, memo)
     except Exception:
@@ -145,16 +145,16 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def check_collection(batches: Any) -> None:
-    """Raise ``ValueError`` if `batches` are one batch."""
+    """Raise ``ValueError`` if `batches` is a single batch."""
     if isinstance(batches, (Tensor, str)) or hasattr(batches, "keys"):
         raise ValueError(
-            f"the batches must be a collection of batches, got one {type(batches).__name__}: put "
-            "it into a list."
+            f"the batches must be a collection of batches, got a single {type(batches).__name__}: "
+            "put it into a list."
         )
 
 
 def checked(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield `batches`, of which there must be one at least."""
+    """Yield `batches`; raise if there are none."""
     check_collection(batches)
     empty = True
     for batch in batches:
@@ -168,8 +168,8 @@ def checked(batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, as it is written, and each module back into its own mode after."""
-    # Modules that are replaced meanwhile need not stay in memory.
+    """Put `model` in eval mode, uncompiled, and restore the mode of each module afterwards."""
+    # Weak references, so that replaced modules need not stay in memory.
     modes = [(weakref.ref(module), module.training) for module in model.modules()]
     model.eval()
     try:
@@ -184,9 +184,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_written() -> Iterator[None]:
-    """Run compiled networks as they are written: what is compiled calls no new hooks.
+    """Run compiled networks uncompiled, since compiled code ignores new hooks.
 
-    torch has one stance for all threads: the first that comes changes it, the last puts it back.
+    The stance of torch.compile is global: the first thread changes it and the last restores it.
     """
     with _CHANGING:
         if not _WRITTEN:

@@ -1,4 +1,4 @@
-"""Tensors in files that are mapped into memory."""
+"""Tensors in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: Bytes of the smallest tensors worth a file.
+#: Minimum size of a tensor worth a file, in bytes.
 _LEAST = 1 << 16
 
 
 def is_worth_a_file(tensor: Tensor) -> bool:
-    """Whether `tensor` is large, and plain enough for a file to hold it."""
+    """Whether `tensor` is large and can be stored in a file."""
     is_plain = tensor.layout == torch.strided and tensor.is_contiguous()
     return is_plain and tensor.device.type == "cpu" and tensor.nbytes >= _LEAST
 
 
 def written(tensor: Tensor, folder: Path) -> tuple[Tensor, mmap.mmap]:
-    """Return the tensor in a file without a name, and the mapping of the file.
+    """Return the tensor stored in an unnamed file, and the file's mapping.
 
-    Its pages take no memory until they are used, and again after :func:`page_out`.
+    Its pages take no memory until they are used, or after :func:`page_out`.
     """
     with tempfile.TemporaryFile(dir=folder, prefix="matfact-") as file:
-        # Not through the mapping, where a full disk would end the process.
+        # Not through the mapping, where a full disk would crash the process.
         file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         pages = mmap.mmap(file.fileno(), 0)
@@ -34,7 +34,7 @@ def written(tensor: Tensor, folder: Path) -> tuple[Tensor, mmap.mmap]:
 
 
 def page_out(mapped: Iterable[mmap.mmap]) -> None:
-    """Take mapped files out of memory until somebody uses them, where the system can."""
+    """Release the memory of mapped files until they are used again, if the system can."""
     for pages in mapped:
         if hasattr(pages, "madvise"):
             pages.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""States of the random number generators that forward passes may draw from, in eval mode too."""
+"""States of the random number generators used by forward passes, even in eval mode."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from matfact.torch.running._batches import device_of
 
 #: Devices without generators of their own.
 _HOST = ("cpu", "meta")
-#: Held by the thread that has changed the generators.
+#: Held by the thread that changes the generators.
 _DRAWING = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomState:
-    """A snapshot of the global generators: those of torch, of NumPy and of :mod:`random`.
+    """Snapshot of the global generators of torch, NumPy and :mod:`random`.
 
     Attributes
     ----------
     device : torch.device
-        The device of a network; the generators of all accelerators of its kind are included.
+        Device of a network; the generators of all accelerators of its kind are included.
     host : Tensor
         State of torch's generator on the CPU.
     accelerators : list of Tensor
-        States of its generators elsewhere.
+        States of torch's generators on accelerators.
     numpy, python : tuple
-        States of the others.
+        States of the generators of NumPy and :mod:`random`.
     own : list of tuple
-        Generators that modules of a network hold, with their states.
+        Generators held by modules of a network, with their states.
     """
 
     device: torch.device
@@ -48,7 +48,7 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device, generators: Iterable[torch.Generator] = ()) -> RandomState:
-        """Return the state in which the generators are, those given included."""
+        """Return the current state of the generators, including the given ones."""
         accelerators = [torch_module.get_rng_state(*at) for torch_module, at in _elsewhere(device)]
         host = torch.get_rng_state()
         numpy = np.random.get_state()  # noqa: NPY002 (networks draw from it)
@@ -59,7 +59,7 @@ class RandomState:
     def seeded(
         cls, seed: int, device: torch.device, generators: Iterable[torch.Generator] = ()
     ) -> RandomState:
-        """Return the state after all generators have been given `seed`, which they are not."""
+        """Return the state that seeding with `seed` would give, without seeding."""
         accelerators = [
             torch.Generator(torch.device(device.type, *at)).manual_seed(seed).get_state()
             for _, at in _elsewhere(device)
@@ -73,11 +73,11 @@ class RandomState:
         return cls(device, host, accelerators, numpy, random.Random(seed).getstate(), own)
 
     def renewed(self) -> RandomState:
-        """Return the state in which the same generators are now."""
+        """Return the current state of the same generators."""
         return RandomState.now(self.device, [generator for generator, _ in self.own])
 
     def restore(self) -> None:
-        """Put the generators into this state."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.host)
         for (torch_module, at), state in zip(
             _elsewhere(self.device), self.accelerators, strict=True
@@ -90,20 +90,20 @@ class RandomState:
 
 
 def generators_of(*models: nn.Module) -> list[torch.Generator]:
-    """Return the generators that modules hold as attributes."""
+    """Return the generators held by modules as attributes."""
     held = (v for model in models for module in model.modules() for v in vars(module).values())
     return list(dict.fromkeys(value for value in held if isinstance(value, torch.Generator)))
 
 
 def batch_states(*models: nn.Module) -> Iterator[RandomState]:
-    """Return an endless sequence of states, one for each batch.
+    """Return an infinite sequence of states, one per batch.
 
-    It follows from the state of torch's generator at the time of the call, which stays as it is.
+    It is derived from the current state of torch's generator, which does not change.
 
     Parameters
     ----------
     *models : torch.nn.Module
-        The networks that passes of a batch go through.
+        Networks that batches pass through.
     """
     seeds = torch.Generator()
     with _DRAWING:
@@ -121,9 +121,9 @@ def _states(
 
 @contextlib.contextmanager
 def drawing(state: RandomState) -> Iterator[None]:
-    """Let the generators start from `state`, and put them back to where they were after.
+    """Set the generators to `state`, and restore them afterwards.
 
-    They are the process's, so that other threads that want them wait.
+    Generators are global, so other threads wait.
     """
     with _DRAWING:
         before = state.renewed()
@@ -135,10 +135,10 @@ def drawing(state: RandomState) -> Iterator[None]:
 
 
 def _elsewhere(device: torch.device) -> list[tuple[Any, tuple[int, ...]]]:
-    """Return torch's module for accelerators like `device`, once for each with its index."""
+    """Return torch's module for accelerators like `device`, with the index of each."""
     if device.type in _HOST:
         return []
     torch_module: Any = torch.get_device_module(device)
-    if device.type == "mps":  # there is one, and its functions take no index
+    if device.type == "mps":  # a single device; its functions take no index
         return [(torch_module, ())]
     return [(torch_module, (index,)) for index in range(torch_module.device_count())]

@@ -1,4 +1,4 @@
-"""The tensors in networks, and in batches and outputs of any kind."""
+"""Tensors in networks, and in batches and outputs of any kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Yield the tensors in `value`, in containers or attributes of objects.
 
-    Numbers are among them, and the samples of nested tensors one by one.
+    Includes numbers, and the samples of nested tensors one by one.
     """
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
@@ -34,7 +34,7 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return what `function` makes of `x`, of each of its samples where they are nested."""
+    """Apply `function` to `x`, or to each of its samples if it is nested."""
     if not x.is_nested:
         return function(x)
     return torch.nested.as_nested_tensor(
@@ -43,11 +43,11 @@ def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def first_filled(batches: Iterable[Any]) -> Any:
-    """Return the first batch that is not empty, of batches that can be iterated over again."""
+    """Return the first non-empty batch; `batches` must be iterable more than once."""
     if isinstance(batches, Iterator):
         raise ValueError(
-            "batches must be something to iterate over more than once, such as a list or a "
-            f"DataLoader, got a {type(batches).__name__}."
+            "batches must be iterable more than once, like a list or a DataLoader, got a "
+            f"{type(batches).__name__}."
         )
     for batch in batches:
         if any(tensor.numel() for tensor in tensors_in(batch)):
@@ -56,7 +56,7 @@ def first_filled(batches: Iterable[Any]) -> Any:
 
 
 def outside_inference_mode(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let `function` run outside of inference mode, so that what it makes can be trained."""
+    """Run `function` outside of inference mode, so that its results can be trained."""
 
     @functools.wraps(function)
     def outside(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -68,11 +68,10 @@ def outside_inference_mode(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ``ValueError`` where parameters cannot be trained, made in inference mode."""
+    """Raise ``ValueError`` if a parameter was created in inference mode: it cannot be trained."""
     made = next((name for name, each in model.named_parameters() if each.is_inference()), None)
     if made is not None:
         raise ValueError(
-            f"model must be made outside torch.inference_mode() to be changed, but {made!r} was "
-            "made inside, and can never be trained: make a copy of the network outside, with "
-            "copy.deepcopy."
+            f"model must be created outside torch.inference_mode(), but {made!r} was created "
+            "inside and cannot be trained: copy the network outside, with copy.deepcopy."
         )

@@ -1,4 +1,4 @@
-"""What forward passes leave in a network, so that passes to compare start alike."""
+"""State that forward passes leave in a network, to restore it between passes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Attributes whose values are kept as they are.
+#: Types of attributes that are not copied.
 _PLAIN = (bool, int, float, str, type(None))
-#: What each module has, parameters, buffers and modules among them.
+#: Attributes of every module, such as parameters, buffers and submodules.
 OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 class Traces:
-    """Buffers and attributes of the modules of a network, as they are now.
+    """Snapshot of the buffers and attributes of a network's modules.
 
     Parameters
     ----------
@@ -32,11 +32,11 @@ class Traces:
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_meta
         ]
-        # Modules that are replaced meanwhile need not stay in memory.
+        # Weak references, so that replaced modules need not stay in memory.
         self._attributes = [(weakref.ref(module), _attributes(module)) for module in modules]
 
     def restore(self) -> bool:
-        """Put them back; return whether a pass has left a tensor that another could read."""
+        """Restore the state; return whether a pass has left a tensor that another could read."""
         found = False
         for reference, name, buffer, values in self._buffers:
             module = reference()
@@ -58,13 +58,13 @@ class Traces:
             for name, value in before.items():
                 if name not in now or not _is(now[name], value):
                     found |= _holds_tensors(value) or _holds_tensors(now.get(name))
-                    # A copy, or the next pass would write to what is kept here.
+                    # A copy, or the next pass would modify the snapshot.
                     vars(module)[name] = value.copy() if isinstance(value, (list, dict)) else value
         return found
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the plain values, tensors, and lists and dictionaries that a module has of its own."""
+    """Return a module's own plain values, tensors, lists and dictionaries."""
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
         if name in OF_ALL_MODULES:
@@ -77,7 +77,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is(now: Any, before: Any) -> bool:
-    """Whether an attribute is what it was."""
+    """Whether an attribute is unchanged."""
     if now is before:
         return True
     if type(now) is not type(before):
@@ -97,7 +97,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors hold the same values, NaN included."""
+    """Whether tensors hold the same values, with NaN equal to NaN."""
     if a.is_sparse or a.is_quantized or a.is_nested:
         return True
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())

@@ -1,1 +1,1 @@
-"""How much a loss changes with weights or outputs."""
+"""Sensitivity of a loss to weights or outputs."""

@@ -1,4 +1,4 @@
-"""How much a loss depends on the outputs of each layer."""
+"""Sensitivity of a loss to the outputs of each layer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def output_sensitivity(
     loss: Callable[[Any, Any], Tensor],
     layers: str | Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Return how much the loss changes where a layer's outputs are disturbed.
+    """Return the sensitivity of the loss to perturbations of each layer's outputs.
 
-    The mean square of the first-order change of the loss, for disturbances of random directions,
-    ÷ their squared relative size: the weight of a layer's squared error in
+    This is the mean square of the first-order change of the loss for random perturbations, divided
+    by their squared relative size. Use it as the weight of a layer's squared error in
     :func:`matfact.allocation.allocate`.
 
     Parameters
@@ -31,17 +31,17 @@ def output_sensitivity(
     model : torch.nn.Module
         The network, run in eval mode.
     batches : iterable
-        What it is called with, as for :func:`input_statistics`.
+        Inputs of the network, as in :func:`input_statistics`.
     loss : callable
-        Returns the loss to be differentiated from an output and its batch.
+        Returns the loss of an output and its batch.
     layers : str or sequence of str, optional
-        A regular expression searched in names of linear or convolutional layers, or their names;
-        all of them by default.
+        A regular expression to search in names of linear or convolutional layers, or their names.
+        All such layers by default.
 
     Returns
     -------
     dict of str to float
-        The mean over batches, 0 for layers that were not reached.
+        Mean over batches; 0 for layers that were not reached.
     """
     views = layer_views(model, layers)
     totals = dict.fromkeys(views, 0.0)
@@ -50,10 +50,10 @@ def output_sensitivity(
 
     def hook(name: str) -> Callable[..., Tensor]:
         def watch(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # Disturbances matter as much where nothing is trained.
+            # Perturbations matter for frozen layers too.
             output = output if output.requires_grad else output.detach().requires_grad_()
             outputs.append((name, output))
-            return output.clone()  # which activations may overwrite
+            return output.clone()  # in-place activations may overwrite it
 
         return watch
 
@@ -78,7 +78,7 @@ def output_sensitivity(
 def _sensitivities(
     value: Tensor, outputs: Sequence[tuple[str, Tensor]], views: Mapping[str, Matricized]
 ) -> Iterator[tuple[str, float]]:
-    """Yield, for each call of a layer, how much the loss of a batch changes with its output."""
+    """Yield the sensitivity of a batch's loss to the output, for each call of a layer."""
     tensors = [output for _, output in outputs]
     slopes = torch.autograd.grad(value, tensors, allow_unused=True) if tensors else ()
     for (name, output), slope in zip(outputs, slopes, strict=True):

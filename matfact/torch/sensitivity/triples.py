@@ -1,4 +1,4 @@
-"""How much a network's outputs depend on each singular triple of its layers (Liu et al.)."""
+"""Sensitivity of a network's outputs to the singular triples of its layers (Liu et al.)."""
 
 from __future__ import annotations
 
@@ -32,37 +32,36 @@ def triple_scores(
     n_probes: int = 16,
     random_state: int | np.random.RandomState | None = 0,
 ) -> Scores:
-    """Score the singular triples of all layers by what the outputs lose without them, at once.
+    """Score the singular triples of all layers by the first-order change of the outputs.
 
-    To first order, the outputs change by their derivative along the triple. Derivatives along all
-    triples come from one forward pass and a backward pass for each output, or for `n_probes`
-    random combinations of outputs where there are more: a few passes instead of one for each
-    triple, as :func:`exact_triple_scores` needs.
+    Removing a triple changes the outputs, to first order, by their derivative along it [1]_. One
+    forward pass, and one backward pass per output or per random combination of outputs (at most
+    `n_probes`), give the derivatives along all triples. :func:`exact_triple_scores` needs one pass
+    per triple.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, run in eval mode; its output is a tensor, one sample a row.
+        The network, run in eval mode; its output is a tensor with one row per sample.
     batches : iterable
-        What the network is called with, as for :func:`~matfact.torch.input_statistics`.
+        Inputs of the network, as in :func:`~matfact.torch.input_statistics`.
     layers : str or sequence of str, optional
-        A regular expression searched in names of linear layers or ungrouped 2-D convolutions, or
-        their names; all of them by default.
+        A regular expression to search in names of linear layers or ungrouped 2-D convolutions, or
+        their names. All such layers by default.
     grids : mapping of str to tuple of int, optional
-        Numbers of row and of column strips that a layer's matrix is cut into; (1, 1) where none
-        is given.
+        Numbers of row and column strips into which a layer's matrix is cut; by default (1, 1).
     statistic : {"perturbation", "variance"}, default="perturbation"
         Mean of ``‖y − y₋ᵢ‖²``, or variance of ``y − y₋ᵢ`` averaged over the outputs.
     n_probes : int, default=16
-        Most backward passes for each batch.
+        Maximum number of backward passes per batch.
     random_state : int, RandomState or None, default=0
-        Source of the random combinations.
+        Seed of the random combinations.
 
     Returns
     -------
     dict of str to list of ndarray
-        For each layer, the scores of the triples of each block, as
-        :func:`~matfact.allocation.rank_triples` takes them.
+        For each layer, the scores of the triples of each block, for
+        :func:`~matfact.allocation.rank_triples`.
 
     References
     ----------
@@ -101,7 +100,7 @@ def triple_scores(
                 )  # fmt: skip
                 changes: dict[str, Any] = {}
                 for (name, inner, _), slope in zip(calls, slopes, strict=True):
-                    if slope is not None:  # a layer that is called again changes by all its calls
+                    if slope is not None:  # sum over repeated calls of a layer
                         change = triples[name].changes(inner, slope)
                         changes[name] = changes.get(name, 0.0) + change
                 for name, change in changes.items():
@@ -126,9 +125,9 @@ def exact_triple_scores(
     grids: Grids | None = None,
     statistic: Statistic = "perturbation",
 ) -> Scores:
-    """Score the singular triples of all layers by removing one after the other.
+    """Score the singular triples of all layers by removing them one at a time.
 
-    Parameters and result are those of :func:`triple_scores`; `batches` are kept.
+    Parameters and result as in :func:`triple_scores`; `batches` are kept in memory.
     """
     views = _checked_views(model, layers, grids, statistic)
     batches = list(checked(batches))
@@ -150,7 +149,7 @@ def exact_triple_scores(
 
 
 class _Triples:
-    """The singular triples of all blocks of a layer, the singular values in the right vectors."""
+    """Singular triples of all blocks of a layer; right vectors include the singular values."""
 
     def __init__(self, view: Matricized, grid: tuple[int, int]) -> None:
         (W,) = view.matrices()
@@ -165,7 +164,7 @@ class _Triples:
         self._lengths = [len(right) for right in rights]
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the layer inputs `x` along the right vectors, of shape (samples, triples, …)."""
+        """Project the layer inputs `x` on the right vectors; shape (samples, triples, …)."""
         if not isinstance(self.layer, nn.Conv2d):
             return (x @ self.right.T).reshape(len(x), -1, len(self.right)).mT
         conv = self.layer
@@ -175,10 +174,10 @@ class _Triples:
         return inner.flatten(2)
 
     def changes(self, inner: Tensor, slope: Tensor) -> Tensor:
-        """Return, for each sample, how a probe of the outputs changes with each triple.
+        """Return the change of a probe of the outputs with each triple, per sample.
 
-        `inner` is what :meth:`project` makes of the inputs, `slope` the derivative of the probe
-        by the outputs of the layer.
+        `inner` is the result of :meth:`project`, `slope` the derivative of the probe with respect
+        to the outputs of the layer.
         """
         if isinstance(self.layer, nn.Conv2d):
             slope = slope.flatten(2).mT
@@ -195,7 +194,7 @@ class _Triples:
 def _checked_views(
     model: nn.Module, layers: str | Sequence[str] | None, grids: Grids | None, statistic: Statistic
 ) -> dict[str, Matricized]:
-    """Return the layers as matrices, if triples of them can be scored."""
+    """Return the matrix views of the layers, if their triples can be scored."""
     if statistic not in get_args(Statistic):
         raise ValueError(f"statistic must be one of {get_args(Statistic)}, got {statistic!r}.")
     views = layer_views(model, layers)
@@ -206,8 +205,8 @@ def _checked_views(
         plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
         if not (plain and "weight" in layer._parameters):
             raise ValueError(
-                "layers must name linear layers or ungrouped 2-D convolutions that hold their "
-                f"weight as it is, got {name!r}, a {type(layer).__name__}."
+                "layers must name linear layers or ungrouped 2-D convolutions with a plain weight, "
+                f"got {name!r}, a {type(layer).__name__}."
             )
     return views
 
@@ -219,7 +218,7 @@ def _recorded(triples: Mapping[str, _Triples]) -> Iterator[dict[str, list[tuple[
 
     def hook(name: str) -> Any:
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            # Gradients are wanted even where no parameter needs one.
+            # Gradients are needed even if all parameters are frozen.
             output = output if output.requires_grad else output.detach().requires_grad_()
             inner = triples[name].project(layer_input(args, kwargs).detach())
             record.setdefault(name, []).append((inner, output))
@@ -239,14 +238,14 @@ def _recorded(triples: Mapping[str, _Triples]) -> Iterator[dict[str, list[tuple[
 
 
 def _rows(outputs: Any) -> Tensor:
-    """Return the outputs of a network, one sample a row."""
+    """Return the outputs of a network, one row per sample."""
     if not isinstance(outputs, Tensor):
         raise TypeError(f"model must return a tensor, got {type(outputs).__name__}.")
     return outputs.reshape(len(outputs), -1)
 
 
 def _probes(outputs: Tensor, n_probes: int, rng: np.random.RandomState) -> Tensor:
-    """Return combinations of the outputs whose squares add up to their squared norm, on average."""
+    """Return random combinations of the outputs with the same expected squared norm."""
     n = outputs.shape[1]
     if n <= n_probes:
         return torch.eye(n, dtype=outputs.dtype, device=outputs.device)
@@ -255,7 +254,7 @@ def _probes(outputs: Tensor, n_probes: int, rng: np.random.RandomState) -> Tenso
 
 
 def _score(change: Tensor, statistic: Statistic) -> float:
-    """Return the score of a triple from what the outputs lose without it."""
+    """Return the score of a triple from the change of the outputs without it."""
     if statistic == "variance":
         return float(change.var(0, correction=0).mean())
     return float((change**2).sum(1).mean())

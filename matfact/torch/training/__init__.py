@@ -1,1 +1,1 @@
-"""Train compressed networks with their supports fixed."""
+"""Training of compressed networks on fixed supports."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters that keep to the supports, so that they merge without loss."""
+"""Low-rank adapters restricted to the supports, which merge without loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matfact.torch.running._tensors import check_trainable, outside_inference_mo
 
 
 class _Adapted(FactorModule):
-    """What a factor becomes: its values are sums of those it has and an update."""
+    """Mixin of adapted factors: values are the original ones plus an update."""
 
     base: nn.Parameter
     left: nn.Parameter
@@ -29,13 +29,13 @@ class _Adapted(FactorModule):
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
-        """The entries of ``left @ right`` where values stand, added to them."""
+        """The original values plus the entries of ``left @ right`` on the support."""
         update = (self.left @ self.right).flatten()[self.places]
         return self.base + update.reshape(self.base.shape)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.places = _places(self)  # of the support that was loaded
+        self.places = _places(self)  # of the loaded support
 
 
 class _AdaptedDense(_Adapted, DenseFactorModule): ...
@@ -50,7 +50,7 @@ class _AdaptedKronecker(_Adapted, KroneckerFactorModule): ...
 class _AdaptedBlock(_Adapted, BlockFactorModule): ...
 
 
-# By name and not made on the way, so that networks with adapters can be pickled.
+# Module-level classes, so that networks with adapters can be pickled.
 _CLASSES: dict[type[FactorModule], type[_Adapted]] = {
     DenseFactorModule: _AdaptedDense,
     SparseFactorModule: _AdaptedSparse,
@@ -61,20 +61,20 @@ _CLASSES: dict[type[FactorModule], type[_Adapted]] = {
 
 @outside_inference_mode
 def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> list[nn.Parameter]:
-    """Give every factor of every compressed layer a low-rank adapter, which changes nothing yet.
+    """Add a low-rank adapter to every factor of every compressed layer.
 
-    After Hu et al. [1]_, on a support: what a low-rank update of a sparse matrix puts outside of
-    its support cannot be merged, and is most of it, so that here only the entries on the support
-    are ever added.
+    LoRA [1]_ on a support: the part of a low-rank update outside of the support, usually most of
+    it, could not be merged into a sparse matrix, so only entries on the support are added. The
+    network's outputs do not change until training.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A network with compressed layers, changed in place; its values are no longer trained.
+        A network with compressed layers, changed in place. Its other parameters are frozen.
     rank : int
-        Rank of the update of each factor, or the shorter side of a factor that has less.
+        Rank of the update of each factor, limited by its shorter side.
     random_state : int, RandomState or None, default=None
-        Draws one side of each update; the other starts at zero.
+        Seed of one side of each update; the other starts at zero.
 
     Returns
     -------
@@ -115,8 +115,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Parameters
     ----------
     model : torch.nn.Module
-        The network, changed in place: it computes the same, and its parameters are trained again,
-        but for those that were frozen before.
+        The network, changed in place. Its outputs do not change, and parameters are unfrozen unless
+        they were frozen before.
     """
     for module in model.modules():
         if isinstance(module, _Adapted):
@@ -126,7 +126,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _adapt(factor: Any, rank: int, rng: np.random.RandomState) -> list[nn.Parameter]:
-    """Turn `factor` into an adapted one, and return what is to be trained."""
+    """Turn `factor` into an adapted one, and return its trainable parameters."""
     base, places = factor.values, _places(factor)
     rank = min(rank, factor.rows, factor.columns)
     right = rng.standard_normal((rank, factor.columns)) / np.sqrt(factor.columns)
@@ -140,7 +140,7 @@ def _adapt(factor: Any, rank: int, rng: np.random.RandomState) -> list[nn.Parame
 
 
 def _places(factor: FactorModule) -> Tensor:
-    """Return where the values of `factor` stand in the flattened matrix."""
+    """Return the positions of the values of `factor` in the flattened matrix."""
     return torch.as_tensor(np.ravel(factor.to_factor().locations), device=factor.values.device)
 
 
@@ -152,12 +152,12 @@ def _merge(factor: Any) -> None:
     factor.values = merged
 
 
-#: Attribute of a module: names of its parameters that were frozen before there were adapters.
+#: Attribute of a module: names of parameters that were frozen before adapters were added.
 _FROZEN = "_frozen_before_adapters"
 
 
 def _freeze(model: nn.Module) -> None:
-    """Let no parameter be trained, and remember which were not before."""
+    """Freeze all parameters, and record those that were already frozen."""
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for module in model.modules():
         own = module.named_parameters(recurse=False)
@@ -166,7 +166,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def _thaw(model: nn.Module) -> None:
-    """Let all parameters be trained that were before :func:`_freeze`."""
+    """Unfreeze the parameters that were trainable before :func:`_freeze`."""
     for module in model.modules():
         frozen = vars(module).pop(_FROZEN, ())
         for name, parameter in module.named_parameters(recurse=False):

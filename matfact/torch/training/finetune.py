@@ -1,4 +1,4 @@
-"""Train a compressed network further: supports stay as they are, values learn."""
+"""Fine-tuning of compressed networks on fixed supports."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._batches import checked, device_of, eval_mode, forward, moved
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
-#: What an output has to be close to the teacher's by: both outputs as tensors.
+#: Distance between an output and the teacher's output, both tensors.
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass
 class FineTuning:
-    """How a fine-tuning went.
+    """Record of a fine-tuning.
 
     Attributes
     ----------
     losses : list of float
         Mean training loss of each epoch.
     scores : list of float
-        What `validate` returned after each epoch, if it was given.
+        Result of `validate` after each epoch, if given.
     best_epoch : int
-        The epoch, from 1, whose network was kept, or 0 for the network as it was given: the last
-        one without `validate`.
+        Epoch of the final network, from 1, or 0 for the initial network. Without `validate`, the
+        last epoch.
     first_score : float or None
-        What `validate` returned before the first epoch.
+        Result of `validate` before the first epoch.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -63,34 +63,34 @@ def fine_tune(
     patience: int | None = None,
     progress: Callable[[int, float, float | None], None] | None = None,
 ) -> FineTuning:
-    """Train `model`, with a dense teacher if there is one, and keep its best epoch.
+    """Train `model`, optionally with a dense teacher, and keep the best epoch.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network, changed in place. Whatever the optimizer, supports stay as they are, since
-        positions are no parameters.
+        The network, changed in place. Supports are fixed with any optimizer, since positions are
+        not parameters.
     batches : iterable
-        Training batches, iterated anew each epoch: tensors, tuples (labels behind the inputs) or
+        Training batches, iterated in each epoch: tensors, tuples (labels after the inputs) or
         mappings.
     loss : callable, optional
-        Takes the output of the network and the batch, on the device of the network. Needed
-        without a teacher.
+        Called with the output of the network and the batch, on the device of the network.
+        Required without a teacher.
     optimizer : torch.optim.Optimizer, optional
         By default AdamW with a learning rate of 1e-3.
     schedule : torch.optim.lr_scheduler.LRScheduler, optional
-        Of `optimizer`; goes on one step with each of its steps.
+        Schedule of `optimizer`, advanced after each of its steps.
     epochs : int, default=10
-        Most passes over the batches.
+        Maximum number of passes over the batches.
     teacher : torch.nn.Module, optional
-        Network whose outputs the model has to match, usually the dense one.
+        Network with the target outputs, usually the dense one.
     distance : callable, default=torch.nn.functional.mse_loss
-        Distance of outputs, as tensors; for logits see :func:`soft_cross_entropy`.
+        Distance between outputs, as tensors; for logits see :func:`soft_cross_entropy`.
     distillation : float, default=0.5
-        Weight of `distance`, against that of `loss`; 1 where there is no loss.
+        Weight of `distance` relative to `loss`; 1 without a loss.
     validate : callable, optional
-        Score of the network, in eval mode; higher is better. It is called before the first epoch
-        and after each. A score that is NaN is worse than any other.
+        Returns a score of the network, called in eval mode before the first epoch and after each.
+        Higher is better; NaN is worst.
     patience : int, optional
         Stop after this many epochs without a better score.
     progress : callable, optional
@@ -99,25 +99,24 @@ def fine_tune(
     Returns
     -------
     FineTuning
-        Losses and scores. The network ends in the mode it had. With `validate`, also where
-        training fails, it ends in the best state seen, buffers and the state before the first
-        epoch included.
+        Losses and scores. The mode of the network is restored. With `validate`, the network ends in
+        its best state, including buffers, even if training fails; the initial state counts too.
 
     Raises
     ------
     ValueError
-        If a loss or a trained parameter becomes infinite or NaN without `validate`, with which
-        this is a warning that training ends; if `validate` returns nothing but NaN.
+        If a loss or a trained parameter becomes infinite or NaN (with `validate`, training then
+        stops with a warning), or if `validate` always returns NaN.
     """
     check_trainable(model)
     if loss is None and teacher is None:
-        raise ValueError("loss must be given where there is no teacher, got None for both.")
+        raise ValueError("loss must be given without a teacher, got None for both.")
     if not 0.0 <= distillation <= 1.0:
         raise ValueError(f"distillation must lie between 0 and 1, got {distillation}.")
     if epochs > 1 and isinstance(batches, Iterator):
         raise ValueError(
             f"batches must be a collection for {epochs} epochs, got a {type(batches).__name__}, "
-            "which can be used once: make a list of it."
+            "which can be used only once: make it a list."
         )
     if patience is not None and validate is None:
         raise ValueError(f"patience needs validate, got patience={patience} without it.")
@@ -126,7 +125,7 @@ def fine_tune(
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
     objective = _objective(loss, teacher, distance, distillation)
     result = FineTuning()
-    with eval_mode(model):  # in which each module has its own mode again after
+    with eval_mode(model):  # restores the mode of each module
         best = None if validate is None else _Best(model, validate, result)
         try:
             for epoch in range(1, epochs + 1):
@@ -143,18 +142,18 @@ def fine_tune(
         except DivergenceError as error:
             if best is None:
                 raise
-            message = f"Training ends, and the best network is kept: {error}"
+            message = f"Training stops, and the best network is kept: {error}"
             warnings.warn(message, ConvergenceWarning, stacklevel=3)
         finally:
             if best is not None:
                 best.restore()
     if best is not None and math.isnan(best.score):
-        raise ValueError("validate must return a number, got NaN for the network in every state.")
+        raise ValueError("validate must return a number, got NaN for every state of the network.")
     return result
 
 
 class _Best:
-    """The best state of a network in training, from before the first epoch on."""
+    """The best state of a network in training, including its initial state."""
 
     def __init__(
         self, model: nn.Module, validate: Callable[[nn.Module], float], result: FineTuning
@@ -164,7 +163,7 @@ class _Best:
         self._state = copy.deepcopy(model.state_dict())
 
     def look(self, epoch: int) -> None:
-        """Take the network as it is after an epoch if it is better than all before."""
+        """Save the network after an epoch if it is better than before."""
         score = float(self._validate(self._model.eval()))
         self._result.scores.append(score)
         if score > self.score or (math.isnan(self.score) and not math.isnan(score)):
@@ -172,21 +171,21 @@ class _Best:
             self._state = copy.deepcopy(self._model.state_dict())
 
     def restore(self) -> None:
-        """Give the network its best state back."""
+        """Restore the best state of the network."""
         self._model.load_state_dict(self._state)
 
 
 class DivergenceError(ValueError):
-    """Training has broken a network."""
+    """Training has made a network non-finite."""
 
 
 def check_finite(model: nn.Module, when: str) -> None:
-    """Refuse a network that has been trained until it broke."""
+    """Raise if a network has non-finite parameters after training."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise DivergenceError(
-                f"training must keep parameters finite, but {when} {name!r} has values that are "
-                "not: a lower learning rate may help."
+                f"training must keep parameters finite, but {when} {name!r} has infinite or NaN "
+                "values: a lower learning rate may help."
             )
 
 
@@ -221,7 +220,7 @@ def _train(
     objective: Callable[[Any, Any], Tensor],
     epoch: int,
 ) -> float:
-    """Take a step of the optimizer with each batch and return the mean of the losses before."""
+    """Take an optimizer step with each batch, and return the mean loss."""
     model.train()
     losses = []
     for number, batch in enumerate(checked(batches), 1):
@@ -242,14 +241,14 @@ def _train(
 
 
 def soft_cross_entropy(temperature: float = 2.0) -> Distance:
-    """Return the distance of class probabilities that distillation uses on logits.
+    """Return the soft cross-entropy between class probabilities, for distillation on logits.
 
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015.
 
     Parameters
     ----------
     temperature : float, default=2.0
-        Divides the logits; higher compares unlikely classes too.
+        Divisor of the logits; higher values give more weight to unlikely classes.
     """
 
     def distance(output: Tensor, target: Tensor) -> Tensor:
@@ -262,7 +261,7 @@ def soft_cross_entropy(temperature: float = 2.0) -> Distance:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """Return the tensor in what a network returns: logits, hidden states, or the first entry."""
+    """Return the tensor in a network's output: logits, hidden states, or the first entry."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "last_hidden_state"):
@@ -273,14 +272,14 @@ def output_tensor(output: Any) -> Tensor:
 
 @outside_inference_mode
 def balance_factors(model: nn.Module) -> nn.Module:
-    """Give the factors of each layer in `model` nearly equal norms, without changing outputs.
+    """Balance the norms of the factors of each layer in `model`, without changing outputs.
 
-    One learning rate then suits all factors. Compressed layers start balanced.
+    One learning rate then suits all factors. Newly compressed layers are balanced.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A factorized layer or a network of such, changed in place.
+        A factorized layer, or a network that contains some; changed in place.
     """
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):
@@ -290,18 +289,18 @@ def balance_factors(model: nn.Module) -> nn.Module:
 
 @outside_inference_mode
 def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
-    """Add a dense update, such as that of a low-rank adapter, on the supports `layer` has.
+    """Add a dense update, such as that of a low-rank adapter, to the values of `layer`.
 
-    What of the update lies outside of the supports is lost, which is most of it where these are
-    sparse. Adapters to be trained from now on lose nothing by :func:`add_adapters`.
+    Supports do not change, so the part of the update outside of them is lost; for sparse supports
+    this is most of it. Adapters trained with :func:`add_adapters` lose nothing.
 
     Parameters
     ----------
     layer : FactorizedLinear
-        Changed in place: its values become those whose product is nearest to weight + `update`
-        that a few steps from the present ones find.
+        Changed in place: a few steps move its values so that the product approximates
+        weight + `update`.
     update : Tensor of shape (out_features, in_features)
-        What is added to the weight.
+        Update of the weight.
     """
     target = (layer.weight + update).detach()
     eye = torch.eye(layer.in_features, dtype=target.dtype, device=target.device)
