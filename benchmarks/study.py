@@ -56,7 +56,7 @@ def execute(
     threads: int = 1,
     n_jobs: int = 1,
 ) -> int:
-    """Run what is not finished of `study`, a module or an object as good as one, and write it."""
+    """Run the unfinished cells of `study`, a module or similar object, and write the results."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / harness.FILE
     cells = harness.with_seeds(study.cells(quick), seeds or (1 if quick else study.SEEDS))

@@ -57,7 +57,7 @@ class Ratio(NamedTuple):
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
-    """Run the cells that are not finished yet, and write their table."""
+    """Run the unfinished cells, and write the table."""
     return study.execute(STUDY, "calibration", folder, quick=quick, pattern=cells)
 
 

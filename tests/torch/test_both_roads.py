@@ -33,7 +33,7 @@ def one_bias(*layers):
 
 
 class Network(nn.Module):
-    """One layer of each kind. Nothing is ever put through it."""
+    """One layer of each kind; it is never called."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def roads(tmp_path_factory):
     return report, Checkpoint(folder / "out").tensors
 
 
-#: What is kept, and why; all other weights are factorized.
+#: Reasons of the kept layers; all other weights are factorized.
 KEPT = {
     "head": "weight shared with embed.weight",
     "again.0": "weight shared with again.1.weight",
@@ -111,7 +111,7 @@ KEPT = {
 def test_the_same_layers_are_factorized_for_the_same_reasons(roads):
     report, tensors = roads
     rows = {f"{row.layer}.weight": row for row in report}
-    left_out = rows.keys() - tensors.keys()  # by safetensors, which writes once what is shared
+    left_out = rows.keys() - tensors.keys()  # safetensors writes shared tensors once
     assert left_out == {"again.1.weight", "again.2.weight", "head.weight"} - tensors.keys()
     assert {row.layer: row.message for row in report if row.status == "kept"} == {
         **KEPT, "again.1": "weight shared with again.0.weight",

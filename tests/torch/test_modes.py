@@ -207,7 +207,7 @@ def adapted(model, _):
     return small
 
 
-#: What changes or makes a network, from one and a folder.
+#: Functions that change or make a network, given one and a folder.
 ENTRIES = {
     "compress": lambda model, _: compress(model, "magnitude", density=0.5).model,
     "with calibration": lambda model, _: compress(
