@@ -185,7 +185,7 @@ def _differs(layer: nn.Module, base: type, name: str) -> bool:
 def _odd_tensor(weight: Any) -> str | None:
     """Return why a weight cannot be read as an array, or None."""
     if not isinstance(weight, Tensor):
-        return "layer without a weight"
+        return "layer with no weight"
     if type(weight) not in _TENSORS:
         return f"weight of class {type(weight).__name__}"
     return None if weight.layout == torch.strided else f"weight of layout {weight.layout}"
