@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from matfact.operators._block import BlockSparseFactor
 from matfact.operators._coding import expanded, gaps, huffman, need, places
 from matfact.operators._csr import SparseFactor
 from matfact.operators._dense import DenseFactor
-from matfact.operators._factor import Factor, dtype_nbytes
+from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._levels import decode_levels, decode_scales, encode_levels
 from matfact.operators._quantized import QuantizedFactor
@@ -60,16 +59,6 @@ def encode(
         entries.append(entry)
         tensors |= {f"{i}.{name}": stored(array) for name, array in arrays.items()}
     return entries, tensors
-
-
-def stored_nbytes(factor: Factor) -> int:
-    """Return the bytes of the tensors that hold a factor."""
-    arrays = _positions(factor)[1]
-    if isinstance(factor, QuantizedFactor):
-        arrays |= encode_levels(factor, stored_dtype(factor))[1]
-        return sum(array.nbytes for array in arrays.values())
-    own = math.prod(factor.values.shape) * dtype_nbytes(factor.dtype)
-    return own + sum(array.nbytes for array in arrays.values())
 
 
 def stored_dtype(factor: Factor) -> str:

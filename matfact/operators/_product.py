@@ -19,7 +19,6 @@ from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import plot_factors, to_html
-from matfact.operators._encoding import stored_nbytes
 from matfact.operators._factor import Factor, dtype_nbytes
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._selection import SelectionFactor
@@ -103,15 +102,15 @@ class FactorProduct(ArrayLike):
         return self.flops / max(1, 2 * math.prod(self.shape))
 
     def nbytes(self, format: Format = "csr") -> int:
-        """Return the bytes of values and positions.
+        """Return the bytes of values and positions, or of a file.
 
         Parameters
         ----------
         format : {"csr", "bitmask", "smallest", "dense", "stored"}, default="csr"
             How scattered nonzeros are located: column indices, one bit an entry, whichever of
             the two is smaller for each factor, not at all (every entry of every factor is
-            stored), or as :meth:`save` does, whose file has a header of some hundred bytes
-            besides. Structured factors need few positions or none, except in ``"dense"``.
+            stored). Structured factors need few positions or none in the first three.
+            ``"stored"`` counts all bytes of the file that :meth:`save` writes, its header too.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
@@ -119,7 +118,7 @@ class FactorProduct(ArrayLike):
             itemsize = dtype_nbytes(self.dtype)
             return itemsize * sum(math.prod(factor.shape) for factor in self.factors)
         if format == "stored":
-            return sum(map(stored_nbytes, self.factors))
+            return sum(map(len, _storage.pack(self.factors)[1]))
         return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
 
     @property

@@ -387,4 +387,4 @@ def test_quantized_layers_are_compressed_to_their_bits_and_back(source, tmp_path
         assert file.specs["0.scales"].dtype == "F16"
         held = sum(spec.nbytes for spec in file.specs.values())
         assert held <= W.numel() * (0.5 * 4 + 1) / 8 + 16 + 2 * len(factor.scales) + 8
-        assert rf"\"dtype\": \"{tensor.spec.dtype}\"".encode() in file.path.read_bytes()
+        assert rf"\"dtype\":\"{tensor.spec.dtype}\"".encode() in file.path.read_bytes()
