@@ -29,9 +29,10 @@ class FactorizedLinear(nn.Module):
     """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of :class:`torch.nn.Linear`.
 
     Values are parameters and positions are buffers, so any optimizer trains the values on a fixed
-    support. Of quantized values the scales are parameters and the codes, one byte each, are
-    buffers; signs take one bit and are not trained. Copying, saving, compiling and exporting work as for any module. On the CPU, compiled
-    kernels compute products of sparse factors and their gradients.
+    support. Of quantized values the scales are parameters, and the codes, one byte each, are
+    buffers; signs take one bit and are not trained. Copying, saving, compiling and exporting work
+    as for any module. On the CPU, compiled kernels compute products of sparse factors and their
+    gradients.
 
     Parameters
     ----------
