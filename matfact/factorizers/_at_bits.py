@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from sklearn.base import clone
 
 from matfact import metrics
@@ -12,6 +13,8 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._quantized import Quantized
+from matfact.operators import FactorProduct, QuantizedFactor
+from matfact.operators._quantized import group_bounds
 
 #: Bits of values that are tried, and sizes of groups where a matrix is only quantized.
 VALUE_BITS = (3, 4, 5, 6, 8)
@@ -116,9 +119,8 @@ def _density(estimator: BaseFactorizer, W: Array, bits: float, value_bits: int) 
     quick = {"max_iter": 1} if "max_iter" in estimator.get_params(deep=False) else {}
 
     def taken(density: float) -> float:
-        fitted = _set(estimator, density=density, **quick).fit(W)
-        product = fitted.operator_.quantized(value_bits)
-        return 8 * product.nbytes("stored") / math.prod(W.shape)
+        product = _set(estimator, density=density, **quick).fit(W).operator_
+        return 8 * _quantized_nbytes(product, value_bits) / math.prod(W.shape)
 
     best, low, high = None, 0.0, min(1.0, bits / value_bits)
     for _ in range(STEPS):
@@ -132,6 +134,18 @@ def _density(estimator: BaseFactorizer, W: Array, bits: float, value_bits: int) 
         if high - low < TOLERANCE * high:
             break
     return best
+
+
+def _quantized_nbytes(product: FactorProduct, bits: int) -> int:
+    """Return the bytes of a product with values of so many bits, whatever these are."""
+    factors = []
+    for factor in product:
+        if math.prod(factor.values.shape):
+            n_groups = len(group_bounds(factor, 64)) - 1
+            levels = np.zeros(factor.values.shape, np.int8)
+            factor = QuantizedFactor(levels, np.ones(n_groups, np.float32), bits, 64, factor)
+        factors.append(factor)
+    return FactorProduct(factors).nbytes("stored") + len(factors) * 2**bits
 
 
 def _set(estimator: BaseFactorizer, **params: Any) -> BaseFactorizer:

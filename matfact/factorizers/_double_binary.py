@@ -13,11 +13,11 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._base import BaseFactorizer, Factorization
 from matfact.operators import Factor, KroneckerSparseFactor, SignFactor
+from matfact.operators._rounding import rounded
 from matfact.solvers._callback import History
 from matfact.solvers.double_binary import BinaryProduct, double_binary, fit_outputs
 from matfact.solvers.finalize import input_scale
 from matfact.solvers.layerwise import caution
-from matfact.solvers.quantized_product import rounded_factor
 
 #: Bits of a scale, with its share of those of its group.
 SCALE_BITS, GROUP = 8, 64
@@ -160,5 +160,5 @@ def _factors(product: BinaryProduct, W: Array, metric: Array | None) -> list[Fac
 def _diagonal(scales: Array) -> tuple[Factor, Array]:
     """Return scales as a factor in which each takes 8 bits, and the scales as they are there."""
     diagonal = KroneckerSparseFactor(scales[:, None, None, None])
-    factor = rounded_factor(diagonal, SCALE_BITS, GROUP)
+    factor = rounded(diagonal, SCALE_BITS, GROUP)
     return factor, backend.namespace(scales).reshape(factor.decoded().values, (-1,))

@@ -81,3 +81,10 @@ class KroneckerSparseFactor(Factor):
         inner = xp.reshape(xp.eye(d, dtype=dtype, device=device), (1, 1, d, 1, 1, d))
         blocks = xp.reshape(xp.permute_dims(self.values, (0, 2, 1, 3)), (a, b, d, 1, c, 1))
         return xp.reshape(blocks * outer * inner, self.shape)
+
+
+def merged(left: Factor, right: Factor) -> Factor | None:
+    """Return the product of two neighbours if it is block-diagonal."""
+    if isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor):
+        return left.merged(right)
+    return None

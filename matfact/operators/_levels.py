@@ -15,6 +15,8 @@ from matfact.operators._quantized import BITS, QuantizedFactor, group_counts
 
 #: Dtypes that values may have, by their names in files; bfloat16 arrives as float32.
 _DTYPES = {"F16": np.float16, "BF16": np.float32, "F32": np.float32, "F64": np.float64}
+#: The levels of codes of 8 bits, which files do not repeat.
+_ALL = np.arange(-127, 128, dtype=np.int8)
 #: Largest group, and largest power of two that scales are divided by.
 _LARGEST_GROUP, _LARGEST_UNIT = 1 << 48, 1100
 
@@ -28,7 +30,7 @@ def encode_levels(factor: QuantizedFactor, dtype: str) -> tuple[dict[str, Any], 
         If the factor cannot be stored.
     """
     values = backend.to_numpy(factor.values)
-    levels = np.unique(values)
+    levels = _ALL if factor.bits == BITS[-1] else np.unique(values)
     _check(factor.bits, factor.group_size, levels)
     unit, scales = _stored_scales(backend.to_numpy(factor.scales))
     fields = {
@@ -39,14 +41,15 @@ def encode_levels(factor: QuantizedFactor, dtype: str) -> tuple[dict[str, Any], 
         "shape": list(values.shape),
     }
     codes = np.searchsorted(levels, values.reshape(-1)).astype(np.uint8)
-    tensors = {"values": packed(codes, factor.bits), "levels": levels, "scales": scales}
-    return fields, tensors
+    tensors = {"values": packed(codes, factor.bits), "scales": scales}
+    return fields, tensors if levels is _ALL else tensors | {"levels": levels}
 
 
 def decode_levels(fields: Any, tensors: dict[str, np.ndarray]) -> np.ndarray:
     """Return the level of each value, in the shape that the pattern uses."""
     need(isinstance(fields, dict), "quantized is no JSON object")
-    shape, levels = fields["shape"], tensors.pop("levels")
+    shape = fields["shape"]
+    levels = _ALL if fields["bits"] == BITS[-1] else tensors.pop("levels")
     need(is_sizes(shape) and len(shape) <= 4, "the shape of quantized values is not a few sizes")
     _check(fields["bits"], fields["group_size"], levels)
     codes = unpacked(tensors.pop("values"), fields["bits"], math.prod(shape))

@@ -14,30 +14,14 @@ from matfact.operators import (
     QuantizedFactor,
     SparseFactor,
 )
-from matfact.operators._quantized import group_bounds
+from matfact.operators._rounding import rounded
 from matfact.solvers.finalize import finalize
 from matfact.solvers.layerwise import squared_error
-from matfact.solvers.quantization import Grid, fit_grid
 
 #: Rounds over all factors, and passes over the values of a factor in each.
 ROUNDS, PASSES = 3, 6
 #: Sweeps of conjugate gradients that refit the factors not rounded yet.
 REFITS = 2
-
-
-def rounded(product: FactorProduct, bits: int, group_size: int | None = 64) -> FactorProduct:
-    """Return `product` with each value rounded to the nearest level of its group.
-
-    Parameters
-    ----------
-    product : FactorProduct
-        Real factors, of any storage. Those that store no values stay as they are.
-    bits : int
-        Bits of a value, from 2 to 8.
-    group_size : int or None
-        Number of values that share a 16-bit scale, about; None for all of a row.
-    """
-    return FactorProduct([rounded_factor(factor, bits, group_size) for factor in product.factors])
 
 
 def quantize(
@@ -61,7 +45,7 @@ def quantize(
     W : array of shape (out_features, in_features)
         What they approximate.
     bits, group_size : int
-        As for :func:`rounded`.
+        As for :meth:`FactorProduct.quantized`.
     second_moment : array of shape (in_features, in_features), optional
         Average of ``x xᵀ`` over inputs whose outputs count; without it all entries of `W` count
         alike.
@@ -98,33 +82,13 @@ def _in_turn(
     """Return the product with its factors rounded one after the other, from the input side."""
     factors = list(product.factors)
     for i in range(len(factors) - 1, -1, -1):
-        factors[i] = rounded_factor(factors[i], bits, group_size)
+        factors[i] = rounded(factors[i], bits, group_size)
         if i:
             refitted = finalize(
                 FactorProduct(factors), W, second_moment, n_sweeps=REFITS, n_factors=i
             )
             factors[:i] = refitted.factors[:i]
     return FactorProduct(factors)
-
-
-def rounded_factor(factor: Factor, bits: int, group_size: int | None) -> Factor:
-    """Return the factor with its values rounded, itself where it stores none."""
-    if not np.prod(factor.values.shape) or isinstance(factor, QuantizedFactor):
-        return factor
-    bounds = group_bounds(factor, group_size)
-    values = backend.to_numpy(backend.compute_array(factor.values)).reshape(-1)
-    grid = fit_grid(values, bounds, bits)
-    group = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return quantized_factor(factor, grid.nearest(values, group), grid, bits, group_size)
-
-
-def quantized_factor(
-    pattern: Factor, levels: np.ndarray, grid: Grid, bits: int, group_size: int | None
-) -> QuantizedFactor:
-    """Return levels and scales as a factor with the positions, library and dtype of `pattern`."""
-    values = backend.like(levels.reshape(pattern.values.shape), pattern.values)
-    scales = backend.like(grid.scales, pattern.values, dtype=pattern.dtype)
-    return QuantizedFactor(values, scales, bits, group_size, pattern)
 
 
 def _moved(product: FactorProduct, W: Array, metric: Array | None) -> FactorProduct:

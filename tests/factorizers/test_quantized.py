@@ -10,7 +10,6 @@ from matfact import ADMMPruner, DoubleBinaryFactorizer, DoubleSparseFactorizer, 
 from matfact.calibration import InputStatistics
 from matfact.metrics import DensityTooSmall
 from matfact.operators import QuantizedFactor, SignFactor
-from matfact.solvers.quantized_product import rounded
 from tests.conformance.estimators import QUANTIZED
 
 
@@ -107,7 +106,7 @@ def test_error_falls_with_bits_and_levels_are_as_many_as_they_allow():
 def test_rounding_with_regard_to_the_error_beats_rounding_alone():
     W = gaussian().astype(np.float32)
     model = Quantized(DoubleSparseFactorizer(0.5, max_iter=30), bits=3).fit(W)
-    alone = rounded(model.estimator_.operator_, 3)
+    alone = model.estimator_.operator_.quantized(3)
     plain = np.linalg.norm(W - alone.toarray()) / np.linalg.norm(W)
     assert model.reconstruction_err_ < 0.95 * plain
 
