@@ -11,6 +11,7 @@ from matfact.factorizers._admm_pruner import ADMMPruner
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
+from matfact.factorizers._double_binary import DoubleBinaryFactorizer
 from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
@@ -53,9 +54,14 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude pruning", MagnitudePruner()),
     "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
     "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
+    "double_binary": Method("Double binary", DoubleBinaryFactorizer()),
 }
-#: Methods that can be compared without calibration inputs.
-COMPARED = {name: method for name, method in METHODS.items() if not method.needs_inputs}
+#: Methods that can be compared at a density, without calibration inputs.
+COMPARED = {
+    name: method
+    for name, method in METHODS.items()
+    if not method.needs_inputs and "density" in method.estimator.get_params()
+}
 
 
 def label(method: str) -> str:
