@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.applied import METHODS, STRUCTURES, Method, Structure
+from benchmarks.tables import markdown_table
 from matfact._files import write_atomically
 from matfact.operators import FactorProduct
 
@@ -177,36 +178,35 @@ def markdown(
         lines += ["", f"Not installed: {', '.join(absent)}."]
     for structure in dict.fromkeys(row["structure"] for row in rows):
         chosen = [row for row in rows if row["structure"] == structure]
-        lines += ["", f"### {structure}", "", *_times(chosen)]
+        lines += ["", f"### {structure}", "", _times(chosen).rstrip()]
     if advised:
         lines += ["", "### Break-even of two sparse factors", ""]
         lines += ["Speed-up over dense; 'dense' if the factors are slower.", ""]
-        lines += _speedups(advised)
+        lines.append(_speedups(advised).rstrip())
     return "\n".join(lines) + "\n"
 
 
-def _times(rows: list[Row]) -> list[str]:
+def _times(rows: list[Row]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"| n | batch | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
+    lines = []
     for n, batch in dict.fromkeys((row["n"], row["batch"]) for row in rows):
         line = {r["method"]: r for r in rows if (r["n"], r["batch"]) == (n, batch)}
         cells = [
             f"{line[m]['median_seconds'] * 1e6:.4g} ({line[m]['ratio']:.2f})" if m in line else "–"
             for m in methods
         ]
-        lines.append(f"| {n} | {batch} | {' | '.join(cells)} |")
-    return lines
+        lines.append((n, batch, *cells))
+    return markdown_table(("n", "batch", *methods), lines)
 
 
-def _speedups(rows: list[Row]) -> list[str]:
+def _speedups(rows: list[Row]) -> str:
     batches = list(dict.fromkeys(row["batch_size"] for row in rows))
-    head = ["n", "stored", *(f"batch {b}" for b in batches)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for n, stored in dict.fromkeys((row["n"], row["stored"]) for row in rows):
         cells = []
         for row in rows:
             if (row["n"], row["stored"]) == (n, stored):
                 speedup = row["dense_seconds"] / row["factors_seconds"]
                 cells.append(f"{speedup:.1f}×" if speedup >= 1 else "dense")
-        lines.append(f"| {n} | {stored:.0%} | {' | '.join(cells)} |")
-    return lines
+        lines.append((n, f"{stored:.0%}", *cells))
+    return markdown_table(("n", "stored", *(f"batch {b}" for b in batches)), lines)

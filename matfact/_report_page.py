@@ -35,7 +35,7 @@ def _cells(row: LayerReport, largest: dict[str, float]) -> list[str]:
     groups = f"×{row.groups}" if row.groups > 1 else ""
     return [
         _html.escape(row.layer),
-        _html.escape(row.method or row.message or row.status),
+        _html.escape(row.outcome),
         f"{row.rows}×{row.columns}{groups}",
         *(_html.measured(getattr(row, name), largest[name]) for _, name in _MEASURES),
         _html.measured(row.bits_per_weight),

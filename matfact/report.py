@@ -13,7 +13,7 @@ from rich.table import Table
 
 from matfact._files import write_atomically
 from matfact._json import finite, read_report, report_rows
-from matfact._layers import LayerReport
+from matfact._layers import IN_NO_LAYER, LayerReport
 from matfact._report_page import page
 from matfact._text import csv_text
 
@@ -88,7 +88,7 @@ class CompressionReport(Sequence[LayerReport]):
         ):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row(row.layer, row.method or row.message or row.status, *_cells(row))
+            table.add_row(row.layer, row.outcome, *_cells(row))
         ratio = self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
         table.add_section()
         table.add_row(
@@ -115,7 +115,7 @@ class CompressionReport(Sequence[LayerReport]):
         names = [f"{n} ({s:.1%})" for n, s in sorted(shares.items(), key=lambda i: -i[1])[:most]]
         names += ["…"] if len(shares) > most else []
         share = f"{sum(shares.values()):.1%} of all parameters"
-        return [f"in no layer that can be factorized, {share}: {', '.join(names)}"]
+        return [f"{IN_NO_LAYER}, {share}: {', '.join(names)}"]
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file. Missing values are blank."""

@@ -40,7 +40,8 @@ class Comparison(Sequence[ComparisonRow]):
         groups: dict[tuple[Any, ...], list[ComparisonRow]] = {}
         for row in self:
             size = (row.rows * row.columns, row.size)
-            key = (row.requested_density or 0.0, size, methods[row.method])
+            asked = row.requested_bits or 0.0, row.requested_density or 0.0
+            key = (*asked, size, methods[row.method])
             groups.setdefault(key, []).append(row)
         return [_summarize(groups[key]) for key in sorted(groups)]
 
@@ -106,6 +107,7 @@ def _summarize(rows: Sequence[ComparisonRow]) -> SummaryRow:
         n_failed=len(rows) - len(ok),
         mean={name: statistics.fmean(column) for name, column in values.items()},
         std={name: _spread(column) for name, column in values.items()},
+        requested_bits=rows[0].requested_bits,
     )
 
 

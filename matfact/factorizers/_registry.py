@@ -41,11 +41,17 @@ class Method:
     estimator: BaseFactorizer
     needs_inputs: bool = False
 
+    @property
+    def has_density(self) -> bool:
+        """Whether the number of stored values can be requested."""
+        return "density" in self.estimator.get_params(deep=False)
+
 
 # With chain="auto" a butterfly of density 0.25 would have two factors and be a Monarch matrix.
 #: All methods, in the order of tables and figures.
 METHODS: dict[str, Method] = {
     "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
+    "double_binary": Method("Double binary (DBF)", DoubleBinaryFactorizer()),
     "palm4msa": Method("Palm4MSA", Palm4MSA()),
     "butterfly": Method("Butterfly", ButterflyFit(chain="square_dyadic")),
     "blocksvd": Method("Block SVD", BlockSVD()),
@@ -54,14 +60,11 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude pruning", MagnitudePruner()),
     "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
     "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
-    "double_binary": Method("Double binary", DoubleBinaryFactorizer()),
 }
-#: Methods that can be compared at a density, without calibration inputs.
-COMPARED = {
-    name: method
-    for name, method in METHODS.items()
-    if not method.needs_inputs and "density" in method.estimator.get_params()
-}
+#: Methods that can be compared without calibration inputs, at the same number of bits.
+COMPARED_BY_BITS = {name: method for name, method in METHODS.items() if not method.needs_inputs}
+#: Those that can be compared at the same number of stored values.
+COMPARED = {name: method for name, method in COMPARED_BY_BITS.items() if method.has_density}
 
 
 def label(method: str) -> str:
@@ -69,8 +72,17 @@ def label(method: str) -> str:
     return METHODS[method].label if method in METHODS else method
 
 
-def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFactorizer]:
+def make_estimators(
+    methods: Sequence[MethodLike] | None, *, by_bits: bool = False
+) -> dict[str, BaseFactorizer]:
     """Return an unfitted estimator for each method, by name.
+
+    Parameters
+    ----------
+    methods : sequence of str or (str, estimator), optional
+        Names, or pairs of a name and an estimator; None for all that can be compared.
+    by_bits : bool
+        Whether they are compared at the same number of bits a weight.
 
     Raises
     ------
@@ -78,14 +90,15 @@ def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFacto
         If a name is unknown or repeated, or an entry is neither a name nor a pair.
     """
     estimators: dict[str, BaseFactorizer] = {}
-    for method in COMPARED if methods is None else methods:
-        if isinstance(method, str) and method in COMPARED:
-            name, estimator = method, COMPARED[method].estimator
+    known = COMPARED_BY_BITS if by_bits else COMPARED
+    for method in known if methods is None else methods:
+        if isinstance(method, str) and method in known:
+            name, estimator = method, known[method].estimator
         elif isinstance(method, tuple) and isinstance(method[-1], BaseFactorizer):
             name, estimator = method
         else:
             raise ValueError(
-                f"methods must hold names among {', '.join(COMPARED)} or pairs "
+                f"methods must hold names among {', '.join(known)} or pairs "
                 f"(name, factorizer), got {method!r}."
             )
         if name in estimators:

@@ -6,7 +6,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.rounding import round_rows
+from matfact.kernels.levels import round_rows
 from matfact.operators import (
     DenseFactor,
     Factor,

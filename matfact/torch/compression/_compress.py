@@ -29,6 +29,7 @@ from matfact.torch.compression._undo import Replaced, undone_on_error
 from matfact.torch.compression.budget import Budget, named_methods, within_budget
 from matfact.torch.layers._inherit import copied
 from matfact.torch.layers._matricized import is_linear, other_matrices, replace
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 #: Re-exported names.
 __all__ = ["Compressed", "CompressionReport", "LayerReport", "compress"]
@@ -52,6 +53,7 @@ class Compressed(NamedTuple):
     report: CompressionReport
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module,
     method: Method | Sequence[Method] = "dsf",
@@ -160,6 +162,8 @@ def compress(
     original = model
     if not (inplace or dry_run):
         model = copied(model)
+    elif inplace:
+        check_trainable(model)
     if is_layer:
         model = nn.Sequential(model)  # so that it can be replaced
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
@@ -209,8 +213,8 @@ def _warn_of_none(tasks: list[Task]) -> None:
     """Warn if no selected layer can be compressed."""
     if all(task.view is None for task in tasks):
         first = tasks[0]
-        message = f"no selected layer can be compressed; {first.names[0]} is {first.message}."
-        warnings.warn(message, CompressionWarning, stacklevel=3)
+        message = f"no selected layer can be compressed; {first.names[0]} is kept: {first.message}."
+        warnings.warn(message, CompressionWarning, stacklevel=4)
 
 
 def _finished(
@@ -316,7 +320,7 @@ def _try(
         shift = shift_bias and has_bias
         return fit_layer(factorizer, matrices, statistics, adapt, shift=shift), ""
     except metrics.UnsuitableMatrix as error:
-        return None, f"kept: {error}"
+        return None, str(error)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
 
@@ -328,7 +332,7 @@ def _installed(
     with contextlib.closing(fits):
         for task, fitted in fits:
             if fitted is None:
-                message = f"{task.names[0]}: {task.message}"
+                message = f"{task.names[0]} is kept: {task.message}"
                 warnings.warn(message, CompressionWarning, stacklevel=4)
                 row = task.report("kept")
             else:

@@ -13,6 +13,7 @@ from matfact.operators import Factor, SparseFactor
 from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers._factors import SparseFactorModule
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._tensors import outside_inference_mode
 
 
 def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module:
@@ -62,6 +63,7 @@ def _variance(factor: Factor, first: bool) -> np.ndarray:
     return variance.reshape(tuple(factor.values.shape))
 
 
+@outside_inference_mode
 def randomize_supports(model: nn.Module, *, random_state: Any = None) -> nn.Module:
     """Give all sparse factors in `model` random supports of the same size and new values.
 

@@ -17,6 +17,7 @@ from matfact.torch.layers._factors import (
     KroneckerFactorModule,
     SparseFactorModule,
 )
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 
 class _Adapted(FactorModule):
@@ -59,6 +60,7 @@ _CLASSES: dict[type[FactorModule], type[_Adapted]] = {
 }
 
 
+@outside_inference_mode
 def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> list[nn.Parameter]:
     """Add a low-rank adapter to every factor of every compressed layer.
 
@@ -95,6 +97,7 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     >>> merge_adapters(model)[0].to_product().density
     0.25
     """
+    check_trainable(model)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
     factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.trained]
@@ -108,6 +111,7 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     return [adapter for factor in factors for adapter in _adapt(factor, rank, rng)]
 
 
+@outside_inference_mode
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Add the adapters of :func:`add_adapters` to the values, and remove them.
 
