@@ -18,7 +18,6 @@ from matfact import (  # noqa: E402
     Quantized,
 )
 from matfact.operators import FactorProduct, QuantizedFactor, SignFactor, SparseFactor  # noqa: E402
-from matfact.solvers.quantized_product import rounded  # noqa: E402
 from matfact.torch import (  # noqa: E402
     FactorizedLinear,
     SparseProductLinear,
@@ -189,8 +188,8 @@ def test_transformed_code_differentiates_inputs(layer):
 def test_a_state_dict_brings_its_support_and_groups_along():
     drawn = {"dtype": torch.float64, "random_state": 0}
     sparse = [SparseProductLinear(12, 18, density=d, **drawn).to_product() for d in (0.4, 0.6)]
-    source = FactorizedLinear(rounded(sparse[0], bits=4, group_size=2))
-    target = FactorizedLinear(rounded(sparse[1], bits=6, group_size=None))
+    source = FactorizedLinear(sparse[0].quantized(4, group_size=2))
+    target = FactorizedLinear(sparse[1].quantized(6, group_size=None))
     target.load_state_dict(source.state_dict())
     assert torch.equal(target(inputs(source, 3)), source(inputs(source, 3)))
     assert [(f.bits, f.group_size) for f in target.to_product()] == [(4, 2)] * 2
@@ -207,7 +206,7 @@ def test_scales_that_fit_no_groups_are_refused():
 def test_values_out_of_order_are_refused():
     swapped = SparseFactor(np.array([1.0, 2.0]), np.array([1, 0]), np.array([0, 2]), 2)
     with pytest.raises(ValueError, match="in the order of their positions"):
-        FactorizedLinear(rounded(FactorProduct([swapped]), bits=4))
+        FactorizedLinear(FactorProduct([swapped]).quantized(4))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_reports_tell_the_bits_of_each_layer(network, tmp_path):
     W = network[4].weight.detach().numpy()
     quantized = Quantized(DoubleSparseFactorizer(density=0.4, max_iter=5), bits=4)
     given = {"4": quantized, "6": "lowrank"}
-    _, report = compress(network, SIGNS, layers="[46]", overrides=given, value_bits=8)
+    _, report = compress(network, "magnitude", layers="[46]", overrides=given, value_bits=8)
     fitted = quantized.fit(W)
     assert report[0].bits_per_weight == pytest.approx(fitted.bits_per_weight_)
     assert report[0].method == "Quantized(DoubleSparseFactorizer)"
