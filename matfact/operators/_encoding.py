@@ -62,13 +62,14 @@ def encode(
     return entries, tensors
 
 
-def stored_nbytes(factor: Factor) -> int:
-    """Return the bytes of the tensors that hold a factor, without a file's header."""
-    if not isinstance(factor, QuantizedFactor):
-        own = math.prod(factor.values.shape) * dtype_nbytes(factor.dtype)
-        return own + sum(array.nbytes for array in _positions(factor)[1].values())
-    tensors = _positions(factor)[1] | encode_levels(factor, stored_dtype(factor))[1]
-    return sum(array.nbytes for array in tensors.values())
+def stored_nbytes(factor: Factor, itemsize: int | None = None) -> int:
+    """Return the bytes of the tensors that hold a factor, floating-point values in `itemsize`."""
+    arrays = _positions(factor)[1]
+    if isinstance(factor, QuantizedFactor):
+        arrays |= encode_levels(factor, stored_dtype(factor))[1]
+        return sum(array.nbytes for array in arrays.values())
+    own = math.prod(factor.values.shape) * (itemsize or dtype_nbytes(factor.dtype))
+    return own + sum(array.nbytes for array in arrays.values())
 
 
 def stored_dtype(factor: Factor) -> str:
