@@ -1,4 +1,5 @@
 __all__ = [
+    "GPTQ",
     "ADMMPruner",
     "BlockSVD",
     "ButterflyFit",
@@ -9,8 +10,11 @@ __all__ = [
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",
+    "OBSPruner",
     "Palm4MSA",
     "Quantized",
+    "RoundToNearest",
+    "SparseGPT",
     "WandaPruner",
     "compare_projections",
 ]
@@ -27,6 +31,7 @@ from . import torch as torch
 from . import transforms as transforms
 from .compare import compare_projections
 from .factorizers import (
+    GPTQ,
     ADMMPruner,
     BlockSVD,
     ButterflyFit,
@@ -37,8 +42,11 @@ from .factorizers import (
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    OBSPruner,
     Palm4MSA,
     Quantized,
+    RoundToNearest,
+    SparseGPT,
     WandaPruner,
 )
 

@@ -13,10 +13,14 @@ from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
 from matfact.factorizers._double_binary import DoubleBinaryFactorizer
 from matfact.factorizers._dsf import DoubleSparseFactorizer
+from matfact.factorizers._gptq import GPTQ
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
+from matfact.factorizers._obs_pruner import OBSPruner
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._rtn import RoundToNearest
+from matfact.factorizers._sparsegpt import SparseGPT
 from matfact.factorizers._wanda_pruner import WandaPruner
 
 #: A method: a registered name, or a pair of any name and an unfitted estimator.
@@ -60,6 +64,10 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude pruning", MagnitudePruner()),
     "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
     "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
+    "sparsegpt": Method("SparseGPT", SparseGPT(), needs_inputs=True),
+    "obs": Method("OBS (exact OBC)", OBSPruner(), needs_inputs=True),
+    "rtn": Method("Rounding to nearest", RoundToNearest()),
+    "gptq": Method("GPTQ", GPTQ(), needs_inputs=True),
 }
 #: Methods that can be compared without calibration inputs, at the same number of bits.
 COMPARED_BY_BITS = {name: method for name, method in METHODS.items() if not method.needs_inputs}

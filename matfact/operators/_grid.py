@@ -6,12 +6,14 @@ import dataclasses
 
 import numpy as np
 
+from matfact.kernels import rounding
+
 #: Largest level: levels are stored in 8 bits.
 LARGEST = 127
-#: Rounds of assigning levels and moving levels and scales, and bins of the first levels' density.
-ROUNDS, BINS = 12, 1024
-#: Shares of its largest magnitude that a group of 8-bit values may be clipped to.
-CLIPPED = np.linspace(0.7, 1.0, 7)
+#: Rounds of moving levels, on about so many values, and bins of the first levels' density.
+ROUNDS, SAMPLE, BINS = 16, 1 << 15, 1024
+#: Scales that are tried, relative to the least by which no value of a group is beyond the levels.
+SHARES = np.outer([1.0, -1.0], [0.6, 0.7, 0.78, 0.85, 0.9, 0.95, 1.0]).ravel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Grid:
     levels : ndarray of int8
         Increasing; 0 is not always among them.
     scales : ndarray of float64, of shape (n_groups,)
-        Representable in 16 bits up to a power of two that all share.
+        Of either sign, or 0; representable in 16 bits up to a power of two that all share.
     """
 
     levels: np.ndarray
@@ -31,7 +33,9 @@ class Grid:
 
     def nearest(self, values: np.ndarray, group: np.ndarray) -> np.ndarray:
         """Return the nearest level of each value, given the number of its group."""
-        return self.levels[_nearest(values / self.scales[group], self.levels.astype(np.float64))]
+        scales = self.scales[group]
+        scaled = values / np.where(scales == 0.0, 1.0, scales)
+        return self.levels[np.searchsorted(thresholds(self.levels), scaled)]
 
 
 def fit_grid(
@@ -40,8 +44,10 @@ def fit_grid(
     """Return the grid of ``2**bits`` levels with a low squared error.
 
     Lloyd's algorithm (Lloyd 1982, "Least squares quantization in PCM", method I) on values
-    divided by the scales of their groups, in turn with the least squares scale of each group. With
-    8 bits levels are all integers, and groups choose only where they are clipped.
+    divided by the scales of their groups, which are chosen anew for the levels of every round.
+    Scales may be negative, so that levels need not be symmetric: the farthest one serves the
+    largest value of a group, whatever its sign. With 8 bits levels are all integers, and groups
+    choose only where they are clipped.
 
     Parameters
     ----------
@@ -54,61 +60,80 @@ def fit_grid(
     weights : ndarray of shape (n_values,), optional
         How much the squared error of each value counts.
     """
-    values = values.astype(np.float64)
-    counted = np.ones_like(values) if weights is None else weights.astype(np.float64)
-    group, n_groups = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)), len(bounds) - 1
-    if not values.any():
-        return Grid(np.arange(-1, 1, dtype=np.int8), np.ones(n_groups))
+    levels = fit_levels(values, bounds, bits, weights)
+    return Grid(levels, fit_scales(values, bounds, levels, weights))
+
+
+def min_max_grid(values: np.ndarray, bounds: np.ndarray, bits: int) -> Grid:
+    """Return the grid of evenly spaced levels by which no value of a group is far beyond them.
+
+    As common in publications: ``2**bits`` integers from ``-2**(bits - 1)`` on, and the scale
+    ``2 max |w| / (2**bits - 1)``. With 8 bits levels are from −127 to 127.
+    """
+    half = 2 ** (bits - 1)
+    levels = np.arange(max(-half, -LARGEST), half)
+    largest = np.maximum.reduceat(np.abs(values.astype(np.float64)), bounds[:-1])
+    return Grid(levels.astype(np.int8), rounded_scales(2 * largest / (len(levels) - 1)))
+
+
+def fit_levels(
+    values: np.ndarray, bounds: np.ndarray, bits: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the levels of :func:`fit_grid`."""
     if bits == 8:
-        levels = np.arange(-LARGEST, LARGEST + 1.0)
-        return Grid(levels.astype(np.int8), _rounded(_clipped(values, group, bounds, counted)))
-    energy = np.bincount(group, counted * values**2, n_groups)
-    total = np.bincount(group, counted, n_groups)
-    scales = _used(np.sqrt(energy / np.where(total > 0, total, 1.0)))
-    levels = _first_levels(values / scales[group], 2**bits)
+        return np.arange(-LARGEST, LARGEST + 1).astype(np.int8)
+    values, bounds, weights = _sampled(values, bounds, weights)
+    signed = np.maximum.reduceat(values, bounds[:-1])
+    least = np.minimum.reduceat(values, bounds[:-1])
+    signed = np.repeat(np.where(signed >= -least, signed, least), np.diff(bounds))
+    if not signed.any():
+        return np.arange(-1, 1, dtype=np.int8)
+    levels = _first_levels(values / np.where(signed == 0.0, 1.0, signed), 2**bits)
     for _ in range(ROUNDS):
-        code = _nearest(values / scales[group], levels)
-        weight = counted * scales[group] ** 2
-        mass = np.bincount(code, weight, len(levels))
-        mean = np.bincount(code, counted * scales[group] * values, len(levels))
-        levels = np.sort(np.where(mass > 0, mean / np.where(mass > 0, mass, 1.0), levels))
-        scales = _least_squares(values, levels[code], group, counted, scales)
-    unit = np.abs(levels).max() / LARGEST
-    whole = np.unique(np.round(levels / unit))
-    scales = scales * unit
-    for _ in range(2):
-        code = _nearest(values / scales[group], whole)
-        scales = _least_squares(values, whole[code], group, counted, scales)
-    return Grid(whole.astype(np.int8), _rounded(scales))
+        scales = _scales(values, bounds, levels, weights)
+        mass, total = rounding.level_means(
+            values, weights, bounds, thresholds(levels), scales, len(levels)
+        )
+        levels = np.sort(np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), levels))
+    return np.unique(np.round(levels * (LARGEST / np.abs(levels).max()))).astype(np.int8)
 
 
-def _least_squares(
-    values: np.ndarray,
-    rounded: np.ndarray,
-    group: np.ndarray,
-    weights: np.ndarray,
-    kept: np.ndarray,
+def fit_scales(
+    values: np.ndarray, bounds: np.ndarray, levels: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the best scale of each group, that of before where all its levels are zero."""
-    energy = np.bincount(group, weights * rounded**2, len(kept))
-    inner = np.bincount(group, weights * rounded * values, len(kept))
-    scales = inner / np.where(energy > 0, energy, 1.0)
-    return np.where(scales > 0, scales, kept)
+    """Return the scale of each group that serves it best with these levels, in 16 bits."""
+    values = np.ascontiguousarray(values, np.float64)
+    weights = np.ones_like(values) if weights is None else weights.astype(np.float64)
+    return rounded_scales(_scales(values, bounds, levels.astype(np.float64), weights))
 
 
-def _clipped(
-    values: np.ndarray, group: np.ndarray, bounds: np.ndarray, weights: np.ndarray
+def thresholds(levels: np.ndarray) -> np.ndarray:
+    """Return what parts values by their nearest level: one less than a power of two of them."""
+    middles = (levels[1:].astype(np.float64) + levels[:-1]) / 2
+    return np.append(middles, np.full(2 ** len(middles).bit_length() - 1 - len(middles), np.inf))
+
+
+def _scales(
+    values: np.ndarray, bounds: np.ndarray, levels: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Return the scale of each group by which all integers up to the largest serve it best."""
-    largest = _used(np.maximum.reduceat(np.abs(values), bounds[:-1])) / LARGEST
-    best, least = largest, np.full(len(largest), np.inf)
-    for share in CLIPPED:
-        scales = share * largest
-        scaled = values / scales[group]
-        lost = np.clip(np.round(scaled), -LARGEST, LARGEST) - scaled
-        error = np.bincount(group, weights * (lost * scales[group]) ** 2, len(largest))
-        best, least = np.where(error < least, scales, best), np.minimum(error, least)
-    return best
+    scales = np.empty(len(bounds) - 1)
+    rounding.best_scales(values, weights, bounds, levels, thresholds(levels), SHARES, scales)
+    return scales
+
+
+def _sampled(
+    values: np.ndarray, bounds: np.ndarray, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the values, bounds and weights of evenly spread groups."""
+    n_groups = len(bounds) - 1
+    count = max(1, min(n_groups, SAMPLE * n_groups // max(1, len(values))))
+    chosen = np.arange(count) * n_groups // count
+    lengths = np.diff(bounds)[chosen]
+    ends = np.cumsum(lengths)
+    places = np.repeat(bounds[chosen] - (ends - lengths), lengths) + np.arange(ends[-1])
+    sample = values[places].astype(np.float64)
+    counted = np.ones_like(sample) if weights is None else weights[places].astype(np.float64)
+    return sample, np.append(0, ends), counted
 
 
 def _first_levels(values: np.ndarray, count: int) -> np.ndarray:
@@ -119,21 +144,10 @@ def _first_levels(values: np.ndarray, count: int) -> np.ndarray:
     return np.interp(places, np.concatenate([[0.0], mass]), edges)
 
 
-def _nearest(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Return the index of the nearest of some increasing levels."""
-    return np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
-
-
-def _used(scales: np.ndarray) -> np.ndarray:
-    """Return the scales with those that are zero replaced by the largest."""
-    return np.where(scales > 0, scales, scales.max())
-
-
-def _rounded(scales: np.ndarray) -> np.ndarray:
+def rounded_scales(scales: np.ndarray) -> np.ndarray:
     """Return the scales rounded to 16 bits, those far below the largest to what is left of them."""
     unit = scale_unit(scales)
-    least = float(np.finfo(np.float16).smallest_normal)
-    return np.maximum(scales / unit, least).astype(np.float16).astype(np.float64) * unit
+    return (scales / unit).astype(np.float16).astype(np.float64) * unit
 
 
 def scale_unit(scales: np.ndarray) -> float:

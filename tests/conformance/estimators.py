@@ -1,6 +1,7 @@
 """The estimators every conformance test runs over."""
 
 from matfact import (
+    GPTQ,
     ADMMPruner,
     BlockSVD,
     ButterflyFit,
@@ -11,8 +12,11 @@ from matfact import (
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    OBSPruner,
     Palm4MSA,
     Quantized,
+    RoundToNearest,
+    SparseGPT,
     WandaPruner,
 )
 
@@ -28,12 +32,16 @@ FACTORIZERS = {
     "magnitude": MagnitudePruner(),
     "wanda": WandaPruner(),
     "admm": ADMMPruner(),
+    "sparsegpt": SparseGPT(),
+    "obs": OBSPruner(),
 }
 
 #: Those whose values take few bits, which are not exact however many are stored.
 QUANTIZED = {
     "double-binary": DoubleBinaryFactorizer(bits=8.0, max_iter=30),
     "quantized": Quantized(bits=8),
+    "rtn": RoundToNearest(bits=8),
+    "gptq": GPTQ(bits=8),
     "quantized-admm": Quantized(ADMMPruner(), bits=6, group_size=None),
 }
 
@@ -50,5 +58,9 @@ ESTIMATORS = [
     MagnitudePruner(),
     WandaPruner(),
     ADMMPruner(),
+    SparseGPT(),
+    OBSPruner(),
+    RoundToNearest(),
+    GPTQ(),
     CoSaMPNeuronSelector(),
 ]
