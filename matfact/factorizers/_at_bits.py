@@ -19,7 +19,8 @@ from matfact.operators._quantized import group_bounds
 #: Bits of values that are tried, and sizes of groups where a matrix is only quantized.
 VALUE_BITS = (3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128, 256)
-#: Share of the bits that may be left unused when a density is looked for, and steps to find it.
+#: Share of the bits that may be left unused when a density is looked for, or exceeded by tables
+#: of levels; and steps to find a density.
 TOLERANCE, STEPS = 0.005, 12
 
 
@@ -66,7 +67,7 @@ def fit_at_bits(
         except metrics.DensityTooSmall as error:
             reasons.append(str(error))
             continue
-        if fitted.bits_per_weight_ <= bits:
+        if fitted.bits_per_weight_ <= bits * (1 + TOLERANCE):
             found.append(fitted)
     if not found:
         why = f": {reasons[-1]}" if reasons else ""
