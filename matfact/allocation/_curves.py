@@ -86,6 +86,9 @@ def measure_options(
     W = check_matrix(W, "W")
     for density in densities:
         metrics.check_density(density)
+    for name, estimator in methods.items():
+        if not estimator.has_density:
+            raise ValueError(f"methods must have a density to choose, got {name}={estimator}.")
     options = [_option(W, FactorProduct([DenseFactor(W)]), DENSE, 1.0, gram, latency)]
     for name, estimator in methods.items():
         for density in densities:

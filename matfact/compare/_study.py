@@ -25,6 +25,7 @@ from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
 from matfact.factorizers import BaseFactorizer, Quantized
 from matfact.factorizers._at_bits import fit_at_bits
+from matfact.factorizers._quantizer import BaseQuantizer
 from matfact.factorizers._registry import MethodLike, make_estimators
 
 _log = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ def _measure(task: _Task) -> dict[str, Any]:
         "n_iter": fitted.n_iter_,
         "flops_ratio": fitted.operator_.flops_ratio,
         "nbytes": fitted.operator_.nbytes(),
-        "value_bits": fitted.bits if isinstance(fitted, Quantized) else None,
+        "value_bits": fitted.bits if isinstance(fitted, (Quantized, BaseQuantizer)) else None,
         "bits_per_weight": fitted.bits_per_weight_,
     }
 

@@ -66,6 +66,11 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """Whether calibration inputs change what is fitted."""
         return type(self)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
+    @property
+    def has_density(self) -> bool:
+        """Whether the number of stored values can be requested."""
+        return "density" in self.get_params(deep=False)
+
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics
     ) -> Factorization:

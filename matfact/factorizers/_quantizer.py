@@ -31,7 +31,16 @@ class BaseQuantizer(BaseFactorizer):
     grid: Literal["fitted", "min_max"]
 
     def _factorize(self, W: Array, history: History) -> Factorization:
-        rounded = round_to_nearest(W, self._bounds(W), self.bits, min_max=self.grid == "min_max")
+        return self._nearest(W, history)
+
+    def _nearest(
+        self, W: Array, history: History, weights: np.ndarray | None = None
+    ) -> Factorization:
+        """Return each entry rounded to the nearest level, errors of columns weighted."""
+        is_min_max = self.grid == "min_max"
+        rounded = round_to_nearest(
+            W, self._bounds(W), self.bits, min_max=is_min_max, weights=weights
+        )
         return self._quantized(rounded, history)
 
     def _bounds(self, W: Array) -> np.ndarray:

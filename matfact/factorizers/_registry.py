@@ -45,11 +45,6 @@ class Method:
     estimator: BaseFactorizer
     needs_inputs: bool = False
 
-    @property
-    def has_density(self) -> bool:
-        """Whether the number of stored values can be requested."""
-        return "density" in self.estimator.get_params(deep=False)
-
 
 # With chain="auto" a butterfly of density 0.25 would have two factors and be a Monarch matrix.
 #: All methods, in the order of tables and figures.
@@ -72,7 +67,9 @@ METHODS: dict[str, Method] = {
 #: Methods that can be compared without calibration inputs, at the same number of bits.
 COMPARED_BY_BITS = {name: method for name, method in METHODS.items() if not method.needs_inputs}
 #: Those that can be compared at the same number of stored values.
-COMPARED = {name: method for name, method in COMPARED_BY_BITS.items() if method.has_density}
+COMPARED = {
+    name: method for name, method in COMPARED_BY_BITS.items() if method.estimator.has_density
+}
 
 
 def label(method: str) -> str:

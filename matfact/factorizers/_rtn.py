@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from matfact import backend
+from matfact.backend import Array
+from matfact.calibration import InputStatistics
+from matfact.factorizers._base import Factorization
 from matfact.factorizers._quantizer import BaseQuantizer
+from matfact.solvers._callback import History
+from matfact.solvers.layerwise import input_norms
 
 
 class RoundToNearest(BaseQuantizer):
@@ -12,8 +18,9 @@ class RoundToNearest(BaseQuantizer):
 
     What factors of few values have to beat at the same number of bytes. Levels and scales are
     fitted, so that rounding loses about a fifth less than with the usual even levels between the
-    extremes of each group. :class:`GPTQ` loses less of the layer's outputs where its inputs are at
-    hand.
+    extremes of each group. With calibration errors count by the mean square of the input they are
+    multiplied by, and rounding is still to the nearest level; :class:`GPTQ` loses far less of the
+    outputs then.
 
     Parameters
     ----------
@@ -37,6 +44,8 @@ class RoundToNearest(BaseQuantizer):
         ``‖W − Ŵ‖_F / ‖W‖_F``.
     normalized_err_ : float
         Infinite, or 0 where nothing was lost: magnitude pruning loses nothing with all values.
+    layer_err_ : float
+        ``‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F`` for the calibration inputs `X`; only with calibration.
     nnz_ : int
         Stored values, all of `W`.
     density_ : float
@@ -44,7 +53,8 @@ class RoundToNearest(BaseQuantizer):
     n_iter_ : int
         1.
     history_ : dict of list
-        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`) and ``seconds``, one entry an iteration.
+        ``objective`` (``‖W − Ŵ‖_F²`` of the scaled `W`, weighted with calibration) and
+        ``seconds``, one entry an iteration.
     n_features_in_ : int
         in_features of `W`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -78,3 +88,9 @@ class RoundToNearest(BaseQuantizer):
         self.bits = bits
         self.group_size = group_size
         self.grid = grid
+
+    def _factorize_calibrated(
+        self, W: Array, history: History, calibration: InputStatistics
+    ) -> Factorization:
+        norms = backend.to_numpy(input_norms(calibration.gram))
+        return self._nearest(W, history, norms**2)

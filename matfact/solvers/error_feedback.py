@@ -28,6 +28,8 @@ from matfact.backend import Array
 LEAST_DAMPING, LARGEST_DAMPING = 1e-8, 100.0
 #: Squared error of an input, given those before, below which it is rounding; × inputs × epsilon.
 SINGULAR = 8.0
+#: What weights of dead inputs are multiplied by.
+DEAD = 1e-6
 
 #: Returns what the weights of an input become, from its place and its weights as they are now.
 Settle = Callable[[int, Array], Array]
@@ -94,6 +96,17 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array]:
             return damped, factor
         damping = max(10 * damping, LEAST_DAMPING)
     raise ValueError("calibration must hold inputs whose Gram matrix is positive semidefinite.")
+
+
+def live_inputs(gram: Array) -> Array:
+    """Return 1 for each input, and next to nothing for those that are always zero.
+
+    Multiplied with it, weights of dead inputs are pruned first, in the order of their magnitude,
+    whatever the damping.
+    """
+    xp = backend.namespace(gram)
+    diagonal = xp.linalg.diagonal(gram)
+    return xp.where(diagonal > 0, xp.ones_like(diagonal), DEAD * xp.ones_like(diagonal))
 
 
 def _cholesky(matrix: Array) -> Array | None:

@@ -32,15 +32,35 @@ class Rounded:
     objective: float
 
 
-def round_to_nearest(W: Array, bounds: np.ndarray, bits: int, *, min_max: bool) -> Rounded:
-    """Return each weight rounded to the nearest level of its group; arguments as for `gptq`."""
+def round_to_nearest(
+    W: Array,
+    bounds: np.ndarray,
+    bits: int,
+    *,
+    min_max: bool,
+    weights: np.ndarray | None = None,
+) -> Rounded:
+    """Return each weight rounded to the nearest level of its group.
+
+    Parameters
+    ----------
+    W, bounds, bits, min_max
+        As for :func:`gptq`.
+    weights : ndarray of shape (columns,), optional
+        Weight of the squared errors of each column when levels and scales are fitted.
+    """
     host = np.ascontiguousarray(backend.to_numpy(W), np.float64)
     groups = _row_groups(host.shape[0], bounds)
-    grid = (_grid.min_max_grid if min_max else _grid.fit_grid)(host.reshape(-1), groups, bits)
+    counted = np.ones(host.shape[1]) if weights is None else weights
+    tiled = np.tile(counted, host.shape[0])
+    if min_max:
+        grid = _grid.min_max_grid(host.reshape(-1), groups, bits)
+    else:
+        grid = _grid.fit_grid(host.reshape(-1), groups, bits, tiled)
     group = np.repeat(np.arange(len(groups) - 1), np.diff(groups))
     levels = grid.nearest(host.reshape(-1), group)
     lost = host.reshape(-1) - levels * grid.scales[group]
-    return _rounded(W, levels.reshape(host.shape), grid.scales, float(lost @ lost))
+    return _rounded(W, levels.reshape(host.shape), grid.scales, float((tiled * lost) @ lost))
 
 
 def gptq(

@@ -7,7 +7,7 @@ import scipy.linalg
 
 from matfact import backend
 from matfact.kernels.elimination import remove
-from matfact.solvers.error_feedback import damped_factor
+from matfact.solvers.error_feedback import damped_factor, live_inputs
 
 #: Weights removed before the inverse Gram matrix is brought up to date.
 STEPS = 32
@@ -51,7 +51,9 @@ def obs_prune(
     """
     damped, _ = damped_factor(gram, damping)
     inverse = backend.spd_inverse(damped)
-    traces = [_trace(row, inverse, group, floor) for row in W.astype(np.float64)]
+    live = live_inputs(gram)
+    W = W * live
+    traces = [_trace(row.copy(), inverse, group, floor) for row in W]
     # What a row loses by so many removals never falls, so that the cheapest of all are the first
     # of each row.
     costs = np.concatenate([np.maximum.accumulate(losses) for _, losses in traces])
@@ -62,10 +64,10 @@ def obs_prune(
     for i, (row, (order, _), count) in enumerate(zip(W, traces, counts, strict=True)):
         kept = np.ones(len(row), bool)
         kept[order[:count]] = False
-        pruned[i] = _least_squares(row.astype(np.float64), damped, kept)
+        pruned[i] = _least_squares(row, damped, kept)
         lost = pruned[i] - row
         objective += float(lost @ damped @ lost)
-    return pruned, objective
+    return pruned / live, objective
 
 
 def _trace(

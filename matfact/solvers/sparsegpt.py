@@ -14,7 +14,7 @@ from matfact.constraints import (
     RowSparsity,
     transposed,
 )
-from matfact.solvers.error_feedback import Settle, feedback, sweep
+from matfact.solvers.error_feedback import Settle, feedback, live_inputs, sweep
 from matfact.solvers.layerwise import input_norms
 
 #: Inputs whose entries are chosen together, as published.
@@ -56,7 +56,8 @@ def sparsegpt(
     xp = backend.namespace(W)
     found = feedback(gram, damping).astype(W.dtype)
     roots = xp.sqrt(found.weights)
-    T = backend.contiguous(xp.matrix_transpose(W))
+    live = xp.astype(live_inputs(gram), W.dtype)
+    T = backend.contiguous(xp.matrix_transpose(W * live))
     width = constraint.m if isinstance(constraint, NMSparsity) else PANEL
     bounds = np.append(np.arange(0, T.shape[0], width), T.shape[0]).tolist()
     chosen = None if _is_local(constraint) else _chosen(T, gram, constraint)
@@ -70,7 +71,7 @@ def sparsegpt(
         return lambda place, target: xp.where(support[place, :], target, 0.0 * target)
 
     result, objective = sweep(T, found, bounds, begin)
-    return xp.matrix_transpose(result), objective
+    return xp.matrix_transpose(result) / live, objective
 
 
 def _is_local(constraint: Constraint) -> bool:
