@@ -16,7 +16,10 @@ from matfact import (  # noqa: E402
     MagnitudePruner,
     Quantized,
 )
+from matfact.factorizers._base import BaseFactorizer, Factorization  # noqa: E402
+from matfact.operators import DenseFactor, FactorProduct  # noqa: E402
 from matfact.report import CompressionReport  # noqa: E402
+from matfact.solvers.finalize import scaled_columns  # noqa: E402
 from matfact.torch import (  # noqa: E402
     Budget,
     compress,
@@ -78,8 +81,8 @@ def test_compressed_networks_compute_with_their_weights_and_come_back_to_the_bit
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         small.eval()
         save_network(small, tmp_path / "net", report=report)
-        for target in (copy.deepcopy(network), small):
-            again = load_network(copied(target), tmp_path / "net").eval()
+        for target in (copied(network), copied(small), lambda: copied(network)):
+            again = load_network(target, tmp_path / "net").eval()
             state = again.state_dict()
             assert all(torch.equal(t, state[name]) for name, t in small.state_dict().items())
             assert torch.equal(again(images), small(images))
@@ -154,6 +157,30 @@ def test_eight_bits_hardly_raise_the_error(calibrated, network):
 def test_what_does_not_fit_together_is_refused_by_name(given, message, network):
     with pytest.raises(ValueError, match=message):
         compress(network, **given, dry_run=True)
+
+
+class Rounded(BaseFactorizer):
+    """Rounds the matrix, without regard to inputs."""
+
+    def __init__(self, bits=4):
+        self.bits = bits
+
+    def _factorize(self, W, history):
+        return Factorization(FactorProduct([DenseFactor(W)]).quantized(self.bits).factors)
+
+
+@pytest.mark.parametrize("adapt", ["finalize", "scale", "none"])
+def test_codes_are_neither_scaled_nor_refitted_to_inputs(adapt, network):
+    model = nn.Sequential(network[4])
+    inputs = list(torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(2)))
+    small, report = compress(model, Rounded(3), calibration=inputs, adapt=adapt)
+    expected = Rounded(3).fit(network[4].weight.detach().numpy()).operator_
+    found = small[0].to_product()
+    assert np.array_equal(found[0].values.numpy(), expected[0].values)
+    assert np.array_equal(found[0].scales.numpy(), expected[0].scales)
+    assert report[0].bits_per_weight == pytest.approx(8 * expected.nbytes("stored") / 64 / 48)
+    with pytest.raises(TypeError, match="codes of few bits"):
+        scaled_columns(expected, np.ones(64))
 
 
 def test_budgets_choose_bits_and_are_kept(network):

@@ -157,10 +157,11 @@ class SignFactorModule(FactorModule):
         return self.rows * self.columns
 
     def dense(self) -> Tensor:
-        places = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.signs.device)
-        bits = (self.signs[:, None] >> places) & 1
-        flat = bits.reshape(-1)[: self.n_values].to(self.values.dtype)
-        return (2 * flat - 1).reshape(self.rows, self.columns)
+        places = torch.arange(7, -1, -1, device=self.signs.device)
+        numbers = torch.arange(256, device=self.signs.device)
+        table = (2 * ((numbers[:, None] >> places) & 1) - 1).to(self.values.dtype)
+        signs = functional.embedding(self.signs.int(), table)  # eight for each byte
+        return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
