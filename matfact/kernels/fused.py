@@ -16,15 +16,16 @@ from typing import Any
 import numba
 import numpy as np
 
-from matfact.kernels import blocks, csr, panels, threads
+from matfact.kernels import blocks, coded, csr, panels, threads
 from matfact.kernels.atomics import fetch_add, give_way, look, pointer, publish
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "48b617ce27a8e083"
+SOURCES = "172e1dbf3d5c2363"
 
 CSR, KRONECKER, BANDS, SELECTION = range(4)
+QUANTIZED, SIGNS, SCALES = coded.QUANTIZED, coded.SIGNS, coded.SCALES
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
 #: single columns. Kronecker-sparse steps have no table, and there the number of blocks that are
 #: stored side by side.
@@ -133,8 +134,10 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
         pieces = table[step[A] : step[B]].reshape(-1, 4)
         blocks.band_panel(zero, values, tiles, pieces, first, last, source, target)
-    else:
+    elif kind == SELECTION:
         panels.select_panel(zero, table[at:], first, last, source, target)
+    else:
+        coded.panel_step(zero, step, values, indices, table, first, last, source, target)
 
 
 @numba.njit(inline="always")
@@ -159,8 +162,10 @@ def _vector_step(step, values, indices, table, part, source, target):  # type: i
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
         pieces = table[step[A] : step[B]].reshape(-1, 4)
         blocks.band_vector(zero, values, tiles, pieces, first, last, source, target)
-    else:
+    elif kind == SELECTION:
         panels.select_vector(table[at:], first, last, source, target)
+    else:
+        coded.vector_step(zero, step, values, indices, table, first, last, source, target)
 
 
 @numba.njit(inline="always")

@@ -18,7 +18,7 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "4ecb04ab9c443d58"
+SOURCES = "6d24d4d43f616863"
 
 CSR, KRONECKER, SELECTION = range(3)
 #: Columns of a table of steps. What they hold from ``VALUES`` to ``INDICES`` are addresses: of
