@@ -2,72 +2,69 @@
 
 from __future__ import annotations
 
-from numba import types
-from numba.extending import overload
+import numba
 
 from matfact.kernels.compilation import compiled
+from matfact.kernels.panels import select_panel, select_vector
 from matfact.kernels.quantized import quantized_panel, quantized_vector
 from matfact.kernels.signs import sign_panel, sign_vector
-from matfact.kernels.vectors import load, load_values, multiply, spread, store, store_values, width
+from matfact.kernels.vectors import (
+    load,
+    load_values,
+    multiply,
+    spread,
+    store,
+    store_values,
+    width,
+    zeros,
+)  # fmt: skip
 from matfact.kernels.words import load_bytes, number
 
-#: Kinds of steps, after those of ``fused``, and their columns in a step.
+#: Kinds of steps besides selections, after those of ``fused``.
 QUANTIZED, SIGNS, SCALES = range(4, 7)
-_ROWS, _VALUES, _COLUMNS, _TABLE, _A, _B, _C, _D = 1, *range(4, 11)
+#: Columns of a step, as in ``fused``.
+_KIND, _ROWS, _VALUES, _COLUMNS, _TABLE, _A, _B, _C, _D = 0, 1, *range(4, 11)
+_DOT = 64  #: bytes of the vectors of a single column
 
 
+@numba.njit(inline="always")
 def panel_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Do a part of a step of a panel; of programs without such steps, nothing is compiled."""
+    """Do a part of a step of a panel."""
+    kind, entries, positions = step[_KIND], values[step[_VALUES] :], table[step[_TABLE] :]
+    if kind == QUANTIZED:
+        quantized_panel(
+            zero, entries, values[step[_C] :], indices[step[_COLUMNS] :], positions,
+            table[step[_A] :], table[step[_B] :], step[_D], first, last, source, target,
+        )  # fmt: skip
+    elif kind == SIGNS:
+        sign_panel(
+            zero, entries, step[_A], step[_B], step[_ROWS], first, last, source, target
+        )  # fmt: skip
+    elif kind == SCALES:
+        scale_panel(zero, entries, first, last, source, target)
+    else:
+        select_panel(zero, positions, first, last, source, target)
 
 
-def vector_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
+@numba.njit(inline="always")
+def vector_step(step, values, indices, table, part, source, target):  # type: ignore[no-untyped-def]
     """Do a part of a step of a single column."""
-
-
-@overload(panel_step)
-def _panel_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-    def nothing(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-        pass
-
-    def coded(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-        if step[0] == QUANTIZED:
-            quantized_panel(
-                zero, values[step[_VALUES] :], values[step[_C] :], indices[step[_COLUMNS] :],
-                table[step[_TABLE] :], table[step[_A] :], table[step[_B] :], step[_D],
-                first, last, source, target,
-            )  # fmt: skip
-        elif step[0] == SIGNS:
-            sign_panel(
-                zero, values[step[_VALUES] :], step[_A], step[_B], step[_ROWS], first, last,
-                source, target,
-            )  # fmt: skip
-        else:
-            scale_panel(zero, values[step[_VALUES] :], first, last, source, target)
-
-    return coded if values.dtype == types.int8 else nothing
-
-
-@overload(vector_step)
-def _vector_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-    def nothing(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-        pass
-
-    def coded(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
-        if step[0] == QUANTIZED:
-            quantized_vector(
-                zero, values[step[_VALUES] :], values[step[_C] :], indices[step[_COLUMNS] :],
-                table[step[_TABLE] :], table[step[_A] :], table[step[_B] :], step[_D],
-                first, last, source, target,
-            )  # fmt: skip
-        elif step[0] == SIGNS:
-            sign_vector(
-                zero, values[step[_VALUES] :], step[_A], step[_B], step[_ROWS], first, last,
-                source, target,
-            )  # fmt: skip
-        else:
-            scale_vector(zero, values[step[_VALUES] :], first, last, source, target)
-
-    return coded if values.dtype == types.int8 else nothing
+    kind, entries, positions = step[_KIND], values[step[_VALUES] :], table[step[_TABLE] :]
+    first, last = part
+    zero = zeros(source, _DOT)
+    if kind == QUANTIZED:
+        quantized_vector(
+            zero, entries, values[step[_C] :], indices[step[_COLUMNS] :], positions,
+            table[step[_A] :], table[step[_B] :], step[_D], first, last, source, target,
+        )  # fmt: skip
+    elif kind == SIGNS:
+        sign_vector(
+            zero, entries, step[_A], step[_B], step[_ROWS], first, last, source, target
+        )  # fmt: skip
+    elif kind == SCALES:
+        scale_vector(zero, entries, first, last, source, target)
+    else:
+        select_vector(positions, first, last, source, target)
 
 
 @compiled()

@@ -22,10 +22,10 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "172e1dbf3d5c2363"
+SOURCES = "b1d0930b9a4b1cfe"
 
+#: Kinds of steps; programs of bytes have those of ``coded`` instead, and selections.
 CSR, KRONECKER, BANDS, SELECTION = range(4)
-QUANTIZED, SIGNS, SCALES = coded.QUANTIZED, coded.SIGNS, coded.SCALES
 #: Columns of a program's steps. A unit is what a step can split its work into, for panels and for
 #: single columns. Kronecker-sparse steps have no table, and there the number of blocks that are
 #: stored side by side.
@@ -134,10 +134,8 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
         pieces = table[step[A] : step[B]].reshape(-1, 4)
         blocks.band_panel(zero, values, tiles, pieces, first, last, source, target)
-    elif kind == SELECTION:
-        panels.select_panel(zero, table[at:], first, last, source, target)
     else:
-        coded.panel_step(zero, step, values, indices, table, first, last, source, target)
+        panels.select_panel(zero, table[at:], first, last, source, target)
 
 
 @numba.njit(inline="always")
@@ -162,17 +160,15 @@ def _vector_step(step, values, indices, table, part, source, target):  # type: i
         tiles = table[at : at + 4 * step[PANEL_UNITS]].reshape(-1, 4)
         pieces = table[step[A] : step[B]].reshape(-1, 4)
         blocks.band_vector(zero, values, tiles, pieces, first, last, source, target)
-    elif kind == SELECTION:
-        panels.select_vector(table[at:], first, last, source, target)
     else:
-        coded.vector_step(zero, step, values, indices, table, first, last, source, target)
+        panels.select_vector(table[at:], first, last, source, target)
 
 
 @numba.njit(inline="always")
-def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: ignore[no-untyped-def]
+def _phase(do, zero, phase, job, program, X, out, columns, part, scratch):  # type: ignore[no-untyped-def]
     """Do a part of a phase of one panel: pack, a step, or unpack.
 
-    `columns` are the first column and the number of them.
+    Steps are left to the function `do`. `columns` are the first column and the number of them.
     """
     steps, values, indices, table = program
     start, count = columns
@@ -185,7 +181,7 @@ def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: 
         panels.pack(zero, X, job[X_ROW], job[X_COLUMN], count, first, last, target)
     elif phase <= len(steps):
         step = steps[phase - 1]
-        _panel_step(zero, step, values, indices, table, first, last, source, target)
+        do(zero, step, values, indices, table, first, last, source, target)
     else:
         out = out[start * job[OUT_COLUMN] :]
         panels.unpack(zero, source, first, last, count, out, job[OUT_ROW], job[OUT_COLUMN])
@@ -202,7 +198,7 @@ def _panel_units(steps, phase, rows_in):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ignore[no-untyped-def]
+def _chunk(do, chunk, begin, end, pieces, job, program, X, out, memory):  # type: ignore[no-untyped-def]
     """Do the phases from `begin` to `end` of a chunk: a panel, or one of the `pieces` of one."""
     p, k = chunk // pieces, chunk % pieces
     n_wide = job[WIDE_PANELS]
@@ -215,9 +211,9 @@ def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ig
         units = _panel_units(program[0], phase, job[ROWS_IN])
         part = (units * k // pieces, units * (k + 1) // pieces)
         if p < n_wide:
-            _phase(zeros(X, WIDE), phase, job, program, X, out, columns, part, memory)
+            _phase(do, zeros(X, WIDE), phase, job, program, X, out, columns, part, memory)
         else:
-            _phase(zeros(X, NARROW), phase, job, program, X, out, columns, part, memory)
+            _phase(do, zeros(X, NARROW), phase, job, program, X, out, columns, part, memory)
 
 
 @numba.njit(inline="always")
@@ -232,8 +228,8 @@ def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
     return program, _array(job, X_DATA, X), _array(job, OUT_DATA, X), scratch
 
 
-@compiled()
-def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+@numba.njit(inline="always")
+def _apply_panels(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
     With 0 pieces, each thread takes whole panels through all phases, so that their activations
@@ -265,7 +261,7 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
                 if chunk >= count:
                     break
                 own = memory[chunk // pieces if split else thread]
-                _chunk(chunk, begin, end, pieces, job, program, source, target, own)
+                _chunk(do, chunk, begin, end, pieces, job, program, source, target, own)
                 fetch_add(job, claimed + SPACING, 1)
             if split or patience == 0:
                 _await(job, claimed + SPACING, count)
@@ -275,8 +271,8 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
     _end(state, call)
 
 
-@compiled()
-def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+@numba.njit(inline="always")
+def _apply_vector(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
     if patience == 0:
         _begin(job, X, out, scratch, state, call, kernel)
@@ -298,13 +294,45 @@ def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, pat
                 if k >= pieces:
                     break
                 part = (units * k // pieces, units * (k + 1) // pieces)
-                _vector_step(steps[i], entries, positions, table, part, source, target)
+                do(steps[i], entries, positions, table, part, source, target)
                 fetch_add(job, claimed + SPACING, 1)
             _await(job, claimed + SPACING, pieces)
         if patience == 0:
             break
         fetch_add(state, INSIDE, -1)
     _end(state, call)
+
+
+@compiled()
+def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of numbers to panels."""
+    _apply_panels(
+        _panel_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
+
+
+@compiled()
+def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of numbers to a single column."""
+    _apply_vector(
+        _vector_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
+
+
+@compiled()
+def apply_codes_to_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of bytes to panels."""
+    _apply_panels(
+        coded.panel_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
+
+
+@compiled()
+def apply_codes_to_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of bytes to a single column."""
+    _apply_vector(
+        coded.vector_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
 
 
 def enroll(kernel: Kernel, arrays: tuple[np.ndarray, ...]) -> int:

@@ -19,11 +19,10 @@ from matfact.kernels.vectors import (
     width,
     zeros,
 )  # fmt: skip
-from matfact.kernels.words import bit_signs, code, looked_up
+from matfact.kernels.words import add_lanes, add_rows, bit_signs
 
 VECTOR = 64  #: bytes of the words of as many rows as a vector has lanes: a slice
 _TABLES = 1 << 15  #: bytes of tables in use at a time, which stay in a core's own cache
-_BLOCK = 4  #: slices computed together for one column
 
 
 def layout(itemsize: int) -> tuple[int, int]:
@@ -31,15 +30,20 @@ def layout(itemsize: int) -> tuple[int, int]:
     return (4, 8) if itemsize == 4 else (3, 16)
 
 
-_layout = compiled()(layout)
+@compiled()
+def _aligned(size, like):  # type: ignore[no-untyped-def]
+    """Return an array that begins with a cache line: reads across two take twice as long."""
+    memory = np.empty(size + VECTOR // like.itemsize, like.dtype)
+    skipped = -memory.ctypes.data % VECTOR // like.itemsize
+    return memory[skipped : skipped + size]
 
 
 @compiled()
 def sign_vector(zero, words, n_words, columns, rows, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` of a matrix of signs for one column."""
     lanes = width(zero)
-    per_code, n_codes = _layout(source.itemsize)
-    tables = np.empty(n_words * n_codes * lanes, source.dtype)
+    per_code, n_codes = (4, 8) if lanes == 16 else (3, 16)
+    tables = _aligned(n_words * n_codes * lanes, source)
     for t in range(n_words * n_codes):
         sums = zero
         for j in range(per_code):
@@ -47,93 +51,42 @@ def sign_vector(zero, words, n_words, columns, rows, first, last, source, target
             x = source[k] if k < columns else source.dtype.type(0)
             sums = fma(bit_signs(j, zero), spread(x, zero), sums)
         store(tables, t, sums)
-    size = n_words * VECTOR
-    for begin in range(first, last, _BLOCK):
-        if begin + _BLOCK <= last:
-            a = b = c = d = zero
-            for w in range(n_words):
-                at = begin * size + w * VECTOR
-                for i in range(n_codes):
-                    sums = load(tables, w * n_codes + i, zero)
-                    a = add(a, looked_up(sums, words, at, i))
-                    b = add(b, looked_up(sums, words, at + size, i))
-                    c = add(c, looked_up(sums, words, at + 2 * size, i))
-                    d = add(d, looked_up(sums, words, at + 3 * size, i))
-            _store_rows(a, begin, rows, target)
-            _store_rows(b, begin + 1, rows, target)
-            _store_rows(c, begin + 2, rows, target)
-            _store_rows(d, begin + 3, rows, target)
-            continue
-        for s in range(begin, last):
-            a = zero
-            for w in range(n_words):
-                for i in range(n_codes):
-                    sums = load(tables, w * n_codes + i, zero)
-                    a = add(a, looked_up(sums, words, s * size + w * VECTOR, i))
-            _store_rows(a, s, rows, target)
-
-
-@compiled()
-def _store_rows(vector, s, rows, target):  # type: ignore[no-untyped-def]
-    """Write a slice, which may have more lanes than there are rows."""
-    lanes = width(vector)
-    if (s + 1) * lanes <= rows:
-        store(target, s, vector)
-        return
-    last = np.empty(lanes, target.dtype)
-    store(last, 0, vector)
-    for lane in range(rows - s * lanes):
-        target[s * lanes + lane] = last[lane]
+    slice_tables = n_codes * lanes
+    for s in range(first, last):
+        a = zero
+        for w in range(n_words):
+            a = add_lanes(a, tables, w * slice_tables, words, (s * n_words + w) * VECTOR)
+        if (s + 1) * lanes <= rows:
+            store(target, s, a)
+        else:
+            store(tables, 0, a)
+            target[s * lanes : rows] = tables[: rows - s * lanes]
 
 
 @compiled()
 def sign_panel(zero, words, n_words, columns, rows, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute slices `first` to `last` of a matrix of signs for a panel."""
     lanes = width(zeros(source, VECTOR))
-    per_code, n_codes = _layout(source.itemsize)
-    together = max(1, _TABLES // (n_codes * lanes * width(zero) * source.itemsize))
-    tables = np.empty(together * n_codes * lanes * width(zero), source.dtype)
-    begin, end = first * lanes, min(last * lanes, rows)
-    for w in range(0, n_words, together):
-        count = min(together, n_words - w)
-        for t in range(count * n_codes):
-            _add_table(zero, tables, t * lanes, (w * n_codes + t) * per_code, per_code, columns, source)
-        for row in range(begin, end // 4 * 4, 4):
-            a = b = c = d = zero
-            if w > 0:
-                a, b = load(target, row, zero), load(target, row + 1, zero)
-                c, d = load(target, row + 2, zero), load(target, row + 3, zero)
-            at = (row // lanes * n_words + w) * VECTOR + row % lanes * source.itemsize
-            for t in range(0, count * n_codes, n_codes):
-                for i in range(n_codes):
-                    k = (t + i) * lanes
-                    a = _plus_sum(a, words, at, i, tables, k, source)
-                    b = _plus_sum(b, words, at + source.itemsize, i, tables, k, source)
-                    c = _plus_sum(c, words, at + 2 * source.itemsize, i, tables, k, source)
-                    d = _plus_sum(d, words, at + 3 * source.itemsize, i, tables, k, source)
-                at += VECTOR
-            store(target, row, a)
-            store(target, row + 1, b)
-            store(target, row + 2, c)
-            store(target, row + 3, d)
-        for row in range(max(begin, end // 4 * 4), end):
-            a = load(target, row, zero) if w > 0 else zero
-            at = (row // lanes * n_words + w) * VECTOR + row % lanes * source.itemsize
-            for t in range(0, count * n_codes, n_codes):
-                for i in range(n_codes):
-                    a = _plus_sum(a, words, at, i, tables, (t + i) * lanes, source)
-                at += VECTOR
+    per_code, n_codes = (4, 8) if lanes == 16 else (3, 16)
+    size = n_codes * lanes * width(zero)
+    together = max(1, _TABLES // (size * source.itemsize))
+    tables = _aligned(together * size, source)
+    for begin in range(0, n_words, together):
+        end = min(begin + together, n_words)
+        for t in range((end - begin) * n_codes):
+            column = (begin * n_codes + t) * per_code
+            _write_table(zero, tables, t * lanes, column, per_code, columns, source)
+        for row in range(first * lanes, min(last * lanes, rows)):
+            a = load(target, row, zero) if begin > 0 else zero
+            at = row // lanes * n_words * VECTOR + row % lanes * source.itemsize
+            for w in range(begin, end):
+                a = add_rows(a, tables, (w - begin) * size, words, at + w * VECTOR)
             store(target, row, a)
 
 
 @compiled()
-def _plus_sum(total, words, at, i, tables, k, source):  # type: ignore[no-untyped-def]
-    return add(total, load(tables, k + code(words, at, i, source), total))
-
-
-@compiled()
-def _add_table(zero, tables, at, column, per_code, columns, source):  # type: ignore[no-untyped-def]
-    """Write all sums of a few rows of a panel with signs, from row `column` on."""
+def _write_table(zero, tables, at, column, per_code, columns, source):  # type: ignore[no-untyped-def]
+    """Write all sums, with signs, of a few rows of a panel, from row `column` on."""
     store(tables, at, zero)
     for j in range(per_code):
         x = load(source, column + j, zero) if column + j < columns else zero

@@ -36,48 +36,58 @@ def number(typingctx, values, first, like):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def code(typingctx, values, first, place, like):  # type: ignore[no-untyped-def]
-    """Return a code of the word at byte `first`, which is as long as a number of `like`.
+def add_lanes(typingctx, total, tables, first, words, at):  # type: ignore[no-untyped-def]
+    """Add to each lane what a word of codes names: a lane of each of as many vectors.
 
-    A code says which lane of a vector of 64 bytes to take.
+    The vectors are ``tables[first:]``, the words, one for each lane, begin at byte `at`. Compilers
+    make one instruction of such a choice where the processor has one.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        word, long = ir.IntType(like.dtype.bitwidth), ir.IntType(64)
-        loaded = builder.load(_bytes(context, builder, values, arguments, word), align=1)
-        loaded = loaded if word == long else builder.zext(loaded, long)
-        shift = builder.mul(arguments[2], ir.Constant(long, _CODE_BITS))
-        mask = ir.Constant(long, 512 // like.dtype.bitwidth - 1)
-        return builder.and_(builder.lshr(loaded, shift), mask)
+        kind, word = arguments[0].type, ir.IntType(total.dtype.bitwidth)
+        whole = ir.VectorType(word, kind.count)
+        loaded = builder.load(_bytes(context, builder, words, arguments[3:], whole), align=1)
+        place = builder.gep(_data(context, builder, tables, arguments[1]), [arguments[2]])
+        place = builder.bitcast(place, kind.as_pointer())
+        found = []
+        for i in range(word.width // _CODE_BITS):
+            table = builder.load(builder.gep(place, [ir.Constant(_INT32, i)]), align=4)
+            codes = builder.lshr(loaded, ir.Constant(whole, [_CODE_BITS * i] * kind.count))
+            codes = builder.and_(codes, ir.Constant(whole, [kind.count - 1] * kind.count))
+            chosen = ir.Constant(kind, ir.Undefined)
+            for lane in (ir.Constant(_INT32, lane) for lane in range(kind.count)):
+                entry = builder.extract_element(table, builder.extract_element(codes, lane))
+                chosen = builder.insert_element(chosen, entry, lane)
+            found.append(chosen)
+        return builder.fadd(arguments[0], _sum(builder, found))
 
-    return types.int64(values, types.intp, types.intp, like), generate
+    return total(total, tables, types.intp, words, types.intp), generate
 
 
 @intrinsic
-def looked_up(typingctx, table, values, first, place):  # type: ignore[no-untyped-def]
-    """Return the lanes of `table` that the codes of as many words name, from byte `first` on.
+def add_rows(typingctx, total, tables, first, words, at):  # type: ignore[no-untyped-def]
+    """Add the rows that a word of codes names: one of each of as many tables.
 
-    Compilers make one instruction of it where the processor has one.
+    Tables, from ``tables[first]`` on, have as many rows as 64 bytes hold numbers; rows are vectors
+    of the type of `total`. The word begins at byte `at`.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        lanes, word = table.count, ir.IntType(table.dtype.bitwidth)
-        kind = ir.VectorType(word, lanes)
-        words = builder.load(_bytes(context, builder, values, arguments[1:], kind), align=1)
-        shift = builder.mul(arguments[3], ir.Constant(ir.IntType(64), _CODE_BITS))
-        shift = shift if word.width == 64 else builder.trunc(shift, word)
-        single = builder.insert_element(
-            ir.Constant(kind, ir.Undefined), shift, ir.Constant(_INT32, 0)
-        )
-        words = builder.lshr(words, _shuffled(builder, single, [0] * lanes))
-        words = builder.and_(words, ir.Constant(kind, [lanes - 1] * lanes))
-        result = ir.Constant(arguments[0].type, ir.Undefined)
-        for lane in (ir.Constant(_INT32, i) for i in range(lanes)):
-            entry = builder.extract_element(arguments[0], builder.extract_element(words, lane))
-            result = builder.insert_element(result, entry, lane)
-        return result
+        kind, word, long = arguments[0].type, ir.IntType(total.dtype.bitwidth), ir.IntType(64)
+        rows = 512 // word.width
+        loaded = builder.load(_bytes(context, builder, words, arguments[3:], word), align=1)
+        loaded = loaded if word == long else builder.zext(loaded, long)
+        place = builder.gep(_data(context, builder, tables, arguments[1]), [arguments[2]])
+        place = builder.bitcast(place, kind.as_pointer())
+        found = []
+        for i in range(word.width // _CODE_BITS):
+            code = builder.lshr(loaded, ir.Constant(long, _CODE_BITS * i))
+            code = builder.and_(code, ir.Constant(long, rows - 1))
+            table = builder.gep(place, [ir.Constant(long, rows * i)])
+            found.append(builder.load(builder.gep(table, [code]), align=4))
+        return builder.fadd(arguments[0], _sum(builder, found))
 
-    return table(table, values, types.intp, types.intp), generate
+    return total(total, tables, types.intp, words, types.intp), generate
 
 
 @intrinsic
@@ -105,3 +115,10 @@ def _bytes(context: Any, builder: Any, kind: Any, arguments: Any, wanted: Any) -
     """Return the address of byte ``arguments[1]`` of array ``arguments[0]``, for a type."""
     pointer = builder.gep(_data(context, builder, kind, arguments[0]), [arguments[1]])
     return builder.bitcast(pointer, wanted.as_pointer())
+
+
+def _sum(builder: Any, vectors: list[Any]) -> Any:
+    """Return the sum of vectors, added in pairs: additions need not wait for all before."""
+    while len(vectors) > 1:
+        vectors = [builder.fadd(*vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+    return vectors[0]

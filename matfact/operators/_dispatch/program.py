@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matfact._threads import allowed_threads
-from matfact.kernels import csr, fused
+from matfact.kernels import coded, csr, fused
 from matfact.kernels.blocks import TILE
 from matfact.operators._dispatch import coding, cost
 
@@ -29,6 +29,7 @@ _VECTOR_PIECES = 2  #: the same for a single column, which comes from memory in 
 _CACHE_LINE = 64  #: bytes; vectors that straddle two take twice as long
 _KEPT = 64  #: sizes of batches for which something is prepared, at most
 _STORED = {"float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
+_KERNELS = {"int8": (fused.apply_codes_to_vector, fused.apply_codes_to_panels)}
 _ALONE = np.zeros(fused.STATE_SIZE, np.int64)  #: what a kernel without helpers shares with them
 _memory = threading.local()  #: scratch space, kept from call to call
 
@@ -114,20 +115,20 @@ class Program:
             place["COLUMNS"] = self._append(self._indices, found.columns)
         n, kind = len(found.rows), "code" if place["D"] else "dense code"
         self.counts[kind] += found.integers.size
-        self._add(fused.QUANTIZED, factor.shape[0], n, n, _bytes(found.integers), place)
+        self._add(coded.QUANTIZED, factor.shape[0], n, n, _bytes(found.integers), place)
 
     def add_signs(self, bits: np.ndarray, shape: tuple[int, int]) -> None:
         """Add a matrix of signs, packed as :func:`numpy.packbits` does it."""
         words = coding.sign_words(bits, shape, self.dtype.itemsize)
         self.counts["signs"] += words.nbytes
         place = {"A": words.shape[1], "B": shape[1]}
-        self._add(fused.SIGNS, shape[0], len(words), len(words), _bytes(words), place)
+        self._add(coded.SIGNS, shape[0], len(words), len(words), _bytes(words), place)
 
     def add_scales(self, scales: np.ndarray) -> None:
         """Add a diagonal matrix."""
         n, scales = scales.size, _bytes(np.ravel(scales).astype(self.dtype))
         self.counts["row"] += n
-        self._add(fused.SCALES, n, n, n, scales, {})
+        self._add(coded.SCALES, n, n, n, scales, {})
 
     def _append(self, parts: list[np.ndarray], array: np.ndarray) -> int:
         start = sum(map(np.size, parts))
@@ -250,11 +251,12 @@ class Program:
         job[fused.ROWS_IN], job[fused.BATCH] = self.columns, batch
         job[fused.X_ROW], job[fused.X_COLUMN] = _strides(by_columns, self.columns, batch)
         job[fused.OUT_ROW], job[fused.OUT_COLUMN] = _strides(by_columns, self.rows, batch)
+        kernels = _KERNELS.get(self.stored, (fused.apply_vector, fused.apply_panels))
         if batch == 1:
-            kernel, shape = fused.apply_vector, (2, self._largest)
+            kernel, shape = kernels[0], (2, self._largest)
             job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
         else:
-            kernel, shape = fused.apply_panels, self._panels(job, batch, threads)
+            kernel, shape = kernels[1], self._panels(job, batch, threads)
         job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
         operand = np.empty(0, self.dtype)
         number = fused.enroll(kernel, (*self._arrays[1:3], operand, operand, operand))
