@@ -37,12 +37,12 @@ _DECODED = 64  #: entries of a row decoded together
 
 @compiled()
 def sliced(order, firsts, sizes, splittable, lanes):  # type: ignore[no-untyped-def]
-    """Return the first place in `order` of each slice of rows, and entries of all slices.
+    """Return the first place in `order` of each slice of rows, and how many entries and parts.
 
     Row `r` has the groups ``firsts[r]`` to ``firsts[r + 1]``, of so many entries, of which so many
     can be split. Rows of a slice have as many groups, which can be made equally long.
     """
-    begins, entries, place = [0], 0, 0
+    begins, entries, parts, place = [0], 0, 0, 0
     while place < len(order):
         first = firsts[order[place]]
         count = firsts[order[place] + 1] - first
@@ -58,9 +58,9 @@ def sliced(order, firsts, sizes, splittable, lanes):  # type: ignore[no-untyped-
             if (longer > tighter).any():
                 break
             longest, limit, place = longer, tighter, place + 1
-        entries += longest.sum() * lanes
+        entries, parts = entries + longest.sum() * lanes, parts + count
         begins.append(place)
-    return np.asarray(begins), entries
+    return np.asarray(begins), entries, parts
 
 
 @compiled()

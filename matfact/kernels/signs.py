@@ -69,7 +69,7 @@ def sign_panel(zero, words, n_words, columns, rows, first, last, source, target)
     lanes = width(zeros(source, VECTOR))
     per_code, n_codes = (4, 8) if lanes == 16 else (3, 16)
     size = n_codes * lanes * width(zero)
-    together = max(1, _TABLES // (size * source.itemsize))
+    together = max(1, _TABLES // (size * VECTOR // lanes))
     tables = _aligned(together * size, source)
     for begin in range(0, n_words, together):
         end = min(begin + together, n_words)
@@ -78,7 +78,7 @@ def sign_panel(zero, words, n_words, columns, rows, first, last, source, target)
             _write_table(zero, tables, t * lanes, column, per_code, columns, source)
         for row in range(first * lanes, min(last * lanes, rows)):
             a = load(target, row, zero) if begin > 0 else zero
-            at = row // lanes * n_words * VECTOR + row % lanes * source.itemsize
+            at = row // lanes * n_words * VECTOR + row % lanes * (VECTOR // lanes)
             for w in range(begin, end):
                 a = add_rows(a, tables, (w - begin) * size, words, at + w * VECTOR)
             store(target, row, a)

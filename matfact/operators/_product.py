@@ -168,7 +168,7 @@ class FactorProduct(ArrayLike):
         if plan and backend.is_numpy(X) and X.dtype in COMPUTED:
             return plan.apply(X)
         xp = backend.namespace(X, self.factors[0].values)
-        both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
+        both_half = backend.is_half(X) and backend.is_half(self.factors[0].numbers)
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
         host = backend.host_view(result) if plan else None

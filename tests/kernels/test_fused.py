@@ -9,7 +9,15 @@ from matfact.kernels import fused, gradients
 
 INLINED = {
     fused: (
-        "atomics", "blocks", "coded", "csr", "panels", "quantized", "signs", "vectors", "words"
+        "atomics",
+        "blocks",
+        "coded",
+        "csr",
+        "panels",
+        "quantized",
+        "signs",
+        "vectors",
+        "words",
     ),
     gradients: ("atomics", "panels", "vectors"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from matfact.operators._dense import DenseFactor
 if TYPE_CHECKING:
     from matfact.operators._quantized import QuantizedFactor
 
-_WASTE = 2  #: bytes of values for one that is stored, from which floats take hardly more
+#: Bytes of a floating point number, which a scale is too, and of a column.
+_NUMBER, _COLUMN = 4, 2
 _HALF = 63  #: largest integer that is stored doubled, so that each can be split in two
 
 
@@ -33,19 +34,24 @@ class Slices(NamedTuple):
 
 def pays(factor: QuantizedFactor) -> bool:
     """Whether slices of a factor take less memory than floating point numbers."""
-    lanes = quantized.VECTOR // 4
+    lanes = quantized.VECTOR // _NUMBER
     if isinstance(factor.pattern, DenseFactor):
         rows = factor.shape[0]
-        return -(-rows // lanes) * lanes <= _WASTE * rows
+        n_slices, n_groups = -(-rows // lanes), (len(factor.bounds) - 1) // max(1, rows)
+        needed = n_slices * lanes * (factor.shape[1] + _NUMBER * n_groups)
+        return needed <= _NUMBER * factor.nnz
     if not isinstance(factor.pattern, SparseFactor):
         return False
-    return bool(_grouped(factor, lanes)[-1] <= _WASTE * factor.nnz)
+    *_, n_entries, n_parts = _grouped(factor, factor.pattern, lanes)
+    needed = n_entries * (1 + _COLUMN) + n_parts * lanes * _NUMBER
+    return bool(needed <= factor.nnz * (_NUMBER + _COLUMN))
 
 
 def slices(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
     """Return the slices of a factor that is dense or in compressed sparse rows."""
-    make = _dense if isinstance(factor.pattern, DenseFactor) else _sparse
-    return make(factor, np.dtype(dtype))
+    if isinstance(factor.pattern, SparseFactor):
+        return _sparse(factor, factor.pattern, dtype)
+    return _dense(factor, dtype)
 
 
 def _dense(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
@@ -65,29 +71,31 @@ def _dense(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
     return Slices(integers, None, found, rows, parts, factor.scales[groups].astype(dtype))
 
 
-def _sparse(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
+def _sparse(factor: QuantizedFactor, pattern: SparseFactor, dtype: np.dtype) -> Slices:
     lanes = quantized.VECTOR // dtype.itemsize
-    levels, doubled, order, firsts, begins, n_entries = _grouped(factor, lanes)
+    levels, doubled, order, firsts, begins, n_entries, _ = _grouped(factor, pattern, lanes)
     integers, columns, found, rows, parts, groups = quantized.arranged(
-        order, begins, firsts, factor.bounds, levels, factor.pattern.indices, n_entries, lanes
+        order, begins, firsts, factor.bounds, levels, pattern.indices, n_entries, lanes
     )
     scales = factor.scales[groups].astype(dtype) / (2 if doubled else 1)
     return Slices(integers, columns, found, rows, parts, scales)
 
 
 def _grouped(
-    factor: QuantizedFactor, lanes: int
-) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray, np.ndarray, int]:
+    factor: QuantizedFactor, pattern: SparseFactor, lanes: int
+) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray, Any, int, int]:
     """Return the integers to store and which rows form slices: see ``quantized.sliced``."""
     levels, bounds = factor.values, factor.bounds
     doubled = bool(len(levels)) and int(np.abs(levels).max()) <= _HALF
     levels = 2 * levels if doubled else levels
-    firsts = np.searchsorted(bounds, factor.pattern.indptr)
+    firsts = np.searchsorted(bounds, pattern.indptr).astype(np.int64)
     sizes = np.diff(bounds)
     splittable = np.add.reduceat(np.abs(levels) != 1, bounds[:-1]) if len(sizes) else sizes
-    order = np.lexsort((-np.diff(factor.pattern.indptr), -np.diff(firsts)))
-    begins, n_entries = quantized.sliced(order, firsts, sizes, splittable.astype(np.int64), lanes)
-    return levels, doubled, order, firsts, begins, n_entries
+    order = np.lexsort((-np.diff(pattern.indptr), -np.diff(firsts)))
+    begins, n_entries, n_parts = quantized.sliced(
+        order, firsts, sizes, splittable.astype(np.int64), lanes
+    )
+    return levels, doubled, order, firsts, begins, int(n_entries), int(n_parts)
 
 
 def sign_words(bits: np.ndarray, shape: tuple[int, int], itemsize: int) -> np.ndarray:

@@ -168,6 +168,8 @@ class Program:
         self.rows = self._steps[-1][fused.ROWS]
         self.counts["row"] += self.rows  # to pack and unpack
         self._n_values = sum(self.counts.values())
+        if self.stored == "int8":  # which take less time each
+            self._n_values = round(cost.work(self.counts, 1))
         self._values, self._indices, self._table = [], [], []
         steps, values, indices, table = self._arrays
         self._job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(steps) + 2), np.int64)
