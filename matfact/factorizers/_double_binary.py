@@ -58,6 +58,8 @@ class DoubleBinaryFactorizer(BaseFactorizer):
         Signs and scales.
     density_ : float
         ``nnz_`` ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of sweeps.
     history_ : dict of list
