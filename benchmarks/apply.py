@@ -1,8 +1,9 @@
 """Time to apply factors to a batch, compared with the dense matrix, in one process.
 
-Weights rotate over enough layers to come from memory, as in a network. Repeats are interleaved, so
-slow moments of the machine affect all methods. Medians and their ratios to dense are reported. The
-break-even table is measured with ``FactorProduct.advise``.
+Weights rotate over enough layers to come from memory, as in a network; repeats are interleaved,
+so that a slow moment of the machine falls on all, and the time of one thread is its own alone;
+medians and their ratios to dense are reported.
+The break-even table is what the library itself measures with ``FactorProduct.advise``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.applied import METHODS, STRUCTURES, Method, Structure
+from benchmarks.tables import markdown_table
 from matfact._files import write_atomically
 from matfact.operators import FactorProduct
 
@@ -103,7 +105,9 @@ def interleaved(
     X: np.ndarray,
     options: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Return the time per layer of each method, averaged over a rotation."""
+    """Return the times of each method for one layer, the mean over a rotation."""
+    # The time of a single thread leaves out what other processes take.
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
     operands = {m.name: m.operand(X) for m in methods}
     times: dict[str, list[float]] = {m.name: [] for m in methods}
     for method in methods:  # compile and prepare
@@ -115,10 +119,10 @@ def interleaved(
                 continue
             calls, operand = prepared[method.name], operands[method.name]
             warm(calls, operand, 0.0 if options.quick else _WARM)
-            start = time.perf_counter()
+            start = clock()
             for call in calls:
                 call(operand)
-            times[method.name].append((time.perf_counter() - start) / len(calls))
+            times[method.name].append((clock() - start) / len(calls))
             if options.threads > 1 and not options.quick:
                 time.sleep(_SETTLE)
     return times
@@ -144,7 +148,7 @@ def check(
     for factor in reversed(product.factors):
         exact = factor.apply(exact)
     for method in methods:
-        if "dense" in method.name:
+        if not method.is_exact:
             continue
         result = np.asarray(prepared[method.name][0](method.operand(X)))
         error = np.linalg.norm(result.reshape(exact.shape) - exact) / np.linalg.norm(exact)
@@ -177,36 +181,35 @@ def markdown(
         lines += ["", f"Not installed: {', '.join(absent)}."]
     for structure in dict.fromkeys(row["structure"] for row in rows):
         chosen = [row for row in rows if row["structure"] == structure]
-        lines += ["", f"### {structure}", "", *_times(chosen)]
+        lines += ["", f"### {structure}", "", _times(chosen).rstrip()]
     if advised:
         lines += ["", "### Break-even of two sparse factors", ""]
         lines += ["Speed-up over dense; 'dense' if the factors are slower.", ""]
-        lines += _speedups(advised)
+        lines.append(_speedups(advised).rstrip())
     return "\n".join(lines) + "\n"
 
 
-def _times(rows: list[Row]) -> list[str]:
+def _times(rows: list[Row]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"| n | batch | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
+    lines = []
     for n, batch in dict.fromkeys((row["n"], row["batch"]) for row in rows):
         line = {r["method"]: r for r in rows if (r["n"], r["batch"]) == (n, batch)}
         cells = [
             f"{line[m]['median_seconds'] * 1e6:.4g} ({line[m]['ratio']:.2f})" if m in line else "–"
             for m in methods
         ]
-        lines.append(f"| {n} | {batch} | {' | '.join(cells)} |")
-    return lines
+        lines.append((n, batch, *cells))
+    return markdown_table(("n", "batch", *methods), lines)
 
 
-def _speedups(rows: list[Row]) -> list[str]:
+def _speedups(rows: list[Row]) -> str:
     batches = list(dict.fromkeys(row["batch_size"] for row in rows))
-    head = ["n", "stored", *(f"batch {b}" for b in batches)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for n, stored in dict.fromkeys((row["n"], row["stored"]) for row in rows):
         cells = []
         for row in rows:
             if (row["n"], row["stored"]) == (n, stored):
                 speedup = row["dense_seconds"] / row["factors_seconds"]
                 cells.append(f"{speedup:.1f}×" if speedup >= 1 else "dense")
-        lines.append(f"| {n} | {stored:.0%} | {' | '.join(cells)} |")
-    return lines
+        lines.append((n, f"{stored:.0%}", *cells))
+    return markdown_table(("n", "stored", *(f"batch {b}" for b in batches)), lines)

@@ -22,6 +22,7 @@ import scipy.linalg
 from benchmarks import machine, matrices
 from benchmarks.methods import Factors, Method, densify
 from benchmarks.peers import bit_reversal, faust_factors, has_lazylinop, has_pyfaust, quietly
+from benchmarks.tables import markdown_table
 from matfact import ButterflyFit
 from matfact.solvers.chains import even_odd
 
@@ -136,13 +137,13 @@ def markdown(conditions: dict[str, Any], rows: list[Row]) -> str:
         "",
         "Relative error · milliseconds of the fastest fit.",
         "",
-        f"| n | matrix | {' | '.join(methods)} | time ÷ the faster peer's |",
-        "|---" * (len(methods) + 3) + "|",
     ]
+    table = []
     for n, matrix in dict.fromkeys((row["n"], row["matrix"]) for row in rows):
         line = {r["method"]: r for r in rows if (r["n"], r["matrix"]) == (n, matrix)}
         cells = [f"{line[m]['error']:.3g} · {line[m]['seconds'] * 1e3:.3g}" for m in methods]
         peers = [line[m]["seconds"] for m in ("pyfaust", "lazylinop ksd") if m in line]
         ratio = f"{line['matfact']['seconds'] / min(peers):.2f}" if peers else "–"
-        lines.append(f"| {n} | {matrix} | {' | '.join(cells)} | {ratio} |")
-    return "\n".join(lines) + "\n"
+        table.append((n, matrix, *cells, ratio))
+    head = ("n", "matrix", *methods, "time ÷ the faster peer's")
+    return "\n".join([*lines, markdown_table(head, table)])

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from sklearn.base import clone
 
 from benchmarks.memory import reset_peak, resident
-from benchmarks.studies import markdown_table
+from benchmarks.tables import markdown_table
 from matfact import checkpoint
 from matfact.compare import METHODS
 from matfact.compare._environment import environment

@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.methods import BASELINES, OURS
+from benchmarks.tables import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +137,10 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     head = ("n", "method", "updates", "GFLOP/s", "GB/s", "floor, s", "measured, s", "ratio")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for row in rows:
         taken = row.get("seconds")
-        result = f"{taken:.3g} | {taken / row['floor']:.2f}" if taken else "absent | –"
-        rates = f"{row['gflops']:.0f} | {row['gbytes']:.1f} | {row['floor']:.3g}"
-        lines.append(f"| {row['n']} | {row['method']} | {row['outer']} | {rates} | {result} |")
-    return "\n".join(lines) + "\n"
+        rates = f"{row['gflops']:.0f}", f"{row['gbytes']:.1f}", f"{row['floor']:.3g}"
+        result = (f"{taken:.3g}", f"{taken / row['floor']:.2f}") if taken else ("absent", "–")
+        lines.append((row["n"], row["method"], row["outer"], *rates, *result))
+    return markdown_table(head, lines)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import machine
+from benchmarks.tables import markdown_table
 from matfact.operators import Factor, FactorProduct, KroneckerSparseFactor
 from matfact.solvers.chains import dyadic_chain
 from matfact.torch import (
@@ -147,11 +148,10 @@ def markdown(conditions: dict[str, Any], names: list[str], rows: list[Row]) -> s
         f"{conditions['cpu']}, {conditions['threads']} thread(s), float32, {versions}. Median µs "
         "of one layer and, in brackets, ÷ nn.Linear.",
         "",
-        f"| n | batch | {' | '.join(names)} |",
-        "|---" * (len(names) + 2) + "|",
     ]
+    table = []
     for n, batch in dict.fromkeys((row["n"], row["batch"]) for row in rows):
         line = [r for r in rows if (r["n"], r["batch"]) == (n, batch)]
         cells = [f"{r['seconds'] * 1e6:.4g} ({r['ratio']:.2f})" for r in line]
-        lines.append(f"| {n} | {batch} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        table.append((n, batch, *cells))
+    return "\n".join([*lines, markdown_table(("n", "batch", *names), table)])

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.tables import markdown_table
+
 _console = Console(highlight=False)
 _EXACT = 1e-6  #: relative errors below are shown as such: normalized ones say little there
 
@@ -75,24 +77,24 @@ def markdown(
         lines += ["", f"Not installed: {', '.join(absent)}."]
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += ["", f"### {family.capitalize()}", ""]
-        lines += _table([row for row in rows if row["family"] == family])
+        lines.append(_table([row for row in rows if row["family"] == family]).rstrip())
     notes = {f"{r['method']} on {r['matrix']}: {r['message']}" for r in rows if r["message"]}
     lines += ["", *(f"- {note}" for note in sorted(notes))]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(rows: list[dict[str, Any]]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     # Random matrices and transforms have a line each; those of a model are averaged by shape.
     labels = [r["matrix"] if _is_single(r) else r["group"] for r in rows]
-    lines = [f"| matrix | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    lines = []
     for label in dict.fromkeys(labels):
         chosen = [row for row, name in zip(rows, labels, strict=True) if name == label]
         count = len({row["matrix"] for row in chosen})
         cells = [_cell([r for r in chosen if r["method"] == method]) for method in methods]
         head = label if count == 1 else f"{label} (mean of {count})"
-        lines.append(f"| {head} | {' | '.join(cell or '–' for cell in cells)} |")
-    return lines
+        lines.append((head, *(cell or "–" for cell in cells)))
+    return markdown_table(("matrix", *methods), lines)
 
 
 def _is_single(row: dict[str, Any]) -> bool:

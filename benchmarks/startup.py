@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.studies import markdown_table
+from benchmarks.tables import markdown_table
 from matfact.compare._weights import demo_folder
 
 Row = dict[str, Any]

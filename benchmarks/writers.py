@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks import machine
-from benchmarks.studies import markdown_table
+from benchmarks.tables import markdown_table
 from matfact import MagnitudePruner
 from matfact.checkpoint import Checkpoint, compress, decompress, save
 

@@ -1,7 +1,8 @@
 """Selection of the weights to factorize, and the record of each layer.
 
-In memory a layer is known by its class. A file has only names, shapes and dtypes, so weights of
-linear layers and convolutions are recognized by these and by the other tensors of the layer.
+One rule, :func:`reason_to_keep`, decides from the known properties of a weight. A file has only
+names, shapes and dtypes; of a network in memory, more is known
+(:mod:`matfact.torch.layers._matricized`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import bisect
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from matfact._safetensors import TensorSpec
+from matfact._safetensors import TensorSpec, array_dtype
 
-#: Unquantized dtypes, by their names in safetensors files.
-FLOATS = ("F16", "BF16", "F32", "F64", "C64")
+#: Unquantized dtypes.
+_FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 #: Numbers of axes of the weights of linear layers and of 1-D to 3-D convolutions.
 AXES = range(2, 6)
 
@@ -25,6 +26,12 @@ _TABLE = re.compile(
     r"embed|(^|_)emb(s|_|$)|^w[tp]e$|^shared$|^relative_attention_bias$|codebook", re.IGNORECASE
 )
 _NORM = re.compile(r"norm(?!al)|^ln(_|\d|$)", re.IGNORECASE)
+#: Suffixes that pruning and normalization in torch append to tensor names.
+SUFFIXES = ("_orig", "_mask", "_g", "_v", "_u")
+_PART = re.compile(rf"(^|\.)(weight({'|'.join(SUFFIXES)})|parametrizations\.weight\..+)$")
+
+NOT_FINITE = "weight with values that are not finite"
+IN_NO_LAYER = "not in a linear layer or convolution"
 
 
 class Kept(NamedTuple):
@@ -42,6 +49,60 @@ class Kept(NamedTuple):
     is_guess: bool = False
 
 
+class Weight(NamedTuple):
+    """Known properties of the weight of a linear layer or convolution.
+
+    Attributes
+    ----------
+    dtype : str
+        Its name in array libraries.
+    shape : tuple of int
+        Shape of the weight.
+    axes : sequence of int
+        Allowed numbers of axes.
+    bias : tuple of int or None
+        Shape of the bias, if there is one.
+    others : sequence of str
+        Names of other tensors and modules of the layer.
+    shared : mapping of str to str
+        Tensors of the layer that are shared with another layer, with their names there.
+    odd : str or None
+        A reason to keep the layer that only a network in memory can tell, or None.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    axes: Sequence[int] = AXES
+    bias: tuple[int, ...] | None = None
+    others: Sequence[str] = ()
+    shared: Mapping[str, str] = {}
+    odd: str | None = None
+
+
+def reason_to_keep(weight: Weight) -> str | None:
+    """Return why a weight is not factorized, or None if it is."""
+    axes = weight.axes
+    if weight.odd is not None:
+        return weight.odd
+    if weight.dtype not in _FLOATS:
+        return f"weight of dtype {weight.dtype}"
+    if len(weight.shape) not in axes:
+        allowed = str(axes[0]) if len(axes) == 1 else f"{axes[0]} to {axes[-1]}"
+        return f"weight with {len(weight.shape)} axes instead of {allowed}"
+    if not math.prod(weight.shape):
+        return "weight without entries"
+    if weight.others:
+        return f"layer with more than a weight and a bias: {min(weight.others)}"
+    outputs = {weight.shape[0]}
+    if len(weight.shape) == 2:  # some linear layers have a transposed weight
+        outputs.add(weight.shape[1])
+    if weight.bias is not None and weight.bias not in {(n,) for n in outputs}:
+        return f"bias of shape {weight.bias}"
+    for own, other in weight.shared.items():
+        return f"{own} shared with {other}"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """One layer of a compressed network.
@@ -55,7 +116,8 @@ class LayerReport:
     rows, columns, groups : int
         Shape of its matrix, and number of such matrices (groups of a convolution).
     method : str
-        Class of the factorizer; empty if the layer is kept.
+        Class of the factorizer, as ``Quantized(LowRank)`` with that of the quantized one; empty if
+        the layer is kept.
     status : {"compressed", "kept", "planned"}
         Outcome. Measures are None unless it is "compressed".
     dense_nbytes, dense_flops : int
@@ -79,7 +141,10 @@ class LayerReport:
     fitted_layer_error : float or None
         The same error on the batches used for the fit, usually smaller.
     nbytes : int or None
-        Bytes of values and positions, in the smaller of CSR and bit masks.
+        Bytes of values and positions in files, with floating-point values in the dtype of the
+        layer.
+    bits_per_weight : float or None
+        Bits of these ÷ entries of the weight.
     flops : int or None
         Operations for one input after compression.
     seconds : float or None
@@ -104,9 +169,15 @@ class LayerReport:
     layer_error: float | None = None
     fitted_layer_error: float | None = None
     nbytes: int | None = None
+    bits_per_weight: float | None = None
     flops: int | None = None
     seconds: float | None = None
     message: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """The method, or the status with the reason."""
+        return self.method or ": ".join(filter(None, (self.status, self.message)))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -114,7 +185,9 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:]))
 
 
-def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
+def kept_tensors(
+    specs: Mapping[str, TensorSpec], shared: Mapping[str, str] | None = None
+) -> dict[str, Kept]:
     """Return the tensors of a network that are not factorized, and why.
 
     Weights of linear layers and of 1-D to 3-D convolutions are factorized, as in
@@ -125,9 +198,11 @@ def kept_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Kept]:
     ----------
     specs : mapping of str to TensorSpec
         All tensors by name; the other tensors of a layer help to recognize its weight.
+    shared : mapping of str to str, optional
+        Tensors shared by several layers, each with another of its names.
     """
     ordered = sorted(specs)
-    reasons = {name: _reason(name, specs, ordered) for name in specs}
+    reasons = {name: _reason(name, specs, ordered, shared or {}) for name in specs}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -147,7 +222,9 @@ def chosen_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 def is_floating_matrix(spec: TensorSpec) -> bool:
     """Whether a tensor is a matrix of numbers after merging its trailing axes."""
-    return spec.dtype in FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
+    return (
+        array_dtype(spec.dtype) in _FLOATS and len(spec.shape) in AXES and math.prod(spec.shape) > 0
+    )
 
 
 def is_weight_name(name: str) -> bool:
@@ -160,22 +237,26 @@ def layer_of(name: str) -> str:
     return name.removesuffix("weight").removesuffix(".")
 
 
-def _reason(name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str]) -> Kept | None:
+def _reason(
+    name: str, specs: Mapping[str, TensorSpec], ordered: Sequence[str], shared: Mapping[str, str]
+) -> Kept | None:
     """Return why a tensor is kept, or None if it is a weight."""
     spec = specs[name]
-    if spec.dtype not in FLOATS:
-        return Kept(f"dtype {spec.dtype}")
-    if not is_floating_matrix(spec):
-        return Kept("no matrix and no kernel")
-    if not is_weight_name(name):
-        return Kept("not named weight")
-    if other := _other_in_layer(name, ordered):
-        return Kept(f"its layer also holds {other}")
-    bias = specs.get(f"{name.removesuffix('weight')}bias")
-    widths = {spec.shape[0], spec.shape[-1] if len(spec.shape) == 2 else spec.shape[0]}
-    if bias is not None and (len(bias.shape) != 1 or bias.shape[0] not in widths):
-        shape = "×".join(map(str, bias.shape)) or "()"
-        return Kept(f"its bias has shape {shape}")
+    if _PART.search(name):
+        return Kept("used to compute the weight of a layer")
+    if not is_weight_name(name) or len(spec.shape) < 2:
+        return Kept(IN_NO_LAYER)
+    prefix = name.removesuffix("weight")
+    bias = specs.get(f"{prefix}bias")
+    weight = Weight(
+        array_dtype(spec.dtype),
+        spec.shape,
+        bias=None if bias is None else bias.shape,
+        others=others_in_layer(_held(prefix, ordered)),
+        shared={own: shared[prefix + own] for own in ("weight", "bias") if prefix + own in shared},
+    )
+    if (reason := reason_to_keep(weight)) is not None:
+        return Kept(reason)
     return None if bias is not None else _guess(name, spec)
 
 
@@ -183,21 +264,31 @@ def _guess(name: str, spec: TensorSpec) -> Kept | None:
     """Return what the name of a layer without bias suggests."""
     layer = next((part for part in reversed(name.split(".")[:-1]) if not part.isdigit()), "")
     if len(spec.shape) == 2 and _TABLE.search(layer):
-        return Kept("embeddings, by its name", is_guess=True)
+        return Kept(f"{IN_NO_LAYER}: embeddings, by its name", is_guess=True)
     if _NORM.search(layer):
-        return Kept("normalization, by its name", is_guess=True)
+        return Kept(f"{IN_NO_LAYER}: normalization, by its name", is_guess=True)
     return None
 
 
-def _other_in_layer(name: str, ordered: Sequence[str]) -> str | None:
-    """Return another tensor, not the bias, in the layer with weight `name`, or None.
+def others_in_layer(held: Iterable[str]) -> list[str]:
+    """Return the names that a layer holds, without those of its weight and bias.
 
     Examples are scales and zero points of quantized layers, gains, masks and adapters.
     """
-    layer = name.removesuffix("weight")
-    own = (name, f"{layer}bias")
-    if not layer:  # the layer is the network itself, or names are not paths
-        return next((other for other in ordered if "." not in other and other not in own), None)
-    start = bisect.bisect_left(ordered, layer)
-    inside = (other for other in ordered[start : start + 3] if other.startswith(layer))
-    return next((other for other in inside if other not in own), None)
+    names = set(held)
+    own = {base if base in names else f"{base}{suffix}"
+           for base in ("weight", "bias") for suffix in SUFFIXES}  # fmt: skip
+    return sorted(names - own)
+
+
+def _held(prefix: str, ordered: Sequence[str]) -> Iterator[str]:
+    """Yield ``weight`` and the first names in the layer whose tensors start with `prefix`."""
+    yield "weight"
+    if not prefix:  # the layer is the network itself, or names are not paths
+        yield from (name for name in ordered if "." not in name)
+        return
+    start = bisect.bisect_left(ordered, prefix)
+    for name in ordered[start : start + 4 + len(SUFFIXES)]:
+        own, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix):
+            yield f"{own}.{rest}" if rest and own in ("weight", "bias") else own

@@ -62,5 +62,7 @@ def on_cluster(scheduler: str | None) -> Iterator[None]:
         raise ImportError(
             "A cluster needs Dask: pip install 'matfact[distributed]', here and on all workers."
         ) from error
-    with Client(scheduler) as client, joblib.parallel_config("dask", client=client):
+    # On a busy machine, workers may take longer to start than the 10 s that joblib waits.
+    pool = {"backend": "dask", "wait_for_workers_timeout": 60}
+    with Client(scheduler) as client, joblib.parallel_config(client=client, **pool):
         yield

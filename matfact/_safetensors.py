@@ -33,6 +33,9 @@ _NUMPY = {
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
 _NAMES = {np.dtype(code): name for name, code in _NUMPY.items()} | {np.dtype(bool): "BOOL"}
+_OF_ARRAYS = {name: dtype.name for dtype, name in _NAMES.items()} | {
+    name: dtype for dtype, name in FLOAT8.items()
+} | {"BF16": "bfloat16"}  # fmt: skip
 _ENTRY = frozenset({"dtype", "shape", "data_offsets"})
 
 
@@ -51,6 +54,11 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all entries."""
         return self.itemsize * math.prod(self.shape)
+
+
+def array_dtype(dtype: str) -> str:
+    """Return the name of a safetensors dtype in array libraries."""
+    return _OF_ARRAYS.get(dtype, dtype)
 
 
 #: A tensor to write: its spec and its bytes.

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from matfact._files import write_atomically
 from matfact._json import finite, read_report, report_rows
-from matfact._layers import LayerReport
+from matfact._layers import IN_NO_LAYER, LayerReport
 from matfact._report_page import page
 from matfact._text import csv_text
 
@@ -48,6 +48,12 @@ class CompressionReport(Sequence[LayerReport]):
         return sum(row.dense_nbytes for row in self.rows)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits of all weights ÷ their entries, including kept layers."""
+        entries = sum(row.rows * row.columns * row.groups for row in self.rows)
+        return 8 * self.nbytes / entries if entries else 0.0
+
+    @property
     def density(self) -> float:
         """Stored values ÷ entries of all weights, including kept layers."""
         entries = [row.rows * row.columns * row.groups for row in self.rows]
@@ -70,15 +76,24 @@ class CompressionReport(Sequence[LayerReport]):
         )  # fmt: skip
         table.add_column("layer", overflow="fold")
         table.add_column("method")
-        for heading in ("shape", "density", "relative", "normalized", "layer", "bytes", "s"):
+        for heading in (
+            "shape",
+            "density",
+            "relative",
+            "normalized",
+            "layer",
+            "bits",
+            "bytes",
+            "s",
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row(row.layer, row.method or row.message or row.status, *_cells(row))
+            table.add_row(row.layer, row.outcome, *_cells(row))
         ratio = self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
         table.add_section()
         table.add_row(
             f"{len(self.rows)} layers", "", "", f"{self.density:.3f}", "", "", "",
-            f"{ratio:.1%}", f"{self.seconds:.1f}",
+            f"{self.bits_per_weight:.2f}", f"{ratio:.1%}", f"{self.seconds:.1f}",
         )  # fmt: skip
         return table
 
@@ -100,7 +115,7 @@ class CompressionReport(Sequence[LayerReport]):
         names = [f"{n} ({s:.1%})" for n, s in sorted(shares.items(), key=lambda i: -i[1])[:most]]
         names += ["…"] if len(shares) > most else []
         share = f"{sum(shares.values()):.1%} of all parameters"
-        return [f"in no layer that can be factorized, {share}: {', '.join(names)}"]
+        return [f"{IN_NO_LAYER}, {share}: {', '.join(names)}"]
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file. Missing values are blank."""
@@ -131,7 +146,7 @@ class CompressionReport(Sequence[LayerReport]):
         facts = {**self.metadata, "untouched": "; ".join(self.untouched(most=20)) or "nothing"}
         lead = (
             f"{len(self)} layers, {self.nbytes:,} of {self.dense_nbytes:,} bytes, "
-            f"density {self.density:.3f}."
+            f"density {self.density:.3f}, {self.bits_per_weight:.2f} bits a weight."
         )
         write_atomically(path, page(self.rows, lead, facts).encode())
 
@@ -157,6 +172,7 @@ def _cells(row: LayerReport) -> list[str]:
     return [
         shape,
         *("" if value is None else f"{value:.3f}" for value in errors),
+        "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
         ratio,
         "" if row.seconds is None else f"{row.seconds:.2f}",
     ]

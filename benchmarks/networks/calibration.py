@@ -9,7 +9,6 @@ form trains three tiny networks on what is installed.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -23,9 +22,10 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import study
+from benchmarks.harness import Row
 from benchmarks.networks import fresh
 from benchmarks.networks.subjects import KINDS, subject
-from benchmarks.studies import Row, markdown_table
+from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.torch import CompressionWarning, compress
 
@@ -57,12 +57,8 @@ class Ratio(NamedTuple):
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
-    """Run the cells that are not finished yet, and write their table."""
-    options = argparse.Namespace(
-        name="calibration", output=folder, quick=quick, seeds=None, cells=cells, n_jobs=1,
-        report=False, threads=1,
-    )  # fmt: skip
-    return study.execute(STUDY, options)
+    """Run the unfinished cells, and write the table."""
+    return study.execute(STUDY, "calibration", folder, quick=quick, pattern=cells)
 
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,6 @@ after.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,8 +18,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks import study
+from benchmarks.harness import Row, Spread
 from benchmarks.networks import data, training
-from benchmarks.studies import Row, Spread, markdown_table
+from benchmarks.tables import markdown_table
 from matfact.torch import (
     compress,
     compress_gradually,
@@ -51,11 +51,7 @@ class Small(NamedTuple):
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
     """Run the unfinished cells, and write the table."""
-    options = argparse.Namespace(
-        name="cnn", output=folder, quick=quick, seeds=None, cells=cells, n_jobs=1, report=False,
-        threads=1,
-    )  # fmt: skip
-    return study.execute(STUDY, options)
+    return study.execute(STUDY, "cnn", folder, quick=quick, pattern=cells)
 
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:

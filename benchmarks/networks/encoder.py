@@ -7,7 +7,6 @@ density. Calibration uses sentences of two novels by Jane Austen and the test us
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
@@ -23,7 +22,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from benchmarks import machine, study
-from benchmarks.studies import Row, markdown_table
+from benchmarks.harness import Row
+from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.compare._weights import demo_folder
 from matfact.torch import compress
@@ -55,11 +55,7 @@ def run(quick: bool, folder: Path, cells: str = "") -> int:
     if quick and (demo_folder() is None or not machine.is_installed("transformers")):
         print("transformers or the extra demo is not installed: nothing to run.")
         return 0
-    options = argparse.Namespace(
-        name="encoder", output=folder, quick=quick, seeds=None, cells=cells, n_jobs=1, report=False,
-        threads=1,
-    )  # fmt: skip
-    return study.execute(STUDY, options)
+    return study.execute(STUDY, "encoder", folder, quick=quick, pattern=cells)
 
 
 def cells(quick: bool) -> Iterator[dict[str, Any]]:

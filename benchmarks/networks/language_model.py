@@ -28,11 +28,11 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from benchmarks import machine
+from benchmarks import harness, machine
 from benchmarks.floor import layer_work, rates
 from benchmarks.memory import reset_peak, resident
 from benchmarks.networks import smollm2
-from benchmarks.studies import _cells, markdown_table
+from benchmarks.tables import markdown_table
 from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
 from matfact._files import write_atomically
 from matfact.constraints import FixedSupport
@@ -84,24 +84,17 @@ def run(quick: bool, folder: Path, pattern: str = "") -> int:
         print("transformers is not installed: nothing to run.")
         return 0
     task = tiny_task() if quick else smollm2_task()
-    file = folder / "cells.jsonl"
-    every = cells((0.5,) if quick else DENSITIES)
-    chosen = [cell for cell in every if re.search(pattern, _cells.key(cell))]
-    known = _cells.load(file)
-    for cell in chosen:
-        if _cells.key(cell) not in known:
-            print(f"{cell['method']} {cell['density']}", flush=True)
-            _, record = _cells._run_one(functools.partial(evaluate, task, folder), cell, 1)
-            if isinstance(record, str):
-                raise SystemExit(record)
-            _cells.append(file, record)
-            print(json.dumps(record["result"]), flush=True)
-    known = _cells.load(file)
-    write(folder, [known[_cells.key(cell)] for cell in chosen])
+    file = folder / harness.FILE
+    chosen = list(cells((0.5,) if quick else DENSITIES))
+    chosen = [cell for cell in chosen if re.search(pattern, harness.key(cell))]
+    if harness.finish("language-model", functools.partial(evaluate, task, folder), chosen, file):
+        return 1
+    known = harness.load(file)
+    write(folder, [known[harness.key(cell)] for cell in chosen])
     return 0
 
 
-def cells(densities: tuple[float, ...]) -> Iterator[_cells.Cell]:
+def cells(densities: tuple[float, ...]) -> Iterator[harness.Cell]:
     """Yield methods and densities in the order of runs."""
     yield {"method": "dense", "density": 1.0}
     yield {"method": "speed", "density": densities[0]}
@@ -154,7 +147,7 @@ def tiny_task() -> Task:
     return Task(LlamaForCausalLM(config).eval(), calibration, tokens[4:])
 
 
-def evaluate(task: Task, folder: Path, cell: _cells.Cell) -> dict[str, Any]:
+def evaluate(task: Task, folder: Path, cell: harness.Cell) -> dict[str, Any]:
     """Compress a copy of the model and test it, resuming an interrupted run."""
     model = copy.deepcopy(task.model)
     if cell["method"] == "dense":
@@ -241,7 +234,7 @@ class Unfinished:
 
 
 def compress_blocks(
-    network: nn.Module, cell: _cells.Cell, tokens: Tensor, unfinished: Unfinished
+    network: nn.Module, cell: harness.Cell, tokens: Tensor, unfinished: Unfinished
 ) -> None:
     """Compress the linear layers of `network` in place, with sequential calibration."""
     method, density = cell["method"], cell["density"]
@@ -319,7 +312,7 @@ def perplexity(model: Any, windows: Tensor) -> float:
     return math.exp(total / (len(windows) * (windows.shape[1] - 1)))
 
 
-def write(folder: Path, records: list[_cells.Record]) -> None:
+def write(folder: Path, records: list[harness.Record]) -> None:
     """Write the tables of the finished cells."""
     with machine.threads(1):
         conditions = machine.describe(1)
@@ -330,7 +323,7 @@ def write(folder: Path, records: list[_cells.Record]) -> None:
     print(text, end="")
 
 
-def tables(records: list[_cells.Record]) -> str:
+def tables(records: list[harness.Record]) -> str:
     """Return perplexities, layers and speed, as Markdown."""
     by_method = {record["cell"]["method"]: record["result"] for record in records}
     dense = by_method["dense"]["perplexity"]

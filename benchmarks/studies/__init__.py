@@ -11,8 +11,3 @@ A study is a module ``benchmarks/studies/some_name.py`` with
 - ``table(rows)``, which returns Markdown, and ``figure(rows)``, which returns a matplotlib figure,
   from one :class:`Row` per cell, averaged over seeds. Both must work with incomplete rows.
 """
-
-from benchmarks.studies._cells import Row, Spread
-from benchmarks.studies._report import markdown_table
-
-__all__ = ["Row", "Spread", "markdown_table"]

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies._cells import Record, Row
-
-
-def markdown_table(header: Sequence[Any], lines: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    rule = "|" + "---|" * len(header)
-    body = [f"| {' | '.join(map(str, line))} |" for line in (header, *lines)]
-    return "\n".join([body[0], rule, *body[1:]]) + "\n"
+from benchmarks.harness import Record, Row
 
 
 def write(

@@ -19,7 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from benchmarks.studies import Row, markdown_table
+from benchmarks.harness import Row
+from benchmarks.tables import markdown_table
 from matfact.allocation import (
     alds_ranks,
     magnitude_scores,

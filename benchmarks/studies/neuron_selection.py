@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.studies import Row, markdown_table
+from benchmarks.harness import Row
+from benchmarks.tables import markdown_table
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
 from matfact.solvers.quadratic import quadratic

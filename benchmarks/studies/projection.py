@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.harness import Row, Spread
 from benchmarks.methods import BASELINES, OURS, Factors, Method
 from benchmarks.peers import PEERS
 from benchmarks.projection import evaluate
-from benchmarks.studies import Row, Spread, markdown_table
+from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.compare._weights import load_weights
 

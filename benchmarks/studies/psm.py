@@ -18,10 +18,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.harness import Row
 from benchmarks.networks.models import build
 from benchmarks.networks.training import accuracy
-from benchmarks.studies import Row, markdown_table
 from benchmarks.studies._training import n_weights, subset, train
+from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer, Palm4MSA
 from matfact.constraints import RowColumnSparsity
 from matfact.torch import compress, randomize_supports, reset_parameters

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.applied import METHODS, two_sparse
 from benchmarks.apply import check, interleaved
-from benchmarks.studies import Row, markdown_table
+from benchmarks.harness import Row
+from benchmarks.tables import markdown_table
 from matfact.operators import FactorProduct
 
 SEEDS = 1

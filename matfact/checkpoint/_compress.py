@@ -16,7 +16,7 @@ from sklearn.base import clone
 
 import matfact
 from matfact import metrics
-from matfact._layers import matrix_shape
+from matfact._layers import NOT_FINITE, matrix_shape
 from matfact._parallel import results
 from matfact._safetensors import from_bfloat16, to_bfloat16
 from matfact._safetensors_file import TensorLocation
@@ -223,6 +223,8 @@ def _factorize(task: _Task) -> Shard:
     """Write the factors of a layer, or the layer itself if it is smaller."""
     name, spec = task.tensor.name, task.tensor.spec
     W = task.tensor.read().reshape(matrix_shape(spec.shape))
+    if not np.isfinite(W).all():
+        return _kept(task, NOT_FINITE)
     factorizer = clone(task.factorizer)
     with single_threaded():
         try:

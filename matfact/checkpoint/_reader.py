@@ -121,6 +121,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
             density=tensor.density,
             relative_error=tensor.relative_error,
             nbytes=self.tensor_nbytes(tensor.name) if tensor.is_product else None,
+            bits_per_weight=self.bits_per_weight(tensor.name) if tensor.is_product else None,
             message=tensor.note,
         )
 

@@ -75,8 +75,7 @@ class Source:
     @functools.cached_property
     def kept(self) -> dict[str, Kept]:
         """All other tensors, and why they are kept."""
-        shared = {name: Kept(f"shared with {o}") for name, o in self.shared.items()}
-        return kept_tensors(self.specs) | shared
+        return kept_tensors(self.specs, self.shared)
 
     @functools.cached_property
     def shared(self) -> dict[str, str]:
@@ -87,11 +86,19 @@ class Source:
         return dict(self._equal_to_tables()) | dict(self._noted_as_shared())
 
     def _noted_as_shared(self) -> Iterator[tuple[str, str]]:
-        """Yield shared tensors with another name, omitted by safetensors."""
+        """Yield all names of shared tensors, each with another name of the tensor.
+
+        safetensors stores only one of them. The omitted names count too: a layer whose weight is
+        stored may share its bias under an omitted name.
+        """
+        groups: dict[str, list[str]] = {}
         for file in dict.fromkeys(self._files.values()):
             for dropped, name in file.metadata.items():
                 if name in self.specs and dropped not in self.specs:
-                    yield name, dropped
+                    groups.setdefault(name, [name]).append(dropped)
+        for names in groups.values():
+            first, second = sorted(names)[:2]
+            yield from ((name, first if name != first else second) for name in names)
 
     def _equal_to_tables(self) -> Iterator[tuple[str, str]]:
         """Yield pairs of weights and identical embedding tables."""

@@ -44,7 +44,7 @@ def summary_table(comparison: Comparison) -> Table:
     table = Table(
         box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,  # fits 80 columns
         caption="mean ± standard deviation; normalized: ÷ error of magnitude pruning; "
-        "bits: a weight, as files hold them",
+        "bits: of a file ÷ weights",
     )  # fmt: skip
     for heading in (*(["asked"] if several else []), "size"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -45,7 +45,7 @@ class ComparisonRow:
     nbytes : int or None
         Bytes of values and positions, in CSR where they are scattered.
     bits_per_weight : float or None
-        Bits of the factors as files hold them ÷ entries of the matrix.
+        Bits of the file that holds the factors ÷ entries of the matrix.
     message : str
         Why the fit failed, or what it warned about.
     """

@@ -64,7 +64,7 @@ class ADMMPruner(BasePruner):
     density_ : float
         Stored values ÷ entries of `W`.
     bits_per_weight_ : float
-        Bits of the factors as files hold them, values and positions, ÷ entries of `W`.
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of ADMM steps; 1 without calibration.
     history_ : dict of list

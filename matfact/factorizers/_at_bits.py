@@ -19,7 +19,8 @@ from matfact.operators._quantized import group_bounds
 #: Bits of values that are tried, and sizes of groups where a matrix is only quantized.
 VALUE_BITS = (3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128, 256)
-#: Share of the bits that may be left unused when a density is looked for, and steps to find it.
+#: Share of the bits that may be left unused when a density is looked for, or exceeded by tables
+#: of levels; and steps to find a density.
 TOLERANCE, STEPS = 0.005, 12
 
 
@@ -66,7 +67,7 @@ def fit_at_bits(
         except metrics.DensityTooSmall as error:
             reasons.append(str(error))
             continue
-        if bits_per_weight(fitted) <= bits:
+        if fitted.bits_per_weight_ <= bits * (1 + TOLERANCE):
             found.append(fitted)
     if not found:
         why = f": {reasons[-1]}" if reasons else ""
@@ -75,11 +76,6 @@ def fit_at_bits(
             f"{W.shape[0]}×{W.shape[1]} matrix{why}"
         )
     return min(found, key=lambda fitted: _error(fitted, W, calibration))
-
-
-def bits_per_weight(fitted: BaseFactorizer) -> float:
-    """Return the bits that the fitted product takes in a file ÷ entries of the matrix."""
-    return 8 * fitted.operator_.nbytes("stored") / math.prod(fitted.operator_.shape)
 
 
 def _error(fitted: BaseFactorizer, W: Array, calibration: InputStatistics | None) -> float:
@@ -120,7 +116,7 @@ def _density(estimator: BaseFactorizer, W: Array, bits: float, value_bits: int) 
 
     def taken(density: float) -> float:
         product = _set(estimator, density=density, **quick).fit(W).operator_
-        return 8 * _quantized_nbytes(product, value_bits) / math.prod(W.shape)
+        return _quantized_bits(product, value_bits)
 
     best, low, high = None, 0.0, min(1.0, bits / value_bits)
     for _ in range(STEPS):
@@ -136,8 +132,8 @@ def _density(estimator: BaseFactorizer, W: Array, bits: float, value_bits: int) 
     return best
 
 
-def _quantized_nbytes(product: FactorProduct, bits: int) -> int:
-    """Return the bytes of a product with values of so many bits, whatever these are."""
+def _quantized_bits(product: FactorProduct, bits: int) -> float:
+    """Return the bits a weight of a product with values of so many bits, whatever these are."""
     factors = []
     for factor in product:
         if math.prod(factor.values.shape):
@@ -145,7 +141,8 @@ def _quantized_nbytes(product: FactorProduct, bits: int) -> int:
             levels = np.zeros(factor.values.shape, np.int8)
             factor = QuantizedFactor(levels, np.ones(n_groups, np.float32), bits, 64, factor)
         factors.append(factor)
-    return FactorProduct(factors).nbytes("stored") + len(factors) * 2**bits
+    levels = 8 * len(factors) * 2**bits / math.prod(product.shape)
+    return FactorProduct(factors).bits_per_weight + levels
 
 
 def _set(estimator: BaseFactorizer, **params: Any) -> BaseFactorizer:

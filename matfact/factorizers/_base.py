@@ -143,7 +143,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.factors_ = operator.factors
         self.nnz_ = operator.nnz
         self.density_ = operator.density
-        self.bits_per_weight_ = 8 * operator.nbytes("stored") / math.prod(operator.shape)
+        self.bits_per_weight_ = operator.bits_per_weight
         self.reconstruction_err_ = metrics.relative_error(W, W_hat)
         self.normalized_err_ = metrics.normalized_error(W, self.reconstruction_err_, self.nnz_)
         self.__dict__.pop("layer_err_", None)  # of an earlier fit

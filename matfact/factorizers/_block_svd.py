@@ -81,7 +81,7 @@ class BlockSVD(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`.
     bits_per_weight_ : float
-        Bits of the factors as files hold them, values and positions, ÷ entries of `W`.
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of blockings tried.
     history_ : dict of list

@@ -97,7 +97,7 @@ int of shape (in_features,), default="identity"
     density_ : float
         Stored values ÷ entries of `W`.
     bits_per_weight_ : float
-        Bits of the factors as files hold them, values and positions, ÷ entries of `W`.
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of sweeps and descent steps; 1 for two factors, which have a closed form.
     history_ : dict of list

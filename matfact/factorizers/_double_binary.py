@@ -37,9 +37,9 @@ class DoubleBinaryFactorizer(BaseFactorizer):
         Bits a weight, scales included; never exceeded. A square matrix of `n` rows has an inner
         dimension of about ``bits * n / 2``. None means 2, or those of an inner dimension of 1
         where that is more.
-    max_iter : int, default=200
+    max_iter : int, default=150
         Number of sweeps over both matrices. The penalties are scheduled over them, so more sweeps
-        find better signs: 100 raise the error by about 2 %.
+        find better signs: 300 lower the error by about 3 %.
 
     Attributes
     ----------
@@ -58,6 +58,8 @@ class DoubleBinaryFactorizer(BaseFactorizer):
         Signs and scales.
     density_ : float
         ``nnz_`` ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of sweeps.
     history_ : dict of list
@@ -92,7 +94,7 @@ class DoubleBinaryFactorizer(BaseFactorizer):
         "max_iter": [Interval(Integral, 1, None, closed="left")],
     }
 
-    def __init__(self, bits: float | None = None, max_iter: int = 200) -> None:
+    def __init__(self, bits: float | None = None, max_iter: int = 150) -> None:
         self.bits = bits
         self.max_iter = max_iter
 

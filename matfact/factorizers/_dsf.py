@@ -80,7 +80,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`.
     bits_per_weight_ : float
-        Bits of the factors as files hold them, values and positions, ÷ entries of `W`.
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of sweeps over all factors.
     history_ : dict of list

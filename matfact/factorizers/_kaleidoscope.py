@@ -61,7 +61,7 @@ class KaleidoscopeFit(BaseFactorizer):
     density_ : float
         Stored values ÷ entries of `W`; above 1 for small matrices.
     bits_per_weight_ : float
-        Bits of the factors as files hold them, values and positions, ÷ entries of `W`.
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of descent steps.
     history_ : dict of list

@@ -55,6 +55,8 @@ class Quantized(BaseFactorizer):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Iterations of the factorizer.
     history_ : dict of list

@@ -49,7 +49,7 @@ class WandaPruner(BasePruner):
     density_ : float
         Stored values ÷ entries of `W`.
     bits_per_weight_ : float
-        Bits of the factors as files hold them, values and positions, ÷ entries of `W`.
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         1: the solution has a closed form.
     history_ : dict of list

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
-#: Numbers expanded at a time: a multiple of 8, so that packed ones begin with a byte.
+#: Gaps looked at together.
 _COUNT = 1 << 16
 #: The gap that stands for so many places without a value.
 _SKIP = 255
@@ -66,20 +67,27 @@ def places(steps: np.ndarray, count: int, shape: tuple[int, int]) -> tuple[np.nd
         ends = at + np.cumsum(part + is_place.astype(np.int64))
         at, found = int(ends[-1]), ends[is_place]
         need(at < rows * columns, "gaps lead beyond the matrix")
-        row, indices[done : done + found.size] = np.divmod(found, columns)
-        if found.size:
-            lengths[row[0] : row[-1] + 1] += np.bincount(row - row[0])
+        if not found.size:
+            continue
+        first_row, last_row = found[0] // columns, found[-1] // columns
+        begins = np.arange(first_row, last_row + 1) * columns
+        counts = np.diff(np.searchsorted(found, begins), append=found.size)
+        indices[done : done + found.size] = found - np.repeat(begins, counts)
+        lengths[first_row : last_row + 1] += counts
         done += found.size
     return indices, np.concatenate([[0], np.cumsum(lengths)])
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Return codes (uint8) of `bits` bits each, one after the other, highest bit first."""
-    parts = [
-        np.packbits(np.unpackbits(codes[first : first + _COUNT, None], axis=1)[:, 8 - bits :])
-        for first in range(0, codes.size, _COUNT)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+    eights = np.zeros((-(-codes.size // 8), 8), np.uint16)
+    eights.reshape(-1)[: codes.size] = codes
+    content = np.zeros((len(eights), bits + 1), np.uint8)
+    for number, (byte, shift) in enumerate(_windows(bits)):
+        window = eights[:, number] << shift
+        content[:, byte] |= (window >> 8).astype(np.uint8)
+        content[:, byte + 1] |= (window & 255).astype(np.uint8)
+    return content[:, :bits].reshape(-1)[: -(-codes.size * bits // 8)]
 
 
 def unpacked(content: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -88,9 +96,19 @@ def unpacked(content: np.ndarray, bits: int, count: int) -> np.ndarray:
     need(content.shape == (-(-count * bits // 8),), f"{count} codes have another number of bytes")
     beyond = -count * bits % 8
     need(not (content[-1:] & ((1 << beyond) - 1)).any(), "bits follow the last code")
-    codes = np.empty(count, np.uint8)
-    for first in range(0, count, _COUNT):
-        part = codes[first : first + _COUNT]
-        each = np.unpackbits(content[first * bits // 8 :], count=part.size * bits)
-        part[:] = np.packbits(each.reshape(-1, bits), axis=1)[:, 0] >> (8 - bits)
-    return codes
+    bytes_of_eights = np.zeros((-(-count // 8), bits + 1), np.uint16)
+    rest = content.size % bits
+    whole = content[: content.size - rest].reshape(-1, bits)
+    bytes_of_eights[: len(whole), :bits] = whole
+    bytes_of_eights[len(whole) :, :rest] = content[content.size - rest :]
+    codes = np.empty((len(bytes_of_eights), 8), np.uint8)
+    for number, (byte, shift) in enumerate(_windows(bits)):
+        window = bytes_of_eights[:, byte] << 8 | bytes_of_eights[:, byte + 1]
+        codes[:, number] = window >> shift & (1 << bits) - 1
+    return codes.reshape(-1)[:count]
+
+
+def _windows(bits: int) -> Iterator[tuple[int, int]]:
+    """Yield where each of eight codes stands: in which two bytes, and how far from their end."""
+    for place in range(0, 8 * bits, bits):
+        yield place // 8, 16 - bits - place % 8

@@ -28,6 +28,8 @@ from matfact.operators._sign import SignFactor
 
 #: Maximum rows or columns of a stored factor, so that a file cannot claim a huge side.
 LARGEST_SIDE = 1 << 24
+#: Share of entries below which the gaps between them are stored in place of a mask.
+THIN = 0.1
 Tensors = dict[str, np.ndarray]
 
 
@@ -60,13 +62,13 @@ def encode(
     return entries, tensors
 
 
-def stored_nbytes(factor: Factor) -> int:
-    """Return the bytes of the tensors that hold a factor."""
+def stored_nbytes(factor: Factor, itemsize: int | None = None) -> int:
+    """Return the bytes of the tensors that hold a factor, floating-point values in `itemsize`."""
     arrays = _positions(factor)[1]
     if isinstance(factor, QuantizedFactor):
         arrays |= encode_levels(factor, stored_dtype(factor))[1]
         return sum(array.nbytes for array in arrays.values())
-    own = math.prod(factor.values.shape) * dtype_nbytes(factor.dtype)
+    own = math.prod(factor.values.shape) * (itemsize or dtype_nbytes(factor.dtype))
     return own + sum(array.nbytes for array in arrays.values())
 
 
@@ -188,8 +190,8 @@ def _sparse_positions(factor: SparseFactor) -> tuple[str, Tensors]:
         return factor.kind, csr
     smallest = sum(array.nbytes for array in csr.values())
     mask_nbytes = (rows * columns + 7) // 8
-    # Fewer than a quarter of all entries are told in fewer bits by the gaps between them.
-    is_thin = 4 * factor.nnz < rows * columns
+    # Few entries are told in fewer bits by the gaps between them; masks are read faster.
+    is_thin = factor.nnz < THIN * rows * columns
     coded = huffman(gaps(factor.locations) if is_thin else factor.bits)
     if coded.size < min(smallest, mask_nbytes) and rows <= 8 * coded.size:
         return "gaps" if is_thin else "bitmask", {"coded": coded}

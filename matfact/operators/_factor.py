@@ -50,6 +50,15 @@ class Factor(ABC):
     def add_to(self, program: Program) -> None:
         """Append the factor to a program for the kernels (NumPy values only)."""
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether the matrix is stored as codes of a few bits."""
+        return False
+
+    def suits_bytes(self) -> bool:
+        """Whether it can be a step of a program that stores bytes, for real numbers."""
+        return False
+
     @abstractmethod
     def toarray(self) -> Array:
         """Return the matrix as a dense array."""
@@ -65,9 +74,14 @@ class Factor(ABC):
         return locations
 
     @property
+    def numbers(self) -> Array:
+        """The stored array that carries the dtype of the factor."""
+        return self.values
+
+    @property
     def dtype(self) -> Any:
-        """Dtype of the stored values."""
-        return self.values.dtype
+        """Dtype of the factor."""
+        return self.numbers.dtype
 
     @property
     def nnz(self) -> int:

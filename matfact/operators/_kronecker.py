@@ -68,8 +68,14 @@ class KroneckerSparseFactor(Factor):
         product = merge(backend.compute_array(self.values), right)
         return KroneckerSparseFactor(product[:, None, :, :])
 
+    def suits_bytes(self) -> bool:
+        return self.values.shape[2:] == (1, 1)
+
     def add_to(self, program: Program) -> None:
-        program.add_kronecker(self.values)
+        if program.stored == "int8":
+            program.add_scales(self.values)
+        else:
+            program.add_kronecker(self.values)
 
     def toarray(self) -> Array:
         a, b, c, d = self.pattern

@@ -102,15 +102,15 @@ class FactorProduct(ArrayLike, Displayed):
         return self.flops / max(1, 2 * math.prod(self.shape))
 
     def nbytes(self, format: Format = "csr") -> int:
-        """Return the bytes of values and positions.
+        """Return the bytes of values and positions, or of a file.
 
         Parameters
         ----------
         format : {"csr", "bitmask", "smallest", "dense", "stored"}, default="csr"
             How scattered nonzeros are located: column indices, one bit an entry, whichever of
             the two is smaller for each factor, not at all (every entry of every factor is
-            stored), or as :meth:`save` does, whose file has a header of some hundred bytes
-            besides. Structured factors need few positions or none, except in ``"dense"``.
+            stored). Structured factors need few positions or none in the first three.
+            ``"stored"`` counts all bytes of the file that :meth:`save` writes, its header too.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
@@ -118,8 +118,14 @@ class FactorProduct(ArrayLike, Displayed):
             itemsize = dtype_nbytes(self.dtype)
             return itemsize * sum(math.prod(factor.shape) for factor in self.factors)
         if format == "stored":
-            return sum(map(stored_nbytes, self.factors))
+            return sum(map(len, _storage.pack(self.factors)[1]))
         return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that files hold for an entry of the dense matrix, headers aside."""
+        bits = 8 * sum(stored_nbytes(factor) for factor in self.factors)
+        return bits / max(1, math.prod(self.shape))
 
     @property
     def T(self) -> FactorProduct:  # noqa: N802
@@ -140,6 +146,7 @@ class FactorProduct(ArrayLike, Displayed):
         """Return the product with each value rounded to one of ``2**bits`` levels.
 
         :class:`~matfact.Quantized` loses less: it knows the matrix, and possibly the inputs.
+        Factors that store no values stay as they are.
 
         Parameters
         ----------
@@ -147,11 +154,6 @@ class FactorProduct(ArrayLike, Displayed):
             Bits of a value, from 2 to 8.
         group_size : int or None, default=64
             Number of values of a row that share a 16-bit scale, about; None for all of them.
-
-        Returns
-        -------
-        FactorProduct
-            Factors that store no values stay as they are.
 
         Raises
         ------

@@ -55,8 +55,8 @@ class QuantizedFactor(Factor):
         return self.pattern.shape
 
     @property
-    def dtype(self) -> Any:
-        return self.scales.dtype
+    def numbers(self) -> Array:
+        return self.scales
 
     @functools.cached_property
     def bounds(self) -> np.ndarray:
@@ -87,8 +87,21 @@ class QuantizedFactor(Factor):
     def apply(self, X: Array) -> Array:
         return self.decoded().apply(X)
 
+    @property
+    def is_coded(self) -> bool:
+        return True
+
+    def suits_bytes(self) -> bool:
+        # A pattern of other storages suits as a diagonal alone, whose numbers are few.
+        from matfact.operators._dispatch import coding
+
+        return coding.pays(self) or self.pattern.suits_bytes()
+
     def add_to(self, program: Program) -> None:
-        self.decoded().add_to(program)
+        if program.stored == "int8" and isinstance(self.pattern, (DenseFactor, SparseFactor)):
+            program.add_quantized(self)
+        else:
+            self.decoded().add_to(program)
 
     def toarray(self) -> Array:
         return self.decoded().toarray()

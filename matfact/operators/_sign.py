@@ -10,6 +10,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
+from matfact.operators._dense import DenseFactor
 from matfact.operators._factor import Factor
 
 if TYPE_CHECKING:
@@ -76,10 +77,18 @@ class SignFactor(Factor):
         xp = backend.namespace(X)
         return xp.matmul(xp.astype(backend.like(self._signs, X), X.dtype), X)
 
-    def add_to(self, program: Program) -> None:
-        from matfact.operators._dense import DenseFactor
+    @property
+    def is_coded(self) -> bool:
+        return True
 
-        DenseFactor(self.toarray()).add_to(program)
+    def suits_bytes(self) -> bool:
+        return True
+
+    def add_to(self, program: Program) -> None:
+        if program.stored == "int8":
+            program.add_signs(self.bits, self.dimensions)
+        else:
+            DenseFactor(self.toarray()).add_to(program)
 
     def toarray(self) -> Array:
         return backend.like(self._signs, self.values, dtype=self.values.dtype)

@@ -34,8 +34,9 @@ def pack(
     manifest = {"format": "matfact", "version": FORMAT_VERSION, "factors": entries}
     specs = in_aligned_order({name: spec for name, (spec, _) in tensors.items()})
     content = (tensors[name][1] for name in specs)
+    text = json.dumps(manifest, separators=(",", ":"))
     kinds = tuple(_storage_name(entry) for entry in entries)
-    return kinds, serialize(specs, content, {"matfact": json.dumps(manifest)})
+    return kinds, serialize(specs, content, {"matfact": text})
 
 
 def _storage_name(entry: dict[str, Any]) -> str:

@@ -119,19 +119,21 @@ def double_binary(
     A, B = (_projected(V, None) for V in _start(W, n_terms, seed))
     energy, sweep = backend.norm(W) ** 2, 0
     solution = B.solution
+    gram = _gram(solution)
     for sweep in range(1, max_iter + 1):
         penalties = _penalties(sweep, max_iter)
-        A = sign_regression(_gram(solution), xp.matmul(solution, W_transposed), A, penalties)
+        A = sign_regression(gram, xp.matmul(solution, W_transposed), A, penalties)
         solution = A.solution
-        cross = xp.matmul(solution, W)
-        gram = _gram(solution)
-        B = sign_regression(gram, xp.asarray(cross, copy=True), B, penalties)
+        cross, gram_left = xp.matmul(solution, W), _gram(solution)
+        B = sign_regression(gram_left, cross, B, penalties)
         solution = B.solution
+        gram = _gram(solution)
         if callback is not None:
             explained = 2 * backend.inner(cross, solution)
-            callback(sweep, max(0.0, energy - explained + backend.inner(gram, _gram(solution))))
-        A, B = _balanced(A, B)
-        solution = B.solution
+            callback(sweep, max(0.0, energy - explained + backend.inner(gram_left, gram)))
+        scale = _imbalance(A, B)
+        A, B = _scaled(A, scale), _scaled(B, 1 / scale)
+        solution, gram = solution / scale[:, None], gram / scale[:, None] / scale[None, :]
     transpose = xp.matrix_transpose
     product = BinaryProduct(A.v, signs(transpose(A.V)), A.u * B.u, signs(B.V), B.v)
     refine(product, W, metric)
@@ -191,17 +193,17 @@ def _projected(V: Array, v: Array | None) -> SignState:
     return SignState(V, u, xp.matmul(u, magnitudes))
 
 
-def _balanced(A: SignState, B: SignState) -> tuple[SignState, SignState]:
-    """Give each term's two magnitudes, rows of both states, equal norms."""
+def _imbalance(A: SignState, B: SignState) -> Array:
+    """Return what gives the two magnitudes of each term, rows of both states, equal norms."""
     xp = backend.namespace(A.V)
     norms = [state.u * xp.linalg.vector_norm(state.v) for state in (A, B)]
     used = (norms[0] > 0) & (norms[1] > 0)
     ones = xp.ones_like(norms[0])
-    scale = xp.sqrt(xp.where(used, norms[1], ones) / xp.where(used, norms[0], ones))
-    return (
-        SignState(A.V * scale[:, None], A.u * scale, A.v),
-        SignState(B.V / scale[:, None], B.u / scale, B.v),
-    )
+    return xp.sqrt(xp.where(used, norms[1], ones) / xp.where(used, norms[0], ones))
+
+
+def _scaled(state: SignState, scale: Array) -> SignState:
+    return SignState(state.V * scale[:, None], state.u * scale, state.v)
 
 
 def _gram(M: Array) -> Array:

@@ -64,8 +64,8 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
     factors = list(product.factors)
     for i in range(len(factors) - 1, -1, -1):
         factor = factors[i]
-        if isinstance(factor, (QuantizedFactor, SignFactor)):
-            raise TypeError(f"columns of {factor!r} cannot be scaled: its values are codes")
+        if isinstance(factor, QuantizedFactor | SignFactor):
+            raise TypeError("codes of few bits cannot take up scales of columns")
         if not isinstance(factor, SelectionFactor):
             columns = backend.like(factor.locations % factor.shape[1], scale)
             scales = xp.astype(xp.take(scale, columns), factor.values.dtype)

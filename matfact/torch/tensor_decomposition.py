@@ -20,8 +20,10 @@ from matfact.torch.compression._tasks import check_names, is_selected
 from matfact.torch.layers._inherit import copied, move_hooks
 from matfact.torch.layers._matricized import distinct_layers, is_linear, refusal
 from matfact.torch.layers._weights import effective, is_finite, is_frozen, place, tied_places
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 
+@outside_inference_mode
 def tucker_svd(
     model: nn.Module,
     *,
@@ -72,7 +74,7 @@ def tucker_svd(
             raise ValueError("inplace must be False if the network is a single layer.")
         whole = nn.Sequential(model)
         return tucker_svd(whole, ranks=ranks, singular_values=singular_values).get_submodule("0")
-    model = model if inplace else copied(model)
+    model = _own(model, inplace)
     for names, layer in _chosen(model, layers):
         if isinstance(layer, nn.Linear):
             parts = _svd_parts(layer, singular_values)
@@ -86,6 +88,7 @@ def tucker_svd(
     return model
 
 
+@outside_inference_mode
 def tensor_train(
     model: nn.Module,
     max_rank: int = 10,
@@ -119,7 +122,7 @@ def tensor_train(
     for name, value in (("max_rank", max_rank), ("n_cores", n_cores)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    model = model if inplace else copied(model)
+    model = _own(model, inplace)
     for _, layer in _chosen(nn.Sequential(model) if is_linear(model) else model, layers):
         weight = layer.weight
         train = TensorTrain(weight.shape, max_rank, n_cores)
@@ -254,6 +257,14 @@ def energy_rank(matrix: np.ndarray, share: float) -> int:
     return 1 + int(np.sum(energies < share * energies[-1] * (1 - 1e-12)))
 
 
+def _own(model: nn.Module, inplace: bool) -> nn.Module:
+    """Return the network to change: `model` itself, or a copy."""
+    if not inplace:
+        return copied(model)
+    check_trainable(model)
+    return model
+
+
 def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tuple[list[str], Any]]:
     """Return the layers to decompose, with all of their names."""
     tied = tied_places(model)
@@ -272,7 +283,7 @@ def _chosen(model: nn.Module, layers: str | Collection[str] | None) -> list[tupl
     return chosen
 
 
-def _is_plain(layer: Any, tied: set[tuple[Any, ...]]) -> bool:
+def _is_plain(layer: Any, tied: Collection[tuple[Any, ...]]) -> bool:
     """Whether a layer is ungrouped, with a real weight that it does not share."""
     return (
         isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))

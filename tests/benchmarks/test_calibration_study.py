@@ -7,10 +7,11 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from benchmarks import harness  # noqa: E402
+
 # The benchmarks are not installed with the library.
 from benchmarks.networks import calibration, fresh, masked  # noqa: E402
 from benchmarks.networks.subjects import Seen, Subject  # noqa: E402
-from benchmarks.studies import _cells  # noqa: E402
 
 
 def subject(model, batches, key="x"):
@@ -90,7 +91,7 @@ def test_every_call_of_a_shared_layer_counts_and_padding_does_not():
 
 
 def test_cells_of_the_full_form_cover_the_table():
-    rows = [_cells.rows([{"cell": cell, "result": {"layers": {}}}])[0]
+    rows = [harness.rows([{"cell": cell, "result": {"layers": {}}}])[0]
             for cell in calibration.cells(quick=False)]  # fmt: skip
     found = calibration.groups(rows)
     networks = {key[0] for key in found}
@@ -104,7 +105,7 @@ def test_the_noise_of_a_ratio_is_told_from_batches():
         cell = {"network": "ResNet-20", "method": method}
         mean = sum(parts) / len(parts)
         result = {"divergence": mean, "parts": {str(i): part for i, part in enumerate(parts)}}
-        return _cells.rows([{"cell": cell, "result": result}])[0]
+        return harness.rows([{"cell": cell, "result": result}])[0]
 
     rng = torch.Generator().manual_seed(0)
     base = 1 + 0.1 * torch.rand(20, generator=rng, dtype=torch.double)
@@ -123,7 +124,7 @@ def test_the_quick_form_judges_three_networks(tmp_path, monkeypatch):
     folder = tmp_path / "results"
     folder.mkdir()
     assert calibration.run(quick=True, folder=folder, cells="(autoencoder|shared)") == 0
-    rows = _cells.rows(_cells.load(folder / "cells.jsonl").values())
+    rows = harness.rows(harness.load(folder / "cells.jsonl").values())
     assert len(rows) == 8
     for row in rows:
         assert 0 < calibration.headline(row) < float("inf")

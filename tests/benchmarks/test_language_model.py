@@ -8,16 +8,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 # The benchmarks are not installed with the library.
+from benchmarks import harness  # noqa: E402
 from benchmarks.floor import SCHEDULES, layer_work  # noqa: E402
 from benchmarks.networks import language_model, smollm2  # noqa: E402
-from benchmarks.studies import _cells  # noqa: E402
 
 
 def test_a_language_model_is_compressed_cell_by_cell(tmp_path, capsys):
     assert language_model.run(True, tmp_path) == 0
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {m} | " in table for m in (*language_model.METHODS, *language_model.VARIANTS))
-    records = _cells.load(tmp_path / "cells.jsonl")
+    records = harness.load(tmp_path / "cells.jsonl")
     results = {tuple(r["cell"].values())[:-1]: r["result"] for r in records.values()}
     results |= {name: results.pop((name,)) for name in ("dense", "speed")}
     assert all(r["layers"] == 14 for cell, r in results.items() if isinstance(cell, tuple))

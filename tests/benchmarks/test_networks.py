@@ -8,9 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 # The benchmarks are not installed with the library.
+from benchmarks import harness  # noqa: E402
 from benchmarks.networks import cnn, data, training  # noqa: E402
 from benchmarks.networks.models import build  # noqa: E402
-from benchmarks.studies import _cells  # noqa: E402
 
 
 def test_idx_files_are_read_and_others_refused(tmp_path):
@@ -85,7 +85,8 @@ def test_every_method_stores_no_more_than_its_density_and_learns(tmp_path, monke
     folder.mkdir()
     assert cnn.run(quick=True, folder=folder) == 0
     rows = {
-        row.cell["method"]: row for row in _cells.rows(_cells.load(folder / "cells.jsonl").values())
+        row.cell["method"]: row
+        for row in harness.rows(harness.load(folder / "cells.jsonl").values())
     }
     assert set(rows) == {"dense", *cnn.METHODS, *cnn.GRADUAL}
     dense = rows.pop("dense")

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 # The benchmarks are not installed with the library.
-from benchmarks import study
-from benchmarks.studies import _cells, markdown_table
+from benchmarks import harness, study
+from benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def test_failed_and_torn_cells_are_run_again(monkeypatch, tmp_path, capsys):
     module, calls = toy()
     assert run_toy(monkeypatch, tmp_path, module, seeds=1) == 0
     assert [cell["power"] for cell in calls] == [2, 3]
-    assert len(_cells.load(file)) == 3
+    assert len(harness.load(file)) == 3
     assert file.read_text().count("\n") == 4
 
 
@@ -94,7 +94,7 @@ def test_cells_are_chosen_and_reported_as_far_as_they_are(monkeypatch, tmp_path)
 
 
 def test_a_seed_of_a_cells_own_is_the_only_one():
-    cells = _cells.with_seeds([{"a": 1}, {"a": 2, "seed": 7}], 2)
+    cells = harness.with_seeds([{"a": 1}, {"a": 2, "seed": 7}], 2)
     assert cells == [{"a": 2, "seed": 7}, {"a": 1, "seed": 0}, {"a": 1, "seed": 1}]
 
 

@@ -127,8 +127,8 @@ class LanguageModel(nn.Module):
 def test_weights_that_modules_share_are_kept_as_in_memory(tmp_path):
     save_model(LanguageModel(), str(tmp_path / "noted.safetensors"))
     network = compress(tmp_path / "noted.safetensors", tmp_path / "noted", HALF)
-    assert network.tensors["lm_head.weight"].note == "shared with tokens.weight"
-    assert network.tensors["again.weight"].note == "shared with up.weight"
+    assert network.tensors["lm_head.weight"].note == "weight shared with tokens.weight"
+    assert network.tensors["again.weight"].note == "weight shared with up.weight"
     assert not any(tensor.is_product for tensor in network.tensors.values())
 
 

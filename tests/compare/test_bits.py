@@ -5,7 +5,7 @@ import pytest
 
 from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, compare_projections
 from matfact.compare import plot_comparison, summary_table
-from matfact.factorizers._at_bits import bits_per_weight, fit_at_bits
+from matfact.factorizers._at_bits import fit_at_bits
 from matfact.metrics import DensityTooSmall
 
 W = np.random.default_rng(0).standard_normal((96, 120)).astype(np.float32)
@@ -60,4 +60,4 @@ def test_too_few_bits_are_refused():
 
 def test_a_fit_at_bits_keeps_to_them():
     fitted = fit_at_bits(MagnitudePruner(), W, 3)
-    assert 2.9 < bits_per_weight(fitted) <= 3
+    assert 2.9 < fitted.bits_per_weight_ <= 3

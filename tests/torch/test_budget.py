@@ -231,10 +231,10 @@ def test_layers_of_a_frozen_network_matter_as_much():
         output_sensitivity(network, [x.fill_(torch.nan)], loss)
 
 
-def test_methods_without_a_density_are_refused_before_any_fit(monkeypatch):
-    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
-    monkeypatch.setattr(LowRank, "fit", lambda *_: pytest.fail("a layer was fitted"))
-    with pytest.raises(ValueError, match="methods must have a density to choose, got rtn"):
-        layer_options(model, ["lowrank", "rtn"], [0.5])
-    with pytest.raises(ValueError, match="methods must have a density to choose, got rtn"):
-        compress(model, ["lowrank", "rtn"], budget=Budget(0.5))
+def test_quantization_of_the_whole_matrix_is_an_option_of_a_budget(network):
+    _, report = compress(
+        network, ["lowrank", "rtn"], budget=Budget(0.15, densities=(0.2,), bits=(2, 4))
+    )
+    assert {row.method for row in report} <= {"RoundToNearest", "LowRank", ""}
+    assert "RoundToNearest" in {row.method for row in report}
+    assert sum(row.nbytes for row in report) <= 0.15 * report.dense_nbytes

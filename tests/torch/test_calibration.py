@@ -432,7 +432,7 @@ def test_layers_that_a_plain_list_holds_are_kept():
 
     small, report = compress(Listed(), "magnitude", density=0.5)
     assert [row.status for row in report] == ["kept", "kept", "compressed"]
-    assert "steps holds it too" in report[0].message
+    assert "steps also holds" in report[0].message
     assert small.steps[0] is small.a
 
 

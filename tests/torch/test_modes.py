@@ -18,7 +18,14 @@ from matfact.torch import (  # noqa: E402
     SparseProductLinear,
     add_adapters,
     compress,
+    fine_tune,
+    load_network,
     merge_adapters,
+    prune_network,
+    prune_neurons,
+    save_network,
+    tensor_train,
+    tucker_svd,
 )
 
 STRUCTURES = {
@@ -179,3 +186,64 @@ def test_modules_pickled_with_column_numbers_of_sixteen_bits_compute_the_same():
         factor._buffers["indices"] = factor.indices.view(torch.int16)[:, 0]
     torch.testing.assert_close(saved(old)(x), layer(x))
     assert saved(old).factors[0].indices.dtype == torch.uint8
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 6))
+
+
+BATCHES = [(torch.randn(8, 6), torch.randn(8, 6)) for _ in range(2)]
+CONVOLUTIONS = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+
+
+def loaded(model, folder):
+    save_network(compress(model, "magnitude", density=0.5).model, folder / "network")
+    return load_network(network(), folder / "network")
+
+
+def adapted(model, _):
+    small = compress(model, "magnitude", density=0.5).model
+    add_adapters(small, rank=2, random_state=0)
+    return small
+
+
+#: Functions that change or make a network, given one and a folder.
+ENTRIES = {
+    "compress": lambda model, _: compress(model, "magnitude", density=0.5).model,
+    "with calibration": lambda model, _: compress(
+        model, "wanda", density=0.5, calibration=[x for x, _ in BATCHES]
+    ).model,
+    "compress in place": lambda model, _: compress(model, "magnitude", inplace=True).model,
+    "prune": lambda model, _: prune_network(model, "magnitude", keep=0.5) and model,
+    "prune neurons": lambda model, _: prune_neurons(model, [x for x, _ in BATCHES]).model,
+    "fine-tune": lambda model, _: fine_tune(
+        model, BATCHES, lambda y, batch: nn.functional.mse_loss(y, batch[1]), epochs=1
+    ) and model,
+    "decompose": lambda *_: tucker_svd(CONVOLUTIONS, ranks=0.5),
+    "parametrize": lambda *_: tensor_train(CONVOLUTIONS, max_rank=2),
+    "adapt": adapted,
+    "load": loaded,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_is_made_in_inference_mode_can_be_trained(entry, tmp_path):
+    dense = network()
+    with torch.inference_mode():
+        model = ENTRIES[entry](dense, tmp_path)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    x = torch.randn(2, 3, 9, 9) if entry in {"decompose", "parametrize"} else BATCHES[0][0]
+    model(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("entry", ["compress in place", "prune", "fine-tune"])
+def test_networks_made_in_inference_mode_are_not_changed_in_place(entry, tmp_path):
+    with torch.inference_mode():
+        model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"'0.weight' was created inside.*copy\.deepcopy"):
+        ENTRIES[entry](model, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    ENTRIES[entry](copy.deepcopy(model), tmp_path)

@@ -196,7 +196,12 @@ def test_tied_weights_become_masks_of_torch_in_all_layers():
 def test_layers_without_weights_have_not_collapsed(method):
     with pytest.warns(UserWarning, match="zero-element"):
         model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.Linear(3, 3))
-    report = prune_network(model, method, 0.5, [torch.ones(2, 4)], loss=squares)
+    batches = [torch.ones(2, 4)]
+    report = prune_network(copy.deepcopy(model), method, 0.5, batches, loss=squares)
+    assert report.kept == {"2.weight": 4}
+    assert report.left_out == dict.fromkeys(("0", "1"), "weight without entries")
+    chosen = {"loss": squares, "prunable": lambda module, name: name == "weight"}
+    report = prune_network(model, method, 0.5, batches, **chosen)
     assert report.kept == {"0.weight": 0, "1.weight": 0, "2.weight": 4}
     assert not report.collapsed
     assert count_flops(model, torch.ones(2, 4)).stored["0.weight"] == 0

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from matfact.calibration import MapStatistics  # noqa: E402
-from matfact.torch import input_statistics  # noqa: E402
+from matfact.torch import compress, input_statistics  # noqa: E402
 from matfact.torch.calibration import sequential  # noqa: E402
 from matfact.torch.calibration.sequential import sequential_statistics  # noqa: E402
 from matfact.torch.calibration.statistics import captured, layer_views  # noqa: E402
@@ -202,6 +202,15 @@ def network(request):
         if name == request.param:
             return model.eval(), batches
     raise AssertionError
+
+
+@pytest.mark.parametrize(("form", "waits"), [("state", True), ("object", False)])
+def test_layers_say_so_where_batches_cannot_wait_before_blocks(form, waits):
+    torch.manual_seed(0)
+    ((model, batches),) = ((m, b) for name, m, b in networks() if name == form)
+    _, report = compress(model, "wanda", density=0.5, calibration=batches)
+    said = [row.layer for row in report if "runs of the whole network" in row.message]
+    assert said == ([] if waits else [row.layer for row in report])
 
 
 def perturbed(layer):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 # The benchmarks are not installed with the library.
 from benchmarks import cluster
 from matfact import DoubleSparseFactorizer, MagnitudePruner, compare_projections
+from matfact._parallel import on_cluster
 from matfact.checkpoint import _compress, compress
 from matfact.cli import app
 from matfact.compare import Comparison, StoredMatrix, cut_matrices, load_weights
@@ -166,3 +167,9 @@ def test_dask_is_named_where_it_is_missing(source, tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert "matfact[distributed]" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_slow_workers_are_waited_for(client):
+    with on_cluster(client.scheduler.address):
+        backend, _ = joblib.parallel.get_active_backend()
+        assert backend.wait_for_workers_timeout == 60

@@ -27,6 +27,7 @@ from matfact.torch.running._batches import checked, eval_mode
 from matfact.torch.running._random import RandomState, batch_states
 from matfact.torch.running._traces import Traces
 
+_WHOLE = "calibrated in runs of the whole network, since batches cannot wait before its blocks"
 #: Maximum number of waiting passes, each in a thread of about 0.1 MB.
 MOST_PASSES = 2048
 
@@ -247,6 +248,8 @@ class _Replay:
             statistics = Collected(self._model, {name: view}, batches, as_dense).statistics
             del view  # memory
             forget(self._model)
+            for each in statistics.values() if self._seen.interferes else ():
+                each.note = "; ".join(filter(None, (each.note, _WHOLE)))
             yield from statistics.items()
 
     def _as_dense(self, views: _Views) -> _Mode:

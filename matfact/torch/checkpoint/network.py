@@ -33,6 +33,7 @@ from matfact.torch.layers._matricized import (
 from matfact.torch.layers._narrowed import narrowed, narrowed_tensors, parsed
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._tensors import outside_inference_mode
 
 #: Setting of checkpoints with all products in the layout (out, in).
 _BY_LAYER = {"layout": "out, in"}
@@ -88,6 +89,7 @@ def save_network(
     save(path, content, shapes=shapes, report=report, settings=known)
 
 
+@outside_inference_mode
 def load_network(
     model: nn.Module | Callable[[], nn.Module], path: str | Path, *, strict: bool = True
 ) -> nn.Module:

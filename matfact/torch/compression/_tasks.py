@@ -14,31 +14,42 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from matfact import metrics
+from matfact._layers import NOT_FINITE, reason_to_keep
 from matfact.backend import Array
 from matfact.factorizers import METHODS, BaseFactorizer
 from matfact.report import LayerReport
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.compression._fit import Fitted
+from matfact.torch.compression._settings import (
+    check_value_bits,
+    configured,
+    density_of,
+    has_bits,
+    has_density,
+    name_of,
+)
 from matfact.torch.layers._matricized import (
     Dimensions,
     Matricized,
     dimensions,
     distinct_layers,
+    facts,
     is_linear,
     matricized,
-    refusal,
 )
 from matfact.torch.layers._weights import is_finite, place, tied_places
 from matfact.torch.running._traces import OF_ALL_MODULES
 
+#: Message of layers that are kept on request.
+AS_REQUESTED = "as requested"
 #: A factorizer, or its name in :data:`matfact.factorizers.METHODS`.
 Method = str | BaseFactorizer
 #: Selection of layers: a regular expression, names, or a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
 #: Positions of layers to keep.
 Position = Literal["first", "last"]
-#: Override for a layer: a method, a density, both, or None to keep it.
-Override = Method | float | tuple[Method, float] | None
+#: Override for a layer: a method, a density, both, both with bits, or None to keep it.
+Override = Method | float | tuple[Method, float] | tuple[Method, float | None, float | None] | None
 
 
 @dataclasses.dataclass
@@ -92,11 +103,11 @@ class Task:
             rows=rows,
             columns=columns,
             groups=groups,
-            method="" if status == "kept" else type(self.factorizer).__name__,
+            method="" if status == "kept" or self.factorizer is None else name_of(self.factorizer),
             status=status,
             dense_nbytes=size * itemsize,
             dense_flops=2 * size,
-            requested_density=getattr(self.factorizer, "density", None),
+            requested_density=density_of(self.factorizer),
             message=self.message,
         )
         return row if fitted is None else dataclasses.replace(row, **_measures(fitted, row))
@@ -105,13 +116,15 @@ class Task:
 def _measures(fitted: Fitted, row: LayerReport) -> dict[str, Any]:
     products = fitted.products
     size = row.dense_flops // 2
+    nbytes = fitted.nbytes(row.dense_nbytes // size)
     return {
         "density": sum(product.nnz for product in products) / size,
         "relative_error": fitted.relative_error,
         "normalized_error": fitted.normalized_error,
         "layer_error": fitted.layer_error,
         "fitted_layer_error": fitted.fitted_layer_error,
-        "nbytes": fitted.nbytes(row.dense_nbytes // size),
+        "nbytes": nbytes,
+        "bits_per_weight": 8 * nbytes / size,
         "flops": sum(product.flops for product in products),
         "seconds": fitted.seconds,
     }
@@ -124,8 +137,11 @@ def plan(
     layers: Layers | None,
     overrides: Mapping[str, Override],
     keep: Sequence[Position] = (),
+    value_bits: int | None = None,
 ) -> list[Task]:
     """Return a task for each selected layer, in the order of the network.
+
+    Factorizers get `value_bits`, except those of overrides that have bits of their own.
 
     Raises
     ------
@@ -134,45 +150,64 @@ def plan(
         a layer to compress is not in memory.
     """
     metrics.check_density(density)
+    check_value_bits(value_bits)
     found = [(names, layer) for names, layer in distinct_layers(model) if is_linear(layer)]
     check_names(layers, overrides, [name for names, _ in found for name in names])
-    tasks = [
-        _task(names, layer, _factorizer(names, method, density, overrides))
-        for names, layer in found
-        if any(is_selected(name, layer, layers) for name in names)
-    ]
+    tied, holders = tied_places(model), _holders(model)
+    tasks = []
+    for names, layer in found:
+        factorizer = _factorizer(names, method, density, value_bits, overrides)
+        if any(is_selected(name, layer, layers) for name in names):
+            tasks.append(_task(names, layer, factorizer, _shared(layer, tied), holders.get(layer)))
     if not tasks:
         raise ValueError(f"layers must select linear layers or convolutions, got {layers!r}.")
     for task in tasks:
         task.is_given = bool(_matching(task.names, overrides))
     for position, task in zip(get_args(Position), (tasks[0], tasks[-1]), strict=True):
         if position in keep:
-            task.keep("kept as requested")
-    _keep_shared(model, tasks)
-    _keep_held(model, tasks)
+            task.keep(AS_REQUESTED)
     for task in tasks:
         _check_values(task)
     return tasks
 
 
-def _task(names: list[str], layer: nn.Module, factorizer: BaseFactorizer | None) -> Task:
+def _task(
+    names: list[str],
+    layer: nn.Module,
+    factorizer: BaseFactorizer | None,
+    shared: Mapping[str, str],
+    holder: str | None,
+) -> Task:
     stored: Any = layer._parameters.get("weight")
     if is_lazy(stored):
         raise ValueError(
             f"model must be initialized, but {names[0]!r} is a {type(layer).__name__} that has "
             "never been called: call the network once before."
         )
-    view = matricized(layer)
-    task = Task(names, type(layer).__name__, dimensions(layer), view, factorizer)
-    if view is None:
-        task.keep(f"kept: {refusal(layer)}")
+    task = Task(names, type(layer).__name__, dimensions(layer), matricized(layer), factorizer)
+    known = facts(layer)
+    if holder is not None and known.odd is None:
+        known = known._replace(odd=f"layer that {holder} also holds, where it cannot be replaced")
+    if (reason := reason_to_keep(known._replace(shared=shared))) is not None:
+        task.keep(reason)
     elif factorizer is None:
-        task.keep("kept as requested")
+        task.keep(AS_REQUESTED)
     return task
 
 
-def _keep_held(model: nn.Module, tasks: list[Task]) -> None:
-    """Keep layers that are also plain attributes, through which they may still be called."""
+def _shared(layer: nn.Module, tied: Mapping[Any, Mapping[nn.Module, str]]) -> dict[str, str]:
+    """Return the shared parameters of a layer, with a name of each in another module."""
+    return {
+        "weight" if own.startswith("weight") else own: min(
+            name for module, name in tied[place(parameter)].items() if module is not layer
+        )
+        for own, parameter in layer.named_parameters()
+        if place(parameter) in tied
+    }
+
+
+def _holders(model: nn.Module) -> dict[Any, str]:
+    """Return layers that are also plain attributes, through which they may still be called."""
     holders: dict[Any, str] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -183,10 +218,7 @@ def _keep_held(model: nn.Module, tasks: list[Task]) -> None:
             for each in several:
                 if isinstance(each, nn.Module):
                     holders[each] = f"{name}.{attribute}".strip(".")
-    for task in tasks:
-        layer = None if task.view is None else task.view.layer
-        if task.factorizer is not None and layer in holders:
-            task.keep(f"kept: {holders[layer]} holds it too, where it cannot be replaced")
+    return holders
 
 
 def _check_values(task: Task) -> None:
@@ -201,8 +233,8 @@ def _check_values(task: Task) -> None:
             "layers or overrides."
         )
     if not is_finite(weight):
-        task.keep("kept: its weight has values that are not finite")
-        warnings.warn(f"{name}: {task.message}.", CompressionWarning, stacklevel=4)
+        task.keep(NOT_FINITE)
+        warnings.warn(f"{name} is kept: {task.message}.", CompressionWarning, stacklevel=5)
 
 
 def check_names(layers: Layers | None, overrides: Mapping[str, Override], known: list[str]) -> None:
@@ -249,29 +281,46 @@ def is_selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
 
 
 def _factorizer(
-    names: list[str], method: Method, density: float | None, overrides: Mapping[str, Override]
+    names: list[str],
+    method: Method,
+    density: float | None,
+    value_bits: int | None,
+    overrides: Mapping[str, Override],
 ) -> BaseFactorizer | None:
     """Return the unfitted factorizer of a layer, or None to keep it."""
+    bits: float | None = None
     for override in _matching(names, overrides):
         if override is None:
             return None
         if isinstance(override, tuple):
-            method, density = override
+            method, density, bits = (*override, None)[:3]
         elif isinstance(override, (int, float)):
             density = override
         else:
             method = override
+            # The density is that of another method, which this one may not have.
+            density = density if has_density(unfitted(method)) else None
+        if bits is None and not has_bits(unfitted(method)):
+            bits = value_bits
         break
-    metrics.check_density(density)
-    if isinstance(method, str) and method in METHODS:
-        factorizer = clone(METHODS[method].estimator)
-    elif isinstance(method, BaseFactorizer):
-        factorizer = clone(method)
     else:
-        raise ValueError(
-            f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}."
-        )
-    return factorizer if density is None else factorizer.set_params(density=density)
+        if value_bits is not None and has_bits(unfitted(method)):
+            raise ValueError(
+                f"value_bits must be None with {type(unfitted(method)).__name__}, which has bits "
+                f"of its own, got {value_bits}."
+            )
+        bits = value_bits
+    metrics.check_density(density)
+    return configured(unfitted(method), density, bits)
+
+
+def unfitted(method: Method) -> BaseFactorizer:
+    """Return a new factorizer of a method."""
+    if isinstance(method, str) and method in METHODS:
+        return clone(METHODS[method].estimator)
+    if isinstance(method, BaseFactorizer):
+        return clone(method)
+    raise ValueError(f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}.")
 
 
 def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Override]:
@@ -279,16 +328,3 @@ def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Overr
     exact = [overrides[name] for name in names if name in overrides]
     patterns = (k for k in overrides if any(re.search(k, name) for name in names))
     return exact or [overrides[pattern] for pattern in patterns]
-
-
-def _keep_shared(model: nn.Module, tasks: list[Task]) -> None:
-    """Keep layers that share a parameter with another module: replacing them would untie it."""
-    tied = tied_places(model)
-    for task in tasks:
-        if task.view is None or task.factorizer is None:
-            continue
-        for name, parameter in task.view.layer.named_parameters():
-            if place(parameter) in tied:
-                what = "weight" if name.startswith("weight") else name
-                task.keep(f"kept: its {what} is shared with another module")
-                break

@@ -11,6 +11,7 @@ from matfact import metrics
 from matfact.torch.compression._compress import Compressed, compress
 from matfact.torch.compression._tasks import Method
 from matfact.torch.layers._matricized import is_linear
+from matfact.torch.running._tensors import outside_inference_mode
 from matfact.torch.training.finetune import check_finite
 
 
@@ -42,6 +43,7 @@ def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list
     return [density + (initial - density) * share**3 for share in remaining]
 
 
+@outside_inference_mode
 def compress_gradually(
     model: nn.Module,
     method: Method = "dsf",

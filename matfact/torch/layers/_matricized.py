@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from matfact import backend
+from matfact._layers import Weight, reason_to_keep
 from matfact.backend import Array
 from matfact.operators import FactorProduct
 from matfact.torch.layers._inherit import inherit, is_moved_by_accelerate
@@ -107,10 +108,8 @@ _VIEWS: dict[type, type[Matricized]] = {
 }
 #: Methods that define what a module computes.
 _METHODS = ("__call__", "_call_impl", "forward", "_conv_forward")
-#: Dtypes of weights that solvers accept.
-_DTYPES = (
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
-)  # fmt: skip
+#: Stands for the weight of a layer that is already factorized.
+_FACTORIZED = Weight("float32", (1, 1))
 _TENSORS = (Tensor, nn.Parameter, nn.UninitializedParameter)
 
 
@@ -132,18 +131,38 @@ def refusal(layer: nn.Module) -> str | None:
     It has one if it computes what its torch class does, with a floating or complex weight. The
     values of the weight do not matter, and need not be in memory.
     """
+    return reason_to_keep(facts(layer))
+
+
+def facts(layer: nn.Module) -> Weight:
+    """Return the known properties of the weight of `layer`."""
+    if odd := _odd_class(layer):
+        return Weight("", (), odd=odd)
+    if isinstance(layer, (FactorizedLinear, FactorizedConv)):
+        return _FACTORIZED
+    weight = effective(layer, "weight")
+    if odd := _odd_tensor(weight):
+        return Weight("", (), odd=odd)
+    known = Weight(str(weight.dtype).removeprefix("torch."), (1, 1), others=others(layer))
+    if is_lazy(weight):  # its shape is not known yet
+        return known
+    bias, n_axes = effective(layer, "bias"), 2 + len(getattr(layer, "kernel_size", ()))
+    return known._replace(
+        shape=tuple(weight.shape),
+        axes=(n_axes,),
+        bias=None if bias is None else tuple(bias.shape),
+    )
+
+
+def _odd_class(layer: nn.Module) -> str | None:
+    """Return why a layer is not computed like a linear layer or convolution of torch, or None."""
     base = _family(layer)
     if base is None:
-        return "it is not a linear layer or convolution"
+        return "not a linear layer or convolution"
     if base not in _VIEWS and base.__module__.partition(".")[0] != "transformers":
-        return "its class is not the Conv1D of transformers"
-    if changed := [name for name in _METHODS if _differs(layer, base, name)]:
-        return f"it has a custom {changed[0]}"
-    if issubclass(base, (FactorizedLinear, FactorizedConv)):
-        return None
-    if held := [name for name in others(layer) if name != "parametrizations"]:
-        return f"it holds more than a weight and a bias: {', '.join(held)}"
-    return _odd(effective(layer, "weight"), 2 + len(getattr(layer, "kernel_size", ())))
+        return "class other than the Conv1D of transformers"
+    changed = [name for name in _METHODS if _differs(layer, base, name)]
+    return f"layer with a custom {changed[0]}" if changed else None
 
 
 def _family(layer: nn.Module) -> type | None:
@@ -163,19 +182,13 @@ def _differs(layer: nn.Module, base: type, name: str) -> bool:
     return not (takes_turns or is_moved_by_accelerate(layer))
 
 
-def _odd(weight: Any, n_axes: int) -> str | None:
-    """Return why a weight cannot be factorized, or None."""
+def _odd_tensor(weight: Any) -> str | None:
+    """Return why a weight cannot be read as an array, or None."""
     if not isinstance(weight, Tensor):
-        return "it has no weight"
+        return "layer with no weight"
     if type(weight) not in _TENSORS:
-        return f"its weight is a {type(weight).__name__}"
-    if weight.dtype not in _DTYPES:
-        return f"its weight is of {weight.dtype}"
-    if weight.layout != torch.strided:
-        return f"its weight is of {weight.layout}"
-    if not is_lazy(weight) and weight.ndim != n_axes:
-        return f"its weight has {weight.ndim} axes instead of {n_axes}"
-    return None
+        return f"weight of class {type(weight).__name__}"
+    return None if weight.layout == torch.strided else f"weight of layout {weight.layout}"
 
 
 def distinct_layers(model: nn.Module) -> list[tuple[list[str], nn.Module]]:

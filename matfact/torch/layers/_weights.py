@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.utils.spectral_norm import (
 )
 from torch.nn.utils.weight_norm import WeightNorm
 
+from matfact._layers import SUFFIXES, others_in_layer
 from matfact.torch.running._batches import eval_mode
 
 _COMPUTING = (
@@ -25,8 +25,6 @@ _COMPUTING = (
     SpectralNormStateDictHook,
     SpectralNormLoadStateDictPreHook,
 )
-#: Suffixes that pruning and normalization append to tensor names.
-_SUFFIXES = ("", "_orig", "_mask", "_g", "_v", "_u")
 
 
 def is_computing(hook: Any) -> bool:
@@ -60,15 +58,15 @@ def is_frozen(layer: nn.Module, name: str) -> bool:
 
 
 def _is_bias(name: str) -> bool:
-    names = {f"bias{suffix}" for suffix in _SUFFIXES}
+    names = {f"bias{suffix}" for suffix in ("", *SUFFIXES)}
     return name in names or name.startswith("parametrizations.bias.")
 
 
-def others(layer: nn.Module) -> Iterator[str]:
-    """Yield the names of tensors and modules of `layer` other than its weight and bias."""
-    known = {f"{name}{suffix}" for name in ("weight", "bias") for suffix in _SUFFIXES}
-    for held in (layer._parameters, layer._buffers, layer._modules):
-        yield from (n for n, value in held.items() if value is not None and n not in known)
+def others(layer: nn.Module) -> list[str]:
+    """Return the names of tensors and modules of `layer` other than its weight and bias."""
+    held = {**layer._parameters, **layer._buffers, **layer._modules}
+    held.pop("parametrizations", None)
+    return others_in_layer(name for name, value in held.items() if value is not None)
 
 
 def place(parameter: Tensor) -> tuple[Any, ...]:
@@ -78,13 +76,13 @@ def place(parameter: Tensor) -> tuple[Any, ...]:
     return parameter.device, parameter.data_ptr()
 
 
-def tied_places(model: nn.Module) -> set[tuple[Any, ...]]:
-    """Return the owners of parameters shared by several modules."""
-    owners: dict[tuple[Any, ...], set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(place(parameter), set()).add(module)
-    return {at for at, modules in owners.items() if len(modules) > 1}
+def tied_places(model: nn.Module) -> dict[tuple[Any, ...], dict[nn.Module, str]]:
+    """Return the places of parameters shared by several modules, with the name in each."""
+    owners: dict[tuple[Any, ...], dict[nn.Module, str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(place(parameter), {}).setdefault(module, name)
+    return {at: names for at, names in owners.items() if len(names) > 1}
 
 
 def is_finite(weight: Tensor) -> bool:

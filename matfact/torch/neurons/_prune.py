@@ -28,7 +28,7 @@ from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
 from matfact.torch.running._batches import check_collection, device_of, eval_mode
 from matfact.torch.running._random import RandomState, drawing, generators_of
-from matfact.torch.running._tensors import first_filled
+from matfact.torch.running._tensors import check_trainable, first_filled, outside_inference_mode
 
 Method = Literal["least_squares", "gradient", "ispasp"]
 
@@ -76,6 +76,7 @@ class NeuronPruning:
     blocks: list[PrunedBlock]
 
 
+@outside_inference_mode
 def prune_neurons(
     model: nn.Module,
     batches: Iterable[Any],
@@ -149,12 +150,14 @@ def prune_neurons(
     if method not in _SOLVERS:
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
     check_collection(batches)
+    if inplace:
+        check_trainable(model)
     first = first_filled(batches)
     if blocks is None:
         blocks = find_blocks(model, first)
         if not blocks:
             message = "no block of hidden units can be pruned: the network is not changed."
-            warnings.warn(message, CompressionWarning, stacklevel=2)
+            warnings.warn(message, CompressionWarning, stacklevel=3)
     else:
         _check_blocks(model, blocks, first)
     if max_error is None:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
+from matfact.torch.layers._coded import is_coded
 from matfact.torch.layers._factors import FactorModule
 from matfact.torch.layers._matricized import is_linear, refusal
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._tensors import outside_inference_mode
 
 #: Decides whether to prune a parameter, given its module and name.
 Predicate = Callable[[nn.Module, str], bool]
@@ -272,13 +274,14 @@ def _is_weight(module: nn.Module, name: str) -> bool:
 def _refusal(module: nn.Module) -> str | None:
     """Return why the weight of a layer is not pruned by default, or None if it is."""
     if isinstance(module, (FactorizedLinear, FactorizedConv)):
-        return None  # its factors are pruned
+        coded = any(is_coded(factor) for factor in module.modules())
+        return "its factors store codes of few bits" if coded else None  # its factors are pruned
     if "weight" not in module._parameters and "weight_mask" not in module._buffers:
-        return "its weight is computed from other parameters"
+        return "weight computed from other parameters"
     if not isinstance(module, _ConvTransposeNd):
         return refusal(module)
     own = any(type(module).forward is kind.forward for kind in _TRANSPOSED)
-    return None if own and "forward" not in vars(module) else "it has a custom forward"
+    return None if own and "forward" not in vars(module) else "layer with a custom forward"
 
 
 def collapsed_layers(parameters: Iterable[Prunable]) -> list[str]:
@@ -289,7 +292,7 @@ def collapsed_layers(parameters: Iterable[Prunable]) -> list[str]:
             f"All weights of {', '.join(labels)} are pruned: the network has collapsed there. Keep "
             "more, or use scope='layer' or method='synflow'.",
             LayerCollapseWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return labels
 
@@ -300,6 +303,7 @@ def masked_parameters(model: nn.Module) -> list[Prunable]:
     return [parameter for parameter in everything if parameter.masked]
 
 
+@outside_inference_mode
 def make_permanent(model: nn.Module) -> nn.Module:
     """Remove all masks, leaving zeros where they pruned.
 
@@ -318,6 +322,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
     return model
 
 
+@outside_inference_mode
 def to_torch_prune(model: nn.Module) -> nn.Module:
     """Convert all masks to those of :mod:`torch.nn.utils.prune`, for tools that expect them.
 

@@ -20,6 +20,7 @@ from matfact.torch.pruning._masks import (
     unprunable_layers,
 )
 from matfact.torch.pruning._scores import Loss, Method, check_finite, scorer
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 Scope = Literal["global", "layer"]
 
@@ -56,6 +57,7 @@ class PruningReport:
         return sum(self.kept.values()) / max(1, sum(self.sizes.values()))
 
 
+@outside_inference_mode
 def prune_network(
     model: nn.Module,
     method: Method = "synflow",
@@ -125,6 +127,7 @@ def prune_network(
     (0.25, 20)
     """
     _check(method, keep, scope, rounds)
+    check_trainable(model)
     parameters = prunable_parameters(model, prunable)
     check_weights(parameters)
     with unchanged_on_failure(parameters):

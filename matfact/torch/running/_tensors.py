@@ -1,12 +1,16 @@
-"""Tensors in batches and outputs of any kind."""
+"""Tensors in networks, and in batches and outputs of any kind."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -49,3 +53,25 @@ def first_filled(batches: Iterable[Any]) -> Any:
         if any(tensor.numel() for tensor in tensors_in(batch)):
             return batch
     raise ValueError("batches must hold at least one batch with samples, got none.")
+
+
+def outside_inference_mode(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Run `function` outside of inference mode, so that its results can be trained."""
+
+    @functools.wraps(function)
+    def outside(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        tracked = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(tracked):
+            return function(*args, **kwargs)
+
+    return outside
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a parameter was created in inference mode: it cannot be trained."""
+    made = next((name for name, each in model.named_parameters() if each.is_inference()), None)
+    if made is not None:
+        raise ValueError(
+            f"model must be created outside torch.inference_mode(), but {made!r} was created "
+            "inside and cannot be trained: copy the network outside, with copy.deepcopy."
+        )

@@ -9,6 +9,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers._factors import (
     BlockFactorModule,
     DenseFactorModule,
@@ -16,6 +17,7 @@ from matfact.torch.layers._factors import (
     KroneckerFactorModule,
     SparseFactorModule,
 )
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 
 class _Adapted(FactorModule):
@@ -58,6 +60,7 @@ _CLASSES: dict[type[FactorModule], type[_Adapted]] = {
 }
 
 
+@outside_inference_mode
 def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> list[nn.Parameter]:
     """Add a low-rank adapter to every factor of every compressed layer.
 
@@ -68,7 +71,8 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     Parameters
     ----------
     model : torch.nn.Module
-        A network with compressed layers, changed in place. Its other parameters are frozen.
+        A network with compressed layers, changed in place. Its other parameters are frozen. Layers
+        of quantized values or signs cannot be adapted: train their scales instead.
     rank : int
         Rank of the update of each factor, limited by its shorter side.
     random_state : int, RandomState or None, default=None
@@ -93,18 +97,21 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     >>> merge_adapters(model)[0].to_product().density
     0.25
     """
+    check_trainable(model)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.has_values]
+    factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.trained]
     if not factors:
         raise ValueError("model must have compressed layers to adapt, got none.")
     if any(isinstance(factor, _Adapted) for factor in factors):
         raise ValueError("model must have no adapters yet: merge them first.")
+    refuse_codes(model, "to merge adapters into")
     rng = check_random_state(random_state)
     _freeze(model)
     return [adapter for factor in factors for adapter in _adapt(factor, rank, rng)]
 
 
+@outside_inference_mode
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Add the adapters of :func:`add_adapters` to the values, and remove them.
 

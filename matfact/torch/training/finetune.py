@@ -16,8 +16,10 @@ from torch.nn import functional
 
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize
+from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._batches import checked, device_of, eval_mode, forward, moved
+from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 #: Distance between an output and the teacher's output, both tensors.
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +48,7 @@ class FineTuning:
     first_score: float | None = None
 
 
+@outside_inference_mode
 def fine_tune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -67,7 +70,7 @@ def fine_tune(
     ----------
     model : torch.nn.Module
         The network, changed in place. Supports are fixed with any optimizer, since positions are
-        not parameters.
+        not parameters. Of quantized values only the scales are trained.
     batches : iterable
         Training batches, iterated in each epoch: tensors, tuples (labels after the inputs) or
         mappings.
@@ -106,6 +109,7 @@ def fine_tune(
         If a loss or a trained parameter becomes infinite or NaN (with `validate`, training then
         stops with a warning), or if `validate` always returns NaN.
     """
+    check_trainable(model)
     if loss is None and teacher is None:
         raise ValueError("loss must be given without a teacher, got None for both.")
     if not 0.0 <= distillation <= 1.0:
@@ -140,7 +144,7 @@ def fine_tune(
             if best is None:
                 raise
             message = f"Training stops, and the best network is kept: {error}"
-            warnings.warn(message, ConvergenceWarning, stacklevel=2)
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
         finally:
             if best is not None:
                 best.restore()
@@ -267,6 +271,7 @@ def output_tensor(output: Any) -> Tensor:
     return output_tensor(next(iter(output.values())) if hasattr(output, "values") else output[0])
 
 
+@outside_inference_mode
 def balance_factors(model: nn.Module) -> nn.Module:
     """Balance the norms of the factors of each layer in `model`, without changing outputs.
 
@@ -283,6 +288,7 @@ def balance_factors(model: nn.Module) -> nn.Module:
     return model
 
 
+@outside_inference_mode
 def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
     """Add a dense update, such as that of a low-rank adapter, to the values of `layer`.
 
@@ -297,6 +303,7 @@ def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
     update : Tensor of shape (out_features, in_features)
         Update of the weight.
     """
+    refuse_codes(layer, "to take up an update")
     target = (layer.weight + update).detach()
     eye = torch.eye(layer.in_features, dtype=target.dtype, device=target.device)
     _set_values(layer, finalize(layer.to_product(), target, eye))
@@ -306,4 +313,5 @@ def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
 @torch.no_grad()
 def _set_values(layer: FactorizedLinear, product: FactorProduct) -> None:
     for module, factor in zip(layer.chain, product.factors, strict=True):
-        module.values.copy_(factor.values)
+        if module.trained:
+            module.assign(factor)

@@ -1,4 +1,4 @@
-"""Cells of a study: run once, stored in a file, and averaged over seeds."""
+"""Cells of a benchmark: run once, stored in a file, resumed, and averaged over seeds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import statistics
 import time
 import traceback
@@ -14,10 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import matfact
 from benchmarks import machine
 
+#: File in the output folder, with a line per finished cell.
+FILE = "cells.jsonl"
+console = Console(highlight=False, soft_wrap=True)
 #: Everything a result depends on, including its seed.
 Cell = dict[str, Any]
 #: A finished cell, as stored: ``cell``, ``result``, ``cpu_seconds``, ``finished``, ``matfact``.
@@ -98,7 +104,65 @@ def append(path: Path, record: Record) -> None:
         os.close(file)
 
 
-def run(
+def finish(
+    title: str,
+    function: Callable[[Cell], dict[str, Any]],
+    cells: Sequence[Cell],
+    file: Path,
+    *,
+    pattern: str = "",
+    threads: int = 1,
+    n_jobs: int = 1,
+) -> int:
+    """Run the unfinished cells and store their records; return the number of failures.
+
+    Parameters
+    ----------
+    title : str
+        Label of the progress bar.
+    function : callable
+        Returns the results of a cell.
+    cells : sequence of dict
+        All cells.
+    file : Path
+        File of the finished cells.
+    pattern : str
+        Regular expression of the cells to run, as JSON.
+    threads, n_jobs : int
+        Threads per cell, and number of parallel cells.
+    """
+    known = load(file)
+    todo = [cell for cell in cells if key(cell) not in known and re.search(pattern, key(cell))]
+    failures = 0
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=len(todo))
+        for i, (cell, outcome) in enumerate(_run(function, todo, threads, n_jobs), start=1):
+            if isinstance(outcome, str):
+                failures += 1
+            else:
+                append(file, outcome)
+            progress.console.print(f"{i}/{len(todo)} {_line(cell, outcome)}", markup=False)
+            progress.advance(task)
+    return failures
+
+
+def _line(cell: Cell, outcome: Record | str) -> str:
+    """Return the summary of a finished cell."""
+    head = " ".join(f"{name}={value}" for name, value in cell.items())
+    if isinstance(outcome, str):
+        return f"{head}: failed\n{outcome}"
+    shown = " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in outcome["result"].items()
+        if not isinstance(value, dict)
+    )
+    return f"{head}: {shown} ({outcome['cpu_seconds']:.1f} s)"
+
+
+def _run(
     function: Callable[[Cell], dict[str, Any]], cells: Sequence[Cell], threads: int, n_jobs: int
 ) -> Iterator[tuple[Cell, Record | str]]:
     """Yield cells as they end, each with its record or with the traceback of its failure."""
