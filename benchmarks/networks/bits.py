@@ -2,7 +2,8 @@
 
 The linear layers of the sentence encoder (the extra ``demo``) and of the first blocks of
 SmolLM2-135M take the same number of bits a weight by every method, calibrated with the same
-samples, and the networks are measured on others. Real texts are ``text/*.txt`` in the folder of data sets; the quick
+samples, and the networks are measured on others. Real texts are ``text/*.txt`` in the folder of
+data sets; the quick
 form takes two layers of the encoder.
 """
 
