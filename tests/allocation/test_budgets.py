@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, metrics
+from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, RoundToNearest, metrics
 from matfact.allocation import (
     Option,
     allocate,
@@ -157,3 +157,8 @@ def test_bad_arguments_are_named(change, message, layers):
 def test_a_budget_that_no_uniform_density_meets_is_refused(layers):
     with pytest.raises(ValueError, match="budget=10 is less"):
         allocate_uniformly(layers, 10, method="lowrank")
+
+
+def test_methods_without_a_density_are_refused():
+    with pytest.raises(ValueError, match="methods must have a density to choose, got rtn="):
+        measure_options(np.eye(8), METHODS | {"rtn": RoundToNearest()}, [0.5])

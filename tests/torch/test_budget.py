@@ -229,3 +229,12 @@ def test_layers_of_a_frozen_network_matter_as_much():
     assert output_sensitivity(network, [x], loss) == pytest.approx(expected)
     with pytest.raises(ValueError, match="layer '0'"):
         output_sensitivity(network, [x.fill_(torch.nan)], loss)
+
+
+def test_methods_without_a_density_are_refused_before_any_fit(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    monkeypatch.setattr(LowRank, "fit", lambda *_: pytest.fail("a layer was fitted"))
+    with pytest.raises(ValueError, match="methods must have a density to choose, got rtn"):
+        layer_options(model, ["lowrank", "rtn"], [0.5])
+    with pytest.raises(ValueError, match="methods must have a density to choose, got rtn"):
+        compress(model, ["lowrank", "rtn"], budget=Budget(0.5))
