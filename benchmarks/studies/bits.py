@@ -33,7 +33,7 @@ BITS = (2.5, 2.0, 3.0, 4.0, 3.5, 5.0, 8.0)
 METHODS = {
     "RTN": RoundToNearest(),
     "DBF": DoubleBinaryFactorizer(max_iter=300),
-    "DSF": DoubleSparseFactorizer(),
+    "DSF": DoubleSparseFactorizer(max_iter=200),
     "magnitude": MagnitudePruner(),
     "low rank": LowRank(),
     "Monarch": MonarchProjector(),

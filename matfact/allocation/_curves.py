@@ -17,6 +17,7 @@ from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._validation import check_matrix
 from matfact.operators import DenseFactor, FactorProduct
+from matfact.operators._encoding import stored_nbytes
 
 #: Method name for a layer that is kept.
 DENSE = "dense"
@@ -37,7 +38,7 @@ class Option:
     error : float
         Relative error; of the layer's outputs if measured with inputs.
     nbytes : int
-        Bytes of values and positions in files.
+        Bytes of values and positions in files, without headers.
     flops : int
         Floating-point operations per sample.
     seconds : float
@@ -113,7 +114,7 @@ def _option(
     is_blind = gram is None
     error = metrics.relative_error(W, W_hat) if is_blind else metrics.layer_error(W, W_hat, gram)
     seconds = math.nan if latency is None else latency(operator)
-    nbytes = operator.nbytes("stored")
+    nbytes = sum(map(stored_nbytes, operator.factors))
     return Option(method, float(density), error, nbytes, operator.flops, seconds)
 
 
