@@ -78,7 +78,20 @@ def fit_at_bits(
             f"{W.shape[0]}×{W.shape[1]} matrix{why}"
         )
     best = min(found, key=lambda pair: pair[0])[1]
-    return best if len(candidates) == 1 else _fitted(best, W, calibration)
+    return best if len(candidates) == 1 else _within(best, W, bits, calibration)
+
+
+def _within(
+    candidate: BaseFactorizer, W: Array, bits: float, calibration: InputStatistics | None
+) -> BaseFactorizer:
+    """Return the fit, at a lower density if its positions take more bits than expected."""
+    while True:
+        fitted = _fitted(clone(candidate), W, calibration)
+        share = bits / fitted.bits_per_weight_
+        if share * (1 + TOLERANCE) >= 1:
+            return fitted
+        density = candidate.get_params()["estimator__density"]
+        candidate.set_params(estimator__density=0.99 * share * density)
 
 
 def _fitted(

@@ -92,10 +92,7 @@ class QuantizedFactor(Factor):
         return True
 
     def suits_bytes(self) -> bool:
-        # A pattern of other storages suits as a diagonal alone, whose numbers are few.
-        from matfact.operators._dispatch import coding
-
-        return coding.pays(self) or self.pattern.suits_bytes()
+        return self.pattern.suits_bytes()  # as a diagonal, whose numbers are few
 
     def add_to(self, program: Program) -> None:
         if program.stored == "int8" and isinstance(self.pattern, (DenseFactor, SparseFactor)):

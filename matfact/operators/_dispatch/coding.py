@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from matfact.kernels import quantized, signs
-from matfact.operators._csr import SparseFactor
-from matfact.operators._dense import DenseFactor
 
-if TYPE_CHECKING:
-    from matfact.operators._quantized import QuantizedFactor
-
+# Factors are told by their kind, since their modules import this part of the house.
 #: Bytes of a floating point number, which a scale is too, and of a column.
 _NUMBER, _COLUMN = 4, 2
 _HALF = 63  #: largest integer that is stored doubled, so that each can be split in two
@@ -32,29 +28,31 @@ class Slices(NamedTuple):
     scales: np.ndarray
 
 
-def pays(factor: QuantizedFactor) -> bool:
-    """Whether slices of a factor take less memory than floating point numbers."""
+def pays(factor: Any) -> bool:
+    """Whether slices of a quantized factor take less memory than floating point numbers."""
+    if factor.kind != "quantized":
+        return False
     lanes = quantized.VECTOR // _NUMBER
-    if isinstance(factor.pattern, DenseFactor):
+    if factor.pattern.kind == "dense":
         rows = factor.shape[0]
         n_slices, n_groups = -(-rows // lanes), (len(factor.bounds) - 1) // max(1, rows)
         needed = n_slices * lanes * (factor.shape[1] + _NUMBER * n_groups)
         return needed <= _NUMBER * factor.nnz
-    if not isinstance(factor.pattern, SparseFactor):
+    if factor.pattern.kind != "csr":
         return False
     *_, n_entries, n_parts = _grouped(factor, factor.pattern, lanes)
     needed = n_entries * (1 + _COLUMN) + n_parts * lanes * _NUMBER
     return bool(needed <= factor.nnz * (_NUMBER + _COLUMN))
 
 
-def slices(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
+def slices(factor: Any, dtype: np.dtype) -> Slices:
     """Return the slices of a factor that is dense or in compressed sparse rows."""
-    if isinstance(factor.pattern, SparseFactor):
+    if factor.pattern.kind == "csr":
         return _sparse(factor, factor.pattern, dtype)
     return _dense(factor, dtype)
 
 
-def _dense(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
+def _dense(factor: Any, dtype: np.dtype) -> Slices:
     (n_rows, n_columns), lanes = factor.shape, quantized.VECTOR // dtype.itemsize
     n_slices = -(-n_rows // lanes)
     rows = np.minimum(np.arange(n_slices * lanes), n_rows - 1).reshape(n_slices, lanes)
@@ -71,7 +69,7 @@ def _dense(factor: QuantizedFactor, dtype: np.dtype) -> Slices:
     return Slices(integers, None, found, rows, parts, factor.scales[groups].astype(dtype))
 
 
-def _sparse(factor: QuantizedFactor, pattern: SparseFactor, dtype: np.dtype) -> Slices:
+def _sparse(factor: Any, pattern: Any, dtype: np.dtype) -> Slices:
     lanes = quantized.VECTOR // dtype.itemsize
     levels, doubled, order, firsts, begins, n_entries, _ = _grouped(factor, pattern, lanes)
     integers, columns, found, rows, parts, groups = quantized.arranged(
@@ -82,7 +80,7 @@ def _sparse(factor: QuantizedFactor, pattern: SparseFactor, dtype: np.dtype) -> 
 
 
 def _grouped(
-    factor: QuantizedFactor, pattern: SparseFactor, lanes: int
+    factor: Any, pattern: Any, lanes: int
 ) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray, Any, int, int]:
     """Return the integers to store and which rows form slices: see ``quantized.sliced``."""
     levels, bounds = factor.values, factor.bounds

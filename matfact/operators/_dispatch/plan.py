@@ -176,7 +176,11 @@ class Plan:
     def _reads_codes(self, dtype: np.dtype) -> bool:
         """Whether the kernels read quantized values and signs as they are stored."""
         has_codes = dtype.kind == "f" and any(factor.is_coded for factor in self._factors)
-        return has_codes and all(factor.suits_bytes() for factor in self._factors)
+        if not has_codes:
+            return False
+        from matfact.operators._dispatch import coding
+
+        return all(factor.suits_bytes() or coding.pays(factor) for factor in self._factors)
 
     def _dense_program(self, dtype: np.dtype) -> Program:
         """Return the program of the dense matrix.

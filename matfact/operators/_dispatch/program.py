@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from matfact._threads import allowed_threads
 from matfact.kernels import coded, csr, fused
 from matfact.kernels.blocks import TILE
 from matfact.operators._dispatch import coding, cost
-
-if TYPE_CHECKING:
-    from matfact.operators._quantized import QuantizedFactor
 
 _HELP = 1 << 15  #: vector multiplications from which a second thread pays
 _DOT_SPEED = 3  #: values of a single column that take as long as one vector multiplication
@@ -103,7 +100,7 @@ class Program:
         place = {"TABLE": self._append(self._table, index)}
         self._add(fused.SELECTION, len(index), len(index), len(index), np.zeros(0), place)
 
-    def add_quantized(self, factor: QuantizedFactor) -> None:
+    def add_quantized(self, factor: Any) -> None:
         """Add a quantized matrix that is dense or in compressed sparse rows."""
         found = coding.slices(factor, self.dtype)
         place = {"TABLE": self._append(self._table, found.slices)}
