@@ -65,7 +65,7 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
     for i in range(len(factors) - 1, -1, -1):
         factor = factors[i]
         if isinstance(factor, QuantizedFactor | SignFactor):
-            raise TypeError("codes of few bits cannot take up scales of columns")
+            raise TypeError(f"columns of {factor!r} cannot be scaled: its values are codes")
         if not isinstance(factor, SelectionFactor):
             columns = backend.like(factor.locations % factor.shape[1], scale)
             scales = xp.astype(xp.take(scale, columns), factor.values.dtype)
