@@ -116,5 +116,5 @@ def test_a_product_that_stores_nothing_is_left_alone():
 
 def test_columns_of_codes_are_not_scaled():
     quantized = RoundToNearest().fit(np.eye(6) + 0.1).operator_
-    with pytest.raises(TypeError, match="codes of few bits cannot take up scales"):
+    with pytest.raises(TypeError, match="cannot be scaled: its values are codes"):
         scaled_columns(quantized, np.ones(6))
