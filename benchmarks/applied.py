@@ -19,8 +19,11 @@ from matfact.operators import (
     Factor,
     FactorProduct,
     KroneckerSparseFactor,
+    QuantizedFactor,
+    SignFactor,
     SparseFactor,
 )
+from matfact.operators._quantized import group_bounds
 
 Structure = Callable[..., FactorProduct]
 Apply = Callable[[Any], Any]
@@ -87,6 +90,37 @@ def low_rank(n: int, rng: np.random.RandomState) -> FactorProduct:
     return FactorProduct([DenseFactor(left), DenseFactor(np.ascontiguousarray(right.T))])
 
 
+def quantized(
+    n: int, rng: np.random.RandomState, density: float = 0.25, bits: int = 8
+) -> FactorProduct:
+    """Return two random sparse factors with values of few bits."""
+    return FactorProduct([_quantized(f, rng, bits) for f in two_sparse(n, rng, density)])
+
+
+def dense_quantized(n: int, rng: np.random.RandomState, bits: int = 8) -> FactorProduct:
+    """Return a dense matrix with values of few bits."""
+    return FactorProduct([_quantized(DenseFactor(np.ones((n, n), np.float32)), rng, bits)])
+
+
+def _quantized(pattern: Factor, rng: np.random.RandomState, bits: int) -> QuantizedFactor:
+    top, size = 2 ** (bits - 1), 64
+    levels = rng.randint(1 - top, top, pattern.values.shape).astype(np.int8)
+    scales = rng.random_sample(len(group_bounds(pattern, size)) - 1).astype(np.float32)
+    return QuantizedFactor(levels, scales, bits, size, pattern)
+
+
+def double_binary(n: int, rng: np.random.RandomState) -> FactorProduct:
+    """Return two matrices of signs between three diagonals: two bits an entry."""
+
+    def diagonal() -> KroneckerSparseFactor:
+        return KroneckerSparseFactor(rng.random_sample((1, n, 1, 1)).astype(np.float32))
+
+    left, right = (
+        SignFactor.from_dense(rng.standard_normal((n, n)).astype(np.float32)) for _ in range(2)
+    )
+    return FactorProduct([diagonal(), left, diagonal(), right, diagonal()])
+
+
 STRUCTURES: dict[str, Structure] = {
     "sparse 25 %": two_sparse,
     "sparse 10 %": functools.partial(two_sparse, density=0.1),
@@ -96,6 +130,12 @@ STRUCTURES: dict[str, Structure] = {
     "low rank": low_rank,
     "DCT": cosine,
     "DFT": fourier,
+    "sparse 25 %, 8 bits": quantized,
+    "sparse 50 %, 8 bits": functools.partial(quantized, density=0.5),
+    "sparse 25 %, 4 bits": functools.partial(quantized, bits=4),
+    "sparse 50 %, 4 bits": functools.partial(quantized, density=0.5, bits=4),
+    "dense, 8 bits": dense_quantized,
+    "double binary": double_binary,
 }
 
 
@@ -115,7 +155,9 @@ class Method:
     suits : callable
         Whether to measure it for a structure, given by name.
     operand : callable
-        Converts the NumPy operand for the method.
+        Turns the NumPy operand into what the method takes.
+    is_exact : bool
+        Whether it applies these factors, and not others to compare with.
     """
 
     name: str
@@ -123,6 +165,7 @@ class Method:
     is_present: Callable[[], bool] = lambda: True
     suits: Callable[[str], bool] = lambda structure: True
     operand: Callable[[np.ndarray], Any] = lambda X: X
+    is_exact: bool = True
 
 
 def _in_turn(matrices: list[Any]) -> Apply:
@@ -142,6 +185,15 @@ def dense(product: FactorProduct, matrix: np.ndarray) -> Apply:
 
 def ours(product: FactorProduct, matrix: np.ndarray) -> Apply:
     return product.__matmul__
+
+
+def decoded(product: FactorProduct, matrix: np.ndarray) -> Apply:
+    return FactorProduct([factor.decoded() for factor in product]).__matmul__
+
+
+def sparse_instead(product: FactorProduct, matrix: np.ndarray) -> Apply:
+    """Apply two sparse factors of other values, a quarter of the entries."""
+    return two_sparse(len(matrix), np.random.RandomState(len(matrix))).__matmul__
 
 
 def plain(product: FactorProduct, matrix: np.ndarray) -> Apply:
@@ -219,7 +271,17 @@ def has_torch() -> bool:
 
 def is_sparse(structure: str) -> bool:
     """Whether the factors have zeros and the values are real."""
-    return structure not in ("low rank", "DFT")
+    return structure not in ("low rank", "DFT") and not is_coded(structure)
+
+
+def is_coded(structure: str) -> bool:
+    """Whether values take few bits."""
+    return is_quantized(structure) or structure == "double binary"
+
+
+def is_quantized(structure: str) -> bool:
+    """Whether values are small integers with scales."""
+    return structure.endswith("bits")
 
 
 def is_transform(structure: str) -> bool:
@@ -228,11 +290,15 @@ def is_transform(structure: str) -> bool:
 
 
 METHODS = (
-    Method("dense (BLAS)", dense),
+    Method("dense (BLAS)", dense, is_exact=False),
     Method("matfact", ours),
-    Method("matfact, plain NumPy", plain),
+    Method("matfact, 32 bits", decoded, suits=is_quantized),
+    Method(
+        "matfact, sparse 25 %", sparse_instead, suits=lambda s: s == "double binary", is_exact=False
+    ),
+    Method("matfact, plain NumPy", plain, suits=lambda s: not is_coded(s)),
     Method("scipy CSR", scipy_csr, suits=is_sparse),
-    Method("torch dense", torch_dense, has_torch, lambda s: s != "DFT", to_torch),
+    Method("torch dense", torch_dense, has_torch, lambda s: s != "DFT", to_torch, False),
     Method("torch CSR", torch_csr, has_torch, is_sparse, to_torch),
     Method("lazylinop ksm", lazylinop_ksm, has_lazylinop, is_kronecker),
     Method("pyfaust", faust, has_pyfaust, is_sparse, np.asfortranarray),

@@ -1,14 +1,20 @@
 __all__ = [
+    "GPTQ",
     "ADMMPruner",
     "BlockSVD",
     "ButterflyFit",
     "CoSaMPNeuronSelector",
+    "DoubleBinaryFactorizer",
     "DoubleSparseFactorizer",
     "KaleidoscopeFit",
     "LowRank",
     "MagnitudePruner",
     "MonarchProjector",
+    "OBSPruner",
     "Palm4MSA",
+    "Quantized",
+    "RoundToNearest",
+    "SparseGPT",
     "WandaPruner",
     "compare_projections",
 ]
@@ -25,16 +31,22 @@ from . import torch as torch
 from . import transforms as transforms
 from .compare import compare_projections
 from .factorizers import (
+    GPTQ,
     ADMMPruner,
     BlockSVD,
     ButterflyFit,
     CoSaMPNeuronSelector,
+    DoubleBinaryFactorizer,
     DoubleSparseFactorizer,
     KaleidoscopeFit,
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    OBSPruner,
     Palm4MSA,
+    Quantized,
+    RoundToNearest,
+    SparseGPT,
     WandaPruner,
 )
 

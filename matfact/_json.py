@@ -84,10 +84,10 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def is_version(content: dict[str, Any], format: str, version: int) -> bool:
-    """Whether `content` declares this format and version; ``true`` is not 1."""
+def is_version(content: dict[str, Any], format: str, newest: int) -> bool:
+    """Whether `content` is of this format, in a version from 1 to `newest`; ``true`` is not 1."""
     found = content.get("version")
-    return content.get("format") == format and type(found) is int and found == version
+    return content.get("format") == format and type(found) is int and 1 <= found <= newest
 
 
 def _number(text: str) -> float:

@@ -116,7 +116,8 @@ class LayerReport:
     rows, columns, groups : int
         Shape of its matrix, and number of such matrices (groups of a convolution).
     method : str
-        Class of the factorizer; empty if the layer is kept.
+        Class of the factorizer, as ``Quantized(LowRank)`` with that of the quantized one; empty if
+        the layer is kept.
     status : {"compressed", "kept", "planned"}
         Outcome. Measures are None unless it is "compressed".
     dense_nbytes, dense_flops : int
@@ -140,7 +141,10 @@ class LayerReport:
     fitted_layer_error : float or None
         The same error on the batches used for the fit, usually smaller.
     nbytes : int or None
-        Bytes of values and positions, in the smaller of CSR and bit masks.
+        Bytes of values and positions in files, with floating-point values in the dtype of the
+        layer.
+    bits_per_weight : float or None
+        Bits of these ÷ entries of the weight.
     flops : int or None
         Operations for one input after compression.
     seconds : float or None
@@ -165,6 +169,7 @@ class LayerReport:
     layer_error: float | None = None
     fitted_layer_error: float | None = None
     nbytes: int | None = None
+    bits_per_weight: float | None = None
     flops: int | None = None
     seconds: float | None = None
     message: str = ""

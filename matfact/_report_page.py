@@ -20,7 +20,7 @@ _MEASURES = (
 def page(rows: Sequence[LayerReport], lead: str, facts: Mapping[str, Any]) -> str:
     """Return the self-contained page."""
     headings = ["layer", "method", "shape", *(heading for heading, _ in _MEASURES)]
-    headings += ["seconds", "bytes before", "after"]
+    headings += ["bits a weight", "seconds", "bytes before", "after"]
     largest = {name: _largest(rows, name) for _, name in _MEASURES}
     cells = (_cells(row, largest) for row in rows)
     return _html.page("Compression report", lead, facts, _html.table(headings, cells))
@@ -38,6 +38,7 @@ def _cells(row: LayerReport, largest: dict[str, float]) -> list[str]:
         _html.escape(row.outcome),
         f"{row.rows}×{row.columns}{groups}",
         *(_html.measured(getattr(row, name), largest[name]) for _, name in _MEASURES),
+        _html.measured(row.bits_per_weight),
         _html.measured(row.seconds),
         f"{row.dense_nbytes:,}",
         "" if row.nbytes is None else f"{row.nbytes:,}",

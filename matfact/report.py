@@ -48,6 +48,12 @@ class CompressionReport(Sequence[LayerReport]):
         return sum(row.dense_nbytes for row in self.rows)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits of all weights ÷ their entries, including kept layers."""
+        entries = sum(row.rows * row.columns * row.groups for row in self.rows)
+        return 8 * self.nbytes / entries if entries else 0.0
+
+    @property
     def density(self) -> float:
         """Stored values ÷ entries of all weights, including kept layers."""
         entries = [row.rows * row.columns * row.groups for row in self.rows]
@@ -70,7 +76,16 @@ class CompressionReport(Sequence[LayerReport]):
         )  # fmt: skip
         table.add_column("layer", overflow="fold")
         table.add_column("method")
-        for heading in ("shape", "density", "relative", "normalized", "layer", "bytes", "s"):
+        for heading in (
+            "shape",
+            "density",
+            "relative",
+            "normalized",
+            "layer",
+            "bits",
+            "bytes",
+            "s",
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(row.layer, row.outcome, *_cells(row))
@@ -78,7 +93,7 @@ class CompressionReport(Sequence[LayerReport]):
         table.add_section()
         table.add_row(
             f"{len(self.rows)} layers", "", "", f"{self.density:.3f}", "", "", "",
-            f"{ratio:.1%}", f"{self.seconds:.1f}",
+            f"{self.bits_per_weight:.2f}", f"{ratio:.1%}", f"{self.seconds:.1f}",
         )  # fmt: skip
         return table
 
@@ -131,7 +146,7 @@ class CompressionReport(Sequence[LayerReport]):
         facts = {**self.metadata, "untouched": "; ".join(self.untouched(most=20)) or "nothing"}
         lead = (
             f"{len(self)} layers, {self.nbytes:,} of {self.dense_nbytes:,} bytes, "
-            f"density {self.density:.3f}."
+            f"density {self.density:.3f}, {self.bits_per_weight:.2f} bits a weight."
         )
         write_atomically(path, page(self.rows, lead, facts).encode())
 
@@ -157,6 +172,7 @@ def _cells(row: LayerReport) -> list[str]:
     return [
         shape,
         *("" if value is None else f"{value:.3f}" for value in errors),
+        "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
         ratio,
         "" if row.seconds is None else f"{row.seconds:.2f}",
     ]

@@ -80,6 +80,7 @@ def test_json_holds_what_the_checkpoint_does(source, tmp_path):
     assert [tensor["name"] for tensor in shown["tensors"]] == list(network)
     for tensor in shown["tensors"]:
         assert tensor.get("relative_error") == network.tensors[tensor["name"]].relative_error
+        assert tensor["bits_per_weight"] == network.bits_per_weight(tensor["name"])
 
 
 def test_layers_kept_as_they_are_are_named_with_the_reason(source, tmp_path):

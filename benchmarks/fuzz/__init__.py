@@ -120,6 +120,8 @@ def _child(name: str, reader: Reader, seed: int, numbers: range, into: int) -> N
     try:
         warnings.simplefilter("ignore")
         _limit_memory()
+        with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+            attempt(reader, reader.seeds[0], Path(folder))  # what is taken once in a process
         with os.fdopen(into, "w", buffering=1) as stream:
             for number in numbers:
                 with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:

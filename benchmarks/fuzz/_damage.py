@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ HOSTILE: list[Any] = [
     0, 1, -1, 2, 7, 255, 2**16, 2**24, 2**31 - 1, 2**32, 2**53, 2**61 + 1, 2**62, 2**63, 2**64,
     0.0, -0.5, 1e308, float("nan"), True, False, None, "", "x", "\0", "../x", "/dev/zero",
     "a" * 999, [], [0], [[]], [1, 2, 3], [2**40, 2**40], {}, {"a": {}}, "F16", "BF16", "F64", "I8",
-    "X", "dense", "bitmask", "csr", "kronecker", "blocks", "selection",
+    "X", "dense", "bitmask", "csr", "gaps", "kronecker", "blocks", "selection",
+    "sign", {"bits": 2, "group_size": None, "unit": 0, "dtype": "F32", "shape": [2, 3]},
 ]  # fmt: skip
 
 
@@ -98,11 +100,13 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
 
 def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
     """Damage the bytes, the header, or the description of factors within the header."""
-    kind = rng.randrange(3)
+    kind = rng.randrange(4)
     if kind == 0:
         return flipped(rng, content)
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    if kind == 3 and (names := [name for name in header if name.endswith("coded")]):
+        return _recoded(rng, header, data, rng.choice(names))
     inner = header.get("__metadata__", {}).get("matfact")
     if kind == 1 and inner:
         header["__metadata__"]["matfact"] = json.dumps(changed(rng, json.loads(inner)))
@@ -112,6 +116,23 @@ def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
         data = flipped(rng, data)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def _recoded(rng: random.Random, header: dict[str, Any], data: bytes, name: str) -> bytes:
+    """Damage what a code stands for, or make a bomb of it, and code it again."""
+    begin, end = header[name]["data_offsets"]
+    plain = zlib.decompress(data[begin:end], wbits=-15)
+    plain = flipped(rng, plain) if rng.random() < 0.9 else plain[:1] * (1 << rng.randint(8, 24))
+    strategy = rng.choice((zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY))
+    coder = zlib.compressobj(wbits=-15, strategy=strategy)
+    coded = coder.compress(plain) + coder.flush()
+    more = len(coded) - (end - begin)
+    for entry in header.values():
+        if entry.get("data_offsets", [0])[0] >= end:
+            entry["data_offsets"] = [offset + more for offset in entry["data_offsets"]]
+    header[name] |= {"shape": [len(coded)], "data_offsets": [begin, begin + len(coded)]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[:begin] + coded + data[end:]
 
 
 def damaged_zip(rng: random.Random, content: bytes) -> bytes:

@@ -128,21 +128,31 @@ def _seed_weights() -> dict[str, np.ndarray]:
 
 
 def _seed_products() -> list[Any]:
-    """Return a product in each storage format."""
+    """Return a product of each storage, with floating point values and with quantized ones."""
     from matfact import operators as ops
+    from matfact.operators._quantized import group_bounds
 
     rng = np.random.RandomState(0)
     dense = np.where(rng.random_sample((12, 9)) < 0.5, rng.standard_normal((12, 9)), 0)
     thin = np.where(rng.random_sample((4, 500)) < 0.01, 1.0, 0)
+    wide = np.where(rng.random_sample((40, 50)) < 0.7, 1.0, 0)
     blocks = [np.ones((3, 4)), np.ones((2, 5))]
     factors: list[list[ops.Factor]] = [
         [ops.SparseFactor.from_dense(dense.astype(np.float32))],
         [ops.SparseFactor.from_dense(thin)],
+        [ops.SparseFactor.from_dense(wide)],
+        [ops.SparseFactor(np.ones(2), np.int32([3, 0]), np.array([0, 2]), 4)],
         [ops.DenseFactor(np.ones((6, 2))), ops.DenseFactor(np.ones((2, 5)) * 1j)],
         [ops.KroneckerSparseFactor(np.ones((2, 3, 2, 4), np.float16))],
         [ops.BlockSparseFactor.from_blocks(blocks, [(0, 0), (3, 5)], (8, 12), like=blocks[0])],
         [ops.SelectionFactor.from_index([5, -1, 0, 2], 7, like=np.zeros(0))],
     ]
+    for bits, (pattern, *_) in enumerate(factors[:-1], start=2):
+        values = rng.randint(-1, 2, pattern.values.shape).astype(np.int8)
+        group_size = [None, 4, 64][bits % 3]
+        scales = np.ones(len(group_bounds(pattern, group_size)) - 1, np.float32)
+        factors.append([ops.QuantizedFactor(values, scales, bits, group_size, pattern)])
+    factors.append([ops.SignFactor.from_dense(dense)])
     return [ops.FactorProduct(list(chain)) for chain in factors]
 
 

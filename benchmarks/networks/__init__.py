@@ -12,7 +12,7 @@ import importlib
 import os
 from pathlib import Path
 
-NAMES = ("encoder", "language-model", "cnn", "calibration")
+NAMES = ("encoder", "language-model", "cnn", "calibration", "bits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -38,12 +38,17 @@ class Allocation:
     lower_bound: float
 
     @property
-    def overrides(self) -> dict[str, tuple[str, float] | None]:
-        """Method and density of each layer, None for a kept layer; for ``compress``."""
-        return {
-            name: None if option.method == DENSE else (option.method, option.density)
-            for name, option in self.options.items()
-        }
+    def overrides(self) -> dict[str, tuple[str, float | None, float | None] | None]:
+        """Method, density and bits of each layer, None for a kept layer; for ``compress``."""
+        return {name: override(option) for name, option in self.options.items()}
+
+
+def override(option: Option) -> tuple[str, float | None, float | None] | None:
+    """Return the method, density and bits of an option, None for a kept layer."""
+    if option.method == DENSE:
+        return None
+    density = None if math.isnan(option.density) else option.density
+    return option.method, density, option.bits
 
 
 def allocate(
@@ -109,7 +114,7 @@ def allocate_uniformly(
     layers, budget, cost, weights
         As in :func:`allocate`.
     method : str
-        The method. All layers need options for it at a common density.
+        The method. All layers need options for it at a common density, with floating-point values.
 
     Returns
     -------
@@ -124,7 +129,11 @@ def allocate_uniformly(
     _costs(layers, cost)
     weight = _weights(layers, weights)
     by_density = {
-        name: {option.density: option for option in options if option.method == method}
+        name: {
+            option.density: option
+            for option in options
+            if option.method == method and option.bits is None
+        }
         for name, options in layers.items()
     }
     common = set.intersection(*(set(found) for found in by_density.values()))

@@ -17,9 +17,12 @@ from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._validation import check_matrix
 from matfact.operators import DenseFactor, FactorProduct
+from matfact.operators._encoding import stored_nbytes
 
 #: Method name for a layer that is kept.
 DENSE = "dense"
+#: Share by which the bytes of positions and scales are raised between two measured densities.
+_RAISED = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +34,17 @@ class Option:
     method : str
         Name of the method; ``"dense"`` for a kept layer.
     density : float
-        Requested stored values ÷ entries.
+        Requested stored values ÷ entries, or NaN for the default and for methods without a density.
     error : float
         Relative error; of the layer's outputs if measured with inputs.
     nbytes : int
-        Bytes of values and positions, with each factor in the smaller of CSR and bit mask.
+        Bytes of values and positions in files, without headers.
     flops : int
         Floating-point operations per sample.
     seconds : float
         Measured time, or NaN.
+    bits : float or None
+        Bits of the method, if it has any, else of quantized values; None for floating-point values.
     """
 
     method: str
@@ -48,6 +53,7 @@ class Option:
     nbytes: int
     flops: int
     seconds: float = math.nan
+    bits: float | None = None
 
 
 def measure_options(
@@ -81,6 +87,9 @@ def measure_options(
     W = check_matrix(W, "W")
     for density in densities:
         metrics.check_density(density)
+    for name, estimator in methods.items():
+        if not estimator.has_density:
+            raise ValueError(f"methods must have a density to choose, got {name}={estimator}.")
     options = [_option(W, FactorProduct([DenseFactor(W)]), DENSE, 1.0, gram, latency)]
     for name, estimator in methods.items():
         for density in densities:
@@ -105,7 +114,7 @@ def _option(
     is_blind = gram is None
     error = metrics.relative_error(W, W_hat) if is_blind else metrics.layer_error(W, W_hat, gram)
     seconds = math.nan if latency is None else latency(operator)
-    nbytes = operator.nbytes("smallest")
+    nbytes = sum(map(stored_nbytes, operator.factors))
     return Option(method, float(density), error, nbytes, operator.flops, seconds)
 
 
@@ -113,8 +122,9 @@ def interpolate(options: Sequence[Option], densities: Iterable[float]) -> list[O
     """Add interpolated options at further densities to `options`.
 
     The logarithm of the error and the time are assumed to be linear in the density. FLOPs and bytes
-    are upper bounds, with all values allowed by the density and the larger number of positions of
-    both neighbours.
+    are upper bounds, with all values allowed by the density and the larger size of the positions
+    and scales of both neighbours, raised by a twentieth, since codes of positions are not
+    monotonic. Only options with the same bits are interpolated.
 
     Parameters
     ----------
@@ -129,9 +139,10 @@ def interpolate(options: Sequence[Option], densities: Iterable[float]) -> list[O
         All options.
     """
     dense = next(option for option in options if option.method == DENSE)
-    by_method: dict[str, list[Option]] = {}
-    for option in sorted(options, key=lambda option: option.density):
-        by_method.setdefault(option.method, []).append(option)
+    by_method: dict[tuple[str, float | None], list[Option]] = {}
+    known = [option for option in options if not math.isnan(option.density)]
+    for option in sorted(known, key=lambda option: option.density):
+        by_method.setdefault((option.method, option.bits), []).append(option)
     between = [
         _between(low, high, density, dense)
         for density in densities
@@ -145,15 +156,16 @@ def interpolate(options: Sequence[Option], densities: Iterable[float]) -> list[O
 def _between(low: Option, high: Option, density: float, dense: Option) -> Option:
     share = (density - low.density) / (high.density - low.density)
     entries = dense.flops // 2
-    itemsize = dense.nbytes // entries
+    itemsize = dense.nbytes // entries if low.bits is None else low.bits / 8
     nnz = metrics.part_of(entries, density)
-    positions = max(option.nbytes - itemsize * (option.flops // 2) for option in (low, high))
+    others = max(option.nbytes - itemsize * (option.flops // 2) for option in (low, high))
+    nbytes = math.ceil(itemsize * nnz + (1 + _RAISED) * others)
     if min(low.error, high.error) > 0:
         error = low.error ** (1 - share) * high.error**share
     else:
         error = (1 - share) * low.error + share * high.error
     seconds = (1 - share) * low.seconds + share * high.seconds
-    return Option(low.method, density, error, itemsize * nnz + positions, 2 * nnz, seconds)
+    return Option(low.method, density, error, nbytes, 2 * nnz, seconds, low.bits)
 
 
 def apply_seconds(operator: FactorProduct, *, batch: int = 1, repeats: int = 9) -> float:

@@ -27,7 +27,7 @@ from matfact.checkpoint._reader import Checkpoint
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
 from matfact.checkpoint._source import Source
 from matfact.factorizers import BaseFactorizer
-from matfact.operators import FactorProduct
+from matfact.operators import FactorProduct, QuantizedFactor
 from matfact.operators._storage import pack
 
 _log = logging.getLogger(__name__)
@@ -253,7 +253,12 @@ def _kept(task: _Task, reason: str) -> Shard:
 
 
 def _rounded(product: FactorProduct) -> FactorProduct:
-    """Return the product with values rounded to bfloat16."""
+    """Return the product with values that bfloat16 holds; scales of quantized ones stay as good."""
     return FactorProduct(
-        [f.with_values(from_bfloat16(to_bfloat16(f.values))) for f in product.factors]
+        [
+            f
+            if isinstance(f, QuantizedFactor)
+            else f.with_values(from_bfloat16(to_bfloat16(f.values)))
+            for f in product.factors
+        ]
     )

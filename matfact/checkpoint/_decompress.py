@@ -74,7 +74,7 @@ def _row_slabs(product: FactorProduct) -> Iterator[np.ndarray]:
     n_rows = product.shape[0]
     widest = max(max(factor.shape) for factor in product.factors)
     step = max(1, _ENTRIES // widest)
-    dtype = backend.compute_array(product.factors[0].values).dtype
+    dtype = backend.compute_array(transposed.factors[-1].values).dtype
     for start in range(0, n_rows, step):
         rows = np.arange(start, min(start + step, n_rows))
         unit = np.zeros((n_rows, rows.size), dtype=dtype)

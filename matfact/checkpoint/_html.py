@@ -5,7 +5,17 @@ from __future__ import annotations
 from matfact import _html
 from matfact.checkpoint._reader import Checkpoint
 
-_HEADINGS = ("tensor", "stored as", "shape", "dtype", "density", "relative error", "bytes", "dense")
+_HEADINGS = (
+    "tensor",
+    "stored as",
+    "shape",
+    "dtype",
+    "density",
+    "relative error",
+    "bytes",
+    "dense",
+    "bits a weight",
+)
 
 
 def page(checkpoint: Checkpoint) -> str:
@@ -22,6 +32,7 @@ def page(checkpoint: Checkpoint) -> str:
             _html.measured(tensor.relative_error, max(errors)),
             f"{checkpoint.tensor_nbytes(name):,}",
             f"{tensor.spec.nbytes:,}",
+            f"{checkpoint.bits_per_weight(name):.2f}",
         ]
         for name, tensor in tensors.items()
     )

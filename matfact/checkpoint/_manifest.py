@@ -16,8 +16,9 @@ from matfact._safetensors import TensorSpec, checked_spec
 
 MANIFEST = "manifest.json"
 FORMAT = "matfact-checkpoint"
-VERSION = 1
-#: Key of the compression report in the settings.
+#: What is written; earlier versions are read.
+VERSION = 2
+#: Where settings hold the report of a compression.
 REPORT = "report"
 
 #: Maximum size of a manifest, in bytes.
@@ -196,7 +197,7 @@ class Manifest(NamedTuple):
         fields = parse_json(content)
         if not is_version(fields, FORMAT, VERSION):
             raise ValueError(
-                f"it must be of format {FORMAT}, version {VERSION}, got "
+                f"it must be of format {FORMAT}, version 1 to {VERSION}, got "
                 f"{fields.get('format')!r}, version {fields.get('version')!r}"
             )
         shards = tuple(Shard.from_json(shard) for shard in _typed(fields, "shards", list))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -120,6 +121,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
             density=tensor.density,
             relative_error=tensor.relative_error,
             nbytes=self.tensor_nbytes(tensor.name) if tensor.is_product else None,
+            bits_per_weight=self.bits_per_weight(tensor.name) if tensor.is_product else None,
             message=tensor.note,
         )
 
@@ -137,6 +139,10 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         """Return the bytes of tensor `name`; of a product, those of its file."""
         tensor = self.tensors[name]
         return self._shards[name].nbytes if tensor.is_product else tensor.spec.nbytes
+
+    def bits_per_weight(self, name: str) -> float:
+        """Return the bits of :meth:`tensor_nbytes` ÷ entries of tensor `name`."""
+        return 8 * self.tensor_nbytes(name) / max(1, math.prod(self.tensors[name].spec.shape))
 
     def product(self, name: str) -> FactorProduct:
         """Return the factors of tensor `name`."""

@@ -14,7 +14,7 @@ from matfact.backend import Array
 from matfact.checkpoint._manifest import REPORT, Manifest, StoredTensor
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
 from matfact.operators import FactorProduct
-from matfact.operators._encoding import stored_array
+from matfact.operators._encoding import stored_array, stored_dtype
 from matfact.operators._storage import pack
 from matfact.report import CompressionReport
 
@@ -94,5 +94,4 @@ def _spec(name: str, product: FactorProduct, shapes: Mapping[str, tuple[int, ...
         raise ValueError(
             f"shapes must fit the products, but {name!r} has shape {product.shape}, not {shape}."
         )
-    none_of_them, _ = stored_array(product.factors[0].values[:0])
-    return TensorSpec(none_of_them.dtype, shape)
+    return TensorSpec(stored_dtype(product.factors[0]), shape)

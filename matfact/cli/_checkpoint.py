@@ -206,7 +206,11 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "nbytes": checkpoint.nbytes,
         "dense_nbytes": checkpoint.dense_nbytes,
         "tensors": [
-            tensor.to_json() | {"nbytes": checkpoint.tensor_nbytes(name)}
+            tensor.to_json()
+            | {
+                "nbytes": checkpoint.tensor_nbytes(name),
+                "bits_per_weight": checkpoint.bits_per_weight(name),
+            }
             for name, tensor in checkpoint.tensors.items()
         ],
     }
@@ -219,7 +223,7 @@ def _table(checkpoint: Checkpoint) -> Table:
     table = Table(box=None, header_style="bold")
     for title in ("tensor", "shape", "dtype", "stored as"):
         table.add_column(title, overflow="fold")
-    for title in ("density", "error", "bytes"):
+    for title in ("density", "error", "bytes", "bits"):
         table.add_column(title, justify="right")
     for name, tensor in checkpoint.tensors.items():
         shape = "×".join(map(str, tensor.spec.shape))
@@ -229,6 +233,7 @@ def _table(checkpoint: Checkpoint) -> Table:
             *(Text(printable(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
             *("" if number is None else f"{number:.4f}" for number in numbers),
             f"{checkpoint.tensor_nbytes(name):,}",
+            f"{checkpoint.bits_per_weight(name):.2f}",
         )
     return table
 

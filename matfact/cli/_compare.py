@@ -31,6 +31,13 @@ def compare(
     density: Annotated[
         str, typer.Option(help="Stored values ÷ entries, or several separated by commas.")
     ] = "0.25",
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits a weight, or several separated by commas. Every method then gets "
+            "the same bytes and chooses its density; --density is not used."
+        ),
+    ] = None,
     sizes: Annotated[
         str | None,
         typer.Option(help="Sides of the square windows. Default: 64,128,256,384."),
@@ -72,7 +79,8 @@ def compare(
             cut={"sizes": parse("sizes", sizes, int), "per_size": per_size, "full": full,
                  "layers": layers, "random_state": seed},
             run={"methods": parse("methods", methods, str), "n_jobs": jobs,
-                 "densities": parse("density", density, float), "random_state": seed},
+                 "densities": parse("density", density, float), "bits": parse("bits", bits, float),
+                 "random_state": seed},
             output=output,
             scheduler=scheduler,
         )  # fmt: skip
@@ -140,7 +148,8 @@ def _compare(
         bar = progress.add_task("starting", total=None)
 
         def advance(row: ComparisonRow, total: int) -> None:
-            what = "failed" if row.normalized_error is None else f"{row.normalized_error:.3f}"
+            error = row.normalized_error if row.requested_bits is None else row.relative_error
+            what = "failed" if error is None else f"{error:.3f}"
             description = f"{row.method} {row.size}: {what}"
             progress.update(bar, advance=1, total=total, description=description)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matfact import _html
 from matfact.compare._plot import plot_comparison
-from matfact.compare._rows import ComparisonRow, SummaryRow
+from matfact.compare._rows import ComparisonRow, SummaryRow, budget
 from matfact.factorizers._registry import label
 
 #: Heading and name of the measures in the tables; the first two also have bars.
@@ -16,6 +16,7 @@ _MEASURES = (
     ("normalized error", "normalized_error"),
     ("relative error", "relative_error"),
     ("density", "density"),
+    ("bits a weight", "bits_per_weight"),
     ("FLOPs ÷ dense", "flops_ratio"),
     ("seconds", "seconds"),
 )
@@ -56,7 +57,7 @@ def _rows_of_means(summary: Sequence[SummaryRow]) -> list[list[str]]:
         [
             _html.escape(label(group.method)),
             _html.escape(group.size),
-            _asked(group.requested_density),
+            budget(group.requested_bits, group.requested_density),
             str(group.n_ok),
             *(_html.measured(group.mean.get(n), largest.get(n, 0.0)) for _, n in _MEASURES),
         ]
@@ -69,11 +70,7 @@ def _cells(row: ComparisonRow) -> list[str]:
         _html.escape(row.matrix),
         _html.escape(row.method),
         _html.escape(row.size),
-        _asked(row.requested_density),
+        row.budget,
         *(_html.measured(getattr(row, name)) for _, name in _MEASURES),
         _html.escape(row.message),
     ]
-
-
-def _asked(density: float | None) -> str:
-    return "" if density is None else f"{density:g}"

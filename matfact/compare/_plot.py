@@ -40,7 +40,8 @@ def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
     """Draw the normalized error of each method against the size of the matrices.
 
     Small dots are single fits, large dots their mean. The line at 1 is magnitude pruning, which has
-    no dots. There is one panel per density.
+    no dots. There is one panel per density. A comparison at the same bits a weight is drawn as mean
+    relative error against bits, and against the FLOPs of the product, with a line for each method.
 
     Parameters
     ----------
@@ -57,6 +58,8 @@ def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
     ImportError
         If matplotlib is not installed.
     """
+    if any(row.requested_bits is not None for row in comparison):
+        return _plot_bits(comparison)
     densities = sorted({row.requested_density for row in comparison}, key=lambda d: d or 0.0)
     by_size = sorted(comparison, key=lambda row: (row.rows * row.columns, row.size))
     sizes = list(dict.fromkeys(row.size for row in by_size))
@@ -74,6 +77,41 @@ def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, labelspacing=0.9)
     return figure
+
+
+def _plot_bits(comparison: Sequence[ComparisonRow]) -> Figure:
+    """Draw mean errors against bits and against FLOPs, one row of panels for each size."""
+    ok = [row for row in comparison if row.relative_error is not None]
+    sizes = list(dict.fromkeys(row.size for row in sorted(ok, key=lambda r: r.rows * r.columns)))
+    methods = list(dict.fromkeys(row.method for row in comparison))
+    figure = new_figure(9.6, 3.8 * max(1, len(sizes)), dpi=200)
+    panels = figure.subplots(max(1, len(sizes)), 2, sharey="row", squeeze=False)
+    for size, (left, right) in zip(sizes, panels, strict=False):
+        for i, method in enumerate(methods):
+            rows = [row for row in ok if (row.size, row.method) == (size, method)]
+            goals = sorted({row.requested_bits or 0.0 for row in rows})
+            points = [_mean_point(rows, bits) for bits in goals]
+            color, marker = _style(i)
+            style = {"color": color, "marker": marker, "label": label(method)}
+            for axes, place in ((left, 0), (right, 1)):
+                axes.plot([p[place] for p in points], [p[2] for p in points], **style)
+        left.set_ylabel(f"relative error, {size}")
+        left.set_ylim(bottom=0.0)
+    for axes, name in zip(panels[-1], ("bits a weight", "FLOPs ÷ dense"), strict=True):
+        axes.set_xlabel(name)
+    for axes in panels.ravel():
+        axes.grid(color="#E0E0E0", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def _mean_point(rows: Sequence[ComparisonRow], bits: float | None) -> tuple[float, ...]:
+    """Return mean bits, FLOPs and error of the fits with a budget."""
+    group = [row for row in rows if row.requested_bits == bits]
+    columns = ("bits_per_weight", "flops_ratio", "relative_error")
+    return tuple(float(np.mean([getattr(row, name) for row in group])) for name in columns)
 
 
 def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import rich.box
 from rich.table import Table
 
+from matfact.compare._rows import budget
 from matfact.compare._table import Comparison, SummaryRow
 
 _HEADINGS = {
     "normalized_error": "normalized\nerror",
     "relative_error": "relative\nerror",
     "density": "density\nused",
+    "bits_per_weight": "bits",
     "seconds": "seconds",
     "flops_ratio": "FLOPs\nratio",
 }
-#: Measures shown with their spread; those of budgets hardly vary.
-_SPREAD = {"normalized_error", "relative_error", "seconds"}
+#: The measures whose spread tells something of a method; budgets hardly vary.
+_SPREAD = {"normalized_error", "relative_error"}
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -32,35 +36,40 @@ def summary_table(comparison: Comparison) -> Table:
         Print it with ``rich.print``.
     """
     summary = comparison.summary()
-    several = len({group.requested_density for group in summary}) > 1
+    asked = [budget(group.requested_bits, group.requested_density) for group in summary]
+    several = len(set(asked)) > 1
+    # With equal bytes the number of values, by which errors are normalized, is each method's own.
+    by_bits = any(group.requested_bits is not None for group in summary)
+    headings = {n: h for n, h in _HEADINGS.items() if not (by_bits and n == "normalized_error")}
     table = Table(
         box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,  # fits 80 columns
-        caption="mean ± standard deviation; normalized: ÷ error of magnitude pruning",
+        caption="mean ± standard deviation; normalized: ÷ error of magnitude pruning; "
+        "bits: of a file ÷ weights",
     )  # fmt: skip
     for heading in (*(["asked"] if several else []), "size"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
-    for heading in _HEADINGS.values():
+    for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
     section: list[str] = []
-    for group in summary:
-        asked = "" if group.requested_density is None else f"{group.requested_density:g}"
-        head = [asked, group.size] if several else [group.size]
+    for goal, group in zip(asked, summary, strict=True):
+        head = [goal, group.size] if several else [group.size]
         if section not in ([], head):
             table.add_section()
         table.add_row(
-            *([""] * len(head) if head == section else head), group.method, *_cells(group)
+            *([""] * len(head) if head == section else head), group.method, *_cells(group, headings)
         )
         section = head
     return table
 
 
-def _cells(group: SummaryRow) -> list[str]:
+def _cells(group: SummaryRow, measures: Iterable[str]) -> list[str]:
     """Return the measures of one row."""
     if not group.mean:
         return ["[red]failed[/]"]
     cells = []
-    for name in _HEADINGS:
+    for name in measures:
         spread = f" ± {group.std[name]:.3f}" if name in _SPREAD and group.n_ok > 1 else ""
-        cells.append(f"{group.mean[name]:.3f}{spread}")
+        digits = 2 if name == "bits_per_weight" else 3
+        cells.append(f"{group.mean[name]:.{digits}f}{spread}")
     return [*cells, f"[red]{group.n_failed} failed[/]"] if group.n_failed else cells

@@ -22,6 +22,10 @@ class ComparisonRow:
         Name of the method.
     requested_density : float or None
         Requested density; None if the estimator has no such parameter.
+    requested_bits : float or None
+        Requested bits a weight; None in a comparison by density.
+    value_bits : int or None
+        Bits of a stored value, where they were chosen.
     status : {"ok", "failed"}
         Whether the fit succeeded. If it failed, all later fields except `message` are None.
     density : float or None
@@ -39,7 +43,9 @@ class ComparisonRow:
     flops_ratio : float or None
         Operations to apply the product ÷ those of the dense matrix.
     nbytes : int or None
-        Bytes of values and positions, with scattered values in CSR.
+        Bytes of values and positions, in CSR where they are scattered.
+    bits_per_weight : float or None
+        Bits of the file that holds the factors ÷ entries of the matrix.
     message : str
         Why the fit failed, or what it warned about.
     """
@@ -59,7 +65,22 @@ class ComparisonRow:
     n_iter: int | None = None
     flops_ratio: float | None = None
     nbytes: int | None = None
+    requested_bits: float | None = None
+    value_bits: int | None = None
+    bits_per_weight: float | None = None
     message: str = ""
+
+    @property
+    def budget(self) -> str:
+        """What was requested, as a label."""
+        return budget(self.requested_bits, self.requested_density)
+
+
+def budget(bits: float | None, density: float | None) -> str:
+    """Return requested bits a weight, or a requested density, as a label."""
+    if bits is not None:
+        return f"{bits:g} bits"
+    return "" if density is None else f"{density:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +89,7 @@ class SummaryRow:
 
     Attributes
     ----------
-    method, size, requested_density
+    method, size, requested_density, requested_bits
         As in :class:`ComparisonRow`.
     n_ok, n_failed : int
         Numbers of successful and failed fits.
@@ -84,11 +105,12 @@ class SummaryRow:
     n_failed: int
     mean: Mapping[str, float]
     std: Mapping[str, float]
+    requested_bits: float | None = None
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ComparisonRow))
 #: Numeric columns that can be averaged.
 MEASURES = (
     "density", "nnz", "relative_error", "normalized_error", "seconds", "n_iter", "flops_ratio",
-    "nbytes",
+    "nbytes", "bits_per_weight",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import joblib
@@ -22,7 +23,9 @@ from matfact.backend import Array
 from matfact.compare._environment import environment
 from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
-from matfact.factorizers import BaseFactorizer
+from matfact.factorizers import BaseFactorizer, Quantized
+from matfact.factorizers._at_bits import fit_at_bits
+from matfact.factorizers._quantizer import BaseQuantizer
 from matfact.factorizers._registry import MethodLike, make_estimators
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ def compare_projections(
     methods: Sequence[MethodLike] | None = None,
     *,
     densities: Sequence[float] = (metrics.DEFAULT_DENSITY,),
+    bits: Sequence[float] | None = None,
     n_jobs: int | None = None,
     random_state: int = 0,
     progress: Progress | None = None,
@@ -61,6 +65,10 @@ def compare_projections(
         methods.
     densities : sequence of float, default=(0.25,)
         Stored values ÷ entries of the matrix, each in (0, 1].
+    bits : sequence of float, optional
+        Bits a weight as files hold them, each positive. With them every method gets the same
+        bytes instead of the same number of values: it chooses its density and how many bits a
+        value takes, and `densities` are not used.
     n_jobs : int, optional
         Number of parallel fits; -1 for all cores. None means 1, or the setting of an enclosing
         ``joblib.parallel_config``, which may also select Dask or Ray.
@@ -95,9 +103,14 @@ def compare_projections(
     [('magnitude', 64, 1.0), ('magnitude', 128, 1.0)]
     """
     named = _name_matrices(matrices)
-    estimators = make_estimators(methods)
-    tasks = _tasks(named, estimators, densities, random_state)
-    metadata = _describe(named, estimators, densities, random_state)
+    estimators = make_estimators(methods, by_bits=bits is not None)
+    tasks = _tasks(named, estimators, densities, bits, random_state)
+    metadata = _describe(named, estimators, random_state)
+    metadata |= (
+        {"densities": [float(d) for d in densities]}
+        if bits is None
+        else {"bits": [float(b) for b in bits]}
+    )
     if left_out := getattr(matrices, "left_out", None):
         metadata["left_out"] = dict(left_out)
     # Largest matrices first, to balance the load of workers.
@@ -119,13 +132,11 @@ def compare_projections(
 def _describe(
     matrices: Mapping[str, Matrix],
     estimators: Mapping[str, BaseFactorizer],
-    densities: Sequence[float],
     random_state: int,
 ) -> dict[str, Any]:
     """Return the metadata of a study: its arguments and environment."""
     return {
         "methods": {name: repr(est) for name, est in estimators.items()},
-        "densities": [float(density) for density in densities],
         "random_state": random_state,
         "dtype": sorted({str(W.dtype).rpartition(".")[2] for W in matrices.values()}),
         "threads_per_fit": 1,
@@ -142,6 +153,7 @@ class _Task:
     method: str
     estimator: BaseFactorizer
     density: float | None
+    bits: float | None = None
 
 
 def _name_matrices(matrices: Mapping[str, Matrix] | Sequence[Matrix]) -> dict[str, Matrix]:
@@ -164,8 +176,11 @@ def _tasks(
     matrices: Mapping[str, Matrix],
     estimators: Mapping[str, BaseFactorizer],
     densities: Sequence[float],
+    bits: Sequence[float] | None,
     random_state: int,
 ) -> list[_Task]:
+    if bits is not None:
+        _check_bits(bits)
     if not np.ndim(densities) or not len(densities):
         raise ValueError(f"densities must be a sequence of at least one, got {densities!r}.")
     for density in densities:
@@ -175,11 +190,22 @@ def _tasks(
         for method, estimator in estimators.items():
             params = estimator.get_params(deep=False)
             seed = {"random_state": random_state} if params.get("random_state", 0) is None else {}
+            for each in bits or ():
+                seeded = clone(estimator).set_params(**seed)
+                tasks.append(_Task(name, W, method, seeded, None, float(each)))
             asked: Sequence[float | None] = densities if "density" in params else (None,)
-            for goal in asked:
+            for goal in asked if bits is None else ():
                 given = seed if goal is None else seed | {"density": goal}
                 tasks.append(_Task(name, W, method, clone(estimator).set_params(**given), goal))
     return tasks
+
+
+def _check_bits(bits: Sequence[float]) -> None:
+    if not np.ndim(bits) or not len(bits):
+        raise ValueError(f"bits must be a sequence of at least one, got {bits!r}.")
+    for goal in bits:
+        if isinstance(goal, bool) or not isinstance(goal, Real) or not 0 < goal <= 64:
+            raise ValueError(f"bits must hold numbers in (0, 64], got {goal!r}.")
 
 
 def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
@@ -192,6 +218,7 @@ def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:
         size=str(rows) if rows == columns else f"{rows}×{columns}",
         method=task.method,
         requested_density=task.density,
+        requested_bits=task.bits,
         status="ok",
     )
     with single_threaded(), warnings.catch_warnings(record=True) as caught:
@@ -210,7 +237,10 @@ def _measure(task: _Task) -> dict[str, Any]:
         task = dataclasses.replace(task, W=task.W.read())
     _compile(task)
     start = time.perf_counter()
-    fitted = task.estimator.fit(task.W)
+    if task.bits is None:
+        fitted = task.estimator.fit(task.W)
+    else:
+        fitted = fit_at_bits(task.estimator, task.W, task.bits)
     seconds = time.perf_counter() - start
     return {
         "density": fitted.density_,
@@ -221,6 +251,8 @@ def _measure(task: _Task) -> dict[str, Any]:
         "n_iter": fitted.n_iter_,
         "flops_ratio": fitted.operator_.flops_ratio,
         "nbytes": fitted.operator_.nbytes(),
+        "value_bits": fitted.bits if isinstance(fitted, (Quantized, BaseQuantizer)) else None,
+        "bits_per_weight": fitted.bits_per_weight_,
     }
 
 

@@ -40,7 +40,8 @@ class Comparison(Sequence[ComparisonRow]):
         groups: dict[tuple[Any, ...], list[ComparisonRow]] = {}
         for row in self:
             size = (row.rows * row.columns, row.size)
-            key = (row.requested_density or 0.0, size, methods[row.method])
+            asked = row.requested_bits or 0.0, row.requested_density or 0.0
+            key = (*asked, size, methods[row.method])
             groups.setdefault(key, []).append(row)
         return [_summarize(groups[key]) for key in sorted(groups)]
 
@@ -97,7 +98,7 @@ class Comparison(Sequence[ComparisonRow]):
 
 def _summarize(rows: Sequence[ComparisonRow]) -> SummaryRow:
     ok = [row for row in rows if row.status == "ok"]
-    values = {name: [getattr(row, name) for row in ok] for name in MEASURES} if ok else {}
+    values = {name: [_number(getattr(row, name)) for row in ok] for name in MEASURES} if ok else {}
     return SummaryRow(
         method=rows[0].method,
         size=rows[0].size,
@@ -106,7 +107,13 @@ def _summarize(rows: Sequence[ComparisonRow]) -> SummaryRow:
         n_failed=len(rows) - len(ok),
         mean={name: statistics.fmean(column) for name, column in values.items()},
         std={name: _spread(column) for name, column in values.items()},
+        requested_bits=rows[0].requested_bits,
     )
+
+
+def _number(measure: float | None) -> float:
+    """Return a measure, NaN where a file of an earlier version, or of one not finite, has none."""
+    return math.nan if measure is None else measure
 
 
 def _spread(values: Sequence[float]) -> float:

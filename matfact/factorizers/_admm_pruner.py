@@ -63,6 +63,8 @@ class ADMMPruner(BasePruner):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of ADMM steps; 1 without calibration.
     history_ : dict of list

@@ -61,6 +61,16 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             Callback for the solver.
         """
 
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether calibration inputs change what is fitted."""
+        return type(self)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the number of stored values can be requested."""
+        return "density" in self.get_params(deep=False)
+
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics
     ) -> Factorization:
@@ -133,6 +143,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.factors_ = operator.factors
         self.nnz_ = operator.nnz
         self.density_ = operator.density
+        self.bits_per_weight_ = operator.bits_per_weight
         self.reconstruction_err_ = metrics.relative_error(W, W_hat)
         self.normalized_err_ = metrics.normalized_error(W, self.reconstruction_err_, self.nnz_)
         self.__dict__.pop("layer_err_", None)  # of an earlier fit

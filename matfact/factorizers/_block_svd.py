@@ -80,6 +80,8 @@ class BlockSVD(BaseFactorizer):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of blockings tried.
     history_ : dict of list

@@ -96,6 +96,8 @@ int of shape (in_features,), default="identity"
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of sweeps and descent steps; 1 for two factors, which have a closed form.
     history_ : dict of list

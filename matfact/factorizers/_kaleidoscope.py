@@ -60,6 +60,8 @@ class KaleidoscopeFit(BaseFactorizer):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`; above 1 for small matrices.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of descent steps.
     history_ : dict of list

@@ -95,6 +95,8 @@ class Palm4MSA(BaseFactorizer):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of sweeps over all factors.
     history_ : dict of list

@@ -11,11 +11,16 @@ from matfact.factorizers._admm_pruner import ADMMPruner
 from matfact.factorizers._base import BaseFactorizer
 from matfact.factorizers._block_svd import BlockSVD
 from matfact.factorizers._butterfly import ButterflyFit
+from matfact.factorizers._double_binary import DoubleBinaryFactorizer
 from matfact.factorizers._dsf import DoubleSparseFactorizer
+from matfact.factorizers._gptq import GPTQ
 from matfact.factorizers._lowrank import LowRank
 from matfact.factorizers._magnitude import MagnitudePruner
 from matfact.factorizers._monarch import MonarchProjector
+from matfact.factorizers._obs_pruner import OBSPruner
 from matfact.factorizers._palm4msa import Palm4MSA
+from matfact.factorizers._rtn import RoundToNearest
+from matfact.factorizers._sparsegpt import SparseGPT
 from matfact.factorizers._wanda_pruner import WandaPruner
 
 #: A method: a registered name, or a pair of any name and an unfitted estimator.
@@ -45,6 +50,7 @@ class Method:
 #: All methods, in the order of tables and figures.
 METHODS: dict[str, Method] = {
     "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
+    "double_binary": Method("Double binary (DBF)", DoubleBinaryFactorizer()),
     "palm4msa": Method("Palm4MSA", Palm4MSA()),
     "butterfly": Method("Butterfly", ButterflyFit(chain="square_dyadic")),
     "blocksvd": Method("Block SVD", BlockSVD()),
@@ -53,9 +59,17 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude pruning", MagnitudePruner()),
     "admm": Method("ADMM pruning", ADMMPruner(), needs_inputs=True),
     "wanda": Method("Wanda", WandaPruner(), needs_inputs=True),
+    "sparsegpt": Method("SparseGPT", SparseGPT(), needs_inputs=True),
+    "obs": Method("OBS (exact OBC)", OBSPruner(), needs_inputs=True),
+    "rtn": Method("Rounding to nearest", RoundToNearest()),
+    "gptq": Method("GPTQ", GPTQ(), needs_inputs=True),
 }
-#: Methods that can be compared without calibration inputs.
-COMPARED = {name: method for name, method in METHODS.items() if not method.needs_inputs}
+#: Methods that can be compared without calibration inputs, at the same number of bits.
+COMPARED_BY_BITS = {name: method for name, method in METHODS.items() if not method.needs_inputs}
+#: Those that can be compared at the same number of stored values.
+COMPARED = {
+    name: method for name, method in COMPARED_BY_BITS.items() if method.estimator.has_density
+}
 
 
 def label(method: str) -> str:
@@ -63,8 +77,17 @@ def label(method: str) -> str:
     return METHODS[method].label if method in METHODS else method
 
 
-def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFactorizer]:
+def make_estimators(
+    methods: Sequence[MethodLike] | None, *, by_bits: bool = False
+) -> dict[str, BaseFactorizer]:
     """Return an unfitted estimator for each method, by name.
+
+    Parameters
+    ----------
+    methods : sequence of str or (str, estimator), optional
+        Names, or pairs of a name and an estimator; None for all that can be compared.
+    by_bits : bool
+        Whether they are compared at the same number of bits a weight.
 
     Raises
     ------
@@ -72,14 +95,15 @@ def make_estimators(methods: Sequence[MethodLike] | None) -> dict[str, BaseFacto
         If a name is unknown or repeated, or an entry is neither a name nor a pair.
     """
     estimators: dict[str, BaseFactorizer] = {}
-    for method in COMPARED if methods is None else methods:
-        if isinstance(method, str) and method in COMPARED:
-            name, estimator = method, COMPARED[method].estimator
+    known = COMPARED_BY_BITS if by_bits else COMPARED
+    for method in known if methods is None else methods:
+        if isinstance(method, str) and method in known:
+            name, estimator = method, known[method].estimator
         elif isinstance(method, tuple) and isinstance(method[-1], BaseFactorizer):
             name, estimator = method
         else:
             raise ValueError(
-                f"methods must hold names among {', '.join(COMPARED)} or pairs "
+                f"methods must hold names among {', '.join(known)} or pairs "
                 f"(name, factorizer), got {method!r}."
             )
         if name in estimators:

@@ -48,6 +48,8 @@ class WandaPruner(BasePruner):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         1: the solution has a closed form.
     history_ : dict of list

@@ -16,14 +16,15 @@ from typing import Any
 import numba
 import numpy as np
 
-from matfact.kernels import blocks, csr, panels, threads
+from matfact.kernels import blocks, coded, csr, panels, threads
 from matfact.kernels.atomics import fetch_add, give_way, look, pointer, publish
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
-#: Digest of the inlined modules, since Numba recompiles only if this file changes.
-SOURCES = "48b617ce27a8e083"
+#: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
+SOURCES = "ecf294252806543f"
 
+#: Kinds of steps; programs of bytes have those of ``coded`` instead, and selections.
 CSR, KRONECKER, BANDS, SELECTION = range(4)
 #: Columns of a program's steps. A unit is the smallest part of a step's work, for panels and for
 #: single columns. Kronecker-sparse steps store the number of interleaved blocks instead of a table.
@@ -163,10 +164,10 @@ def _vector_step(step, values, indices, table, part, source, target):  # type: i
 
 
 @numba.njit(inline="always")
-def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: ignore[no-untyped-def]
-    """Run a part of a phase of one panel: pack, a step, or unpack.
+def _phase(do, zero, phase, job, program, X, out, columns, part, scratch):  # type: ignore[no-untyped-def]
+    """Do a part of a phase of one panel: pack, a step, or unpack.
 
-    `columns` holds the first column and the number of columns.
+    Steps are left to the function `do`. `columns` are the first column and the number of them.
     """
     steps, values, indices, table = program
     start, count = columns
@@ -179,7 +180,7 @@ def _phase(zero, phase, job, program, X, out, columns, part, scratch):  # type: 
         panels.pack(zero, X, job[X_ROW], job[X_COLUMN], count, first, last, target)
     elif phase <= len(steps):
         step = steps[phase - 1]
-        _panel_step(zero, step, values, indices, table, first, last, source, target)
+        do(zero, step, values, indices, table, first, last, source, target)
     else:
         out = out[start * job[OUT_COLUMN] :]
         panels.unpack(zero, source, first, last, count, out, job[OUT_ROW], job[OUT_COLUMN])
@@ -196,8 +197,8 @@ def _panel_units(steps, phase, rows_in):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ignore[no-untyped-def]
-    """Run phases `begin` to `end` of a chunk: a panel, or one of the `pieces` of a panel."""
+def _chunk(do, chunk, begin, end, pieces, job, program, X, out, memory):  # type: ignore[no-untyped-def]
+    """Do the phases from `begin` to `end` of a chunk: a panel, or one of the `pieces` of one."""
     p, k = chunk // pieces, chunk % pieces
     n_wide = job[WIDE_PANELS]
     lanes, start = WIDE // X.itemsize, p * (WIDE // X.itemsize)
@@ -209,9 +210,9 @@ def _chunk(chunk, begin, end, pieces, job, program, X, out, memory):  # type: ig
         units = _panel_units(program[0], phase, job[ROWS_IN])
         part = (units * k // pieces, units * (k + 1) // pieces)
         if p < n_wide:
-            _phase(zeros(X, WIDE), phase, job, program, X, out, columns, part, memory)
+            _phase(do, zeros(X, WIDE), phase, job, program, X, out, columns, part, memory)
         else:
-            _phase(zeros(X, NARROW), phase, job, program, X, out, columns, part, memory)
+            _phase(do, zeros(X, NARROW), phase, job, program, X, out, columns, part, memory)
 
 
 @numba.njit(inline="always")
@@ -226,9 +227,9 @@ def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
     return program, _array(job, X_DATA, X), _array(job, OUT_DATA, X), scratch
 
 
-@compiled()
-def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
-    """Apply all steps to panels, as the caller of a job or, if `patience` is positive, as a helper.
+@numba.njit(inline="always")
+def _apply_panels(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
     With 0 pieces, each thread takes whole panels through all phases, so that activations stay in
     its core's cache; rows of the scratch space belong to threads. Otherwise the rows of each phase
@@ -258,7 +259,7 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
                 if chunk >= count:
                     break
                 own = memory[chunk // pieces if split else thread]
-                _chunk(chunk, begin, end, pieces, job, program, source, target, own)
+                _chunk(do, chunk, begin, end, pieces, job, program, source, target, own)
                 fetch_add(job, claimed + SPACING, 1)
             if split or patience == 0:
                 _await(job, claimed + SPACING, count)
@@ -268,8 +269,8 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
     _end(state, call)
 
 
-@compiled()
-def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+@numba.njit(inline="always")
+def _apply_vector(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
     if patience == 0:
         _begin(job, X, out, scratch, state, call, kernel)
@@ -291,13 +292,45 @@ def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, pat
                 if k >= pieces:
                     break
                 part = (units * k // pieces, units * (k + 1) // pieces)
-                _vector_step(steps[i], entries, positions, table, part, source, target)
+                do(steps[i], entries, positions, table, part, source, target)
                 fetch_add(job, claimed + SPACING, 1)
             _await(job, claimed + SPACING, pieces)
         if patience == 0:
             break
         fetch_add(state, INSIDE, -1)
     _end(state, call)
+
+
+@compiled()
+def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of numbers to panels."""
+    _apply_panels(
+        _panel_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
+
+
+@compiled()
+def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of numbers to a single column."""
+    _apply_vector(
+        _vector_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
+
+
+@compiled()
+def apply_codes_to_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of bytes to panels."""
+    _apply_panels(
+        coded.panel_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
+
+
+@compiled()
+def apply_codes_to_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+    """Apply steps of bytes to a single column."""
+    _apply_vector(
+        coded.vector_step, job, values, indices, X, out, scratch, state, call, kernel, patience
+    )  # fmt: skip
 
 
 def enroll(kernel: Kernel, arrays: tuple[np.ndarray, ...]) -> int:

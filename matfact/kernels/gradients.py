@@ -17,8 +17,8 @@ from matfact.kernels.atomics import pointer
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
-#: Digest of the inlined modules, since Numba recompiles only if this file changes.
-SOURCES = "4ecb04ab9c443d58"
+#: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
+SOURCES = "00698a1757380d7d"
 
 CSR, KRONECKER, SELECTION = range(3)
 #: Columns of a table of steps. ``VALUES`` to ``INDICES`` are addresses: of values and their

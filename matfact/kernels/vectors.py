@@ -250,6 +250,26 @@ def add(typingctx, left, right):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def subtract(typingctx, left, right):  # type: ignore[no-untyped-def]
+    """Return the difference of two vectors."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fsub(*arguments)
+
+    return left(left, right), generate
+
+
+@intrinsic
+def multiply(typingctx, left, right):  # type: ignore[no-untyped-def]
+    """Return the product of two vectors of real numbers, lane by lane."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fmul(*arguments)
+
+    return left(left, right), generate
+
+
+@intrinsic
 def total(typingctx, vector):  # type: ignore[no-untyped-def]
     """Return the sum of the lanes of `vector`."""
 
@@ -335,7 +355,7 @@ def _widened(builder: Any, dtype: Any, loaded: Any, target: Any) -> Any:
         bits = builder.shl(builder.zext(loaded, wide), ir.Constant(wide, sixteen))
         loaded = builder.bitcast(bits, single)
         return loaded if single == target else builder.fpext(loaded, target)
-    return loaded
+    return builder.sitofp(loaded, target) if dtype == types.int8 else loaded
 
 
 def _shaped(like: Any, element: Any) -> Any:

@@ -7,7 +7,9 @@ from matfact.operators._dispatch.advice import Advice
 from matfact.operators._factor import Factor
 from matfact.operators._kronecker import KroneckerSparseFactor
 from matfact.operators._product import FactorProduct
+from matfact.operators._quantized import QuantizedFactor
 from matfact.operators._selection import SelectionFactor
+from matfact.operators._sign import SignFactor
 
 __all__ = [
     "Advice",
@@ -16,6 +18,8 @@ __all__ = [
     "Factor",
     "FactorProduct",
     "KroneckerSparseFactor",
+    "QuantizedFactor",
     "SelectionFactor",
+    "SignFactor",
     "SparseFactor",
 ]

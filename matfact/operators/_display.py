@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from matfact import backend
 from matfact._figures import new_figure
 from matfact.operators._factor import Factor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 #: Maximum rows and columns of a panel; larger factors show the maximum of each tile.
 _PIXELS = 512
@@ -63,3 +66,38 @@ def _magnitudes(factor: Factor) -> np.ndarray:
             starts = np.arange(_PIXELS) * size // _PIXELS
             image = np.maximum.reduceat(image, starts, axis=axis)
     return image
+
+
+class Displayed:
+    """What draws a product of factors, and shows it in notebooks."""
+
+    factors: Any
+
+    def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+        """Draw the positions and magnitudes of the values of each factor.
+
+        Parameters
+        ----------
+        figure : matplotlib.figure.Figure or SubFigure, optional
+            Figure to draw into; a new one by default.
+
+        Returns
+        -------
+        matplotlib.figure.Figure or SubFigure
+            One panel per factor, in the order of the product. Entries that are not stored are
+            blank. Save it with its ``savefig``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        """
+        return plot_factors(self.factors, figure)
+
+    def _repr_html_(self) -> str:
+        product: Any = self
+        return to_html(
+            f"FactorProduct {product.shape[0]}×{product.shape[1]}: {product.nnz:,} values "
+            f"({product.density:.1%}), {product.flops:,} FLOPs, {product.nbytes():,} bytes",
+            self.factors,
+        )

@@ -50,6 +50,15 @@ class Factor(ABC):
     def add_to(self, program: Program) -> None:
         """Append the factor to a program for the kernels (NumPy values only)."""
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether the matrix is stored as codes of a few bits."""
+        return False
+
+    def suits_bytes(self) -> bool:
+        """Whether it can be a step of a program that stores bytes, for real numbers."""
+        return False
+
     @abstractmethod
     def toarray(self) -> Array:
         """Return the matrix as a dense array."""
@@ -65,9 +74,14 @@ class Factor(ABC):
         return locations
 
     @property
+    def numbers(self) -> Array:
+        """The stored array that carries the dtype of the factor."""
+        return self.values
+
+    @property
     def dtype(self) -> Any:
-        """Dtype of the stored values."""
-        return self.values.dtype
+        """Dtype of the factor."""
+        return self.numbers.dtype
 
     @property
     def nnz(self) -> int:
@@ -85,11 +99,24 @@ class Factor(ABC):
 
     def value_nbytes(self) -> int:
         """Bytes of the stored values."""
-        return self.nnz * dtype_nbytes(self.values)
+        return self.nnz * dtype_nbytes(self.dtype)
 
     def with_values(self, values: Array) -> Self:
         """Return a factor with the same positions and other `values`."""
         return dataclasses.replace(self, values=values)
+
+    def decoded(self) -> Factor:
+        """Return the factor with floating point values: itself, if they are not quantized."""
+        return self
+
+    def on_host(self) -> Self:
+        """Return the factor with NumPy views of what it stores."""
+        return self.with_values(backend.host_view(self.values))
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm."""
+        return backend.norm(self.values)
 
     def scaled(self, c: float) -> Self:
         """Return `c` times the factor."""
@@ -116,7 +143,7 @@ class Factor(ABC):
         return f"{type(self).__name__}({rows}×{columns}, {self.nnz} values)"
 
 
-def dtype_nbytes(values: Array) -> int:
-    """Bytes of one entry of `values`."""
-    name = str(values.dtype).rpartition(".")[2]
+def dtype_nbytes(dtype: Any) -> int:
+    """Bytes of one entry of an array library's `dtype`."""
+    name = str(dtype).rpartition(".")[2]
     return 2 if name == "bfloat16" else np.dtype(name).itemsize

@@ -68,8 +68,14 @@ class KroneckerSparseFactor(Factor):
         product = merge(backend.compute_array(self.values), right)
         return KroneckerSparseFactor(product[:, None, :, :])
 
+    def suits_bytes(self) -> bool:
+        return self.values.shape[2:] == (1, 1)
+
     def add_to(self, program: Program) -> None:
-        program.add_kronecker(self.values)
+        if program.stored == "int8":
+            program.add_scales(self.values)
+        else:
+            program.add_kronecker(self.values)
 
     def toarray(self) -> Array:
         a, b, c, d = self.pattern
@@ -81,3 +87,10 @@ class KroneckerSparseFactor(Factor):
         inner = xp.reshape(xp.eye(d, dtype=dtype, device=device), (1, 1, d, 1, 1, d))
         blocks = xp.reshape(xp.permute_dims(self.values, (0, 2, 1, 3)), (a, b, d, 1, c, 1))
         return xp.reshape(blocks * outer * inner, self.shape)
+
+
+def merged(left: Factor, right: Factor) -> Factor | None:
+    """Return the product of two neighbours if it is block-diagonal."""
+    if isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor):
+        return left.merged(right)
+    return None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,18 +18,18 @@ from matfact.operators import _storage
 from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
-from matfact.operators._display import plot_factors, to_html
-from matfact.operators._factor import Factor
-from matfact.operators._kronecker import KroneckerSparseFactor
+from matfact.operators._display import Displayed
+from matfact.operators._encoding import stored_nbytes
+from matfact.operators._factor import Factor, dtype_nbytes
+from matfact.operators._kronecker import merged
+from matfact.operators._quantized import BITS
+from matfact.operators._rounding import rounded
 from matfact.operators._selection import SelectionFactor
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
-
-Format = Literal["csr", "bitmask", "smallest", "dense"]
+Format = Literal["csr", "bitmask", "smallest", "dense", "stored"]
 
 
-class FactorProduct(ArrayLike):
+class FactorProduct(ArrayLike, Displayed):
     """Linear operator ``F_1 F_2 … F_Q``, applied from right to left.
 
     Products are array-like. ``np.asarray`` returns the dense matrix, and numbers scale the product.
@@ -102,21 +102,30 @@ class FactorProduct(ArrayLike):
         return self.flops / max(1, 2 * math.prod(self.shape))
 
     def nbytes(self, format: Format = "csr") -> int:
-        """Return the bytes of values and positions.
+        """Return the bytes of values and positions, or of a file.
 
         Parameters
         ----------
-        format : {"csr", "bitmask", "smallest", "dense"}, default="csr"
-            Storage of the positions of scattered nonzeros: column indices, one bit per entry, the
-            smaller of both for each factor, or none, with every entry of every factor stored.
-            Structured factors need few positions or none in the first three.
+        format : {"csr", "bitmask", "smallest", "dense", "stored"}, default="csr"
+            How scattered nonzeros are located: column indices, one bit an entry, whichever of
+            the two is smaller for each factor, not at all (every entry of every factor is
+            stored). Structured factors need few positions or none in the first three.
+            ``"stored"`` counts all bytes of the file that :meth:`save` writes, its header too.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
         if format == "dense":
-            itemsize = self.factors[0].value_nbytes() // max(1, self.factors[0].nnz)
-            return sum(math.prod(factor.shape) for factor in self.factors) * (itemsize or 1)
+            itemsize = dtype_nbytes(self.dtype)
+            return itemsize * sum(math.prod(factor.shape) for factor in self.factors)
+        if format == "stored":
+            return sum(map(len, _storage.pack(self.factors)[1]))
         return sum(f.value_nbytes() + f.index_nbytes(format) for f in self.factors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that files hold for an entry of the dense matrix, headers aside."""
+        bits = 8 * sum(stored_nbytes(factor) for factor in self.factors)
+        return bits / max(1, math.prod(self.shape))
 
     @property
     def T(self) -> FactorProduct:  # noqa: N802
@@ -133,13 +142,48 @@ class FactorProduct(ArrayLike):
             return self
         return FactorProduct([factor.astype(dtype) for factor in self.factors])
 
+    def quantized(self, bits: int, group_size: int | None = 64) -> FactorProduct:
+        """Return the product with each value rounded to one of ``2**bits`` levels.
+
+        :class:`~matfact.Quantized` loses less: it knows the matrix, and possibly the inputs.
+        Factors that store no values stay as they are.
+
+        Parameters
+        ----------
+        bits : int
+            Bits of a value, from 2 to 8.
+        group_size : int or None, default=64
+            Number of values of a row that share a 16-bit scale, about; None for all of them.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, or values are complex.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from matfact.operators import DenseFactor, FactorProduct
+        >>> W = np.random.default_rng(0).standard_normal((64, 64))
+        >>> product = FactorProduct([DenseFactor(W)]).quantized(8)
+        >>> product.nbytes("stored"), bool(abs(product.toarray() - W).max() < 0.02)
+        (4224, True)
+        """
+        if bits not in BITS:
+            raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}.")
+        if group_size is not None and (not isinstance(group_size, Integral) or group_size < 1):
+            raise ValueError(f"group_size must be None or a positive integer, got {group_size!r}.")
+        if any(backend.is_complex(factor.values) for factor in self.factors):
+            raise ValueError(f"values must be real to be quantized, got {self.dtype}.")
+        return FactorProduct([rounded(factor, bits, group_size) for factor in self.factors])
+
     def toarray(self) -> Array:
         """Return the product as a dense array."""
         *factors, last = self.factors
         if factors and isinstance(last, SelectionFactor):
             return last.apply_right(FactorProduct(factors).toarray())
-        while factors and (merged := _merged(factors[-1], last)):
-            last = merged
+        while factors and (both := merged(factors[-1], last)):
+            last = both
             factors.pop()
         product = backend.compute_array(last.toarray())
         for factor in reversed(factors):
@@ -168,7 +212,7 @@ class FactorProduct(ArrayLike):
         if plan and backend.is_numpy(X) and X.dtype in COMPUTED:
             return plan.apply(X)
         xp = backend.namespace(X, self.factors[0].values)
-        both_half = backend.is_half(X) and backend.is_half(self.factors[0].values)
+        both_half = backend.is_half(X) and dtype_nbytes(self.factors[0].dtype) == 2
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))
         host = backend.host_view(result) if plan else None
@@ -313,8 +357,8 @@ class FactorProduct(ArrayLike):
         Only powers of two are moved between factors, so no value is rounded; `scale` should be a
         power of two as well. Fine-tuning needs balanced factors (Boža & Macko 2025 omit this).
         """
-        scalable = [i for i, factor in enumerate(self.factors) if factor.nnz]
-        norms = [backend.norm(self.factors[i].values) for i in scalable]
+        scalable = [i for i, factor in enumerate(self.factors) if math.prod(factor.values.shape)]
+        norms = [self.factors[i].norm for i in scalable]
         if not scalable or 0.0 in norms:
             balanced = [scale if i == 0 else 1.0 for i in range(len(scalable))]
         else:
@@ -345,34 +389,6 @@ class FactorProduct(ArrayLike):
     def __getitem__(self, index: int) -> Factor:
         return self.factors[index]
 
-    def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-        """Draw the positions and magnitudes of the values of each factor.
-
-        Parameters
-        ----------
-        figure : matplotlib.figure.Figure or SubFigure, optional
-            Figure to draw into; a new one by default.
-
-        Returns
-        -------
-        matplotlib.figure.Figure or SubFigure
-            One panel per factor, in the order of the product. Entries that are not stored are
-            blank. Save it with its ``savefig``.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed.
-        """
-        return plot_factors(self.factors, figure)
-
-    def _repr_html_(self) -> str:
-        return to_html(
-            f"FactorProduct {self.shape[0]}×{self.shape[1]}: {self.nnz:,} values "
-            f"({self.density:.1%}), {self.flops:,} FLOPs, {self.nbytes():,} bytes",
-            self.factors,
-        )
-
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)
         return f"FactorProduct({self.shape[0]}×{self.shape[1]}, {self.density:.1%}: [{inner}])"
@@ -382,10 +398,3 @@ def _checked(batch_size: int) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     return int(batch_size)
-
-
-def _merged(left: Factor, right: Factor) -> Factor | None:
-    """Return the product of two neighbours if it is block-diagonal."""
-    if isinstance(left, KroneckerSparseFactor) and isinstance(right, KroneckerSparseFactor):
-        return left.merged(right)
-    return None

@@ -58,6 +58,9 @@ class SelectionFactor(Factor):
         """Return ``X @ P`` for `X` of shape (batch, rows)."""
         return _gather(X, self.T.index, axis=1)
 
+    def suits_bytes(self) -> bool:
+        return True
+
     def add_to(self, program: Program) -> None:
         program.add_selection(self.index)
 

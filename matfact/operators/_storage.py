@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from matfact._files import write_atomically
 from matfact._json import is_version, parse_json
@@ -13,7 +14,8 @@ from matfact._safetensors_file import SafetensorsFile
 from matfact.operators._encoding import decode, encode
 from matfact.operators._factor import Factor
 
-FORMAT_VERSION = 1
+#: What is written; earlier versions are read.
+FORMAT_VERSION = 2
 
 
 def save(factors: Sequence[Factor], path: Path) -> None:
@@ -32,8 +34,15 @@ def pack(
     manifest = {"format": "matfact", "version": FORMAT_VERSION, "factors": entries}
     specs = in_aligned_order({name: spec for name, (spec, _) in tensors.items()})
     content = (tensors[name][1] for name in specs)
-    kinds = tuple(entry["kind"] for entry in entries)
-    return kinds, serialize(specs, content, {"matfact": json.dumps(manifest)})
+    text = json.dumps(manifest, separators=(",", ":"))
+    kinds = tuple(_storage_name(entry) for entry in entries)
+    return kinds, serialize(specs, content, {"matfact": text})
+
+
+def _storage_name(entry: dict[str, Any]) -> str:
+    """Return how a factor is stored, for readers of the manifest."""
+    quantized = entry.get("quantized")
+    return entry["kind"] if quantized is None else f"{entry['kind']}, {quantized['bits']} bits"
 
 
 def load(file: SafetensorsFile) -> list[Factor]:
@@ -50,7 +59,9 @@ def load(file: SafetensorsFile) -> list[Factor]:
     except ValueError:
         manifest = {}
     if not is_version(manifest, "matfact", FORMAT_VERSION):
-        raise ValueError(f"path must name a matfact file of version {FORMAT_VERSION}, got {path}.")
+        raise ValueError(
+            f"path must name a matfact file of version 1 to {FORMAT_VERSION}, got {path}."
+        )
     entries = manifest.get("factors")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"path must name a complete matfact file, but {path} lists no factors.")

@@ -11,7 +11,14 @@ from typing import Any
 from matfact import backend
 from matfact.backend import Array
 from matfact.constraints import GlobalSparsity
-from matfact.operators import Factor, FactorProduct, SelectionFactor, SparseFactor
+from matfact.operators import (
+    Factor,
+    FactorProduct,
+    QuantizedFactor,
+    SelectionFactor,
+    SignFactor,
+    SparseFactor,
+)
 from matfact.solvers.admm import DAMPING as ADMM_DAMPING
 from matfact.solvers.admm import SparseState, sparse_regression
 from matfact.solvers.least_squares import conjugate_gradients
@@ -57,6 +64,8 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
     factors = list(product.factors)
     for i in range(len(factors) - 1, -1, -1):
         factor = factors[i]
+        if isinstance(factor, QuantizedFactor | SignFactor):
+            raise TypeError(f"columns of {factor!r} cannot be scaled: its values are codes")
         if not isinstance(factor, SelectionFactor):
             columns = backend.like(factor.locations % factor.shape[1], scale)
             scales = xp.astype(xp.take(scale, columns), factor.values.dtype)

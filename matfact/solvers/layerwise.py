@@ -11,6 +11,7 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.constraints import Constraint, transposed
+from matfact.operators import FactorProduct
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import DAMPING, SparseState, sparse_regression
 from matfact.solvers.least_squares import damped_gram, refit_values
@@ -186,3 +187,10 @@ def _absolute_norms(gram: Array) -> Array:
     """Return the norm of each input, bounded below relative to the largest; 1 if all are 0."""
     largest = backend.max_abs(backend.namespace(gram).linalg.diagonal(gram))
     return input_norms(gram) * math.sqrt(largest if largest > 0.0 else 1.0)
+
+
+def squared_error(W: Array, product: FactorProduct, metric: Array | None) -> float:
+    """Return ``tr (W − Ŵ) H (W − Ŵ)ᵀ``, with the identity for `H` where there is no metric."""
+    difference = W - product.astype(W.dtype).toarray()
+    moved = difference if metric is None else backend.namespace(W).matmul(difference, metric)
+    return backend.inner(moved, difference)

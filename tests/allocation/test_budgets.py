@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, metrics
+from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, RoundToNearest, metrics
 from matfact.allocation import (
     Option,
     allocate,
@@ -49,7 +49,7 @@ def test_options_are_what_a_fit_gives(weights):
     ]
     pruned = MagnitudePruner(density=0.25).fit(W)
     option = options[-2]
-    assert option.nbytes == pruned.operator_.nbytes("smallest")
+    assert 8 * option.nbytes == pytest.approx(pruned.bits_per_weight_ * W.size)
     assert option.flops == pruned.operator_.flops
     assert option.error == metrics.layer_error(W, pruned.operator_.toarray(), gram)
     assert math.isnan(option.seconds)
@@ -107,7 +107,7 @@ def test_predictions_between_fits_are_close_and_never_cheaper_than_the_fit(weigh
         }
         for option in between:
             fitted = METHODS[option.method].set_params(density=option.density).fit(W)
-            assert option.nbytes >= fitted.operator_.nbytes("smallest")
+            assert 8 * option.nbytes >= fitted.bits_per_weight_ * W.size * (1 - 1e-12)
             assert option.flops >= fitted.operator_.flops
             low, high = (
                 o.error
@@ -157,3 +157,8 @@ def test_bad_arguments_are_named(change, message, layers):
 def test_a_budget_that_no_uniform_density_meets_is_refused(layers):
     with pytest.raises(ValueError, match="budget=10 is less"):
         allocate_uniformly(layers, 10, method="lowrank")
+
+
+def test_methods_without_a_density_are_refused():
+    with pytest.raises(ValueError, match="methods must have a density to choose, got rtn="):
+        measure_options(np.eye(8), METHODS | {"rtn": RoundToNearest()}, [0.5])

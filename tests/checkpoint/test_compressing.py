@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matfact.solvers.quantization import fit_grid
 from safetensors.torch import load_file, save_file
 
 from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, Palm4MSA, metrics
 from matfact.checkpoint import Checkpoint, _compress, _source, compress, decompress
 from matfact.factorizers import BaseFactorizer
+from matfact.factorizers._base import Factorization
+from matfact.operators import QuantizedFactor, SparseFactor
+from matfact.operators._quantized import group_bounds
 
 HALF = MagnitudePruner(density=0.5)
 
@@ -350,3 +354,39 @@ def test_settings_are_remembered(source, tmp_path):
     assert settings["layers"] == "fc"
     assert list(settings["source"]) == ["model.safetensors"]
     assert _compress.matfact.__version__ in settings["generator"]
+
+
+class Quantizer(BaseFactorizer):
+    """The larger half of the entries, in codes of 4 bits."""
+
+    def _factorize(self, W, history):
+        pattern = SparseFactor.from_dense(W, abs(W) >= np.median(abs(W)))
+        bounds = group_bounds(pattern, 64)
+        grid = fit_grid(pattern.values, bounds, 4)
+        values = grid.nearest(
+            pattern.values, np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        )
+        quantized = QuantizedFactor(values, grid.scales.astype(W.dtype), 4, 64, pattern)
+        return Factorization([quantized])
+
+
+def test_quantized_layers_are_compressed_to_their_bits_and_back(source, tmp_path):
+    network = compress(source, tmp_path / "out", Quantizer(), layers="fc.weight|conv")
+    decompress(tmp_path / "out", tmp_path / "dense.safetensors")
+    before, after = tensors(), load_file(tmp_path / "dense.safetensors")
+    layers = [name for name in network.tensors if name.startswith("layers") and "bias" not in name]
+    for name in layers:
+        tensor = network.tensors[name]
+        assert tensor.storage == ("bitmask, 4 bits",)
+        assert after[name].dtype == before[name].dtype
+        W, W_hat = (each[name].double().reshape(len(each[name]), -1) for each in (before, after))
+        rounding = torch.finfo(before[name].dtype).eps
+        error = metrics.relative_error(W.numpy(), W_hat.numpy())
+        assert error == pytest.approx(tensor.relative_error, abs=rounding)
+        assert error < 0.4
+        (factor,) = network.product(name)
+        file = network.file(name)
+        assert file.specs["0.scales"].dtype == "F16"
+        held = sum(spec.nbytes for spec in file.specs.values())
+        assert held <= W.numel() * (0.5 * 4 + 1) / 8 + 16 + 2 * len(factor.scales) + 8
+        assert rf"\"dtype\":\"{tensor.spec.dtype}\"".encode() in file.path.read_bytes()

@@ -3,6 +3,7 @@
 import json
 import os
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from matfact.operators import BlockSparseFactor, DenseFactor, FactorProduct, Spa
 from matfact.operators._encoding import _overlap
 
 
-def content(factors, tensors, version=1):
+def content(factors, tensors, version=2):
     entries = [{"complex": False} | factor for factor in factors]
     manifest = {"format": "matfact", "version": version, "factors": entries}
     held = {name: stored(np.asarray(array)) for name, array in tensors.items()}
@@ -34,7 +35,28 @@ def factor(kind, shape, values, **positions):
     return content([{"kind": kind, "shape": shape}], named)
 
 
+def quantized(kind="dense", shape=(2, 3), fields=(), **changes):
+    """Return a file of one factor with quantized values: by default 2×3 values of 2 bits."""
+    described = {"bits": 2, "group_size": None, "unit": 0, "dtype": "F32", "shape": [2, 3]}
+    described |= dict(fields)
+    tensors = {
+        "values": U8([0b00011011, 0b11000000]),
+        "levels": np.int8([-3, -1, 1, 3]),
+        "scales": np.float16([1, 2]),
+    }
+    tensors = {f"0.{k}": v for k, v in (tensors | changes).items() if v is not None}
+    return content([{"kind": kind, "shape": list(shape), "quantized": described}], tensors)
+
+
+def deflated(data, *, references=False, cut=0, more=b""):
+    strategy = zlib.Z_DEFAULT_STRATEGY if references else zlib.Z_HUFFMAN_ONLY
+    coder = zlib.compressobj(9, wbits=-15, strategy=strategy)
+    coded = coder.compress(bytes(data)) + coder.flush()
+    return np.frombuffer(coded[: len(coded) - cut] + more, np.uint8)
+
+
 U8, U16, I32 = np.uint8, np.uint16, np.int32
+MASK, GAPS = U8([0b10100000]), U8([0, 1])  # of 1×8: places 0 and 2
 HUGE = 1 << 62
 LIES = {
     "an unknown storage": factor("pickle", [1, 1], [1]),
@@ -103,8 +125,110 @@ LIES = {
             "2.values": np.ones((0, 4)),
         },
     ),
-    "another version": content([], {}, version=2),
+    "another version": content([], {}, version=3),
 }
+
+
+QUANTIZED_LIES = {
+    "levels that do not increase": quantized(levels=np.int8([-3, 1, -1, 3])),
+    "a level twice": quantized(levels=np.int8([-3, 1, 1, 3])),
+    "levels of another dtype": quantized(levels=I32([-3, -1, 1, 3])),
+    "a matrix of levels": quantized(levels=np.int8([[-3, -1], [1, 3]])),
+    "a level too low": quantized(levels=np.int8([-128, -1, 1, 3])),
+    "more levels than codes": quantized(levels=np.arange(5, dtype=np.int8)),
+    "codes beyond the levels": quantized(levels=np.int8([-3, -1, 1])),
+    "no levels": quantized(levels=None),
+    "levels that are none": quantized(levels=np.int8([])),
+    "no scales": quantized(scales=None),
+    "an infinite scale": quantized(scales=np.float16([np.inf, 1])),
+    "a scale that is no number": quantized(scales=np.float32([np.nan, 1])),
+    "a unit that makes scales infinite": quantized(fields={"unit": 128}),
+    "a unit without measure": quantized(fields={"unit": HUGE}),
+    "a unit that is true": quantized(fields={"unit": True}),
+    "scales of integers": quantized(scales=I32([1, 2])),
+    "too few scales": quantized(scales=np.float16([1])),
+    "too many scales": quantized(scales=np.float16([1, 2, 3])),
+    "a matrix of scales": quantized(scales=np.float16([[1, 2]])),
+    "codes of 1 bit": quantized(fields={"bits": 1}),
+    "codes of 9 bits": quantized(fields={"bits": 9}),
+    "codes of 2.0 bits": quantized(fields={"bits": 2.0}),
+    "codes of true bits": quantized(fields={"bits": True}),
+    "bits after the last code": quantized(values=U8([0, 1])),
+    "codes too few": quantized(values=U8([0])),
+    "codes too many": quantized(values=U8([0, 0, 0])),
+    "codes of another dtype": quantized(values=U16([0, 0])),
+    "no codes": quantized(values=None),
+    "groups of nothing": quantized(fields={"group_size": 0}),
+    "groups of less": quantized(fields={"group_size": -1}),
+    "groups without measure": quantized(fields={"group_size": HUGE - 1}),
+    "groups of halves": quantized(fields={"group_size": 0.5}),
+    "values without end": quantized(fields={"shape": [HUGE - 1, HUGE - 1]}),
+    "values of a size below zero": quantized(fields={"shape": [-2, -3]}),
+    "values of another shape": quantized(fields={"shape": [3, 2]}),
+    "values in many dimensions": quantized(fields={"shape": [2, 3, 1, 1, 1]}),
+    "values without a shape": quantized(fields={"shape": None}),
+    "values of no dtype": quantized(fields={"dtype": ["F32"]}),
+    "values of whole numbers": quantized(fields={"dtype": "I8"}),
+    "rows of nothing without number": quantized(
+        shape=(1 << 24, 0), fields={"shape": [1 << 24, 0]}, values=U8([]), scales=np.ones(1)
+    ),
+    "quantized as a list": content([{"kind": "dense", "shape": [2, 3], "quantized": [2]}], {}),
+    "complex codes": content(
+        [{"kind": "dense", "shape": [2, 3], "quantized": {}, "complex": True}], {}
+    ),
+    "a quantized selection": quantized("selection", index=U16([0, 1])),
+    "quantized signs": quantized("sign", signs=U8([0])),
+    "a matrix of scattered values": quantized("bitmask", mask=U8([255])),
+}
+LIES |= QUANTIZED_LIES | {
+    "signs too few": factor("sign", [3, 3], [], signs=U8([1])),
+    "signs after the end": factor("sign", [1, 7], [], signs=U8([1])),
+    "signs of another dtype": factor("sign", [1, 8], [], signs=U16([1])),
+    "signs with values": factor("sign", [1, 8], [1], signs=U8([1])),
+    "no signs": factor("sign", [1, 8], []),
+    "a mask and its code": factor("bitmask", [1, 8], [1, 2], mask=MASK, coded=deflated(MASK)),
+    "a coded mask that is cut": factor("bitmask", [1, 8], [1, 2], coded=deflated(MASK, cut=1)),
+    "bytes after a coded mask": factor("bitmask", [1, 8], [1, 2], coded=deflated(MASK, more=b"\0")),
+    "a coded mask that is longer": factor("bitmask", [1, 8], [1, 2], coded=deflated([160, 0])),
+    "a coded mask that is shorter": factor("bitmask", [1, 9], [1, 2], coded=deflated(MASK)),
+    "a coded mask with bits after the end": factor("bitmask", [1, 4], [1], coded=deflated([129])),
+    "a coded mask with more bits": factor("bitmask", [1, 8], [1], coded=deflated(MASK)),
+    "a code of another dtype": factor("bitmask", [1, 8], [1, 2], coded=U16([3, 0])),
+    "a matrix of codes": factor("bitmask", [1, 8], [1, 2], coded=deflated(MASK)[None]),
+    "an empty code": factor("bitmask", [0, 8], [], coded=U8([])),
+    "a code that is none": factor("bitmask", [1, 8], [1, 2], coded=U8([255, 255, 255])),
+    "a mask that is a bomb": factor(
+        "bitmask", [1 << 13, 1 << 13], [], coded=deflated(bytes(1 << 23), references=True)
+    ),
+    "a mask that a code cannot hold": factor(
+        "bitmask", [1, 1 << 24], [], coded=deflated(bytes(1 << 10))
+    ),
+    "gaps that are a bomb": factor(
+        "gaps", [1 << 20, 1 << 20], [], coded=deflated(b"\xff" * (1 << 24), references=True)
+    ),
+    "gaps that lead beyond": factor("gaps", [1, 2], [1, 2], coded=deflated(GAPS)),
+    "gaps that go on": factor("gaps", [9, 99], [1, 2], coded=deflated([0, 1, 255])),
+    "gaps of more values": factor("gaps", [1, 8], [1], coded=deflated(GAPS)),
+    "gaps of fewer values": factor("gaps", [1, 8], [1, 2, 3], coded=deflated(GAPS)),
+    "gaps in no column": factor("gaps", [8, 0], [1, 2], coded=deflated(GAPS)),
+    "gaps that are cut": factor("gaps", [1, 8], [1, 2], coded=deflated(GAPS, cut=1)),
+    "bytes after gaps": factor("gaps", [1, 8], [1, 2], coded=deflated(GAPS, more=b"\0")),
+    "rows of gaps without number": factor("gaps", [1 << 24, 8], [1, 2], coded=deflated(GAPS)),
+    "a matrix of values between gaps": factor("gaps", [1, 8], [[1, 2]], coded=deflated(GAPS)),
+    "no gaps": factor("gaps", [1, 8], [1, 2]),
+}
+
+
+def test_what_is_changed_to_lie_is_true_before(tmp_path):
+    honest = [
+        (quantized(), [[-3, -1, 1], [6, 6, -6]]),
+        (factor("bitmask", [1, 8], [1, 2], coded=deflated(MASK)), [[1, 0, 2, 0, 0, 0, 0, 0]]),
+        (factor("gaps", [2, 8], [1, 2], coded=deflated(GAPS)), [[1, 0, 2] + [0] * 5, [0] * 8]),
+        (factor("sign", [1, 7], [], signs=U8([0b10100000])), [[1, -1, 1, -1, -1, -1, -1]]),
+    ]
+    for chunks, expected in honest:
+        write_atomically(tmp_path / "p.safetensors", chunks)
+        np.testing.assert_array_equal(FactorProduct.load(tmp_path / "p.safetensors"), expected)
 
 
 @pytest.mark.parametrize("case", LIES)

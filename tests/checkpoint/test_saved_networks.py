@@ -20,10 +20,15 @@ from matfact.operators import (
     DenseFactor,
     FactorProduct,
     KroneckerSparseFactor,
+    QuantizedFactor,
     SelectionFactor,
+    SignFactor,
     SparseFactor,
 )
+from matfact.operators._quantized import group_bounds
 
+#: Written by the last release of the code that wrote version 1.
+VERSION_1 = Path(__file__).parent / "version-1"
 DOCS = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"
 
 
@@ -45,7 +50,7 @@ def products(dtype):
     blocks = [random(3, 4), random(2, 5)]
     return {
         "bitmask": FactorProduct([sparse(rng, 12, 9, 0.5, dtype), sparse(rng, 9, 20, 0.3, dtype)]),
-        "csr": FactorProduct([sparse(rng, 9, 1000, 0.01, dtype)]),
+        "gaps": FactorProduct([sparse(rng, 9, 1000, 0.01, dtype)]),
         "dense": FactorProduct([DenseFactor(random(6, 2)), DenseFactor(random(2, 5))]),
         "kronecker": FactorProduct([KroneckerSparseFactor(random(2, 3, 2, 4))]),
         "blocks": FactorProduct(
@@ -57,7 +62,31 @@ def products(dtype):
                 SelectionFactor.from_index([5, -1, 0, 2], 7, like=np.zeros(0, dtype)),
             ]
         ),
+        "csr": FactorProduct([SparseFactor(random(2), np.int32([3, 0]), np.array([0, 2]), 4)]),
     }
+
+
+def quantized_products(dtype):
+    """Return products whose values take few bits, by the names of their storage."""
+    rng = np.random.default_rng(0)
+    patterns = {
+        "dense, 8 bits": DenseFactor(np.ones((5, 30))),
+        "bitmask, 3 bits": sparse(np.random.RandomState(0), 30, 50, 0.7, np.float64),
+        "gaps, 4 bits": sparse(np.random.RandomState(0), 30, 50, 0.1, np.float64),
+        "csr, 2 bits": SparseFactor(np.ones(2), np.int32([3, 0]), np.array([0, 2]), 4),
+        "kronecker, 5 bits": products(np.float64)["kronecker"][0],
+        "blocks, 6 bits": products(np.float64)["blocks"][0],
+    }
+    found = {}
+    for (name, pattern), group_size in zip(patterns.items(), [8, 8, None, 1, 7, 100], strict=True):
+        bits = int(name.split()[1])
+        values = rng.integers(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1), pattern.values.shape)
+        n_groups = len(group_bounds(pattern, group_size)) - 1
+        scales = rng.uniform(0.5, 2, n_groups).astype(np.float16).astype(dtype)
+        factor = QuantizedFactor(values.astype(np.int8), scales, bits, group_size, pattern)
+        found[name] = FactorProduct([factor])
+    signs = SignFactor.from_dense(rng.standard_normal((5, 30)).astype(dtype))
+    return found | {"sign": FactorProduct([signs, DenseFactor(np.ones((30, 2), dtype))])}
 
 
 @pytest.fixture
@@ -80,14 +109,20 @@ def folder(tmp_path):
     return tmp_path / "network"
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex64])
+SPECS = {np.float16: "F16", np.float32: "F32", np.float64: "F64", np.complex64: "C64"}
+
+
+@pytest.mark.parametrize("dtype", SPECS)
 def test_factors_of_every_storage_come_back_bit_by_bit(dtype, tmp_path):
     content = products(dtype)
+    if dtype is not np.complex64:
+        content |= quantized_products(dtype)
     save(tmp_path / "network", content)
     loaded = Checkpoint(tmp_path / "network")
     assert set(loaded) == set(content)
     for name, product in content.items():
         assert name in loaded.tensors[name].storage
+        assert loaded.tensors[name].spec.dtype == SPECS[dtype]
         assert loaded[name].dtype == dtype
         for ours, theirs in zip(loaded[name], product, strict=True):
             assert (ours.kind, ours.shape) == (theirs.kind, theirs.shape)
@@ -135,13 +170,45 @@ def test_the_reader_in_the_documentation_agrees(folder, tmp_path):
     exec(compile(code, str(DOCS), "exec"), namespace)
     save(tmp_path / "storages", products(np.float32) | {"b": np.array([True, False])})
     save(tmp_path / "complex", products(np.complex64))
-    for path in (folder, tmp_path / "storages", tmp_path / "complex"):
+    save(tmp_path / "quantized", quantized_products(np.float32))
+    save(tmp_path / "half", quantized_products(np.float16))
+    for name in ("storages", "complex", "quantized", "half", VERSION_1):
+        path = tmp_path / name
         ours, theirs = Checkpoint(path), namespace["read_checkpoint"](path)
         assert set(ours) == set(theirs)
         for name, value in ours.items():
             expected = value.toarray() if isinstance(value, FactorProduct) else value
             expected = expected.reshape(ours.tensors[name].spec.shape)
-            np.testing.assert_allclose(theirs[name], expected, rtol=1e-5, atol=1e-6)
+            rtol = 1e-3 if expected.dtype == np.float16 else 1e-5
+            np.testing.assert_allclose(theirs[name], expected, rtol=rtol, atol=1e-6)
+
+
+def test_what_version_1_wrote_is_read():
+    old = Checkpoint(VERSION_1)
+    assert json.loads((VERSION_1 / "manifest.json").read_bytes())["version"] == 1
+    assert {"bitmask", "csr", "dense", "kronecker", "blocks", "selection"} < set(old)
+    for name in ("bitmask", "dense", "kronecker", "blocks", "selection"):
+        product = products(np.float32)[name]
+        assert name in old.tensors[name].storage
+        np.testing.assert_array_equal(old[name].toarray(), product.toarray())
+    assert old.tensors["csr"].storage == ("csr",)
+    # What is now stored as gaps was stored so.
+    np.testing.assert_array_equal(old["csr"].toarray(), products(np.float32)["gaps"].toarray())
+    np.testing.assert_array_equal(old["half"].toarray(), products(np.float16)["bitmask"].toarray())
+    np.testing.assert_array_equal(
+        old["complex"].toarray(), products(np.complex64)["dense"].toarray()
+    )
+
+
+def test_quantized_networks_become_dense_ones(tmp_path):
+    from safetensors.numpy import load_file
+
+    content = quantized_products(np.float32)
+    save(tmp_path / "network", content)
+    decompress(tmp_path / "network", tmp_path / "dense.safetensors")
+    dense = load_file(tmp_path / "dense.safetensors")
+    for name, product in content.items():
+        np.testing.assert_allclose(dense[name], product.toarray(), rtol=1e-6)
 
 
 def test_reading_needs_no_torch(folder):
@@ -248,7 +315,7 @@ FORGERIES = {
     "a note of another type": set_in_first_tensor(note=3),
     "a storage of another type": set_in_first_tensor(storage=[1]),
     "factors said to be a plain tensor": set_in_first_tensor(storage=[]),
-    "another version": lambda content: content.update(version=2),
+    "another version": lambda content: content.update(version=3),
     "a version that is true": lambda content: content.update(version=True),
     "a version of one point zero": lambda content: content.update(version=1.0),
     "a number that is none": set_in_first_tensor(density=float("nan")),

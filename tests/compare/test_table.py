@@ -16,7 +16,7 @@ def row(matrix="a", method="lowrank", size=8, error=0.5, **changes):
         "matrix": matrix, "rows": size, "columns": size, "size": str(size), "method": method,
         "requested_density": 0.25, "status": "ok", "density": 0.24, "nnz": 15,
         "relative_error": error / 2, "normalized_error": error, "seconds": 0.1, "n_iter": 1,
-        "flops_ratio": 0.24, "nbytes": 60,
+        "flops_ratio": 0.24, "nbytes": 60, "bits_per_weight": 7.5,
     }  # fmt: skip
     return ComparisonRow(**fields | changes)
 
@@ -91,13 +91,19 @@ def test_printed_table_shows_means_spreads_and_failures():
     text = rendered(TABLE)
     assert "0.600 ± 0.141" in text
     assert "0.333" in text
+    assert "7.50" in text
     assert "failed" in text
 
 
 def test_printed_table_fits_eighty_columns():
     shape = {"rows": 1536, "columns": 384, "size": "1536×384"}
     wide = [
-        dataclasses.replace(row(method="butterfly", error=error), **shape, requested_density=asked)
+        dataclasses.replace(
+            row(method="butterfly", error=error),
+            **shape,
+            requested_density=asked,
+            bits_per_weight=17.5,
+        )
         for error in (1.111, 1.555)
         for asked in (0.25, 0.5)
     ]
@@ -110,3 +116,12 @@ def test_an_empty_comparison_is_a_table_too(tmp_path):
     assert len(Comparison.from_json(tmp_path / "t.json")) == 0
     assert empty.summary() == []
     assert rendered(empty)
+
+
+def test_a_measure_that_a_file_lacks_is_unknown_in_the_means(tmp_path):
+    old = dataclasses.asdict(row())
+    del old["bits_per_weight"]
+    (tmp_path / "t.json").write_text(json.dumps({"rows": [old], "metadata": {}}))
+    (group,) = Comparison.from_json(tmp_path / "t.json").summary()
+    assert math.isnan(group.mean["bits_per_weight"])
+    assert group.mean["nnz"] == 15

@@ -1,16 +1,22 @@
 """The estimators every conformance test runs over."""
 
 from matfact import (
+    GPTQ,
     ADMMPruner,
     BlockSVD,
     ButterflyFit,
     CoSaMPNeuronSelector,
+    DoubleBinaryFactorizer,
     DoubleSparseFactorizer,
     KaleidoscopeFit,
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    OBSPruner,
     Palm4MSA,
+    Quantized,
+    RoundToNearest,
+    SparseGPT,
     WandaPruner,
 )
 
@@ -26,10 +32,23 @@ FACTORIZERS = {
     "magnitude": MagnitudePruner(),
     "wanda": WandaPruner(),
     "admm": ADMMPruner(),
+    "sparsegpt": SparseGPT(),
+    "obs": OBSPruner(),
+}
+
+#: Those whose values take few bits, which are not exact however many are stored.
+QUANTIZED = {
+    "double-binary": DoubleBinaryFactorizer(bits=8.0, max_iter=30),
+    "quantized": Quantized(bits=8),
+    "rtn": RoundToNearest(bits=8),
+    "gptq": GPTQ(bits=8),
+    "quantized-admm": Quantized(ADMMPruner(), bits=6, group_size=None),
 }
 
 ESTIMATORS = [
+    DoubleBinaryFactorizer(max_iter=20),
     DoubleSparseFactorizer(),
+    Quantized(bits=8),
     Palm4MSA(),
     ButterflyFit(),
     KaleidoscopeFit(),
@@ -39,5 +58,9 @@ ESTIMATORS = [
     MagnitudePruner(),
     WandaPruner(),
     ADMMPruner(),
+    SparseGPT(),
+    OBSPruner(),
+    RoundToNearest(),
+    GPTQ(),
     CoSaMPNeuronSelector(),
 ]

@@ -54,6 +54,15 @@ def test_attributes_promised_after_fit_are_there_and_agree(factorizer, W):
     np.testing.assert_allclose(model.transform(X), X @ W_hat.T)
 
 
+def test_bits_per_weight_are_those_of_the_tensors_in_a_file(factorizer, W, tmp_path):
+    model = factorizer.fit(W)
+    model.operator_.save(tmp_path / "p.safetensors")
+    content = (tmp_path / "p.safetensors").read_bytes()
+    assert model.operator_.nbytes("stored") == len(content)
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert model.bits_per_weight_ == 8 * (len(content) - header) / W.size
+
+
 def test_normalized_error_divides_by_pruning_at_the_same_values(factorizer, W):
     model = factorizer.fit(W)
     dropped = np.sort(np.abs(W), axis=None)[: W.size - model.nnz_]

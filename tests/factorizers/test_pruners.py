@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matfact import ADMMPruner, MagnitudePruner, WandaPruner, backend, metrics
+from matfact import (
+    ADMMPruner,
+    MagnitudePruner,
+    OBSPruner,
+    SparseGPT,
+    WandaPruner,
+    backend,
+    metrics,
+)
 from matfact.calibration import InputStatistics
 from matfact.constraints import (
     BlockSparsity,
@@ -16,9 +24,12 @@ from matfact.constraints import (
     NMSparsity,
     RowSparsity,
 )
+from matfact.solvers import obs
 
-PRUNERS = [MagnitudePruner, WandaPruner, ADMMPruner]
-CALIBRATED = [WandaPruner, ADMMPruner]
+PRUNERS = [MagnitudePruner, WandaPruner, ADMMPruner, SparseGPT]
+CALIBRATED = [WandaPruner, ADMMPruner, SparseGPT, OBSPruner]
+#: Sets that a row can be pruned to without regard to others.
+BY_ROWS = [GlobalSparsity(180), RowSparsity(9), NMSparsity(2, 4), NMSparsity(3, 5)]
 SETS = [
     GlobalSparsity(180),
     RowSparsity(9),
@@ -213,3 +224,77 @@ def test_bad_damping_is_named(damping):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("damping", [-1.0, "much"])
+@pytest.mark.parametrize("pruner", [SparseGPT, OBSPruner])
+def test_bad_relative_damping_is_named(pruner, damping):
+    with pytest.raises(ValueError, match="damping"):
+        pruner(damping=damping).fit(np.ones((4, 6)))
+
+
+def removed_one_by_one(W, X, n_kept):
+    """Exact Optimal Brain Compression, each removal by trying all that are left."""
+    gram, support = X.T @ X, np.ones(W.shape, bool)
+    while support.sum() > n_kept:
+        best = (np.inf, (0, 0))
+        for i, j in np.argwhere(support):
+            tried = support[i].copy()
+            tried[j] = False
+            lost = W[i] - refit(W[[i]], X, tried[None])[0]
+            kept = W[i] - refit(W[[i]], X, support[[i]])[0]
+            best = min(best, (lost @ gram @ lost - kept @ gram @ kept, (i, j)))
+        support[best[1]] = False
+    return refit(W, X, support)
+
+
+def test_obs_removes_what_costs_least_every_time(rng):
+    W, X = rng.standard_normal((3, 6)), correlated(rng, 40, 6)
+    model = OBSPruner(constraint=GlobalSparsity(9), damping=0).fit(W, calibration=X)
+    np.testing.assert_allclose(model.operator_.toarray(), removed_one_by_one(W, X, 9), atol=1e-6)
+
+
+@pytest.mark.parametrize("constraint", BY_ROWS, ids=repr)
+def test_obs_is_ahead_of_other_supports_refit(constraint, rng):
+    W, X = rng.standard_normal((20, 36)), correlated(rng, 100, 36)
+    gram = InputStatistics().update(X).gram
+    model = OBSPruner(constraint=constraint, damping=0).fit(W, calibration=X)
+    pruned = model.operator_.toarray()
+    np.testing.assert_array_equal(constraint.project(pruned), pruned)
+    np.testing.assert_allclose(pruned, refit(W, X, pruned != 0), atol=1e-8)
+    for pruner in (MagnitudePruner, WandaPruner, SparseGPT):
+        other = fit(pruner, W, X, constraint=constraint).operator_.toarray()
+        assert model.layer_err_ < 1.02 * metrics.layer_error(W, refit(W, X, other != 0), gram)
+
+
+@pytest.mark.parametrize("constraint", ["global_sparsity", NMSparsity(1, 3)], ids=repr)
+def test_obs_may_update_the_inverse_after_any_number_of_removals(constraint, rng, monkeypatch):
+    W, X = rng.standard_normal((4, 60)), correlated(rng, 300, 60)
+    found = []
+    for steps in (1, 7, 100):
+        monkeypatch.setattr(obs, "STEPS", steps)
+        found.append(OBSPruner(constraint=constraint).fit(W, calibration=X).operator_.toarray())
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("constraint", [ColumnSparsity(3), BlockSparsity(2), "column_sparsity"])
+def test_obs_refuses_sets_of_more_than_a_row(constraint):
+    with pytest.raises(ValueError, match="constraint must be a global, row or N:M sparsity"):
+        OBSPruner(constraint=constraint).fit(np.ones((8, 8)), calibration=np.eye(8))
+
+
+def test_sparsegpt_is_between_wanda_and_obs(rng):
+    W, X = rng.standard_normal((32, 160)), correlated(rng, 500, 160)
+    wanda, sparsegpt, exact = (
+        pruner(0.4).fit(W, calibration=X).layer_err_
+        for pruner in (WandaPruner, SparseGPT, OBSPruner)
+    )
+    assert exact < sparsegpt < 0.95 * wanda
+
+
+def test_sparsegpt_shares_values_by_panels_of_inputs(rng):
+    W, X = rng.standard_normal((32, 256)), correlated(rng, 500, 256)
+    X[:, :128] *= 10
+    kept = SparseGPT(0.25).fit(W, calibration=X).operator_.toarray() != 0
+    assert kept[:, :128].mean() == kept[:, 128:].mean() == 0.25

@@ -8,7 +8,17 @@ import pytest
 from matfact.kernels import fused, gradients
 
 INLINED = {
-    fused: ("atomics", "blocks", "csr", "panels", "vectors"),
+    fused: (
+        "atomics",
+        "blocks",
+        "coded",
+        "csr",
+        "panels",
+        "quantized",
+        "signs",
+        "vectors",
+        "words",
+    ),
     gradients: ("atomics", "panels", "vectors"),
 }
 

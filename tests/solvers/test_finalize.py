@@ -10,6 +10,7 @@ from matfact import (
     LowRank,
     MagnitudePruner,
     MonarchProjector,
+    RoundToNearest,
 )
 from matfact.metrics import layer_error
 from matfact.operators import FactorProduct
@@ -111,3 +112,9 @@ def test_a_product_that_stores_nothing_is_left_alone():
     W = np.zeros((5, 6))
     product = DoubleSparseFactorizer().fit(W).operator_
     assert not reselect(product, W, np.eye(6)).toarray().any()
+
+
+def test_columns_of_codes_are_not_scaled():
+    quantized = RoundToNearest().fit(np.eye(6) + 0.1).operator_
+    with pytest.raises(TypeError, match="cannot be scaled: its values are codes"):
+        scaled_columns(quantized, np.ones(6))

@@ -229,3 +229,12 @@ def test_layers_of_a_frozen_network_matter_as_much():
     assert output_sensitivity(network, [x], loss) == pytest.approx(expected)
     with pytest.raises(ValueError, match="layer '0'"):
         output_sensitivity(network, [x.fill_(torch.nan)], loss)
+
+
+def test_quantization_of_the_whole_matrix_is_an_option_of_a_budget(network):
+    _, report = compress(
+        network, ["lowrank", "rtn"], budget=Budget(0.15, densities=(0.2,), bits=(2, 4))
+    )
+    assert {row.method for row in report} <= {"RoundToNearest", "LowRank", ""}
+    assert "RoundToNearest" in {row.method for row in report}
+    assert sum(row.nbytes for row in report) <= 0.15 * report.dense_nbytes

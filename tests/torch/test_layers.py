@@ -21,7 +21,7 @@ from matfact.torch import (  # noqa: E402
     randomize_supports,
     reset_parameters,
 )
-from matfact.torch.layers._factors import apply_factors  # noqa: E402
+from matfact.torch.layers._chain import apply_factors  # noqa: E402
 from matfact.torch.layers.structured import KaleidoscopeLinear  # noqa: E402
 
 LAYERS = {

@@ -45,14 +45,17 @@ class Plan:
     """
 
     def __init__(self, factors: Sequence[Factor], tuned: dict[int, Method]) -> None:
+        self.versions = versions(factors)
         self._half = _half(factors)
-        self._factors = [f.with_values(backend.host_view(f.values)) for f in factors]
+        if self._half and any(factor.is_coded for factor in factors):  # few numbers have 16 bits
+            single = backend.namespace(factors[0].numbers).float32
+            factors, self._half = [factor.astype(single) for factor in factors], ""
+        self._factors = [f.on_host() for f in factors]
         self._tuned = tuned
         self._shape = (factors[0].shape[0], factors[-1].shape[1])
         #: Dtype used for computing.
         self.dtype = np.result_type(np.float32, *(f.dtype for f in self._factors if not self._half))
-        self.versions = versions(factors)
-        #: Function to call for operands of a shape and dtype.
+        #: What to call for operands of a shape and dtype.
         self.ways: dict[tuple[tuple[int, ...], np.dtype], Apply] = {}
         self._methods: dict[tuple[int, np.dtype], Method] = {}
         self._programs: dict[np.dtype, Program] = {}
@@ -62,7 +65,9 @@ class Plan:
     @staticmethod
     def suits(factors: Sequence[Factor]) -> bool:
         """Whether NumPy or the kernels can apply `factors`."""
-        views = [backend.host_view(f.values) for f in factors]
+        if any(backend.host_view(f.values) is None for f in factors):
+            return False
+        views = [backend.host_view(f.numbers) for f in factors]
         if _half(factors) == "bfloat16":
             return all(view is not None for view in views)
         return all(view is not None and view.dtype in _STORED for view in views)
@@ -120,7 +125,7 @@ class Plan:
         """Return the product with `X` by NumPy and SciPy."""
         result = _columns(X).astype(dtype, copy=False)
         for factor in reversed(self._factors):
-            # A new factor, which caches nothing.
+            factor = factor.decoded()  # As another factor, which keeps nothing.
             result = factor.with_values(factor.values).apply(result)
         return result if X.ndim == 2 else result[:, 0]
 
@@ -161,11 +166,21 @@ class Plan:
         from matfact.operators._dispatch.program import Program
 
         if dtype not in self._programs:
-            program = Program(dtype, self._half, self._shape[1])
+            stored = "int8" if self._reads_codes(dtype) else self._half
+            program = Program(dtype, stored, self._shape[1])
             for factor in reversed(self._factors):
                 factor.add_to(program)
             self._programs[dtype] = program.finish()
         return self._programs[dtype]
+
+    def _reads_codes(self, dtype: np.dtype) -> bool:
+        """Whether the kernels read quantized values and signs as they are stored."""
+        has_codes = dtype.kind == "f" and any(factor.is_coded for factor in self._factors)
+        if not has_codes:
+            return False
+        from matfact.operators._dispatch import coding
+
+        return all(factor.suits_bytes() or coding.pays(factor) for factor in self._factors)
 
     def _dense_program(self, dtype: np.dtype) -> Program:
         """Return the program of the dense matrix.
@@ -214,7 +229,7 @@ def versions(factors: Sequence[Factor]) -> list[int]:
     """Return version counters of the values, for libraries that have them."""
     if backend.is_numpy(factors[0].values):
         return []
-    return [backend.version(factor.values) for factor in factors]
+    return [backend.version(array) for f in factors for array in (f.values, f.numbers)]
 
 
 def _half(factors: Sequence[Factor]) -> str:

@@ -13,18 +13,21 @@ from typing import Any
 import numpy as np
 
 from matfact._threads import allowed_threads
-from matfact.kernels import csr, fused
+from matfact.kernels import coded, csr, fused
 from matfact.kernels.blocks import TILE
+from matfact.operators._dispatch import coding, cost
 
 _HELP = 1 << 15  #: vector multiplications from which a second thread pays
 _DOT_SPEED = 3  #: values of a single column that take as long as one vector multiplication
 _PAIR = 16  #: entries of the largest block whose rows cost more than its values
-_SMALL = 256  #: entries of the largest block that is interleaved with others
-_PIECES = 4  #: parts of a factor per thread, so that a late thread still finds work
-_VECTOR_PIECES = 2  #: the same for a single column, read from memory in longer stretches
-_CACHE_LINE = 64  #: bytes; loading a vector that straddles two lines takes twice as long
-_KEPT = 64  #: maximum number of batch sizes with a cached preparation
-_ALONE = np.zeros(fused.STATE_SIZE, np.int64)  #: shared state of a kernel without helpers
+_SMALL = 256  #: entries of the largest block that is stored side by side with others
+_PIECES = 4  #: parts of a factor for each thread, so that a late one still finds work
+_VECTOR_PIECES = 2  #: the same for a single column, which comes from memory in longer stretches
+_CACHE_LINE = 64  #: bytes; vectors that straddle two take twice as long
+_KEPT = 64  #: sizes of batches for which something is prepared, at most
+_STORED = {"float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
+_KERNELS = {"int8": (fused.apply_codes_to_vector, fused.apply_codes_to_panels)}
+_ALONE = np.zeros(fused.STATE_SIZE, np.int64)  #: what a kernel without helpers shares with them
 _memory = threading.local()  #: scratch space, kept from call to call
 
 
@@ -38,18 +41,19 @@ class Program:
     ----------
     dtype : dtype
         float32 or float64, in which results are computed.
-    half : {"", "float16", "bfloat16"}
-        16-bit dtype of all values, if any; bfloat16 values are given as their bits.
+    stored : {"", "float16", "bfloat16", "int8"}
+        What all values are if not of that dtype. bfloat16 numbers are given as their bits. Steps
+        of bytes, "int8", are quantized matrices, signs, diagonals and selections.
     columns : int
         Rows of the operand.
     """
 
-    def __init__(self, dtype: Any, half: str, columns: int) -> None:
+    def __init__(self, dtype: Any, stored: str, columns: int) -> None:
         self.dtype = np.dtype(dtype)
-        self._half = half
+        self.stored = stored
         self.columns = columns
         self._largest = columns
-        self.counts = {"row": columns, "csr": 0, "pair": 0, "block": 0}
+        self.counts = dict.fromkeys(cost.WORK, 0) | {"row": columns}
         self._steps: list[list[int]] = []
         self._values: list[np.ndarray] = []
         self._indices: list[np.ndarray] = []
@@ -65,7 +69,7 @@ class Program:
         place["B"] = self._append(self._table, ends)
         place["C"] = lanes
         place["COLUMNS"] = self._append(self._indices, indices[entries])
-        values = _halved(values[entries], halves, self._half == "bfloat16")
+        values = _halved(values[entries], halves, self.stored == "bfloat16")
         self._add(fused.CSR, rows, len(slices), len(slices), values, place)
 
     def add_kronecker(self, values: np.ndarray) -> None:
@@ -96,6 +100,33 @@ class Program:
         place = {"TABLE": self._append(self._table, index)}
         self._add(fused.SELECTION, len(index), len(index), len(index), np.zeros(0), place)
 
+    def add_quantized(self, factor: Any) -> None:
+        """Add a quantized matrix that is dense or in compressed sparse rows."""
+        found = coding.slices(factor, self.dtype)
+        place = {"TABLE": self._append(self._table, found.slices)}
+        place["A"] = self._append(self._table, found.rows)
+        place["B"] = self._append(self._table, found.parts)
+        place["C"] = self._append(self._values, _bytes(found.scales))
+        place["D"] = found.columns is not None
+        if found.columns is not None:
+            place["COLUMNS"] = self._append(self._indices, found.columns)
+        n, kind = len(found.rows), "code" if place["D"] else "dense code"
+        self.counts[kind] += found.integers.size
+        self._add(coded.QUANTIZED, factor.shape[0], n, n, _bytes(found.integers), place)
+
+    def add_signs(self, bits: np.ndarray, shape: tuple[int, int]) -> None:
+        """Add a matrix of signs, packed as :func:`numpy.packbits` does it."""
+        words = coding.sign_words(bits, shape, self.dtype.itemsize)
+        self.counts["signs"] += words.nbytes
+        place = {"A": words.shape[1], "B": shape[1]}
+        self._add(coded.SIGNS, shape[0], len(words), len(words), _bytes(words), place)
+
+    def add_scales(self, scales: np.ndarray) -> None:
+        """Add a diagonal matrix."""
+        n, scales = scales.size, _bytes(np.ravel(scales).astype(self.dtype))
+        self.counts["row"] += n
+        self._add(coded.SCALES, n, n, n, scales, {})
+
     def _append(self, parts: list[np.ndarray], array: np.ndarray) -> int:
         start = sum(map(np.size, parts))
         parts.append(array)
@@ -111,27 +142,31 @@ class Program:
         for name, number in place.items():
             step[getattr(fused, name)] = number
         self._steps.append(step)
-        pair = kind == fused.KRONECKER and place["B"] * place["C"] <= _PAIR
-        cost = "pair" if pair else ("csr", "block", "block", "row")[kind]
-        self.counts[cost] += rows if kind == fused.SELECTION else values.size
+        if kind <= fused.SELECTION:
+            pair = kind == fused.KRONECKER and place["B"] * place["C"] <= _PAIR
+            part = "pair" if pair else ("csr", "block", "block", "row")[kind]
+            self.counts[part] += rows if kind == fused.SELECTION else values.size
         self._largest = max(self._largest, rows)
 
     def finish(self) -> Program:
-        """Lay out all arrays; no step can be added afterwards."""
-        stored = {"": self.dtype, "float16": np.float16, "bfloat16": np.int16}[self._half]
-        values = np.concatenate([np.ravel(v).astype(stored, copy=False) for v in self._values])
+        """Lay everything out flat; nothing can be added afterwards."""
+        stored = np.dtype(_STORED.get(self.stored, self.dtype))
+        values = _aligned(sum(map(np.size, self._values)), stored)
+        np.concatenate([np.ravel(v) for v in self._values], out=values, casting="unsafe")
         narrow = self._largest <= 1 << 16
         indices = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._indices)])
         table = np.concatenate([np.zeros(0, np.int64), *map(np.ravel, self._table)])
         self._arrays: tuple[np.ndarray, ...] = (
             np.asarray(self._steps, np.int64),
-            values.view(np.uint16) if self._half == "float16" else values,
+            values.view(np.uint16) if self.stored == "float16" else values,
             indices.astype(np.uint16 if narrow else np.uint32),
             table.astype(np.int64),
         )
         self.rows = self._steps[-1][fused.ROWS]
         self.counts["row"] += self.rows  # to pack and unpack
         self._n_values = sum(self.counts.values())
+        if self.stored == "int8":  # which take less time each
+            self._n_values = round(cost.work(self.counts, 1))
         self._values, self._indices, self._table = [], [], []
         steps, values, indices, table = self._arrays
         self._job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(steps) + 2), np.int64)
@@ -215,11 +250,12 @@ class Program:
         job[fused.ROWS_IN], job[fused.BATCH] = self.columns, batch
         job[fused.X_ROW], job[fused.X_COLUMN] = _strides(by_columns, self.columns, batch)
         job[fused.OUT_ROW], job[fused.OUT_COLUMN] = _strides(by_columns, self.rows, batch)
+        kernels = _KERNELS.get(self.stored, (fused.apply_vector, fused.apply_panels))
         if batch == 1:
-            kernel, shape = fused.apply_vector, (2, self._largest)
+            kernel, shape = kernels[0], (2, self._largest)
             job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
         else:
-            kernel, shape = fused.apply_panels, self._panels(job, batch, threads)
+            kernel, shape = kernels[1], self._panels(job, batch, threads)
         job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
         operand = np.empty(0, self.dtype)
         number = fused.enroll(kernel, (*self._arrays[1:3], operand, operand, operand))
@@ -241,10 +277,7 @@ class Program:
         arrays = _memory.__dict__
         memory = arrays.get(self.dtype.char)
         if memory is None or memory.size < size:
-            memory = np.empty(size * self.dtype.itemsize + _CACHE_LINE, np.uint8)
-            start = -memory.ctypes.data % _CACHE_LINE
-            memory = memory[start : start + size * self.dtype.itemsize].view(self.dtype)
-            arrays[self.dtype.char] = memory
+            memory = arrays[self.dtype.char] = _aligned(size, self.dtype)
         return memory
 
 
@@ -260,6 +293,19 @@ class _Call:
     number: int
     scratch: int
     threads: int
+
+
+def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialized array that begins with a cache line."""
+    memory = np.empty(size * dtype.itemsize + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return memory[start : start + size * dtype.itemsize].view(dtype)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """Return the bytes of an array, as many as fill cache lines."""
+    content = np.ascontiguousarray(array).ravel().view(np.int8)
+    return np.pad(content, (0, -content.size % _CACHE_LINE))
 
 
 def _halved(values: np.ndarray, halves: np.ndarray, is_bfloat16: bool) -> np.ndarray:

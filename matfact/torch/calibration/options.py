@@ -46,7 +46,8 @@ class Calibration:
         scaled by the size of their inputs; after the fit, "finalize" refits the values of all
         factors to the inputs and "finalize_one" those of the output-side factor [1]_. With
         "finalize", double sparse factorization also reselects the support of that factor. "scale"
-        refits nothing, and "none" only reports the error of the outputs.
+        refits nothing, and "none" only reports the error of the outputs. Codes of few bits are
+        never scaled or refit.
     feedback : bool, default=True
         Whether each layer also corrects errors of the layers before it, with sequential
         calibration. The matrix to factorize is then the one that best reproduces the outputs in the

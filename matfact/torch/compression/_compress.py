@@ -40,6 +40,12 @@ _Fit = Callable[..., tuple[Fitted | None, str]]
 _Results = Generator[tuple[Task, Fitted | None]]
 
 
+class CompressOptions(CalibrationOptions, total=False):
+    """Further keywords of :func:`compress`."""
+
+    value_bits: int | None
+
+
 class Compressed(NamedTuple):
     """A compressed network and its report."""
 
@@ -62,7 +68,7 @@ def compress(
     inplace: bool = False,
     dry_run: bool = False,
     progress: Callable[[LayerReport, int], None] | None = None,
-    **options: Unpack[CalibrationOptions],
+    **options: Unpack[CompressOptions],
 ) -> Compressed:
     """Factorize the linear layers and convolutions of a trained network.
 
@@ -80,18 +86,21 @@ def compress(
         A factorizer, or its name in ``matfact.factorizers.METHODS``. With a budget, several
         methods can be given, and each layer gets the best of them.
     density : float, optional
-        Stored values ÷ entries of each layer, in (0, 1]. By default that of the factorizer.
+        Stored values ÷ entries of each layer, in (0, 1]. By default that of the factorizer; it must
+        be None for factorizers without a density, such as "double_binary".
     budget : float or Budget, optional
         Maximum total cost of the selected layers, including kept ones: bytes of values and
-        positions, or a share of the dense bytes if at most 1. Use :class:`Budget` to bound FLOPs or
-        measured time. Each method is first tried on each layer at several densities, so that
-        sensitive layers get more.
+        positions in files, or a share of the dense bytes if at most 1. Use :class:`Budget` to bound
+        FLOPs or measured time, or to try values of fewer bits. Each method is first tried on each
+        layer at several densities or bits, so that sensitive layers get more.
     layers : str, collection of str or callable, optional
         A regular expression to search in layer names, the names themselves, or a function of name
         and module. By default all linear layers and 1-D to 3-D convolutions.
     overrides : mapping of str to object, optional
-        Another method or density, a pair of both, or None to keep the layer. Keys are layer names
-        or regular expressions; names come first, then the first expression that matches.
+        Another method or density, a pair of both, a triple of both and bits, or None to keep the
+        layer. Bits are those of the method, if it has any, else of the quantized values. Keys are
+        layer names or regular expressions; names come first, then the first expression that
+        matches.
     keep : sequence of {"first", "last"}, default=()
         Keep the first or the last of the selected layers.
     calibration : iterable or Calibration, optional
@@ -109,8 +118,10 @@ def compress(
     progress : callable, optional
         Called with each finished row of the report and the number of layers.
     **options
-        Fields of :class:`Calibration`, such as ``feedback=False``, if `calibration` is a plain
-        iterable.
+        ``value_bits``, from 2 to 8, quantizes the values of all factors, see
+        :class:`matfact.Quantized`; it does not apply to methods with bits of their own in
+        `overrides`. All others are fields of :class:`Calibration`, such as ``feedback=False``, if
+        `calibration` is a plain iterable.
 
     Returns
     -------
@@ -137,10 +148,11 @@ def compress(
     >>> small[0].to_product().nnz, [row.status for row in report]
     (1024, ['compressed', 'kept'])
     """
+    value_bits = options.pop("value_bits", None)
     given = Calibration.of(calibration, options)
     if given is not None and budget is not None:
         given = dataclasses.replace(given, batches=list(given.batches))  # used twice
-    _check(budget, density, keep)
+    _check(budget, density, keep, value_bits)
     is_layer = is_linear(model)
     if is_layer and inplace and not dry_run:
         raise ValueError(
@@ -155,6 +167,8 @@ def compress(
     if is_layer:
         model = nn.Sequential(model)  # so that it can be replaced
     metadata: dict[str, Any] = {"method": str(method), "density": density, "steps": []}
+    if value_bits is not None:
+        metadata["value_bits"] = value_bits
     metadata["untouched"] = other_matrices(model)
     if budget is not None:
         overrides, metadata["budget"] = _shared_out(
@@ -162,7 +176,7 @@ def compress(
             calibration=given and given.batches, n_jobs=n_jobs,
         )  # fmt: skip
         method = next(iter(named_methods(method).values()))
-    tasks = plan(model, cast(Method, method), density, layers, overrides or {}, keep)
+    tasks = plan(model, cast(Method, method), density, layers, overrides or {}, keep, value_bits)
     todo = [task for task in tasks if task.factorizer is not None]
     rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
             for task in tasks}  # fmt: skip
@@ -183,10 +197,14 @@ def compress(
     return Compressed(model, CompressionReport(rows.values(), metadata))
 
 
-def _check(budget: Any, density: Any, keep: Any) -> None:
+def _check(budget: Any, density: Any, keep: Any, value_bits: Any) -> None:
     """Raise ``ValueError`` if a parameter is invalid."""
     if budget is not None and density is not None:
         raise ValueError(f"density must be None with a budget, got {density}.")
+    if budget is not None and value_bits is not None:
+        raise ValueError(
+            f"value_bits must be None with a budget, got {value_bits}: give those to try to Budget."
+        )
     if isinstance(keep, str) or not {*keep} <= {*get_args(Position)}:
         raise ValueError(f"keep must hold names among {get_args(Position)}, got {keep!r}.")
 

@@ -16,11 +16,13 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
 from matfact.operators import FactorProduct
+from matfact.operators._encoding import stored_nbytes
 from matfact.solvers.finalize import finalize, reselect, scaled_columns
 from matfact.solvers.layerwise import caution
 from matfact.torch.calibration._layer_statistics import LayerStatistics, Sums
 from matfact.torch.calibration.options import Adaptation
 from matfact.torch.compression._problem import Choice, Problem
+from matfact.torch.compression._settings import has_bits
 
 #: Dampings of refits, most cautious first; tried as long as the error on held-out inputs falls.
 REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
@@ -56,9 +58,9 @@ class Fitted:
     shifts: list[Array] = dataclasses.field(default_factory=list)
 
     def nbytes(self, itemsize: int) -> int:
-        """Return the bytes of values, `itemsize` each, and of their positions."""
+        """Return the bytes in files, of `itemsize` for each floating-point value."""
         factors = [factor for product in self.products for factor in product]
-        return sum(itemsize * f.nnz + f.index_nbytes("smallest") for f in factors)
+        return sum(stored_nbytes(factor, itemsize) for factor in factors)
 
 
 def fit_layer(
@@ -150,9 +152,10 @@ def _fit_matrix(
 def _chosen(factorizer: BaseFactorizer, problem: Problem, adapt: Adaptation) -> Choice:
     """Return the fit chosen by held-out batches, if there are any."""
     # Fit clones and drop them at once, since estimators keep their results.
-    if problem.wanted is not None and uses_inputs(factorizer):
+    if problem.wanted is not None and factorizer.uses_inputs:
         return _calibrated(factorizer, problem, problem.wanted.inputs)
-    if problem.wanted is None or adapt == "none":
+    if problem.wanted is None or adapt == "none" or has_bits(factorizer):
+        # Codes take up neither scales of columns nor a refit.
         return Choice(clone(factorizer).fit(problem.target).operator_)
     return _adapted(factorizer, problem, problem.wanted.inputs, adapt)
 
@@ -211,11 +214,6 @@ def _adapted(
             yield Choice(present)
 
     return problem.improved(Choice(product), refits())
-
-
-def uses_inputs(factorizer: BaseFactorizer) -> bool:
-    """Whether `factorizer` uses calibration inputs itself."""
-    return type(factorizer)._factorize_calibrated is not BaseFactorizer._factorize_calibrated
 
 
 def _layer_error(errors: Iterable[tuple[float, float]]) -> float | None:

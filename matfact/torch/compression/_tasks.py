@@ -20,6 +20,14 @@ from matfact.factorizers import METHODS, BaseFactorizer
 from matfact.report import LayerReport
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.compression._fit import Fitted
+from matfact.torch.compression._settings import (
+    check_value_bits,
+    configured,
+    density_of,
+    has_bits,
+    has_density,
+    name_of,
+)
 from matfact.torch.layers._matricized import (
     Dimensions,
     Matricized,
@@ -40,8 +48,8 @@ Method = str | BaseFactorizer
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]
 #: Positions of layers to keep.
 Position = Literal["first", "last"]
-#: Override for a layer: a method, a density, both, or None to keep it.
-Override = Method | float | tuple[Method, float] | None
+#: Override for a layer: a method, a density, both, both with bits, or None to keep it.
+Override = Method | float | tuple[Method, float] | tuple[Method, float | None, float | None] | None
 
 
 @dataclasses.dataclass
@@ -95,11 +103,11 @@ class Task:
             rows=rows,
             columns=columns,
             groups=groups,
-            method="" if status == "kept" else type(self.factorizer).__name__,
+            method="" if status == "kept" or self.factorizer is None else name_of(self.factorizer),
             status=status,
             dense_nbytes=size * itemsize,
             dense_flops=2 * size,
-            requested_density=getattr(self.factorizer, "density", None),
+            requested_density=density_of(self.factorizer),
             message=self.message,
         )
         return row if fitted is None else dataclasses.replace(row, **_measures(fitted, row))
@@ -108,13 +116,15 @@ class Task:
 def _measures(fitted: Fitted, row: LayerReport) -> dict[str, Any]:
     products = fitted.products
     size = row.dense_flops // 2
+    nbytes = fitted.nbytes(row.dense_nbytes // size)
     return {
         "density": sum(product.nnz for product in products) / size,
         "relative_error": fitted.relative_error,
         "normalized_error": fitted.normalized_error,
         "layer_error": fitted.layer_error,
         "fitted_layer_error": fitted.fitted_layer_error,
-        "nbytes": fitted.nbytes(row.dense_nbytes // size),
+        "nbytes": nbytes,
+        "bits_per_weight": 8 * nbytes / size,
         "flops": sum(product.flops for product in products),
         "seconds": fitted.seconds,
     }
@@ -127,8 +137,11 @@ def plan(
     layers: Layers | None,
     overrides: Mapping[str, Override],
     keep: Sequence[Position] = (),
+    value_bits: int | None = None,
 ) -> list[Task]:
     """Return a task for each selected layer, in the order of the network.
+
+    Factorizers get `value_bits`, except those of overrides that have bits of their own.
 
     Raises
     ------
@@ -137,12 +150,13 @@ def plan(
         a layer to compress is not in memory.
     """
     metrics.check_density(density)
+    check_value_bits(value_bits)
     found = [(names, layer) for names, layer in distinct_layers(model) if is_linear(layer)]
     check_names(layers, overrides, [name for names, _ in found for name in names])
     tied, holders = tied_places(model), _holders(model)
     tasks = []
     for names, layer in found:
-        factorizer = _factorizer(names, method, density, overrides)
+        factorizer = _factorizer(names, method, density, value_bits, overrides)
         if any(is_selected(name, layer, layers) for name in names):
             tasks.append(_task(names, layer, factorizer, _shared(layer, tied), holders.get(layer)))
     if not tasks:
@@ -267,29 +281,46 @@ def is_selected(name: str, layer: nn.Module, layers: Layers | None) -> bool:
 
 
 def _factorizer(
-    names: list[str], method: Method, density: float | None, overrides: Mapping[str, Override]
+    names: list[str],
+    method: Method,
+    density: float | None,
+    value_bits: int | None,
+    overrides: Mapping[str, Override],
 ) -> BaseFactorizer | None:
     """Return the unfitted factorizer of a layer, or None to keep it."""
+    bits: float | None = None
     for override in _matching(names, overrides):
         if override is None:
             return None
         if isinstance(override, tuple):
-            method, density = override
+            method, density, bits = (*override, None)[:3]
         elif isinstance(override, (int, float)):
             density = override
         else:
             method = override
+            # The density is that of another method, which this one may not have.
+            density = density if has_density(unfitted(method)) else None
+        if bits is None and not has_bits(unfitted(method)):
+            bits = value_bits
         break
-    metrics.check_density(density)
-    if isinstance(method, str) and method in METHODS:
-        factorizer = clone(METHODS[method].estimator)
-    elif isinstance(method, BaseFactorizer):
-        factorizer = clone(method)
     else:
-        raise ValueError(
-            f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}."
-        )
-    return factorizer if density is None else factorizer.set_params(density=density)
+        if value_bits is not None and has_bits(unfitted(method)):
+            raise ValueError(
+                f"value_bits must be None with {type(unfitted(method)).__name__}, which has bits "
+                f"of its own, got {value_bits}."
+            )
+        bits = value_bits
+    metrics.check_density(density)
+    return configured(unfitted(method), density, bits)
+
+
+def unfitted(method: Method) -> BaseFactorizer:
+    """Return a new factorizer of a method."""
+    if isinstance(method, str) and method in METHODS:
+        return clone(METHODS[method].estimator)
+    if isinstance(method, BaseFactorizer):
+        return clone(method)
+    raise ValueError(f"method must be a factorizer or one of {', '.join(METHODS)}, got {method!r}.")
 
 
 def _matching(names: list[str], overrides: Mapping[str, Override]) -> list[Override]:

@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 import joblib
 import numpy as np
+from sklearn.base import clone
 from torch import nn
 
 from matfact import metrics
 from matfact.allocation import Allocation, Option, allocate, apply_seconds, interpolate
-from matfact.allocation._budget import Cost
+from matfact.allocation._budget import Cost, override
 from matfact.allocation._curves import DENSE
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
@@ -21,15 +22,32 @@ from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.statistics import captured, layer_views
 from matfact.torch.compression._fit import fit_layer
-from matfact.torch.compression._tasks import Layers, Method, Override, Position, Task, near, plan
+from matfact.torch.compression._settings import (
+    check_value_bits,
+    configured,
+    density_of,
+    has_bits,
+    has_density,
+)
+from matfact.torch.compression._tasks import (
+    Layers,
+    Method,
+    Override,
+    Position,
+    Task,
+    near,
+    plan,
+)
 from matfact.torch.layers._matricized import Dimensions, distinct_layers, is_linear
 
 _METHODS = ("dsf", "lowrank", "monarch", "magnitude")
 _DENSITIES = (0.1, 0.2, 0.35, 0.5)
 #: Further densities, with interpolated costs and errors.
 _BETWEEN = tuple(i / 40 for i in range(1, 40))
-#: Method name, layer, and densities to try; None for the density of the factorizer.
-_Work = tuple[str, Task, Sequence[float | None]]
+#: Density and bits of a trial; None for those of the factorizer.
+_Trial = tuple[float | None, float | None]
+#: Method name, layer, and its trials.
+_Work = tuple[str, Task, Sequence[_Trial]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +59,29 @@ class Budget:
     amount : float
         The maximum cost. Numbers up to 1 are a share of the cost of the dense layers.
     cost : {"nbytes", "flops", "seconds"}, default="nbytes"
-        Kind of cost: bytes of values and positions; floating-point operations; or measured time of
-        the operators for one sample, for which `amount` must be a share. With calibration inputs,
-        FLOPs and seconds of a layer are multiplied by its number of calls, relative to the layer
-        with the fewest calls.
+        Kind of cost: bytes of values and positions in files; floating-point operations; or measured
+        time of the operators for one sample, for which `amount` must be a share. With calibration
+        inputs, FLOPs and seconds of a layer are multiplied by its number of calls, relative to the
+        layer with the fewest calls.
     weights : mapping of str to float, optional
         Weight of each layer's squared relative error, by default 1; see
         :func:`output_sensitivity`.
     densities : sequence of float
         Stored values ÷ entries at which every method is tried in every layer. Costs and errors in
         between are interpolated.
+    value_bits : sequence of int or None
+        Bits of values, from 2 to 8, with which every method is tried at every density; None for
+        floating-point values.
+    bits : sequence of float
+        Bits at which methods without a density are tried, such as "double_binary".
     """
 
     amount: float
     cost: Cost = "nbytes"
     weights: Mapping[str, float] | None = None
     densities: Sequence[float] = (*_DENSITIES, 0.75)
+    value_bits: Sequence[int | None] = (None,)
+    bits: Sequence[float] = (2, 3, 4, 6, 8)
 
     def __post_init__(self) -> None:
         number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
@@ -68,6 +93,17 @@ class Budget:
             raise ValueError(f"budget must be a share, at most 1, of seconds, got {self.amount}.")
         for density in self.densities:
             metrics.check_density(density)
+        if not self.value_bits:
+            raise ValueError("value_bits must hold None or some bits, got none.")
+        for value_bits in self.value_bits:
+            check_value_bits(value_bits)
+
+    def trials(self, factorizer: BaseFactorizer) -> list[_Trial]:
+        """Return the densities and bits at which a factorizer is tried."""
+        if has_density(factorizer):
+            several = [None] if has_bits(factorizer) else self.value_bits
+            return [(density, bits) for density in self.densities for bits in several]
+        return [(None, bits) for bits in (self.bits if has_bits(factorizer) else self.value_bits)]
 
 
 def named_methods(methods: Method | Sequence[Method]) -> dict[str, Method]:
@@ -112,7 +148,7 @@ def within_budget(
     share = {name: calls.get(name, least) / least for name in found}
     dense = math.fsum(getattr(_called(found[n][0], share[n]), budget.cost) for n in found)
     free = [task.names[0] for task in every if task.factorizer is not None and not task.is_given]
-    for name, options in _measured(_work(planned, budget.densities), seen, latency, n_jobs):
+    for name, options in _measured(_work(planned, budget), seen, latency, n_jobs):
         found[name] = found[name] + options if name in free else options
     choices = {
         name: [_called(option, share[name]) for option in _more(options, name in free)]
@@ -123,14 +159,13 @@ def within_budget(
     allocation = allocate(choices, ceiling, cost=budget.cost, weights=weights)
     chosen: dict[str, Override] = {}
     for name in free:
-        option = allocation.options[name]
-        is_dense = option.method == DENSE
-        chosen[name] = None if is_dense else (methods[option.method], option.density)
+        best = override(allocation.options[name])
+        chosen[name] = None if best is None else (methods[best[0]], *best[1:])
     return allocation, chosen
 
 
-def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list[_Work]:
-    """Return the trials: all methods and densities, but only the override where there is one."""
+def _work(planned: Mapping[str, list[Task]], budget: Budget) -> list[_Work]:
+    """Return all methods with their trials, but only the override where there is one."""
     first, *_ = planned
     work: list[_Work] = []
     for label, tasks in planned.items():
@@ -138,9 +173,9 @@ def _work(planned: Mapping[str, list[Task]], densities: Sequence[float]) -> list
             if task.factorizer is None:
                 continue
             if not task.is_given:
-                work.append((label, task, densities))
+                work.append((label, task, budget.trials(task.factorizer)))
             elif label == first:
-                work.append((label, task, [getattr(task.factorizer, "density", None)]))
+                work.append((label, task, [(None, None)]))
     return work
 
 
@@ -164,6 +199,8 @@ def layer_options(
     calibration: Iterable[Any] | None = None,
     latency: Callable[[FactorProduct], float] | None = None,
     n_jobs: int = 1,
+    value_bits: Sequence[int | None] = (None,),
+    bits: Sequence[float] = Budget.bits,
 ) -> dict[str, list[Option]]:
     """Fit layers by several methods at several densities, and list their costs and errors.
 
@@ -185,6 +222,8 @@ def layer_options(
         Returns the seconds of an operator, such as :func:`matfact.allocation.apply_seconds`.
     n_jobs : int, default=1
         Number of parallel fits.
+    value_bits, bits : sequence
+        As in :class:`Budget`.
 
     Returns
     -------
@@ -204,15 +243,14 @@ def layer_options(
     >>> sum(row.nbytes for row in report) <= 5000
     True
     """
-    for density in densities:
-        metrics.check_density(density)
+    budget = Budget(1.0, densities=densities, value_bits=value_bits, bits=bits)
     named = named_methods(methods)
     planned = {m: plan(model, named[m], None, layers, {}) for m in named}
     every = next(iter(planned.values()))
     found = {task.names[0]: [_dense(task, latency)] for task in every}
     seen = _captured(model, calibration, _taken(every))
     work: list[_Work] = [
-        (label, task, densities)
+        (label, task, budget.trials(task.factorizer))
         for label, tasks in planned.items()
         for task in tasks
         if task.factorizer is not None
@@ -234,10 +272,10 @@ def _measured(
     latency: Callable[[FactorProduct], float] | None,
     n_jobs: int,
 ) -> Iterable[tuple[str, list[Option]]]:
-    """Return the options of each task by the named method, at several densities."""
+    """Return the options of each task by the named method."""
     jobs = (
-        joblib.delayed(_options)(task, label, densities, seen.get(task.names[0]), latency)
-        for label, task, densities in work
+        joblib.delayed(_options)(task, label, trials, seen.get(task.names[0]), latency)
+        for label, task, trials in work
     )
     found: list[tuple[str, list[Option]]] = joblib.Parallel(n_jobs=n_jobs)(jobs)
     return found
@@ -275,29 +313,27 @@ def _alike(shape: Dimensions) -> list[Array]:
 def _options(
     task: Task,
     method: str,
-    densities: Sequence[float | None],
+    trials: Sequence[_Trial],
     statistics: LayerStatistics | None,
     latency: Callable[[FactorProduct], float] | None,
 ) -> tuple[str, list[Option]]:
     """Return the options of one layer for one method."""
     options = []
-    factorizer: Any
     factorizer, matrices, has_bias = task.problem()
-    for density in densities:
-        if density is not None:
-            factorizer.set_params(density=density)
+    for density, bits in trials:
+        tried = configured(clone(factorizer), density, bits)
         try:
-            fitted = fit_layer(factorizer, matrices, statistics, shift=has_bias)
+            fitted = fit_layer(tried, matrices, statistics, shift=has_bias)
         except metrics.DensityTooSmall:
             continue
         measured = (fitted.layer_error, fitted.fitted_layer_error, fitted.relative_error)
         loss = next(error for error in measured if error is not None)
         flops = sum(product.flops for product in fitted.products)
         seconds = _seconds(fitted.products, latency)
-        asked = math.nan if density is None else density
-        options.append(
-            Option(method, asked, loss, fitted.nbytes(task.dimensions.itemsize), flops, seconds)
-        )
+        nbytes = fitted.nbytes(task.dimensions.itemsize)
+        asked = density if density is not None else density_of(tried)
+        asked = math.nan if asked is None else asked
+        options.append(Option(method, asked, loss, nbytes, flops, seconds, bits))
     return task.names[0], options
 
 

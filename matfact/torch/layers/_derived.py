@@ -107,9 +107,10 @@ class Copy:
             return torch.equal(self._bits, bits)
         return bool(self._bits == bits)
 
-    def array(self, dtype: Any) -> np.ndarray:
+    def array(self) -> np.ndarray:
         """Return a copy of a host tensor as a NumPy array."""
-        return np.frombuffer(self._bits, dtype).reshape(self._kind[1])
+        dtype, shape, _ = self._kind
+        return np.frombuffer(self._bits, str(dtype).removeprefix("torch.")).reshape(shape)
 
 
 def _place(tensor: Tensor) -> tuple[int, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from matfact.operators import (
 
 _BLOCK = 64  #: largest blocks, in entries, for which the kernel always beats batched products
 _MANY = 64  #: samples from which batched products are faster for larger blocks
-_WIDTH = 32  #: maximum width of merged blocks; at most the number of samples
 
 
 class FactorModule(nn.Module):
@@ -37,13 +35,31 @@ class FactorModule(nn.Module):
         Whether the values are copied.
     """
 
-    has_values = True  #: whether there are values to train
-    positions = ""  #: name of the buffer with the positions of the values, if any
+    #: Name of the parameter; "" if there is none.
+    trained = "values"
+    #: Name of what is :attr:`stored`.
+    held = "values"
+    #: Names of the buffers that the matrix depends on.
+    fixed: tuple[str, ...] = ()
 
     def __init__(self, factor: Factor, copy: bool = True) -> None:
         super().__init__()
         self.rows, self.columns = factor.shape
-        self.values = nn.Parameter(_tensor(factor.values, copy))
+        self._store(factor, copy)
+
+    def _store(self, factor: Factor, copy: bool) -> None:
+        """Store what the factor has for each of its positions."""
+        self.values = nn.Parameter(tensor_of(factor.values, copy))
+
+    @property
+    def stored(self) -> Tensor:
+        """What is stored for each position."""
+        return self.values
+
+    def _resize(self, shape: torch.Size) -> None:
+        """Make room for values of another shape, which a state dict holds."""
+        if "values" in self._parameters:
+            self.values = nn.Parameter(self.values.detach().new_empty(shape))
 
     def dense(self) -> Tensor:
         """Return the matrix as a differentiable function of the values."""
@@ -53,10 +69,24 @@ class FactorModule(nn.Module):
         """Return the factor, sharing memory with the values but not with the positions."""
         raise NotImplementedError
 
+    def on_host(self, numbers: np.ndarray | None) -> Factor:
+        """Return the factor with NumPy arrays, `numbers` in place of the parameter."""
+        factor = self.to_factor()
+        return factor.with_values(factor.values.numpy() if numbers is None else numbers)
+
+    def assign(self, factor: Factor) -> None:
+        """Take over the values of `factor`, which has the same positions."""
+        self.values.copy_(factor.values)
+
+    @property
+    def n_values(self) -> int:
+        """Number of entries stored."""
+        return self.stored.numel()
+
     @property
     def work(self) -> int:
         """Multiplications per sample in :meth:`forward`."""
-        return self.values.numel()
+        return self.n_values
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
         """Whether the kernels support gradients of this factor, for samples like `x`."""
@@ -72,7 +102,7 @@ class FactorModule(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.rows}×{self.columns}, {self.values.numel()} values"
+        return f"{self.rows}×{self.columns}, {self.n_values} values"
 
 
 class DenseFactorModule(FactorModule):
@@ -85,7 +115,7 @@ class DenseFactorModule(FactorModule):
         return self.values
 
     def to_factor(self) -> DenseFactor:
-        return DenseFactor(self.values.detach())
+        return DenseFactor(self.stored.detach())
 
 
 class SparseFactorModule(FactorModule):
@@ -97,19 +127,18 @@ class SparseFactorModule(FactorModule):
     support.
     """
 
-    positions = "mask"
+    fixed: tuple[str, ...] = ("mask",)
     mask: Tensor
     indices: Tensor
     indptr: Tensor
 
     def __init__(self, factor: SparseFactor, copy: bool = True) -> None:
-        super().__init__(factor, copy)
         if not factor.is_ordered:
             order = np.argsort(factor.locations)
-            locations = factor.locations[order]
-            factor = SparseFactor.from_locations(factor.values, locations, factor.shape)
-            self.values = nn.Parameter(self.values.detach()[torch.from_numpy(order)])
-        self.register_buffer("mask", _tensor(factor.bits, copy).to(self.values.device))
+            values = tensor_of(factor.values, copy=False)[torch.from_numpy(order)]
+            factor = SparseFactor.from_locations(values, factor.locations[order], factor.shape)
+        super().__init__(factor, copy)
+        self.register_buffer("mask", tensor_of(factor.bits, copy).to(self.stored.device))
         self._keep(factor)
 
     def _locate(self) -> None:
@@ -117,7 +146,7 @@ class SparseFactorModule(FactorModule):
         if self.mask.is_meta:  # nothing to expand until a state dict is loaded
             return
         shape = (self.rows, self.columns)
-        self._keep(SparseFactor.from_bits(self.values.detach(), self.mask.cpu().numpy(), shape))
+        self._keep(SparseFactor.from_bits(self.stored.detach(), self.mask.cpu().numpy(), shape))
 
     def _keep(self, factor: SparseFactor) -> None:
         """Store the positions of the values of `factor`."""
@@ -126,7 +155,7 @@ class SparseFactorModule(FactorModule):
         else:
             indices = factor.indices.astype(np.int32, copy=False)
         for name, positions in (("indices", indices), ("indptr", factor.indptr)):
-            tensor = torch.from_numpy(positions).to(self.values.device)
+            tensor = torch.from_numpy(positions).to(self.mask.device)
             self.register_buffer(name, tensor, persistent=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,9 +166,9 @@ class SparseFactorModule(FactorModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        loaded = state_dict.get(f"{prefix}values") if "values" in self._parameters else None
-        if loaded is not None and loaded.shape != self.values.shape and loaded.ndim == 1:
-            self.values = nn.Parameter(self.values.detach().new_empty(loaded.shape))
+        loaded = state_dict.get(f"{prefix}{self.held}")
+        if loaded is not None and loaded.shape != self.stored.shape and loaded.ndim == 1:
+            self._resize(loaded.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}mask" in state_dict:
             self._locate()
@@ -174,17 +203,18 @@ class SparseFactorModule(FactorModule):
         return indices is not None and indices.dtype == torch.uint8 and self._holds(x)
 
     def to_factor(self) -> SparseFactor:
-        indices, indptr = _own(self.indices), _own(self.indptr)
+        indices, indptr = own(self.indices), own(self.indptr)
         if indices.dtype == np.uint8:
             indices = indices.view("<u2")[:, 0]
-        return SparseFactor(self.values.detach(), indices, indptr, self.columns)
+        return SparseFactor(self.stored.detach(), indices, indptr, self.columns)
 
 
 class KroneckerFactorModule(FactorModule):
     """Butterfly, Monarch or block-diagonal factor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_factors([self], x)
+        samples = x.reshape(-1, self.columns)
+        return on_columns(self.values, samples.T).T.reshape(*x.shape[:-1], self.rows)
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
         samples = x.numel() // self.columns
@@ -192,13 +222,21 @@ class KroneckerFactorModule(FactorModule):
         return self._holds(x) and (small or samples < _MANY)
 
     def to_factor(self) -> KroneckerSparseFactor:
-        return KroneckerSparseFactor(self.values.detach())
+        return KroneckerSparseFactor(self.stored.detach())
+
+
+def on_columns(values: Tensor, X: Tensor) -> Tensor:
+    """Apply the Kronecker-sparse factor with the given values to the columns of `X`."""
+    a, d, b, c = values.shape
+    blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
+    product = torch.matmul(values, blocks).transpose(1, 2)
+    return product.reshape(a * b * d, X.shape[1])
 
 
 class BlockFactorModule(FactorModule):
     """Factor with dense blocks at any position."""
 
-    positions = "spans"
+    fixed: tuple[str, ...] = ("spans",)
     spans: Tensor
 
     def __init__(self, factor: BlockSparseFactor, copy: bool = True) -> None:
@@ -215,10 +253,10 @@ class BlockFactorModule(FactorModule):
         self._read_spans()
 
     def forward(self, x: Tensor) -> Tensor:
-        out, start = None, 0
+        out, start, values = None, 0, self.values
         for r0, r1, c0, c1 in self._blocks:
             stop = start + (r1 - r0) * (c1 - c0)
-            block = self.values[start:stop].reshape(r1 - r0, c1 - c0)
+            block = values[start:stop].reshape(r1 - r0, c1 - c0)
             part = functional.linear(x[..., c0:c1], block)
             if out is None:  # with the dtype of autocast, and batched like the values under vmap
                 out = part.new_zeros(*x.shape[:-1], self.rows)
@@ -228,20 +266,18 @@ class BlockFactorModule(FactorModule):
 
     def to_factor(self) -> BlockSparseFactor:
         dimensions = np.asarray([self.rows, self.columns], dtype=np.int64)
-        return BlockSparseFactor(self.values.detach(), _own(self.spans), dimensions)
+        return BlockSparseFactor(self.stored.detach(), own(self.spans), dimensions)
 
 
 class SelectionFactorModule(FactorModule):
     """Permutation, padding or cropping, without trainable values."""
 
-    has_values, positions = False, "index"
+    trained, fixed = "", ("index",)
     index: Tensor
 
-    def __init__(self, factor: SelectionFactor, copy: bool = True) -> None:
-        super().__init__(factor)
-        values = self.values.detach()
-        del self.values
-        self.register_buffer("values", values, persistent=False)
+    def _store(self, factor: Factor, copy: bool) -> None:
+        assert isinstance(factor, SelectionFactor)
+        self.register_buffer("values", tensor_of(factor.values, copy=True), persistent=False)
         self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,114 +289,15 @@ class SelectionFactorModule(FactorModule):
         return True
 
     def to_factor(self) -> SelectionFactor:
-        return SelectionFactor(self.values.detach(), _own(self.index), self.columns)
+        return SelectionFactor(self.values.detach(), own(self.index), self.columns)
 
 
-_MODULES: dict[type[Factor], Any] = {
-    DenseFactor: DenseFactorModule,
-    SparseFactor: SparseFactorModule,
-    KroneckerSparseFactor: KroneckerFactorModule,
-    BlockSparseFactor: BlockFactorModule,
-    SelectionFactor: SelectionFactorModule,
-}
-
-
-def factor_module(factor: Factor, copy: bool = True) -> FactorModule:
-    """Return the module that applies `factor`."""
-    return _MODULES[type(factor)](factor, copy)
-
-
-def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
-    """Apply a product of factors to the last axis of `x`.
-
-    For Kronecker-sparse factors samples are columns, so that small blocks multiply long rows.
-    """
-    samples, are_columns = x.reshape(-1, x.shape[-1]), False
-    # The number of samples may be symbolic in compiled graphs.
-    width = _WIDTH if torch.compiler.is_compiling() else min(_WIDTH, samples.shape[0])
-    factors = list(chain)
-    while factors:
-        factor = factors.pop()
-        if isinstance(factor, KroneckerFactorModule):
-            blocks: Tensor = factor.values
-            while factors and isinstance(factors[-1], KroneckerFactorModule):
-                wider = _joined(factors[-1].values, blocks, width)
-                if wider is None:
-                    break
-                blocks = wider
-                factors.pop()
-            samples = _on_columns(blocks, samples if are_columns else samples.T)
-            are_columns = True
-        else:
-            samples = factor(samples.T if are_columns else samples)
-            are_columns = False
-    samples = samples.T if are_columns else samples
-    return samples.reshape(*x.shape[:-1], samples.shape[1])
-
-
-def _joined(left: Tensor, right: Tensor, width: int) -> Tensor | None:
-    """Return the values of the product of two Kronecker-sparse factors with small blocks.
-
-    In a butterfly or a transposed one, the block size of the product of two neighbours is the
-    product of their block sizes, and its entries involve no sums. Applying it is more work, but in
-    fewer and larger operations.
-    """
-    if max(left.shape[2] * right.shape[2], left.shape[3] * right.shape[3]) > width:
-        return None
-    joined = _outer(left, right)
-    if joined is None:
-        transposed = _outer(right.mT, left.mT)
-        return None if transposed is None else transposed.mT
-    return joined
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor | None:
-    """Return the values of the product if each block of `left` spans whole blocks of `right`."""
-    (a, d, b, c), (n_right, d_right, b_right, c_right) = left.shape, right.shape
-    if n_right != a * c or d != b_right * d_right:
-        return None
-    left = left.reshape(a, b_right, d_right, b, c).permute(0, 2, 3, 1, 4)
-    right = right.reshape(a, c, d_right, b_right, c_right).permute(0, 2, 3, 1, 4)
-    joined = left[..., None] * right[:, :, None]
-    return joined.reshape(a, d_right, b * b_right, c * c_right)
-
-
-def _on_columns(values: Tensor, X: Tensor) -> Tensor:
-    """Apply the Kronecker-sparse factor with the given values to the columns of `X`."""
-    a, d, b, c = values.shape
-    blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
-    product = torch.matmul(values, blocks).transpose(1, 2)
-    return product.reshape(a * b * d, X.shape[1])
-
-
-def dense_product(chain: Sequence[FactorModule]) -> Tensor:
-    """Return the product of factors as a differentiable matrix."""
-    *left, last = chain
-    if left and isinstance(last, SelectionFactorModule):
-        return dense_product(left) @ last.dense()
-    if isinstance(last, KroneckerFactorModule):
-        factor = KroneckerSparseFactor(last.values)
-        # Much less work than applying the factors to unit vectors.
-        while left and isinstance(left[-1], KroneckerFactorModule):
-            merged = KroneckerSparseFactor(left[-1].values).merged(factor)
-            if merged is None:
-                break
-            factor = merged
-            left.pop()
-        product = factor.toarray().to(last.values.dtype)  # merged in single precision
-    else:
-        product = last.dense()
-    for module in reversed(left):
-        product = module(product.T).T
-    return product
-
-
-def _own(positions: Tensor) -> np.ndarray:
+def own(positions: Tensor) -> np.ndarray:
     """Copy positions, since torch may free memory shared with buffers."""
     return np.array(positions.numpy(force=True))
 
 
-def _tensor(values: Any, copy: bool) -> Tensor:
+def tensor_of(values: Any, copy: bool) -> Tensor:
     """Return `values` as a contiguous tensor, copied if `copy` is true."""
     tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
     if copy:

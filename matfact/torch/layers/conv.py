@@ -177,11 +177,11 @@ class FactorizedConv(nn.Module):
         """Return the cached dense kernel for inference, or None if it cannot be used."""
         if torch.compiler.is_compiling():
             return None
-        values, positions = [], []
+        values, fixed = [], []
         for group in self._groups():
             values += group.values()
-            positions += group.positions()
-        return self._kernel.get(values, lambda _: self.weight.detach(), positions)
+            fixed += group.fixed()
+        return self._kernel.get(values, lambda _: self.weight.detach(), fixed)
 
     def _computes_product(self, x: Tensor) -> bool:
         """Whether to compute the dense kernel for this call."""
@@ -212,7 +212,7 @@ class FactorizedConv(nn.Module):
 
     def to_dense(self) -> Convolution:
         """Return the equivalent dense convolution."""
-        value = self._groups()[0].values()[0]
+        value = self._groups()[0].chain[0].values
         make: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(self.kernel_size)]
         dense = make(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,

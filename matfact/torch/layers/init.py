@@ -10,6 +10,7 @@ from sklearn.utils import check_random_state
 from torch import nn
 
 from matfact.operators import Factor, SparseFactor
+from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers._factors import SparseFactorModule
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._tensors import outside_inference_mode
@@ -25,7 +26,7 @@ def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module
     Parameters
     ----------
     model : torch.nn.Module
-        A factorized layer, or a network that contains some.
+        A factorized layer, or a network that contains some; not with quantized values or signs.
     random_state : int, RandomState or None, default=None
         Seed of the values.
 
@@ -39,6 +40,7 @@ def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module
     .. [1] L. Giffon, S. Ayache, H. Kadri, T. Artières, R. Sicre, "PSM-nets: compressing neural
        networks with product of sparse matrices", IJCNN 2021.
     """
+    refuse_codes(model, "to be initialized")
     rng = check_random_state(random_state)
     for layer in _layers(model):
         factors = [factor for factor in layer.chain if factor.values.numel()]
@@ -68,7 +70,7 @@ def randomize_supports(model: nn.Module, *, random_state: Any = None) -> nn.Modu
     Parameters
     ----------
     model : torch.nn.Module
-        A factorized layer, or a network that contains some.
+        A factorized layer, or a network that contains some; not with quantized values or signs.
     random_state : int, RandomState or None, default=None
         Seed of supports and values.
 
@@ -77,6 +79,7 @@ def randomize_supports(model: nn.Module, *, random_state: Any = None) -> nn.Modu
     torch.nn.Module
         `model`, changed in place.
     """
+    refuse_codes(model, "to get new supports")
     rng = check_random_state(random_state)
     for layer in _layers(model):
         for i, factor in enumerate(layer.factors):

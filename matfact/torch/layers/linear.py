@@ -13,14 +13,9 @@ from torch.nn import functional
 
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
+from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
-from matfact.torch.layers._factors import (
-    DenseFactorModule,
-    FactorModule,
-    apply_factors,
-    dense_product,
-    factor_module,
-)
+from matfact.torch.layers._factors import DenseFactorModule, FactorModule
 
 if TYPE_CHECKING:
     from matfact.factorizers import BaseFactorizer
@@ -34,8 +29,10 @@ class FactorizedLinear(nn.Module):
     """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of :class:`torch.nn.Linear`.
 
     Values are parameters and positions are buffers, so any optimizer trains the values on a fixed
-    support. Copying, saving, compiling and exporting work as for any module. On the CPU, compiled
-    kernels compute products of sparse factors and their gradients.
+    support. Of quantized values the scales are parameters, and the codes, one byte each, are
+    buffers; signs take one bit and are not trained. Copying, saving, compiling and exporting work
+    as for any module. On the CPU, compiled kernels compute products of sparse factors and their
+    gradients.
 
     Parameters
     ----------
@@ -139,10 +136,10 @@ class FactorizedLinear(nn.Module):
         """Return the output computed from the cache for inference, or None if it cannot be used."""
         values = self.values()
         if self.inference == "auto" and self._has_kernels(x, values):
-            host = self._host.get(values, self._to_host, self.positions())
+            host = self._host.get(values, self._to_host, self.fixed())
             return None if host is None else self._apply_on_host(host, x)
         if self.keeps_product():
-            product = self._product.get(values, lambda _: self.weight.detach(), self.positions())
+            product = self._product.get(values, lambda _: self.weight.detach(), self.fixed())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
@@ -157,21 +154,21 @@ class FactorizedLinear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
     def values(self) -> list[Tensor]:
-        """Return the values of the factors: parameters, unless they have been replaced."""
+        """Return what is trained: parameters, unless they have been replaced."""
         values: list[Tensor] = []
         for module in self.factors._modules.values():
             factor = cast(FactorModule, module)
-            if factor.has_values:
+            if name := factor.trained:
                 # Not by name: every call needs this, and a lookup takes longer than a small
                 # product.
-                parameter = factor._parameters.get("values")
-                values.append(factor.values if parameter is None else parameter)
+                parameter = factor._parameters.get(name)
+                values.append(getattr(factor, name) if parameter is None else parameter)
         return values
 
-    def positions(self) -> list[Tensor]:
-        """Return the buffers with the positions of the factors' values."""
+    def fixed(self) -> list[Tensor]:
+        """Return the buffers with the positions, codes and signs of the factors."""
         factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
-        return [cast(Tensor, f._buffers[f.positions]) for f in factors if f.positions]
+        return [cast(Tensor, f._buffers[name]) for f in factors for name in f.fixed]
 
     def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
         """Whether kernels on the host are faster than torch."""
@@ -189,10 +186,8 @@ class FactorizedLinear(nn.Module):
         """Return the product with values in read-only NumPy arrays."""
         left, factors = iter(copies), []
         for module in self.chain:
-            factor = module.to_factor()
-            dtype = factor.values.numpy().dtype
-            values = next(left).array(dtype) if module.has_values else factor.values.numpy()
-            factors.append(factor.with_values(values))
+            numbers = next(left).array() if module.trained else None
+            factors.append(module.on_host(numbers))
         return _Host(FactorProduct(factors))
 
     def apply_factors(self, x: Tensor) -> Tensor:
@@ -225,7 +220,7 @@ class FactorizedLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear:
         """Return the equivalent dense layer."""
-        value = self.values()[0]
+        value = self.chain[0].values
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None,
             device=value.device, dtype=value.dtype,

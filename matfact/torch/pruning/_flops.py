@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers._factors import FactorModule
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
@@ -83,6 +84,8 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
     >>> count_flops(torch.nn.Conv2d(1, 4, 3, bias=False), torch.ones(1, 1, 5, 5)).total
     648
     """
+    if prunable is None:
+        refuse_codes(model, "for operations to be counted")
     counted = _is_counted if prunable is None else prunable
     parameters = prunable_parameters(model, counted)
     callers = _callers(model, parameters, counted)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
+from matfact.torch.layers._coded import is_coded
 from matfact.torch.layers._factors import FactorModule
 from matfact.torch.layers._matricized import is_linear, refusal
 from matfact.torch.layers.conv import FactorizedConv
@@ -273,7 +274,8 @@ def _is_weight(module: nn.Module, name: str) -> bool:
 def _refusal(module: nn.Module) -> str | None:
     """Return why the weight of a layer is not pruned by default, or None if it is."""
     if isinstance(module, (FactorizedLinear, FactorizedConv)):
-        return None  # its factors are pruned
+        coded = any(is_coded(factor) for factor in module.modules())
+        return "its factors store codes of few bits" if coded else None  # its factors are pruned
     if "weight" not in module._parameters and "weight_mask" not in module._buffers:
         return "weight computed from other parameters"
     if not isinstance(module, _ConvTransposeNd):

@@ -9,6 +9,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers._factors import (
     BlockFactorModule,
     DenseFactorModule,
@@ -70,7 +71,8 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     Parameters
     ----------
     model : torch.nn.Module
-        A network with compressed layers, changed in place. Its other parameters are frozen.
+        A network with compressed layers, changed in place. Its other parameters are frozen. Layers
+        of quantized values or signs cannot be adapted: train their scales instead.
     rank : int
         Rank of the update of each factor, limited by its shorter side.
     random_state : int, RandomState or None, default=None
@@ -98,11 +100,12 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     check_trainable(model)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.has_values]
+    factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.trained]
     if not factors:
         raise ValueError("model must have compressed layers to adapt, got none.")
     if any(isinstance(factor, _Adapted) for factor in factors):
         raise ValueError("model must have no adapters yet: merge them first.")
+    refuse_codes(model, "to merge adapters into")
     rng = check_random_state(random_state)
     _freeze(model)
     return [adapter for factor in factors for adapter in _adapt(factor, rank, rng)]

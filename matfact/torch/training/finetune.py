@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize
+from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._batches import checked, device_of, eval_mode, forward, moved
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
@@ -69,7 +70,7 @@ def fine_tune(
     ----------
     model : torch.nn.Module
         The network, changed in place. Supports are fixed with any optimizer, since positions are
-        not parameters.
+        not parameters. Of quantized values only the scales are trained.
     batches : iterable
         Training batches, iterated in each epoch: tensors, tuples (labels after the inputs) or
         mappings.
@@ -302,6 +303,7 @@ def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
     update : Tensor of shape (out_features, in_features)
         Update of the weight.
     """
+    refuse_codes(layer, "to take up an update")
     target = (layer.weight + update).detach()
     eye = torch.eye(layer.in_features, dtype=target.dtype, device=target.device)
     _set_values(layer, finalize(layer.to_product(), target, eye))
@@ -311,4 +313,5 @@ def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
 @torch.no_grad()
 def _set_values(layer: FactorizedLinear, product: FactorProduct) -> None:
     for module, factor in zip(layer.chain, product.factors, strict=True):
-        module.values.copy_(factor.values)
+        if module.trained:
+            module.assign(factor)

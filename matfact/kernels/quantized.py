@@ -1,0 +1,206 @@
+"""Matrices of small integers and of scales that groups of them share.
+
+As many rows as a vector has lanes are a slice, which consists of parts, one for each group of
+values that share a scale: the first entry of each row's group, then the second, and so on. Where
+a group has fewer entries than those of other rows, some of its integers are stored as two halves:
+no infinite number is multiplied by a zero that is not there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from matfact.kernels.blocks import _four_rows
+from matfact.kernels.compilation import compiled
+from matfact.kernels.vectors import (
+    add,
+    fma,
+    gather,
+    load,
+    load_values,
+    multiply,
+    position,
+    prefetch,
+    scatter,
+    spread,
+    store,
+    value,
+    width,
+    zeros,
+)  # fmt: skip
+from matfact.kernels.words import load_bytes
+
+VECTOR = 64  #: bytes of the vectors of a slice
+_AHEAD = 512  #: bytes between what is used and what is fetched
+_DECODED = 64  #: entries of a row decoded together
+
+
+@compiled()
+def sliced(order, firsts, sizes, splittable, lanes):  # type: ignore[no-untyped-def]
+    """Return the first place in `order` of each slice of rows, and how many entries and parts.
+
+    Row `r` has the groups ``firsts[r]`` to ``firsts[r + 1]``, of so many entries, of which so many
+    can be split. Rows of a slice have as many groups, which can be made equally long.
+    """
+    begins, entries, parts, place = [0], 0, 0, 0
+    while place < len(order):
+        first = firsts[order[place]]
+        count = firsts[order[place] + 1] - first
+        longest = sizes[first : first + count].copy()
+        limit = longest + splittable[first : first + count]
+        begin, place = place, place + 1
+        while place < len(order) and place < begin + lanes:
+            g = firsts[order[place]]
+            if firsts[order[place] + 1] - g != count:
+                break
+            longer = np.maximum(longest, sizes[g : g + count])
+            tighter = np.minimum(limit, sizes[g : g + count] + splittable[g : g + count])
+            if (longer > tighter).any():
+                break
+            longest, limit, place = longer, tighter, place + 1
+        entries, parts = entries + longest.sum() * lanes, parts + count
+        begins.append(place)
+    return np.asarray(begins), entries, parts
+
+
+@compiled()
+def arranged(order, begins, firsts, bounds, levels, columns, n_entries, lanes):  # type: ignore[no-untyped-def]
+    """Return slices of a matrix in compressed sparse rows, as `sliced` has found them.
+
+    These are integers and their columns, the first part of each slice and its number of rows, the
+    row of each lane, the first entry and the length of each part, and the group of each of its
+    lanes. Lanes without a row repeat one.
+    """
+    integers, places = np.empty(n_entries, np.int8), np.empty(n_entries, np.int64)
+    slices = np.empty((len(begins), 2), np.int64)
+    n_parts = 0
+    for s in range(len(begins) - 1):
+        slices[s, 0], slices[s, 1] = n_parts, begins[s + 1] - begins[s]
+        n_parts += firsts[order[begins[s]] + 1] - firsts[order[begins[s]]]
+    slices[-1, 0], slices[-1, 1] = n_parts, 0
+    rows = np.empty((len(begins) - 1, lanes), np.int64)
+    parts, groups = np.zeros((n_parts, 3), np.int64), np.empty((n_parts, lanes), np.int64)
+    e = 0
+    for s in range(len(rows)):
+        for lane in range(lanes):
+            rows[s, lane] = order[min(begins[s] + lane, begins[s + 1] - 1)]
+        for p in range(slices[s, 0], slices[s + 1, 0]):
+            length = 0
+            for lane in range(lanes):
+                g = groups[p, lane] = firsts[rows[s, lane]] + p - slices[s, 0]
+                length = max(length, bounds[g + 1] - bounds[g])
+            parts[p, 0], parts[p, 1] = e, length
+            for lane in range(lanes):
+                g, to = groups[p, lane], e + lane
+                missing = length - (bounds[g + 1] - bounds[g])
+                for k in range(bounds[g], bounds[g + 1]):
+                    level = levels[k]
+                    if missing > 0 and abs(level) != 1:
+                        integers[to], places[to] = level // 2, columns[k]
+                        level -= level // 2
+                        to += lanes
+                        missing -= 1
+                    integers[to], places[to] = level, columns[k]
+                    to += lanes
+            e += length * lanes
+    return integers, places, slices, rows, parts, groups
+
+
+@compiled()
+def quantized_vector(  # type: ignore[no-untyped-def]
+    zero, levels, scales, columns, slices, rows, parts, is_scattered, first, last, source, target
+):
+    """Compute slices `first` to `last` for one column."""
+    lanes = width(zero)
+    for s in range(first, last):
+        a = b = c = d = zero
+        for p in range(slices[2 * s], slices[2 * s + 2]):
+            e, count, column = parts[3 * p], parts[3 * p + 1], parts[3 * p + 2]
+            scale = load_bytes(scales, VECTOR * p, zero)
+            if is_scattered:
+                for _ in range(count):
+                    prefetch(levels, e + _AHEAD)
+                    prefetch(columns, e + _AHEAD)
+                    entries = multiply(load_values(levels, e, zero), scale)
+                    a = fma(entries, gather(source, columns, e, zero), a)
+                    e += lanes
+                continue
+            for k in range(column, column + count // 4 * 4, 4):
+                prefetch(levels, e + 4 * _AHEAD)
+                a = _scaled(a, levels, e, scale, source[k])
+                b = _scaled(b, levels, e + lanes, scale, source[k + 1])
+                c = _scaled(c, levels, e + 2 * lanes, scale, source[k + 2])
+                d = _scaled(d, levels, e + 3 * lanes, scale, source[k + 3])
+                e += 4 * lanes
+            for k in range(column + count // 4 * 4, column + count):
+                a = _scaled(a, levels, e, scale, source[k])
+                e += lanes
+        scatter(target, rows, s * lanes, add(add(a, b), add(c, d)))
+
+
+@compiled()
+def _scaled(total, levels, e, scale, x):  # type: ignore[no-untyped-def]
+    return fma(multiply(load_values(levels, e, total), scale), spread(x, total), total)
+
+
+@compiled()
+def quantized_panel(  # type: ignore[no-untyped-def]
+    zero, levels, scales, columns, slices, rows, parts, is_scattered, first, last, source, target
+):
+    """Compute slices `first` to `last` of a panel: some entries are decoded, and then used."""
+    like = zeros(source, VECTOR)
+    lanes = width(like)
+    decoded = np.empty(_DECODED * lanes, source.dtype)
+    for s in range(first, last):
+        begin, end, n_rows = slices[2 * s], slices[2 * s + 2], slices[2 * s + 1]
+        if begin == end:
+            for lane in range(n_rows):
+                store(target, rows[s * lanes + lane], zero)
+        is_first = True
+        for p in range(begin, end):
+            e, left, column = parts[3 * p], parts[3 * p + 1], parts[3 * p + 2]
+            scale = load_bytes(scales, VECTOR * p, like)
+            while left > 0:
+                count = min(left, _DECODED)
+                for k in range(count):
+                    prefetch(levels, e + k * lanes + 4 * _AHEAD)
+                    entries = multiply(load_values(levels, e + k * lanes, like), scale)
+                    store(decoded, k, entries)
+                # Lanes that repeat a row do so within four: all of these are read, then written.
+                for lane in range(0, n_rows, 4):
+                    i = s * lanes + lane
+                    a = b = c = d = zero
+                    if not is_first:
+                        a, b = load(target, rows[i], zero), load(target, rows[i + 1], zero)
+                        c, d = load(target, rows[i + 2], zero), load(target, rows[i + 3], zero)
+                    if is_scattered:
+                        a, b, c, d = _four_scattered(
+                            a, b, c, d, decoded, lane, lanes, count, columns, e, source
+                        )  # fmt: skip
+                    else:
+                        a, b, c, d = _four_rows(
+                            a, b, c, d, decoded, lane, 1, lanes, count, source, column, 1
+                        )  # fmt: skip
+                    store(target, rows[i], a)
+                    store(target, rows[i + 1], b)
+                    store(target, rows[i + 2], c)
+                    store(target, rows[i + 3], d)
+                is_first = False
+                e, left, column = e + count * lanes, left - count, column + count
+
+
+@compiled()
+def _four_scattered(a, b, c, d, decoded, lane, lanes, count, columns, e, source):  # type: ignore[no-untyped-def]
+    for i in range(lane, lane + count * lanes, lanes):
+        prefetch(columns, e + i + _AHEAD)
+        a = _plus(a, decoded, i, columns, e + i, source)
+        b = _plus(b, decoded, i + 1, columns, e + i + 1, source)
+        c = _plus(c, decoded, i + 2, columns, e + i + 2, source)
+        d = _plus(d, decoded, i + 3, columns, e + i + 3, source)
+    return a, b, c, d
+
+
+@compiled()
+def _plus(total, decoded, i, columns, e, source):  # type: ignore[no-untyped-def]
+    row = load(source, position(columns, e), total)
+    return fma(spread(value(decoded, i, source), total), row, total)

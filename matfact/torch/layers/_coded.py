@@ -1,0 +1,185 @@
+"""Modules for factors of few bits a value: codes are buffers, scales are parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from matfact.operators import Factor, QuantizedFactor, SignFactor, SparseFactor
+from matfact.operators._quantized import group_bounds
+from matfact.torch.layers._factors import (
+    BlockFactorModule,
+    DenseFactorModule,
+    FactorModule,
+    KroneckerFactorModule,
+    SparseFactorModule,
+    own,
+    tensor_of,
+)
+
+
+class _Quantized(FactorModule):
+    """Mixin of quantized factors: values are levels times the scales of their groups.
+
+    Scales are trained; levels, one byte each, are a buffer. The parameter holds scales times a
+    power of two about as large as the largest level: it is of the size of values, and suits their
+    learning rates. Bits, group size and that power are in state dicts, so that loading another
+    number of groups replaces the groups.
+    """
+
+    trained, held = "scales", "codes"
+    codes: Tensor
+    coding: Tensor
+    lengths: Tensor
+    scales: nn.Parameter
+
+    def __init__(self, factor: QuantizedFactor, copy: bool = True) -> None:
+        pattern = factor.pattern
+        if isinstance(pattern, SparseFactor) and not pattern.is_ordered:
+            raise ValueError(
+                "a quantized factor must hold its values in the order of their positions, got "
+                f"{factor!r} in another."
+            )
+        super().__init__(pattern.with_values(factor.values), copy)
+        largest = int(self.codes.abs().max()) if self.codes.numel() else 1
+        unit = 1 << max(0, largest.bit_length() - 1)
+        self.scales = nn.Parameter(tensor_of(factor.scales, copy=False) * unit)
+        coding = torch.tensor([factor.bits, factor.group_size or 0, unit])
+        self.register_buffer("coding", coding.to(self.codes.device))
+        self._group()
+
+    def _store(self, factor: Factor, copy: bool) -> None:
+        self.register_buffer("codes", tensor_of(factor.values, copy))
+
+    @property
+    def stored(self) -> Tensor:
+        return self.codes
+
+    def _resize(self, shape: torch.Size) -> None:
+        self.codes = self.codes.new_empty(shape)
+
+    def _group(self) -> None:
+        """Store the coding as Python numbers, and the length of each group."""
+        if self.coding.is_meta:  # nothing to group until a state dict is loaded
+            return
+        self.bits, size, self.unit = self.coding.tolist()
+        self.group_size = size or None
+        lengths = np.diff(group_bounds(super().to_factor(), self.group_size))
+        tensor = torch.from_numpy(lengths).to(self.codes.device)
+        self.register_buffer("lengths", tensor, persistent=False)
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The values, as a differentiable function of the scales."""
+        scales = self.scales.repeat_interleave(self.lengths, output_size=self.codes.numel())
+        return (self.codes.to(scales.dtype) / self.unit) * scales.reshape(self.codes.shape)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}scales")
+        if loaded is not None and loaded.ndim == 1 and loaded.shape != self.scales.shape:
+            self.scales = nn.Parameter(self.scales.detach().new_empty(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._group()
+        if len(self.lengths) != len(self.scales):
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix}scales must hold one number for each of {len(self.lengths)} groups, got "
+                f"{len(self.scales)}."
+            )
+
+    def to_factor(self) -> Any:  # QuantizedFactor, which no base class returns
+        pattern = super().to_factor()
+        scales = self.scales.detach()
+        if scales.dtype == torch.float16:  # which might not hold them without the unit
+            scales = scales.float()
+        scales = scales / self.unit
+        return QuantizedFactor(pattern.values, scales, self.bits, self.group_size, pattern)
+
+    def on_host(self, numbers: np.ndarray | None) -> QuantizedFactor:
+        factor, codes = self.to_factor(), own(self.codes)
+        pattern = factor.pattern.with_values(codes)
+        scales = None if numbers is None else numbers / numbers.dtype.type(self.unit)
+        return dataclasses.replace(factor, values=codes, scales=scales, pattern=pattern)
+
+    def assign(self, factor: Factor) -> None:
+        assert isinstance(factor, QuantizedFactor)
+        self.scales.copy_(factor.scales * self.unit)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()} of {self.bits} bits"
+
+
+class QuantizedDenseModule(_Quantized, DenseFactorModule):
+    """Dense factor of quantized values."""
+
+    fixed = ("codes", "coding")
+
+
+class QuantizedSparseModule(_Quantized, SparseFactorModule):
+    """Sparse factor of quantized values."""
+
+    fixed = ("codes", "coding", "mask")
+
+
+class QuantizedKroneckerModule(_Quantized, KroneckerFactorModule):
+    """Kronecker-sparse factor of quantized values, such as a diagonal."""
+
+    fixed = ("codes", "coding")
+
+
+class QuantizedBlockModule(_Quantized, BlockFactorModule):
+    """Factor with dense blocks of quantized values."""
+
+    fixed = ("codes", "coding", "spans")
+
+
+class SignFactorModule(FactorModule):
+    """Dense matrix of signs, one bit each, without trainable values."""
+
+    trained, fixed = "", ("signs",)
+    signs: Tensor
+
+    def _store(self, factor: Factor, copy: bool) -> None:
+        assert isinstance(factor, SignFactor)
+        empty = tensor_of(factor.values, copy=True)
+        self.register_buffer("values", empty, persistent=False)
+        self.register_buffer("signs", tensor_of(factor.bits, copy).to(empty.device))
+
+    @property
+    def n_values(self) -> int:
+        return self.rows * self.columns
+
+    def dense(self) -> Tensor:
+        places = torch.arange(7, -1, -1, device=self.signs.device)
+        numbers = torch.arange(256, device=self.signs.device)
+        table = (2 * ((numbers[:, None] >> places) & 1) - 1).to(self.values.dtype)
+        signs = functional.embedding(self.signs.int(), table)  # eight for each byte
+        return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense())
+
+    def to_factor(self) -> SignFactor:
+        return SignFactor(self.values.detach(), own(self.signs), (self.rows, self.columns))
+
+
+def is_coded(module: nn.Module) -> bool:
+    """Whether a module stores codes of few bits instead of values."""
+    return isinstance(module, (_Quantized, SignFactorModule))
+
+
+def refuse_codes(model: nn.Module, purpose: str) -> None:
+    """Raise ``ValueError`` if a factor in `model` stores codes, which `purpose` would change."""
+    for name, module in model.named_modules():
+        if is_coded(module):
+            raise ValueError(
+                f"model must store floating-point values {purpose}, but {name!r} stores codes of "
+                "few bits, of which only the scales can change."
+            )
