@@ -22,7 +22,7 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "cb68ff0319fcc3e0"
+SOURCES = "6c922e8548f073ca"
 
 #: Kinds of steps; programs of bytes have those of ``coded`` instead, and selections.
 CSR, KRONECKER, BANDS, SELECTION = range(4)
