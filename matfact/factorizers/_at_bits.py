@@ -34,7 +34,8 @@ def fit_at_bits(
     """Fit a factorizer so that its product takes `bits` bits a weight, half a percent more at most.
 
     Factorizers with a parameter `bits` get it. All others are quantized: for a few bits of a value
-    the largest density that fits is looked for. Fits with a fifth of the iterations choose two, and the better one is returned.
+    the largest density that fits is looked for. Fits with a fifth of the iterations choose two of
+    them; the better one is returned.
 
     Parameters
     ----------
