@@ -12,7 +12,7 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.factorizers._base import BaseFactorizer, Factorization
 from matfact.operators import DenseFactor, QuantizedFactor
-from matfact.operators._quantized import group_bounds
+from matfact.operators._quantized import LARGEST_GROUP, group_bounds
 from matfact.solvers._callback import History
 from matfact.solvers.gptq import Rounded, round_to_nearest
 
@@ -22,7 +22,7 @@ class BaseQuantizer(BaseFactorizer):
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "bits": [Interval(Integral, 2, 8, closed="both")],
-        "group_size": [Interval(Integral, 1, None, closed="left"), None],
+        "group_size": [Interval(Integral, 1, LARGEST_GROUP, closed="both"), None],
         "grid": [StrOptions({"fitted", "min_max"})],
     }
 
