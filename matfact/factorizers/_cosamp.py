@@ -63,8 +63,6 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         the outputs are.
     reconstruction_err_ : float
         ``‖U − H_S coef_ᵀ‖_F / ‖U‖_F``.
-    bits_per_weight_ : float
-        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         Number of iterations.
     history_ : dict of list
