@@ -7,6 +7,7 @@ applied in turns, by this library and by SciPy, on the threads of the run. Times
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     for label, n_factors in FACTORS.items():
         products = [sparse(side, cell["stored"], n_factors, rng) for _ in range(cell["layers"])]
         for library in LIBRARIES:
-            way = SimpleNamespace(name=f"{library}, {label}", operand=methods[library].operand)
+            way = dataclasses.replace(methods[library], name=f"{library}, {label}")
             pairs = zip(products, dense, strict=True)
             prepared[way.name] = [methods[library].prepare(*pair) for pair in pairs]
             check(prepared, [way], products[0], X)

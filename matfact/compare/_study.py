@@ -204,8 +204,8 @@ def _check_bits(bits: Sequence[float]) -> None:
     if not np.ndim(bits) or not len(bits):
         raise ValueError(f"bits must be a sequence of at least one, got {bits!r}.")
     for goal in bits:
-        if isinstance(goal, bool) or not isinstance(goal, Real) or not 0 < goal <= 64:
-            raise ValueError(f"bits must hold numbers in (0, 64], got {goal!r}.")
+        if isinstance(goal, bool) or not isinstance(goal, Real) or not 0 < goal <= 16:
+            raise ValueError(f"bits must hold numbers in (0, 16], got {goal!r}.")
 
 
 def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:

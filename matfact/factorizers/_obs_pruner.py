@@ -57,6 +57,8 @@ class OBSPruner(BasePruner):
         Stored values.
     density_ : float
         Stored values ÷ entries of `W`.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         1.
     history_ : dict of list

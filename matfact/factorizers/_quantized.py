@@ -14,6 +14,7 @@ from matfact.calibration import InputStatistics
 from matfact.factorizers._base import BaseFactorizer, Factorization
 from matfact.factorizers._dsf import DoubleSparseFactorizer
 from matfact.operators import FactorProduct
+from matfact.operators._quantized import LARGEST_GROUP
 from matfact.solvers._callback import History
 from matfact.solvers.finalize import finalize, input_scale, scaled_columns
 from matfact.solvers.layerwise import caution
@@ -84,7 +85,7 @@ class Quantized(BaseFactorizer):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "estimator": [HasMethods(["fit", "get_params"]), None],
         "bits": [Interval(Integral, 2, 8, closed="both")],
-        "group_size": [Interval(Integral, 1, None, closed="left"), None],
+        "group_size": [Interval(Integral, 1, LARGEST_GROUP, closed="both"), None],
     }
 
     estimator_: BaseFactorizer
@@ -130,9 +131,9 @@ class Quantized(BaseFactorizer):
         """Return the factorizer to fit."""
         if self.estimator is None:
             return DoubleSparseFactorizer()
-        if not isinstance(self.estimator, BaseFactorizer) or isinstance(self.estimator, Quantized):
+        estimator = self.estimator
+        if not isinstance(estimator, BaseFactorizer) or "bits" in estimator.get_params(deep=False):
             raise ValueError(
-                "estimator must be a factorizer with floating point values, got "
-                f"{self.estimator!r}."
+                f"estimator must be a factorizer with floating point values, got {estimator!r}."
             )
-        return clone(self.estimator)
+        return clone(estimator)

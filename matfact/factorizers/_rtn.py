@@ -50,6 +50,8 @@ class RoundToNearest(BaseQuantizer):
         Stored values, all of `W`.
     density_ : float
         1.
+    bits_per_weight_ : float
+        Bits of the tensors that ``operator_.save`` writes ÷ entries of `W`.
     n_iter_ : int
         1.
     history_ : dict of list

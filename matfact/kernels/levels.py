@@ -17,7 +17,7 @@ def round_rows(codes, scales, levels, indices, indptr, gradient, gram, passes): 
     codes : ndarray of int, of shape (nnz,)
         Index of the level of each value. Overwritten.
     scales : ndarray of shape (nnz,)
-        Positive scale of each value.
+        Scale of each value. Values of scale 0 stay as they are.
     levels : ndarray of shape (n_levels,)
         Increasing levels.
     indices, indptr : ndarray
@@ -35,7 +35,7 @@ def round_rows(codes, scales, levels, indices, indptr, gradient, gram, passes): 
             changed = False
             for e in range(indptr[i], indptr[i + 1]):
                 j = indices[e]
-                if gram[j, j] <= 0:
+                if gram[j, j] <= 0 or scales[e] == 0:
                     continue
                 value = scales[e] * levels[codes[e]]
                 wanted = (value - gradient[i, j] / gram[j, j]) / scales[e]

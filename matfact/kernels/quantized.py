@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from matfact.kernels.blocks import _four_rows
 from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import (
     add,
@@ -153,9 +152,10 @@ def quantized_panel(  # type: ignore[no-untyped-def]
     decoded = np.empty(_DECODED * lanes, source.dtype)
     for s in range(first, last):
         begin, end, n_rows = slices[2 * s], slices[2 * s + 2], slices[2 * s + 1]
+        own = rows[s * lanes :]
         if begin == end:
             for lane in range(n_rows):
-                store(target, rows[s * lanes + lane], zero)
+                store(target, own[lane], zero)
         is_first = True
         for p in range(begin, end):
             e, left, column = parts[3 * p], parts[3 * p + 1], parts[3 * p + 2]
@@ -166,41 +166,92 @@ def quantized_panel(  # type: ignore[no-untyped-def]
                     prefetch(levels, e + k * lanes + 4 * _AHEAD)
                     entries = multiply(load_values(levels, e + k * lanes, like), scale)
                     store(decoded, k, entries)
-                # Lanes that repeat a row do so within four: all of these are read, then written.
-                for lane in range(0, n_rows, 4):
-                    i = s * lanes + lane
-                    a = b = c = d = zero
-                    if not is_first:
-                        a, b = load(target, rows[i], zero), load(target, rows[i + 1], zero)
-                        c, d = load(target, rows[i + 2], zero), load(target, rows[i + 3], zero)
-                    if is_scattered:
-                        a, b, c, d = _four_scattered(
-                            a, b, c, d, decoded, lane, lanes, count, columns, e, source
+                where = (columns[e:], column, is_scattered)
+                # Lanes that repeat a row do so among those taken together: all of these are read,
+                # then written.
+                if width(zero) == lanes:
+                    for lane in range(0, n_rows, 8):
+                        _eight_rows(
+                            zero, is_first, decoded, lane, lanes, count, where, own, source, target
                         )  # fmt: skip
-                    else:
-                        a, b, c, d = _four_rows(
-                            a, b, c, d, decoded, lane, 1, lanes, count, source, column, 1
+                else:
+                    for lane in range(0, n_rows, 4):
+                        _four_rows(
+                            zero, is_first, decoded, lane, lanes, count, where, own, source, target
                         )  # fmt: skip
-                    store(target, rows[i], a)
-                    store(target, rows[i + 1], b)
-                    store(target, rows[i + 2], c)
-                    store(target, rows[i + 3], d)
                 is_first = False
                 e, left, column = e + count * lanes, left - count, column + count
 
 
 @compiled()
-def _four_scattered(a, b, c, d, decoded, lane, lanes, count, columns, e, source):  # type: ignore[no-untyped-def]
-    for i in range(lane, lane + count * lanes, lanes):
-        prefetch(columns, e + i + _AHEAD)
-        a = _plus(a, decoded, i, columns, e + i, source)
-        b = _plus(b, decoded, i + 1, columns, e + i + 1, source)
-        c = _plus(c, decoded, i + 2, columns, e + i + 2, source)
-        d = _plus(d, decoded, i + 3, columns, e + i + 3, source)
-    return a, b, c, d
+def _four_rows(zero, is_first, decoded, lane, lanes, count, where, rows, source, target):  # type: ignore[no-untyped-def]
+    """Add entries of four rows, times what they meet, to a panel as wide as several vectors."""
+    columns, column, is_scattered = where
+    a = b = c = d = zero
+    if not is_first:
+        a, b = load(target, rows[lane], zero), load(target, rows[lane + 1], zero)
+        c, d = load(target, rows[lane + 2], zero), load(target, rows[lane + 3], zero)
+    if is_scattered:
+        for i in range(lane, lane + count * lanes, lanes):
+            prefetch(columns, i + _AHEAD)
+            a = _plus_row(a, decoded, i, columns, source)
+            b = _plus_row(b, decoded, i + 1, columns, source)
+            c = _plus_row(c, decoded, i + 2, columns, source)
+            d = _plus_row(d, decoded, i + 3, columns, source)
+    else:
+        for k in range(count):
+            i, x = lane + k * lanes, load(source, column + k, zero)
+            a, b = _plus(a, decoded, i, x, source), _plus(b, decoded, i + 1, x, source)
+            c, d = _plus(c, decoded, i + 2, x, source), _plus(d, decoded, i + 3, x, source)
+    store(target, rows[lane], a)
+    store(target, rows[lane + 1], b)
+    store(target, rows[lane + 2], c)
+    store(target, rows[lane + 3], d)
 
 
 @compiled()
-def _plus(total, decoded, i, columns, e, source):  # type: ignore[no-untyped-def]
-    row = load(source, position(columns, e), total)
-    return fma(spread(value(decoded, i, source), total), row, total)
+def _eight_rows(zero, is_first, decoded, lane, lanes, count, where, rows, source, target):  # type: ignore[no-untyped-def]
+    """Add entries of eight rows to a panel as wide as a vector: fewer sums wait for another."""
+    columns, column, is_scattered = where
+    a = b = c = d = p = q = r = t = zero
+    if not is_first:
+        a, b = load(target, rows[lane], zero), load(target, rows[lane + 1], zero)
+        c, d = load(target, rows[lane + 2], zero), load(target, rows[lane + 3], zero)
+        p, q = load(target, rows[lane + 4], zero), load(target, rows[lane + 5], zero)
+        r, t = load(target, rows[lane + 6], zero), load(target, rows[lane + 7], zero)
+    if is_scattered:
+        for i in range(lane, lane + count * lanes, lanes):
+            prefetch(columns, i + _AHEAD)
+            a = _plus_row(a, decoded, i, columns, source)
+            b = _plus_row(b, decoded, i + 1, columns, source)
+            c = _plus_row(c, decoded, i + 2, columns, source)
+            d = _plus_row(d, decoded, i + 3, columns, source)
+            p = _plus_row(p, decoded, i + 4, columns, source)
+            q = _plus_row(q, decoded, i + 5, columns, source)
+            r = _plus_row(r, decoded, i + 6, columns, source)
+            t = _plus_row(t, decoded, i + 7, columns, source)
+    else:
+        for k in range(count):
+            i, x = lane + k * lanes, load(source, column + k, zero)
+            a, b = _plus(a, decoded, i, x, source), _plus(b, decoded, i + 1, x, source)
+            c, d = _plus(c, decoded, i + 2, x, source), _plus(d, decoded, i + 3, x, source)
+            p, q = _plus(p, decoded, i + 4, x, source), _plus(q, decoded, i + 5, x, source)
+            r, t = _plus(r, decoded, i + 6, x, source), _plus(t, decoded, i + 7, x, source)
+    store(target, rows[lane], a)
+    store(target, rows[lane + 1], b)
+    store(target, rows[lane + 2], c)
+    store(target, rows[lane + 3], d)
+    store(target, rows[lane + 4], p)
+    store(target, rows[lane + 5], q)
+    store(target, rows[lane + 6], r)
+    store(target, rows[lane + 7], t)
+
+
+@compiled()
+def _plus(total, decoded, i, x, source):  # type: ignore[no-untyped-def]
+    return fma(spread(value(decoded, i, source), total), x, total)
+
+
+@compiled()
+def _plus_row(total, decoded, i, columns, source):  # type: ignore[no-untyped-def]
+    return _plus(total, decoded, i, load(source, position(columns, i), total), source)

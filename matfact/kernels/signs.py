@@ -22,6 +22,8 @@ from matfact.kernels.vectors import (
 from matfact.kernels.words import add_lanes, add_rows, bit_signs
 
 VECTOR = 64  #: bytes of the words of as many rows as a vector has lanes: a slice
+#: Words of a row that stand together: first those of all rows, then the next of all rows.
+GROUP = 4
 _TABLES = 1 << 15  #: bytes of tables in use at a time, which stay in a core's own cache
 
 
@@ -43,24 +45,25 @@ def sign_vector(zero, words, n_words, columns, rows, first, last, source, target
     """Compute slices `first` to `last` of a matrix of signs for one column."""
     lanes = width(zero)
     per_code, n_codes = (4, 8) if lanes == 16 else (3, 16)
-    tables = _aligned(n_words * n_codes * lanes, source)
-    for t in range(n_words * n_codes):
-        sums = zero
-        for j in range(per_code):
-            k = t * per_code + j
-            x = source[k] if k < columns else source.dtype.type(0)
-            sums = fma(bit_signs(j, zero), spread(x, zero), sums)
-        store(tables, t, sums)
-    slice_tables = n_codes * lanes
-    for s in range(first, last):
-        a = zero
-        for w in range(n_words):
-            a = add_lanes(a, tables, w * slice_tables, words, (s * n_words + w) * VECTOR)
-        if (s + 1) * lanes <= rows:
-            store(target, s, a)
-        else:
-            store(tables, 0, a)
-            target[s * lanes : rows] = tables[: rows - s * lanes]
+    size, n_slices = n_codes * lanes, (rows + lanes - 1) // lanes
+    tables, sums = _aligned(GROUP * size, source), _aligned((last - first) * lanes, source)
+    for begin in range(0, n_words, GROUP):
+        count = min(GROUP, n_words - begin)
+        for t in range(count * n_codes):
+            table = zero
+            for j in range(per_code):
+                k = (begin * n_codes + t) * per_code + j
+                x = source[k] if k < columns else source.dtype.type(0)
+                table = fma(bit_signs(j, zero), spread(x, zero), table)
+            store(tables, t, table)
+        for s in range(first, last):
+            a = load(sums, s - first, zero) if begin > 0 else zero
+            at = (begin * n_slices + s * count) * VECTOR
+            for w in range(count):
+                a = add_lanes(a, tables, w * size, words, at + w * VECTOR)
+            store(sums, s - first, a)
+    for row in range(first * lanes, min(last * lanes, rows)):
+        target[row] = sums[row - first * lanes]
 
 
 @compiled()
@@ -68,19 +71,21 @@ def sign_panel(zero, words, n_words, columns, rows, first, last, source, target)
     """Compute slices `first` to `last` of a matrix of signs for a panel."""
     lanes = width(zeros(source, VECTOR))
     per_code, n_codes = (4, 8) if lanes == 16 else (3, 16)
-    size = n_codes * lanes * width(zero)
-    together = max(1, _TABLES // (size * VECTOR // lanes))
+    size, n_slices = n_codes * lanes * width(zero), (rows + lanes - 1) // lanes
+    together = min(GROUP, max(1, _TABLES // (size * VECTOR // lanes)))
     tables = _aligned(together * size, source)
     for begin in range(0, n_words, together):
-        end = min(begin + together, n_words)
+        group = begin // GROUP * GROUP
+        count, end = min(GROUP, n_words - group), min(begin + together, n_words)
         for t in range((end - begin) * n_codes):
             column = (begin * n_codes + t) * per_code
             _write_table(zero, tables, t * lanes, column, per_code, columns, source)
         for row in range(first * lanes, min(last * lanes, rows)):
             a = load(target, row, zero) if begin > 0 else zero
-            at = row // lanes * n_words * VECTOR + row % lanes * (VECTOR // lanes)
-            for w in range(begin, end):
-                a = add_rows(a, tables, (w - begin) * size, words, at + w * VECTOR)
+            at = (group * n_slices + row // lanes * count + begin - group) * VECTOR
+            at += row % lanes * (VECTOR // lanes)
+            for w in range(end - begin):
+                a = add_rows(a, tables, w * size, words, at + w * VECTOR)
             store(target, row, a)
 
 

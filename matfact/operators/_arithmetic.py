@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -138,14 +139,14 @@ class ArrayLike:
                 "use @ for products of matrices."
             )
         factors = list(self.factors)
-        place = next((i for i, factor in enumerate(factors) if factor.nnz), None)
-        if place is None:  # permutations store no values
+        place = next((i for i, f in enumerate(factors) if math.prod(f.values.shape)), None)
+        if place is None:  # permutations and signs store no values
             place, ones = 0, np.ones((1, self.shape[0], 1, 1))
             ones = backend.like(ones, factors[0].values, dtype=self.dtype)
             factors.insert(0, KroneckerSparseFactor(ones))
         if isinstance(c, np.generic) and not backend.is_numpy(factors[0].values):
             c = c.item()
-        factors[place] = factors[place].with_values(operation(factors[place].values, c))
+        factors[place] = factors[place].with_numbers(operation(factors[place].numbers, c))
         product = type(self)(factors)
         return product.astype(product.dtype)
 

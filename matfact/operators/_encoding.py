@@ -240,7 +240,7 @@ def _check_bits(packed: np.ndarray, count: int) -> None:
 
 def _decode_sign(shape: tuple[int, int], values: np.ndarray, tensors: Tensors) -> Factor:
     signs = tensors.pop("signs")
-    need(values.shape == (0,) and values.dtype.kind == "f", "signs have no values")
+    need(values.shape == (0,) and values.dtype.kind in "fc", "signs have no values")
     _check_bits(signs, shape[0] * shape[1])
     return SignFactor(values, signs, shape)
 

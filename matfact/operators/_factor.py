@@ -105,6 +105,10 @@ class Factor(ABC):
         """Return a factor with the same positions and other `values`."""
         return dataclasses.replace(self, values=values)
 
+    def with_numbers(self, numbers: Array) -> Self:
+        """Return a factor with other `numbers`, the array that products are scaled by."""
+        return self.with_values(numbers)
+
     def decoded(self) -> Factor:
         """Return the factor with floating point values: itself, if they are not quantized."""
         return self
@@ -120,19 +124,19 @@ class Factor(ABC):
 
     def scaled(self, c: float) -> Self:
         """Return `c` times the factor."""
-        return self.with_values(self.values * c)
+        return self.with_numbers(self.numbers * c)
 
     def conj(self) -> Self:
         """Return the complex conjugate (itself when real)."""
-        xp = backend.namespace(self.values)
-        if not xp.isdtype(self.values.dtype, "complex floating"):
+        xp = backend.namespace(self.numbers)
+        if not xp.isdtype(self.dtype, "complex floating"):
             return self
-        return self.with_values(xp.conj(self.values))
+        return self.with_numbers(xp.conj(self.numbers))
 
     def astype(self, dtype: Any) -> Self:
         """Return the factor with its values in another dtype."""
-        xp = backend.namespace(self.values)
-        return self.with_values(xp.astype(self.values, dtype))
+        xp = backend.namespace(self.numbers)
+        return self.with_numbers(xp.astype(self.numbers, dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop caches for applying the factor."""

@@ -138,7 +138,8 @@ def _sampled(
 
 def _first_levels(values: np.ndarray, count: int) -> np.ndarray:
     """Return levels as dense as the cube root of the density of values, which is nearly optimal."""
-    density, edges = np.histogram(values, BINS)
+    # Values are relative to the largest of their group: equal ones differ by rounding alone.
+    density, edges = np.histogram(values, BINS, range=(min(values.min(), 1 - 1e-6), 1))
     mass = np.cumsum(np.cbrt(density))
     places = (np.arange(count) + 0.5) / count * mass[-1]
     return np.interp(places, np.concatenate([[0.0], mass]), edges)

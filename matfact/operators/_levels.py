@@ -11,14 +11,14 @@ from matfact import backend
 from matfact._safetensors import is_sizes
 from matfact.operators._coding import need, packed, unpacked
 from matfact.operators._factor import Factor
-from matfact.operators._quantized import BITS, QuantizedFactor, group_counts
+from matfact.operators._quantized import BITS, LARGEST_GROUP, QuantizedFactor, group_counts
 
 #: Dtypes that values may have, by their names in files; bfloat16 arrives as float32.
 _DTYPES = {"F16": np.float16, "BF16": np.float32, "F32": np.float32, "F64": np.float64}
 #: The levels of codes of 8 bits, which files do not repeat.
 _ALL = np.arange(-127, 128, dtype=np.int8)
-#: Largest group, and largest power of two that scales are divided by.
-_LARGEST_GROUP, _LARGEST_UNIT = 1 << 48, 1100
+#: Largest power of two that scales are divided by.
+_LARGEST_UNIT = 1100
 
 
 def encode_levels(factor: QuantizedFactor, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,8 +75,8 @@ def _check(bits: Any, group_size: Any, levels: np.ndarray) -> None:
     """Raise ``ValueError`` unless files can hold such levels."""
     need(_is_whole(bits) and bits in BITS, f"codes of {bits!r} bits; there may be 2 to 8")
     need(
-        group_size is None or (_is_whole(group_size) and 1 <= group_size <= _LARGEST_GROUP),
-        f"a group size of {group_size!r}; there may be None or 1 to {_LARGEST_GROUP}",
+        group_size is None or (_is_whole(group_size) and 1 <= group_size <= LARGEST_GROUP),
+        f"a group size of {group_size!r}; there may be None or 1 to {LARGEST_GROUP}",
     )
     need(levels.dtype == np.int8 and levels.ndim == 1, "levels are not a vector of int8")
     need(levels.size <= 2**bits, f"{levels.size} levels; {bits} bits tell {2**bits} apart")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Bits of a code that can be stored.
 BITS = range(2, 9)
+#: Values that share a scale, at most.
+LARGEST_GROUP = 1 << 48
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -80,6 +82,11 @@ class QuantizedFactor(Factor):
         """Return the same positions holding other `values`, which are not quantized."""
         return self.pattern.with_values(values)
 
+    def with_numbers(self, numbers: Array) -> Factor:  # type: ignore[override]
+        """Return the same levels with other scales, decoded if these are complex."""
+        factor = dataclasses.replace(self, scales=numbers)
+        return factor.decoded() if backend.is_complex(numbers) else factor
+
     def on_host(self) -> Self:
         values, scales = backend.host_view(self.values), backend.host_view(self.scales)
         return dataclasses.replace(self, values=values, scales=scales)
@@ -110,16 +117,6 @@ class QuantizedFactor(Factor):
     @property
     def norm(self) -> float:
         return backend.norm(self.decoded().values)
-
-    def scaled(self, c: float) -> Self:
-        return dataclasses.replace(self, scales=self.scales * c)
-
-    def conj(self) -> Self:
-        return self
-
-    def astype(self, dtype: Any) -> Self:
-        scales = backend.namespace(self.scales).astype(self.scales, dtype)
-        return dataclasses.replace(self, scales=scales)
 
     def index_nbytes(self, format: str) -> int:
         return self.pattern.index_nbytes(format)

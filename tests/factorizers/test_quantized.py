@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 
-from matfact import ADMMPruner, DoubleBinaryFactorizer, DoubleSparseFactorizer, LowRank, Quantized
+from matfact import (
+    GPTQ,
+    ADMMPruner,
+    DoubleBinaryFactorizer,
+    DoubleSparseFactorizer,
+    LowRank,
+    Quantized,
+    RoundToNearest,
+)
 from matfact.calibration import InputStatistics
 from matfact.metrics import DensityTooSmall
 from matfact.operators import QuantizedFactor, SignFactor
@@ -164,3 +172,29 @@ def test_too_few_bits_are_refused_with_the_least_possible():
 def test_only_factorizers_can_be_quantized(estimator):
     with pytest.raises(ValueError, match=r"estimator"):
         Quantized(estimator).fit(gaussian())
+
+
+@pytest.mark.parametrize("estimator", [RoundToNearest(), GPTQ(), DoubleBinaryFactorizer()])
+def test_methods_with_bits_of_their_own_are_not_quantized_again(estimator):
+    with pytest.raises(ValueError, match="estimator must be a factorizer with floating point"):
+        Quantized(estimator, bits=2).fit(gaussian(16, 16))
+
+
+@pytest.mark.parametrize("model", [Quantized(), RoundToNearest(), GPTQ()])
+def test_groups_are_not_larger_than_files_allow(model):
+    with pytest.raises(ValueError, match="group_size"):
+        model.set_params(group_size=2**70).fit(gaussian(16, 16))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_constant_matrix_is_quantized(bits):
+    W = np.full((16, 16), 3.0)
+    model = Quantized(DoubleSparseFactorizer(density=0.4), bits=bits).fit(W)
+    assert model.reconstruction_err_ < 1e-2
+
+
+def test_values_whose_scale_is_zero_stay_zero():
+    W = gaussian(20, 20) * (np.arange(20) % 2)[:, None]
+    model = Quantized(LowRank(), bits=8).fit(W)
+    assert any((factor.scales == 0).any() for factor in model.factors_)
+    assert model.reconstruction_err_ < 1.02 * model.estimator_.reconstruction_err_

@@ -3,6 +3,7 @@
 import array_api_strict
 import numpy as np
 import pytest
+from sklearn.model_selection import GridSearchCV
 
 from matfact import GPTQ, RoundToNearest, backend, metrics
 from matfact.calibration import InputStatistics
@@ -190,3 +191,12 @@ def test_what_is_saved_is_what_was_fitted(quantizer, W, rng, tmp_path):
 def test_bad_parameters_are_named(quantizer, parameters):
     with pytest.raises(ValueError, match=next(iter(parameters))):
         quantizer(**parameters).fit(np.ones((4, 6)))
+
+
+@pytest.mark.parametrize("estimator", [RoundToNearest(), GPTQ()])
+def test_grid_search_finds_the_most_bits(estimator):
+    W = np.random.default_rng(0).standard_normal((30, 64))
+    search = GridSearchCV(estimator, {"bits": [2, 3, 5]}, cv=3).fit(W)
+    scores = search.cv_results_["mean_test_score"]
+    assert (np.diff(scores) > 0.05).all()
+    assert search.best_params_ == {"bits": 5}

@@ -7,7 +7,13 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg as sla
 
-from matfact.operators import DenseFactor, FactorProduct, SelectionFactor, SparseFactor
+from matfact.operators import (
+    DenseFactor,
+    FactorProduct,
+    SelectionFactor,
+    SignFactor,
+    SparseFactor,
+)
 from matfact.transforms import dft, hadamard
 
 RNG = np.random.default_rng(0)
@@ -177,3 +183,25 @@ def test_tensors_are_multiplied_scaled_and_chained():
         product @ numpy_product.T
     with pytest.raises(TypeError, match="needs a product of NumPy factors"):
         product + product
+
+
+@pytest.mark.parametrize("c", [3.0, -1, 0, np.float32(0.3), 2 - 1j])
+def test_coded_values_are_scaled_by_their_scales(c, tmp_path):
+    quantized = make_product().quantized(4)
+    for product in (quantized, FactorProduct([SignFactor.from_dense(np.eye(7)), *quantized])):
+        dense = product.toarray()
+        for scaled, expected in ((c * product, c * dense), (product.conj() * c, c * dense)):
+            np.testing.assert_allclose(scaled.toarray(), expected, atol=1e-12)
+            np.testing.assert_allclose(scaled @ np.ones(9), expected @ np.ones(9), atol=1e-12)
+            np.testing.assert_allclose(scaled.H.toarray(), expected.conj().T, atol=1e-12)
+        np.testing.assert_array_equal((-product).toarray(), -dense)
+        np.testing.assert_allclose((product / 3).toarray(), dense / 3, atol=1e-12)
+        (c * product).save(tmp_path / "scaled")
+        loaded = FactorProduct.load(tmp_path / "scaled")
+        np.testing.assert_array_equal(loaded.toarray(), (c * product).toarray())
+
+
+def test_signs_alone_are_scaled():
+    signs = SignFactor.from_dense(RNG.standard_normal((4, 6)))
+    product = 3 * FactorProduct([signs])
+    np.testing.assert_array_equal(product.toarray(), 3 * signs.toarray())

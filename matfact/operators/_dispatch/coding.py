@@ -96,8 +96,8 @@ def _grouped(
     return levels, doubled, order, firsts, begins, int(n_entries), int(n_parts)
 
 
-def sign_words(bits: np.ndarray, shape: tuple[int, int], itemsize: int) -> np.ndarray:
-    """Return the words of a matrix of signs, of shape (slices, words of a row, rows of a slice).
+def sign_words(bits: np.ndarray, shape: tuple[int, int], itemsize: int) -> tuple[np.ndarray, int]:
+    """Return the words of a matrix of signs as ``kernels.signs`` reads them, and those of a row.
 
     `bits` are those of :func:`numpy.packbits`; words are as long as numbers of `itemsize` bytes.
     """
@@ -112,4 +112,5 @@ def sign_words(bits: np.ndarray, shape: tuple[int, int], itemsize: int) -> np.nd
     for i in range(n_codes):
         for j in range(per_code):
             words |= padded[:, :, :, i, j].swapaxes(1, 2).astype(word) << word(4 * i + j)
-    return words
+    groups = [words[:, w : w + signs.GROUP].ravel() for w in range(0, n_words, signs.GROUP)]
+    return np.concatenate([np.zeros(0, word), *groups]), n_words

@@ -19,8 +19,9 @@ WORK = {
     "csr": (0.9, 1.5, 2.3, 2.8),
     "pair": (0.6, 2.0, 2.0, 2.0),
     "block": (1.0, 1.0, 1.0, 1.0),
-    "code": (0.7, 1.1, 2.15, 2.65),
-    "dense code": (0.35, 0.7, 0.9, 1.0),
+    "code": (0.8, 1.3, 2.5, 3.0),
+    # From 64 columns on up to a fifth more than floats, which would need four times the memory.
+    "dense code": (0.35, 0.75, 1.0, 1.0),
     "signs": (0.35, 1.4, 2.1, 3.0),  # of eight signs
 }
 

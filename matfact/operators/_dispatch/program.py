@@ -116,10 +116,10 @@ class Program:
 
     def add_signs(self, bits: np.ndarray, shape: tuple[int, int]) -> None:
         """Add a matrix of signs, packed as :func:`numpy.packbits` does it."""
-        words = coding.sign_words(bits, shape, self.dtype.itemsize)
+        words, n_words = coding.sign_words(bits, shape, self.dtype.itemsize)
         self.counts["signs"] += words.nbytes
-        place = {"A": words.shape[1], "B": shape[1]}
-        self._add(coded.SIGNS, shape[0], len(words), len(words), _bytes(words), place)
+        place, n = {"A": n_words, "B": shape[1]}, -(-shape[0] * self.dtype.itemsize // _CACHE_LINE)
+        self._add(coded.SIGNS, shape[0], n, n, _bytes(words), place)
 
     def add_scales(self, scales: np.ndarray) -> None:
         """Add a diagonal matrix."""
