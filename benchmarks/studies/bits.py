@@ -29,7 +29,7 @@ from matfact.compare._weights import load_weights
 from matfact.factorizers._at_bits import fit_at_bits
 
 SEEDS = 1
-BITS = (2.5, 2.0, 3.0, 4.0, 3.5, 5.0, 8.0)
+BITS = (2.5, 2.0, 3.25, 4.25, 3.0, 4.0, 8.25)
 METHODS = {
     "RTN": RoundToNearest(),
     "DBF": DoubleBinaryFactorizer(max_iter=300),

@@ -6,8 +6,6 @@ import dataclasses
 
 import numpy as np
 
-from matfact.kernels import rounding
-
 #: Largest level: levels are stored in 8 bits.
 LARGEST = 127
 #: Rounds of moving levels, on about so many values, and bins of the first levels' density.
@@ -91,6 +89,8 @@ def fit_levels(
     levels = _first_levels(values / np.where(signed == 0.0, 1.0, signed), 2**bits)
     for _ in range(ROUNDS):
         scales = _scales(values, bounds, levels, weights)
+        from matfact.kernels import rounding  # Numba is loaded where it is needed
+
         mass, total = rounding.level_means(
             values, weights, bounds, thresholds(levels), scales, len(levels)
         )
@@ -117,6 +117,8 @@ def _scales(
     values: np.ndarray, bounds: np.ndarray, levels: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     scales = np.empty(len(bounds) - 1)
+    from matfact.kernels import rounding
+
     rounding.best_scales(values, weights, bounds, levels, thresholds(levels), SHARES, scales)
     return scales
 

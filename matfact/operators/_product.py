@@ -166,8 +166,8 @@ class FactorProduct(ArrayLike, Displayed):
         >>> from matfact.operators import DenseFactor, FactorProduct
         >>> W = np.random.default_rng(0).standard_normal((64, 64))
         >>> product = FactorProduct([DenseFactor(W)]).quantized(8)
-        >>> product.nbytes("stored"), bool(abs(product.toarray() - W).max() < 0.02)
-        (4224, True)
+        >>> product.bits_per_weight, bool(abs(product.toarray() - W).max() < 0.02)
+        (8.25, True)
         """
         if bits not in BITS:
             raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}.")
