@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matfact.solvers.quantization import fit_grid
 from safetensors.torch import load_file, save_file
 
 from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, Palm4MSA, metrics
@@ -18,6 +17,7 @@ from matfact.checkpoint import Checkpoint, _compress, _source, compress, decompr
 from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._base import Factorization
 from matfact.operators import QuantizedFactor, SparseFactor
+from matfact.operators._grid import fit_grid
 from matfact.operators._quantized import group_bounds
 
 HALF = MagnitudePruner(density=0.5)
