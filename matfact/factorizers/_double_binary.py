@@ -28,8 +28,8 @@ class DoubleBinaryFactorizer(BaseFactorizer):
     """Two matrices of signs between diagonal scales, ``W ≈ diag(a) S diag(m) T diag(b)``.
 
     Double binary factorization [1]_. An entry of `S` or `T` takes one bit, and applying them takes
-    additions alone. Below about three bits a weight this is more accurate than any quantization
-    of the weights; the inner dimension follows from the bits.
+    additions alone. Below about three bits a weight this is more accurate than rounding the
+    weights; the inner dimension follows from the bits.
 
     Parameters
     ----------

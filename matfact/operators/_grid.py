@@ -29,9 +29,9 @@ class Grid:
     levels: np.ndarray
     scales: np.ndarray
 
-    def nearest(self, values: np.ndarray, group: np.ndarray) -> np.ndarray:
-        """Return the nearest level of each value, given the number of its group."""
-        scales = self.scales[group]
+    def nearest(self, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """Return the nearest level of each value, given where groups begin and the last ends."""
+        scales = self.scales[group_numbers(bounds)]
         scaled = values / np.where(scales == 0.0, 1.0, scales)
         return self.levels[np.searchsorted(thresholds(self.levels), scaled)]
 
@@ -105,6 +105,11 @@ def fit_scales(
     values = np.ascontiguousarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else weights.astype(np.float64)
     return rounded_scales(_scales(values, bounds, levels.astype(np.float64), weights))
+
+
+def group_numbers(bounds: np.ndarray) -> np.ndarray:
+    """Return the number of the group of each value."""
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
 
 
 def thresholds(levels: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from matfact.backend import Array
 from matfact.operators._csr import SparseFactor
 from matfact.operators._dense import DenseFactor
 from matfact.operators._factor import Factor
+from matfact.operators._grid import group_numbers
 
 if TYPE_CHECKING:
     from matfact.operators._dispatch.program import Program
@@ -73,7 +74,7 @@ class QuantizedFactor(Factor):
     def decoded(self) -> Factor:
         """Return the factor with floating point values."""
         xp = backend.namespace(self.scales)
-        groups = np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
+        groups = group_numbers(self.bounds)
         scales = xp.take(self.scales, backend.like(groups, self.scales), axis=0)
         levels = xp.astype(self.values, self.dtype)
         return self.pattern.with_values(levels * xp.reshape(scales, levels.shape))

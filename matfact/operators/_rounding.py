@@ -20,8 +20,7 @@ def rounded(factor: Factor, bits: int, group_size: int | None) -> Factor:
     bounds = group_bounds(factor, group_size)
     values = backend.to_numpy(backend.compute_array(factor.values)).reshape(-1)
     grid = fit_grid(values, bounds, bits)
-    group = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return quantized_factor(factor, grid.nearest(values, group), grid, bits, group_size)
+    return quantized_factor(factor, grid.nearest(values, bounds), grid, bits, group_size)
 
 
 def quantized_factor(

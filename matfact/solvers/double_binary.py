@@ -9,6 +9,7 @@ import numpy as np
 from matfact import backend, kernels
 from matfact.backend import Array
 from matfact.solvers._callback import Callback
+from matfact.solvers.layerwise import in_metric, squared_error
 
 #: Penalty of the first ADMM step of a sweep, in the first and the last sweep; geometric between.
 EXPLORE = (0.1, 1.0)
@@ -243,7 +244,7 @@ def _flip_left(product: BinaryProduct, W: Array, metric: Array | None) -> None:
     """Flip signs of `S` while that lowers the error: rows do not depend on each other."""
     xp = backend.namespace(W)
     right = product.m[:, None] * product.right
-    moved = xp.matrix_transpose(_by(right, metric))
+    moved = xp.matrix_transpose(in_metric(right, metric))
     gram, a = xp.matmul(right, moved), product.a
     cross = xp.matmul(W, moved) / xp.where(a != 0, a, xp.ones_like(a))[:, None]
     product.S = _flipped(product.S, xp.matmul(product.S, gram) - cross, gram)
@@ -261,7 +262,7 @@ def _flip_right(product: BinaryProduct, W: Array, metric: Array | None) -> None:
         product.T = transpose(_flipped(S, xp.matmul(S, gram) - cross, gram))
         return
     F = product.right
-    gradient = _by(xp.matmul(transpose(left), xp.matmul(left, F) - W), metric)
+    gradient = in_metric(xp.matmul(transpose(left), xp.matmul(left, F) - W), metric)
     F, gradient, gram, H = (_own(array) for array in (F, gradient, gram, metric))
     kernels.flip_in_metric(F, gradient, gram, H, PASSES)
     product.T = signs(backend.like(F, W)) * signs(b)[None, :]
@@ -278,23 +279,14 @@ def _own(array: Array) -> np.ndarray:
     return np.array(backend.to_numpy(array), order="C")
 
 
-def squared_error(difference: Array, metric: Array | None) -> float:
-    """Return ``tr D H Dᵀ`` of a difference `D`."""
-    return backend.inner(_by(difference, metric), difference)
-
-
-def _by(M: Array, metric: Array | None) -> Array:
-    return M if metric is None else backend.namespace(M).matmul(M, metric)
-
-
 def fit_scales(product: BinaryProduct, W: Array, metric: Array | None = None) -> None:
     """Fit the scales of `product` by least squares, those on either side and between in turn."""
     xp = backend.namespace(W)
     transpose = xp.matrix_transpose
-    wanted = _by(W, metric)
+    wanted = in_metric(W, metric)
     fit_outputs(product, W, metric)
     left, right = product.a[:, None] * product.S, product.right
-    moved = _by(right, metric)
+    moved = in_metric(right, metric)
     gram = xp.matmul(transpose(left), left) * xp.matmul(moved, transpose(right))
     product.m = _solved(gram, xp.sum(xp.matmul(transpose(left), wanted) * right, axis=1))
     P = xp.matmul(product.left, product.T)
@@ -308,9 +300,11 @@ def fit_scales(product: BinaryProduct, W: Array, metric: Array | None = None) ->
 
 def fit_outputs(product: BinaryProduct, W: Array, metric: Array | None = None) -> None:
     """Fit the scales of the outputs of `product` by least squares."""
-    xp, wanted = backend.namespace(W), _by(W, metric)
+    xp, wanted = backend.namespace(W), in_metric(W, metric)
     P = xp.matmul(product.S * product.m[None, :], product.right)
-    product.a = _ratio(xp.sum(P * wanted, axis=1), xp.sum(P * _by(P, metric), axis=1), product.a)
+    product.a = _ratio(
+        xp.sum(P * wanted, axis=1), xp.sum(P * in_metric(P, metric), axis=1), product.a
+    )
 
 
 def _ratio(numerator: Array, denominator: Array, otherwise: Array) -> Array:

@@ -57,9 +57,8 @@ def round_to_nearest(
         grid = _grid.min_max_grid(host.reshape(-1), groups, bits)
     else:
         grid = _grid.fit_grid(host.reshape(-1), groups, bits, tiled)
-    group = np.repeat(np.arange(len(groups) - 1), np.diff(groups))
-    levels = grid.nearest(host.reshape(-1), group)
-    lost = host.reshape(-1) - levels * grid.scales[group]
+    levels = grid.nearest(host.reshape(-1), groups)
+    lost = host.reshape(-1) - levels * grid.scales[_grid.group_numbers(groups)]
     return _rounded(W, levels.reshape(host.shape), grid.scales, float((tiled * lost) @ lost))
 
 

@@ -11,7 +11,6 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import InputStatistics, OutputStatistics
 from matfact.constraints import Constraint, transposed
-from matfact.operators import FactorProduct
 from matfact.solvers._callback import Callback
 from matfact.solvers.admm import DAMPING, SparseState, sparse_regression
 from matfact.solvers.least_squares import damped_gram, refit_values
@@ -189,8 +188,11 @@ def _absolute_norms(gram: Array) -> Array:
     return input_norms(gram) * math.sqrt(largest if largest > 0.0 else 1.0)
 
 
-def squared_error(W: Array, product: FactorProduct, metric: Array | None) -> float:
-    """Return ``tr (W − Ŵ) H (W − Ŵ)ᵀ``, with the identity for `H` where there is no metric."""
-    difference = W - product.astype(W.dtype).toarray()
-    moved = difference if metric is None else backend.namespace(W).matmul(difference, metric)
-    return backend.inner(moved, difference)
+def squared_error(difference: Array, metric: Array | None) -> float:
+    """Return ``tr D H Dᵀ`` of a difference `D`, `H` the metric or else the identity."""
+    return backend.inner(in_metric(difference, metric), difference)
+
+
+def in_metric(M: Array, metric: Array | None) -> Array:
+    """Return `M` times the metric, itself where there is none."""
+    return M if metric is None else backend.namespace(M).matmul(M, metric)

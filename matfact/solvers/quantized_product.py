@@ -6,7 +6,7 @@ import numpy as np
 
 from matfact import backend
 from matfact.backend import Array
-from matfact.kernels.levels import round_rows
+from matfact.kernels.rounding import round_rows
 from matfact.operators import (
     DenseFactor,
     Factor,
@@ -14,6 +14,7 @@ from matfact.operators import (
     QuantizedFactor,
     SparseFactor,
 )
+from matfact.operators._grid import group_numbers, thresholds
 from matfact.operators._rounding import rounded
 from matfact.solvers.finalize import finalize
 from matfact.solvers.layerwise import squared_error
@@ -57,12 +58,12 @@ def quantize(
     else:
         metric = backend.namespace(W).astype(second_moment, W.dtype)
     best = _in_turn(product, W, bits, group_size, second_moment)
-    least = squared_error(W, best, metric)
+    least = squared_error(W - best.astype(W.dtype).toarray(), metric)
     if len(best) != 2 or not all(_has_rows(factor) for factor in best):
         return best
     for _ in range(ROUNDS):
         found = _moved(best, W, metric)
-        error = squared_error(W, found, metric)
+        error = squared_error(W - found.astype(W.dtype).toarray(), metric)
         if error >= least * (1 - 1e-4):
             break
         best, least = found, error
@@ -128,12 +129,13 @@ def _moved_rows(
     indptr = np.searchsorted(row, np.arange(n_rows + 1))
     flat = backend.to_numpy(factor.values).reshape(-1)[order]
     levels = np.unique(flat).astype(np.float64)
-    group = np.repeat(np.arange(len(factor.bounds) - 1), np.diff(factor.bounds))
-    scales = backend.to_numpy(factor.scales).astype(np.float64)[group][order]
+    group = group_numbers(factor.bounds)[order]
+    scales = backend.to_numpy(factor.scales).astype(np.float64)[group]
     codes = np.searchsorted(levels, flat)
     X = backend.to_numpy(factor.decoded().toarray())
     gradient = (X.T if by_columns else X).astype(np.float64) @ gram - cross
-    round_rows(codes, scales, levels, column, indptr, gradient, gram.astype(np.float64), PASSES)
+    gram = gram.astype(np.float64)
+    round_rows(codes, scales, levels, thresholds(levels), column, indptr, gradient, gram, PASSES)
     moved = np.empty_like(flat)
     moved[order] = levels[codes].astype(np.int8)
     values = backend.like(moved.reshape(factor.values.shape), factor.values)

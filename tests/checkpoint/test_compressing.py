@@ -363,9 +363,7 @@ class Quantizer(BaseFactorizer):
         pattern = SparseFactor.from_dense(W, abs(W) >= np.median(abs(W)))
         bounds = group_bounds(pattern, 64)
         grid = fit_grid(pattern.values, bounds, 4)
-        values = grid.nearest(
-            pattern.values, np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-        )
+        values = grid.nearest(pattern.values, bounds)
         quantized = QuantizedFactor(values, grid.scales.astype(W.dtype), 4, 64, pattern)
         return Factorization([quantized])
 

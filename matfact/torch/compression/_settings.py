@@ -16,7 +16,7 @@ def has_bits(factorizer: BaseFactorizer) -> bool:
 
 def has_density(factorizer: BaseFactorizer) -> bool:
     """Whether the density of a factorizer, or of the one that it quantizes, can be set."""
-    return "density" in _inner(factorizer).get_params(deep=False)
+    return _inner(factorizer).has_density
 
 
 def density_of(factorizer: BaseFactorizer | None) -> float | None:
