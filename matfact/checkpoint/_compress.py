@@ -27,6 +27,8 @@ from matfact.checkpoint._reader import Checkpoint
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
 from matfact.checkpoint._source import Source
 from matfact.factorizers import BaseFactorizer
+from matfact.factorizers._at_bits import check_bits, fit_at_bits
+from matfact.factorizers._settings import name_of
 from matfact.operators import FactorProduct, QuantizedFactor
 from matfact.operators._storage import pack
 
@@ -45,6 +47,7 @@ def compress(
     factorizer: BaseFactorizer,
     *,
     layers: str | None = None,
+    bits: float | None = None,
     n_jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -68,6 +71,10 @@ def compress(
         weights of all linear layers and 1-D, 2-D and 3-D convolutions, recognized by names, shapes
         and the other tensors of a layer. Other tensors are always copied, except those that only
         look like embeddings or normalizations by name: these are factorized if requested.
+    bits : float, optional
+        Bits a weight, positions and scales included. For each layer `factorizer` then gets the
+        density and the bits of values with which its error is smallest. A layer for which they are
+        too few is kept.
     n_jobs : int, optional
         Number of layers factorized in parallel; -1 for all cores. None means 1, or the setting of
         an enclosing ``joblib.parallel_config``, which may also select Dask or Ray. Workers read
@@ -96,13 +103,15 @@ def compress(
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
+    if bits is not None:
+        check_bits(bits)
     output = Path(folder).absolute()  # workers may be elsewhere
     with Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
-        settings = _settings(weights, factorizer, layers)
+        settings = _settings(weights, factorizer, layers, bits)
         journal.take_up(settings)
         if not journal.is_complete:
             tasks = [
-                _Task(_place(weights, name), factorizer, output / shard_name(i))
+                _Task(_place(weights, name), factorizer, bits, output / shard_name(i))
                 for i, name in enumerate(names, start=1)
             ]
             shards = _run(weights, tasks, notes, journal, n_jobs, progress)
@@ -116,6 +125,7 @@ class _Task:
 
     tensor: TensorLocation
     factorizer: BaseFactorizer
+    bits: float | None
     path: Path
 
 
@@ -169,17 +179,20 @@ def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
     return copy
 
 
-def _settings(weights: Source, factorizer: BaseFactorizer, layers: str | None) -> dict[str, Any]:
+def _settings(
+    weights: Source, factorizer: BaseFactorizer, layers: str | None, bits: float | None
+) -> dict[str, Any]:
     """Return everything the result depends on."""
     parameters = factorizer.get_params(deep=False)
     plain = (str, int, float, bool, type(None))
     return {
         "generator": f"matfact {matfact.__version__}",
-        "method": type(factorizer).__name__,
+        "method": name_of(factorizer),
         "parameters": {
             k: v if isinstance(v, plain) else repr(v) for k, v in sorted(parameters.items())
         },
         "layers": layers,
+        **({} if bits is None else {"bits": bits}),
         "source": weights.digests(),
     }
 
@@ -228,11 +241,15 @@ def _factorize(task: _Task) -> Shard:
     factorizer = clone(task.factorizer)
     with single_threaded():
         try:
-            product = factorizer.fit(W).operator_
+            if task.bits is None:
+                factorizer.fit(W)
+            else:
+                factorizer = fit_at_bits(factorizer, W, task.bits)
         except metrics.UnsuitableMatrix as error:
             return _kept(task, str(error))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        product = factorizer.operator_
         if is_bfloat16 := spec.dtype == "BF16":
             product = _rounded(product)
         work = np.result_type(W.dtype, np.float32)
@@ -241,8 +258,7 @@ def _factorize(task: _Task) -> Shard:
     content = list(chunks)
     if sum(map(len, content)) >= spec.nbytes:
         return _kept(task, "its factors would take more bytes")
-    method = type(factorizer).__name__
-    tensor = StoredTensor(name, spec, kinds, method, product.density, error_of_stored)
+    tensor = StoredTensor(name, spec, kinds, name_of(factorizer), product.density, error_of_stored)
     return write_shard(task.path, content, [tensor])
 
 

@@ -16,6 +16,7 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._scaled import fit_scaled
+from matfact.factorizers._settings import has_bits
 from matfact.operators import FactorProduct
 from matfact.operators._encoding import stored_nbytes
 from matfact.solvers.finalize import finalize, reselect
@@ -23,7 +24,6 @@ from matfact.solvers.layerwise import caution
 from matfact.torch.calibration._layer_statistics import LayerStatistics, Sums
 from matfact.torch.calibration.options import Adaptation
 from matfact.torch.compression._problem import Choice, Problem
-from matfact.torch.compression._settings import has_bits
 
 #: Dampings of refits, most cautious first; tried as long as the error on held-out inputs falls.
 REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
