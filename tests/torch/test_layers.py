@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from torch.func import functional_call  # noqa: E402
 
 from matfact import BlockSVD, DoubleSparseFactorizer, MonarchProjector  # noqa: E402
-from matfact.operators import FactorProduct  # noqa: E402
+from matfact.operators import DenseFactor, FactorProduct  # noqa: E402
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
     ButterflyLinear,
@@ -301,3 +301,15 @@ def test_bad_structures_are_refused_by_name():
         SparseProductLinear(4, 4, density=0.01)
     with pytest.raises(ValueError, match="inference"):
         FactorizedLinear(LowRankLinear(4, 4, rank=1).to_product(), inference="fast")
+
+
+def test_values_that_cannot_be_written_to_are_copied(recwarn):
+    W = np.random.default_rng(0).standard_normal((6, 8))
+    product = FactorProduct([DenseFactor(W)])
+    W.flags.writeable = False
+    layer = FactorizedLinear(product, copy=False)
+    with torch.no_grad():
+        next(layer.parameters()).add_(1)
+    np.testing.assert_array_equal(product.toarray(), W)
+    np.testing.assert_allclose(layer.weight.detach(), W + 1)
+    assert not [each for each in recwarn if "not writable" in str(each.message)]

@@ -299,7 +299,12 @@ def own(positions: Tensor) -> np.ndarray:
 
 def tensor_of(values: Any, copy: bool) -> Tensor:
     """Return `values` as a contiguous tensor, copied if `copy` is true."""
-    tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    if not isinstance(values, Tensor):
+        array = np.asarray(values)
+        if not array.flags.writeable:  # torch would warn
+            array, copy = array.copy(), False
+        values = torch.from_numpy(array)
+    tensor = values.detach()
     if copy:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor.contiguous()
