@@ -14,7 +14,7 @@ ROOT = Path(matfact.__file__).parent
 #: Parts by floor, from the ground up. Each imports from lower floors and from itself alone.
 FLOORS = (
     {"_figures", "_files", "_parallel", "_regular", "_text", "_threads", "backend"},
-    {"_html", "_json", "kernels", "metrics"},
+    {"_html", "_json", "_progress", "kernels", "metrics"},
     {"_safetensors"},
     {"_layers", "_safetensors_file"},
     {"calibration", "constraints", "operators"},

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from matfact.checkpoint import Checkpoint, Shard
+    from matfact.checkpoint import Checkpoint
     from matfact.factorizers import BaseFactorizer
 
 
@@ -154,35 +154,24 @@ def _compressed(
 ) -> Checkpoint:
     """Compress with a progress display, and list the tensors kept."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
 
     from matfact.checkpoint import compress as run
 
+    checkpoint = run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=True)
     console = Console()
-    columns = (BarColumn(), MofNCompleteColumn(), Elapsed(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
-
-        def advance(shard: Shard, total: int) -> None:
-            for line in _kept(shard):
-                _print(console, line)
-            tensor = shard.tensors[-1]
-            error = "copied" if tensor.relative_error is None else f"{tensor.relative_error:.3f}"
-            description = f"{printable(tensor.name)}: {error}".replace("[", "\\[")
-            progress.update(bar, advance=1, total=total, description=description)
-
-        return run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=advance)
+    for line in _kept(checkpoint):
+        _print(console, line)
+    return checkpoint
 
 
-def _kept(shard: Shard) -> Iterator[str]:
+def _kept(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a line per reason for keeping tensors."""
     from matfact.checkpoint._compress import ASKED
 
     names: dict[str, list[str]] = {}
-    for tensor in shard.tensors:
+    for name, tensor in checkpoint.tensors.items():
         if tensor.note:
-            names.setdefault(tensor.note, []).append(printable(tensor.name))
+            names.setdefault(tensor.note, []).append(printable(name))
     for reason, held in names.items():
         shown = held if reason.startswith(ASKED) or len(held) < 5 else held[:3]
         more = f" and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
