@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
+from matfact._tables import end_of
 from matfact._text import printable
 
 #: A terminal that has gone must not cost the result.
@@ -169,7 +170,7 @@ class _Name(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         name, most = printable(task.fields["name"]), max(8, task.fields["width"])
-        return Text(name if len(name) <= most else f"…{name[1 - most :]}", no_wrap=True)
+        return Text(end_of(name, most), no_wrap=True)
 
 
 class _Shown:

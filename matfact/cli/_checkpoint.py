@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matfact._text import printable
-from matfact.cli._common import NO_GAIN, Scheduler, told_to_users
+from matfact.cli._common import NO_GAIN, Scheduler, show, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from matfact._tables import FittedTable
     from matfact.checkpoint import Checkpoint
     from matfact.factorizers import BaseFactorizer
 
@@ -102,7 +102,7 @@ def inspect(
             return
         from rich.console import Console
 
-        Console().print(_table(checkpoint))
+        show(Console(), _table(checkpoint))
         _print_totals(checkpoint)
 
 
@@ -205,26 +205,32 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _table(checkpoint: Checkpoint) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+def _table(checkpoint: Checkpoint) -> FittedTable:
+    from matfact._tables import FittedTable, Heading
 
-    table = Table(box=None, header_style="bold")
-    for title in ("tensor", "shape", "dtype", "stored as"):
-        table.add_column(title, overflow="fold")
-    for title in ("density", "error", "bytes", "bits"):
-        table.add_column(title, justify="right")
-    for name, tensor in checkpoint.tensors.items():
-        shape = "×".join(map(str, tensor.spec.shape))
-        stored_as = " · ".join(tensor.storage) or tensor.note
-        numbers = (tensor.density, tensor.relative_error)
-        table.add_row(
-            *(Text(printable(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
-            *("" if number is None else f"{number:.4f}" for number in numbers),
+    headings = [
+        Heading("tensor", is_number=False),
+        Heading("shape", 3, is_number=False),
+        Heading("dtype", 5, is_number=False),
+        Heading("stored as", 2, is_number=False, is_prose=True),
+        Heading("density", 6),
+        Heading("error", 1),
+        Heading("bytes"),
+        Heading("bits", 4),
+    ]
+    rows = [
+        [
+            name,
+            "×".join(map(str, tensor.spec.shape)),
+            tensor.spec.dtype,
+            " · ".join(tensor.storage) or tensor.note,
+            *("" if n is None else f"{n:.4f}" for n in (tensor.density, tensor.relative_error)),
             f"{checkpoint.tensor_nbytes(name):,}",
             f"{checkpoint.bits_per_weight(name):.2f}",
-        )
-    return table
+        ]
+        for name, tensor in checkpoint.tensors.items()
+    ]
+    return FittedTable(headings, [rows])
 
 
 def _print(console: Console, text: str) -> None:

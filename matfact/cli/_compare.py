@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matfact._text import printable
-from matfact.cli._common import NO_GAIN, Scheduler, parse, told_to_users
+from matfact.cli._common import NO_GAIN, Scheduler, parse, show, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +113,7 @@ def _study(
     with on_cluster(scheduler):
         comparison = compare_projections(matrices, **run, progress=True)
     comparison.metadata |= {"weights": loaded.source, "cut": cut}
-    console.print(summary_table(comparison))
+    show(console, summary_table(comparison))
     failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")
     for (method, size, message), count in failed.items():
         text = f"Failed: {method} at size {size} ({count}×): {printable(message)}"
