@@ -148,13 +148,9 @@ class CompressionReport(Sequence[LayerReport]):
         return cls(*read_report(path, LayerReport))
 
     def to_html(self, path: str | Path) -> None:
-        """Write an HTML page with the table and bars: one file, no scripts."""
-        facts = {**self.metadata, "untouched": "; ".join(self.untouched(most=20)) or "nothing"}
-        lead = (
-            f"{len(self)} layers, {self.nbytes:,} of {self.dense_nbytes:,} bytes, "
-            f"density {self.density:.3f}, {self.bits_per_weight:.2f} bits a weight."
-        )
-        write_atomically(path, page(self.rows, lead, facts).encode())
+        """Write an HTML page: totals, errors over depth, layers by harm. One file, no scripts."""
+        untouched = "; ".join(self.untouched(most=20))
+        write_atomically(path, page(self.rows, self.metadata, untouched).encode())
 
     def __len__(self) -> int:
         return len(self.rows)

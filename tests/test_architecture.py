@@ -15,7 +15,7 @@ ROOT = Path(matfact.__file__).parent
 FLOORS = (
     {"_figures", "_files", "_parallel", "_regular", "_text", "_threads", "backend"},
     {"_html", "_json", "_tables", "kernels", "metrics"},
-    {"_progress", "_safetensors"},
+    {"_depth_chart", "_progress", "_safetensors"},
     {"_layers", "_safetensors_file"},
     {"calibration", "constraints", "operators"},
     {"_report_page"},

@@ -387,4 +387,6 @@ def _shared_out(
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     allocation, chosen = within_budget(model, budget, named_methods(method), **options)
     facts = {"cost": budget.cost, "ceiling": allocation.budget, "planned": allocation.cost}
+    if budget.cost == "seconds":  # then the amount is a share
+        facts["dense"] = allocation.budget / budget.amount
     return {**options["overrides"], **chosen}, facts
