@@ -43,12 +43,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 10
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap } tbody tr:last-child td { border-bottom: 0 }
 th { background: var(--panel); font-weight: 600; vertical-align: bottom }
-.t { text-align: left } .note { white-space: normal; min-width: 14rem }
+.t { text-align: left } .note { white-space: normal; min-width: 20rem }
+@media (max-width: 40rem) { th, td { padding: .25rem .4rem } }
 abbr { text-decoration: underline dotted; text-underline-offset: .2em; cursor: help }
 td svg { display: block; margin-left: auto } rect { fill: var(--bar) }
 details { margin: .5rem 0 } summary { cursor: pointer; color: var(--faint) }
 img { min-width: 40rem; width: 100%; height: auto; display: block; background: #fff }
-.chart { min-width: 44rem; width: 100%; max-width: 64rem; display: block; font-size: 13px }
+.chart { min-width: 44rem; width: 100%; display: block; font-size: 12px }
 .chart text { fill: var(--faint) } .legend { color: var(--faint) }
 .chart .grid { stroke: var(--line) }
 .chart polyline { fill: none; stroke-width: 1.2; opacity: .55 }
