@@ -78,11 +78,13 @@ class Forecast:
         self._seconds[step.kind] += step.work if step.seconds is None else step.seconds
 
     def left(self, now: float) -> float | None:
-        """Return the seconds left, or None before there is anything to tell them from."""
+        """Return the seconds left, or None before there is enough to tell them from."""
         work, seconds = sum(self._work.values()), sum(self._seconds.values())
         if self._start is None or not work or not seconds or now <= self._start:
             return None
         rates = {kind: self._seconds[kind] / done for kind, done in self._work.items() if done}
+        if 2 * sum(n for k, n in self._left.items() if k not in rates) > sum(self._left.values()):
+            return None  # methods differ a hundredfold
         left = sum(work_left * rates.get(k, seconds / work) for k, work_left in self._left.items())
         # Several fits may run at once, and there is more to do than fits.
         return left * (now - self._start) / seconds
@@ -195,8 +197,8 @@ class _Shown:
         total = None if share is None else 1.0
         if self._task is None:
             self._task = self._bar.add_task("", total=total, **fields)
-            with _LOST:
-                self._bar.start()
+        with _LOST:
+            self._bar.start()  # unless it is there
         self._bar.update(self._task, total=total, completed=share or 0.0, **fields)
         if self._display is not None:
             self._display = self._display(self._bar)

@@ -151,31 +151,7 @@ def compress(
     >>> small[0].to_product().nnz, [row.status for row in report]
     (1024, ['compressed', 'kept'])
     """
-    with Bar(progress) as bar:
-        return _compressed(
-            model, method, bar, density=density, budget=budget, layers=layers,
-            overrides=overrides, keep=keep, calibration=calibration, n_jobs=n_jobs,
-            inplace=inplace, dry_run=dry_run, options=options,
-        )  # fmt: skip
-
-
-def _compressed(
-    model: nn.Module,
-    method: Method | Sequence[Method],
-    bar: Bar,
-    *,
-    density: float | None,
-    budget: float | Budget | None,
-    layers: Layers | None,
-    overrides: Mapping[str, Override] | None,
-    keep: Sequence[Position],
-    calibration: Iterable[Any] | Calibration | None,
-    n_jobs: int,
-    inplace: bool,
-    dry_run: bool,
-    options: Any,
-) -> Compressed:
-    """Compress, and tell `bar` of each layer."""
+    bar = Bar(progress)
     value_bits = options.pop("value_bits", None)
     given = Calibration.of(calibration, options)
     if given is not None and budget is not None:
@@ -212,7 +188,8 @@ def _compressed(
         return Compressed(original, CompressionReport(rows.values(), metadata))
     _warn_of_none(tasks)
     folder = None if given is None else given.folder
-    with undone_on_error(model, folder) if inplace else contextlib.nullcontext() as replaced:
+    undo = undone_on_error(model, folder) if inplace else contextlib.nullcontext()
+    with bar, undo as replaced:
         work = {task.names[0]: task.work(given is not None) for task in todo}
         bar.expect(work.values(), len(todo), "" if given is None else "calibration")
         fits = _fits(model, todo, given, n_jobs)
@@ -385,7 +362,8 @@ def _shared_out(
 ) -> tuple[dict[str, Override], dict[str, Any]]:
     """Return overrides that keep the budget, and its entry in the report."""
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    allocation, chosen = within_budget(model, budget, named_methods(method), **options)
+    with options["bar"]:
+        allocation, chosen = within_budget(model, budget, named_methods(method), **options)
     facts = {"cost": budget.cost, "ceiling": allocation.budget, "planned": allocation.cost}
     if budget.cost == "seconds":  # then the amount is a share
         facts["dense"] = allocation.budget / budget.amount

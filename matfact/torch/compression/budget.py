@@ -172,11 +172,14 @@ def within_budget(
 
 
 def _work(planned: Mapping[str, list[Task]], budget: Budget) -> list[_Work]:
-    """Return all methods with their trials, but only the override where there is one."""
+    """Return all methods with their trials, but only the override where there is one.
+
+    Layer by layer, so that the time of every method is soon known.
+    """
     first, *_ = planned
     work: list[_Work] = []
-    for label, tasks in planned.items():
-        for task in tasks:
+    for same in zip(*planned.values(), strict=True):
+        for label, task in zip(planned, same, strict=True):
             if task.factorizer is None:
                 continue
             if not task.is_given:
