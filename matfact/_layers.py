@@ -175,6 +175,21 @@ class LayerReport:
     message: str = ""
 
     @property
+    def entries(self) -> int:
+        """Entries of the weight."""
+        return self.rows * self.columns * self.groups
+
+    @property
+    def error(self) -> float | None:
+        """The error that says most of what was done to the network.
+
+        That of the outputs on inputs that were held out, else on those of the fit, else that of the
+        weight.
+        """
+        known = (self.layer_error, self.fitted_layer_error, self.relative_error)
+        return next((error for error in known if error is not None), None)
+
+    @property
     def outcome(self) -> str:
         """The method, or the status with the reason."""
         return self.method or ": ".join(filter(None, (self.status, self.message)))

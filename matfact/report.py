@@ -8,16 +8,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.box
-from rich.table import Table
-
 from matfact._files import write_atomically
 from matfact._json import finite, read_report, report_rows
 from matfact._layers import IN_NO_LAYER, LayerReport
 from matfact._report_page import page
+from matfact._tables import FittedTable, Heading, data_frame
 from matfact._text import csv_text
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(LayerReport))
+_HEADINGS = (
+    Heading("layer", is_number=False),
+    Heading("method", 4, is_number=False, is_prose=True),
+    Heading("shape", 5),
+    Heading("density", 6),
+    Heading("relative", 1),
+    Heading("normalized", 7),
+    Heading("outputs", 2),
+    Heading("bits", 3),
+    Heading("bytes"),
+    Heading("s", 8),
+)
 
 
 class CompressionReport(Sequence[LayerReport]):
@@ -50,13 +60,13 @@ class CompressionReport(Sequence[LayerReport]):
     @property
     def bits_per_weight(self) -> float:
         """Bits of all weights ÷ their entries, including kept layers."""
-        entries = sum(row.rows * row.columns * row.groups for row in self.rows)
+        entries = sum(row.entries for row in self.rows)
         return 8 * self.nbytes / entries if entries else 0.0
 
     @property
     def density(self) -> float:
         """Stored values ÷ entries of all weights, including kept layers."""
-        entries = [row.rows * row.columns * row.groups for row in self.rows]
+        entries = [row.entries for row in self.rows]
         stored = [
             n * (1.0 if row.density is None else row.density)
             for n, row in zip(entries, self.rows, strict=True)
@@ -68,34 +78,30 @@ class CompressionReport(Sequence[LayerReport]):
         """Sum of the wall times of all fits, which may have run in parallel."""
         return sum(row.seconds or 0.0 for row in self.rows)
 
-    def table(self) -> Table:
-        """Return a table to print with ``rich.print``."""
-        table = Table(
-            box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
-            caption="; ".join(self._remarks()) or None, caption_justify="left",
-        )  # fmt: skip
-        table.add_column("layer", overflow="fold")
-        table.add_column("method")
-        for heading in (
-            "shape",
-            "density",
-            "relative",
-            "normalized",
-            "layer",
-            "bits",
-            "bytes",
-            "s",
-        ):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(row.layer, row.outcome, *_cells(row))
+    def table(self) -> FittedTable:
+        """Return a table to print with ``rich.print``.
+
+        Where the terminal is narrow, columns are left out, and then the beginnings of names.
+        """
         ratio = self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
-        table.add_section()
-        table.add_row(
+        total = [
             f"{len(self.rows)} layers", "", "", f"{self.density:.3f}", "", "", "",
             f"{self.bits_per_weight:.2f}", f"{ratio:.1%}", f"{self.seconds:.1f}",
-        )  # fmt: skip
-        return table
+        ]  # fmt: skip
+        rows = [[row.layer, row.outcome, *_cells(row)] for row in self.rows]
+        return FittedTable(_HEADINGS, [rows, [total]], "; ".join(self._remarks()) or None)
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown, for a model card or an issue."""
+        return self.table().to_markdown()
+
+    def to_pandas(self) -> Any:
+        """Return the layers as a pandas DataFrame, with the metadata in ``attrs``.
+
+        Integers stay integers: what is missing in layers that were kept is ``pandas.NA``. Missing
+        errors are NaN.
+        """
+        return data_frame(self.rows, LayerReport, self.metadata)
 
     def _remarks(self) -> list[str]:
         """Return notes on other changes, and on matrices that are in no layer of the report."""
@@ -142,13 +148,9 @@ class CompressionReport(Sequence[LayerReport]):
         return cls(*read_report(path, LayerReport))
 
     def to_html(self, path: str | Path) -> None:
-        """Write an HTML page with the table and bars: one file, no scripts."""
-        facts = {**self.metadata, "untouched": "; ".join(self.untouched(most=20)) or "nothing"}
-        lead = (
-            f"{len(self)} layers, {self.nbytes:,} of {self.dense_nbytes:,} bytes, "
-            f"density {self.density:.3f}, {self.bits_per_weight:.2f} bits a weight."
-        )
-        write_atomically(path, page(self.rows, lead, facts).encode())
+        """Write an HTML page: totals, errors over depth, layers by harm. One file, no scripts."""
+        untouched = "; ".join(self.untouched(most=20))
+        write_atomically(path, page(self.rows, self.metadata, untouched).encode())
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -18,6 +18,7 @@ import matfact
 from matfact import metrics
 from matfact._layers import NOT_FINITE, matrix_shape
 from matfact._parallel import results
+from matfact._progress import Bar, Step
 from matfact._safetensors import from_bfloat16, to_bfloat16
 from matfact._safetensors_file import TensorLocation
 from matfact._threads import single_threaded
@@ -37,8 +38,9 @@ _log = logging.getLogger(__name__)
 #: Start of the notes of tensors that were requested but cannot be factorized.
 ASKED = "requested, but"
 
-#: Called with each file's entry and the number of files, starting with files of an earlier run.
-Progress = Callable[[Shard, int], None]
+#: Called with each file's entry and the number of files, starting with files of an earlier run;
+#: or whether to show a bar.
+Progress = bool | Callable[[Shard, int], None] | None
 
 
 def compress(
@@ -49,7 +51,7 @@ def compress(
     layers: str | None = None,
     bits: float | None = None,
     n_jobs: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = False,
 ) -> Checkpoint:
     """Factorize the weights in a safetensors file, and write a checkpoint.
 
@@ -79,8 +81,10 @@ def compress(
         Number of layers factorized in parallel; -1 for all cores. None means 1, or the setting of
         an enclosing ``joblib.parallel_config``, which may also select Dask or Ray. Workers read
         layers from `source` and write into `folder`, so all of them need access to both.
-    progress : callable, optional
-        Called as ``progress(shard, total)`` whenever a file is complete.
+    progress : bool or callable, default=False
+        Whether to show a bar with the layer, the time left and the error so far, in a terminal (on
+        standard error) or a notebook; or a function, called as ``progress(shard, total)`` whenever
+        a file is complete.
 
     Returns
     -------
@@ -100,13 +104,14 @@ def compress(
     UnreadIndexWarning
         If `source` holds ``model.safetensors`` and an index of other files.
     """
+    bar = Bar(progress)
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
     if bits is not None:
         check_bits(bits)
     output = Path(folder).absolute()  # workers may be elsewhere
-    with Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
+    with bar, Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
         settings = _settings(weights, factorizer, layers, bits)
         journal.take_up(settings)
         if not journal.is_complete:
@@ -114,7 +119,7 @@ def compress(
                 _Task(_place(weights, name), factorizer, bits, output / shard_name(i))
                 for i, name in enumerate(names, start=1)
             ]
-            shards = _run(weights, tasks, notes, journal, n_jobs, progress)
+            shards = _run(weights, tasks, notes, journal, n_jobs, bar)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))
     return Checkpoint(folder)
 
@@ -127,6 +132,11 @@ class _Task:
     factorizer: BaseFactorizer
     bits: float | None
     path: Path
+
+    @property
+    def work(self) -> float:
+        """A number in proportion to the FLOPs of the fit."""
+        return self.factorizer.fit_work(*matrix_shape(self.tensor.spec.shape))
 
 
 def _place(weights: Source, name: str) -> TensorLocation:
@@ -203,15 +213,20 @@ def _run(
     notes: Mapping[str, str],
     journal: Journal,
     n_jobs: int | None,
-    progress: Progress | None,
+    bar: Bar,
 ) -> list[Shard]:
     """Write all missing files, and return all files in order."""
     names = [shard_name(0)] * bool(notes) + [task.path.name for task in tasks]
 
+    work = {task.path.name: task.work for task in tasks if task.path.name not in journal.finished}
+    bar.expect([("", amount) for amount in work.values()], len(names))
+
     def tell(shard: Shard) -> None:
         _log.info("%s: %s is complete, %d files in all", journal.folder, shard.file, len(names))
-        if progress is not None:
-            progress(shard, len(names))
+        last = shard.tensors[-1]
+        error, size = last.relative_error, math.prod(last.spec.shape)
+        step = Step(last.name, work=work.get(shard.file, 0.0), error=error, entries=size)
+        bar.advance(step, shard, len(names))
 
     def record(shard: Shard) -> None:
         journal.add(shard)

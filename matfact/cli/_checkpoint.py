@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matfact._text import printable
-from matfact.cli._common import NO_GAIN, Scheduler, told_to_users
+from matfact.cli._common import NO_GAIN, Scheduler, show, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from matfact.checkpoint import Checkpoint, Shard
+    from matfact._tables import FittedTable
+    from matfact.checkpoint import Checkpoint
     from matfact.factorizers import BaseFactorizer
 
 #: Density if nothing is asked for.
@@ -127,7 +127,7 @@ def inspect(
             return
         from rich.console import Console
 
-        Console().print(_table(checkpoint))
+        show(Console(), _table(checkpoint))
         _print_totals(checkpoint)
 
 
@@ -191,35 +191,24 @@ def _compressed(
 ) -> Checkpoint:
     """Compress with a progress display, and list the tensors kept."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
 
     from matfact.checkpoint import compress as run
 
+    checkpoint = run(source, output, factorizer, progress=True, **options)
     console = Console()
-    columns = (BarColumn(), MofNCompleteColumn(), Elapsed(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
-
-        def advance(shard: Shard, total: int) -> None:
-            for line in _kept(shard):
-                _print(console, line)
-            tensor = shard.tensors[-1]
-            error = "copied" if tensor.relative_error is None else f"{tensor.relative_error:.3f}"
-            description = f"{printable(tensor.name)}: {error}".replace("[", "\\[")
-            progress.update(bar, advance=1, total=total, description=description)
-
-        return run(source, output, factorizer, progress=advance, **options)
+    for line in _kept(checkpoint):
+        _print(console, line)
+    return checkpoint
 
 
-def _kept(shard: Shard) -> Iterator[str]:
+def _kept(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a line per reason for keeping tensors."""
     from matfact.checkpoint._compress import ASKED
 
     names: dict[str, list[str]] = {}
-    for tensor in shard.tensors:
+    for name, tensor in checkpoint.tensors.items():
         if tensor.note:
-            names.setdefault(tensor.note, []).append(printable(tensor.name))
+            names.setdefault(tensor.note, []).append(printable(name))
     for reason, held in names.items():
         shown = held if reason.startswith(ASKED) or len(held) < 5 else held[:3]
         more = f" and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
@@ -253,26 +242,32 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _table(checkpoint: Checkpoint) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+def _table(checkpoint: Checkpoint) -> FittedTable:
+    from matfact._tables import FittedTable, Heading
 
-    table = Table(box=None, header_style="bold")
-    for title in ("tensor", "shape", "dtype", "stored as"):
-        table.add_column(title, overflow="fold")
-    for title in ("density", "error", "bytes", "bits"):
-        table.add_column(title, justify="right")
-    for name, tensor in checkpoint.tensors.items():
-        shape = "×".join(map(str, tensor.spec.shape))
-        stored_as = " · ".join(tensor.storage) or tensor.note
-        numbers = (tensor.density, tensor.relative_error)
-        table.add_row(
-            *(Text(printable(text)) for text in (name, shape, tensor.spec.dtype, stored_as)),
-            *("" if number is None else f"{number:.4f}" for number in numbers),
+    headings = [
+        Heading("tensor", is_number=False),
+        Heading("shape", 3, is_number=False),
+        Heading("dtype", 5, is_number=False),
+        Heading("stored as", 2, is_number=False, is_prose=True),
+        Heading("density", 6),
+        Heading("error", 1),
+        Heading("bytes"),
+        Heading("bits", 4),
+    ]
+    rows = [
+        [
+            name,
+            "×".join(map(str, tensor.spec.shape)),
+            tensor.spec.dtype,
+            " · ".join(tensor.storage) or tensor.note,
+            *("" if n is None else f"{n:.4f}" for n in (tensor.density, tensor.relative_error)),
             f"{checkpoint.tensor_nbytes(name):,}",
             f"{checkpoint.bits_per_weight(name):.2f}",
-        )
-    return table
+        ]
+        for name, tensor in checkpoint.tensors.items()
+    ]
+    return FittedTable(headings, [rows])
 
 
 def _print(console: Console, text: str) -> None:

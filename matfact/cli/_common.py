@@ -7,11 +7,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from matfact._text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from matfact._tables import FittedTable
 
 #: Option of commands that can run on a cluster.
 Scheduler = Annotated[
@@ -79,6 +84,11 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def show(console: Console, table: FittedTable) -> None:
+    """Print a table, in a file or pipe with all its columns."""
+    console.print(table, width=None if console.is_terminal else 10_000, crop=False)
 
 
 def parse(option: str, text: str | None, kind: Callable[[str], T]) -> list[T] | None:

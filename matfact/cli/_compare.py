@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matfact._text import printable
-from matfact.cli._common import NO_GAIN, Scheduler, parse, told_to_users
+from matfact.cli._common import NO_GAIN, Scheduler, parse, show, told_to_users
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from matfact.compare import Comparison, ComparisonRow
+    from matfact.compare import Comparison
 
 
 def compare(
@@ -100,7 +100,7 @@ def _study(
 
     from matfact._files import check_output
     from matfact._parallel import on_cluster
-    from matfact.compare import cut_matrices, load_weights, summary_table
+    from matfact.compare import compare_projections, cut_matrices, load_weights, summary_table
     from matfact.compare._study import checked_methods
 
     checked_methods(run["methods"], run["densities"], run["bits"])  # before weights are read
@@ -113,9 +113,9 @@ def _study(
     console.print(f"{len(matrices)} matrices from {printable(loaded.source)}", markup=False)
     _tell_left_out(console, matrices.left_out)
     with on_cluster(scheduler):
-        comparison = _compare(console, matrices, run)
+        comparison = compare_projections(matrices, **run, progress=True)
     comparison.metadata |= {"weights": loaded.source, "cut": cut}
-    console.print(summary_table(comparison))
+    show(console, summary_table(comparison))
     failed = Counter((r.method, r.size, r.message) for r in comparison if r.status != "ok")
     for (method, size, message), count in failed.items():
         text = f"Failed: {method} at size {size} ({count}×): {printable(message)}"
@@ -134,28 +134,6 @@ def _tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
             f"Not compared ({len(names)}; {reason}): {printable(', '.join(names))}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-
-
-def _compare(
-    console: Console, matrices: Mapping[str, Any], options: Mapping[str, Any]
-) -> Comparison:
-    """Run the study with a progress display."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
-
-    from matfact.compare import compare_projections
-
-    columns = (BarColumn(), MofNCompleteColumn(), Elapsed(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
-
-        def advance(row: ComparisonRow, total: int) -> None:
-            error = row.normalized_error if row.requested_bits is None else row.relative_error
-            what = "failed" if error is None else f"{error:.3f}"
-            description = f"{row.method} {row.size}: {what}"
-            progress.update(bar, advance=1, total=total, description=description)
-
-        return compare_projections(matrices, **options, progress=advance)
 
 
 def _write(console: Console, comparison: Comparison, folder: Path) -> None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import rich.box
-from rich.table import Table
+from rich.text import Text
 
+from matfact._tables import FittedTable, Heading
 from matfact.compare._rows import budget
 from matfact.compare._table import Comparison, SummaryRow
 
 _HEADINGS = {
-    "normalized_error": "normalized\nerror",
-    "relative_error": "relative\nerror",
-    "density": "density\nused",
-    "bits_per_weight": "bits",
-    "seconds": "seconds",
-    "flops_ratio": "FLOPs\nratio",
+    "normalized_error": Heading("normalized\nerror", 1),
+    "relative_error": Heading("relative\nerror"),
+    "density": Heading("density\nused", 4),
+    "bits_per_weight": Heading("bits", 2),
+    "seconds": Heading("seconds", 5),
+    "flops_ratio": Heading("FLOPs\nratio", 3),
 }
 #: The measures whose spread tells something of a method; budgets hardly vary.
 _SPREAD = {"normalized_error", "relative_error"}
 
 
-def summary_table(comparison: Comparison) -> Table:
+def summary_table(comparison: Comparison) -> FittedTable:
     """Return a table of mean ± spread of every method, with one section per size.
 
     Parameters
@@ -33,7 +33,7 @@ def summary_table(comparison: Comparison) -> Table:
     Returns
     -------
     rich.table.Table
-        Print it with ``rich.print``.
+        Print it with ``rich.print``. A narrow terminal gets fewer columns.
     """
     summary = comparison.summary()
     asked = [budget(group.requested_bits, group.requested_density) for group in summary]
@@ -41,33 +41,26 @@ def summary_table(comparison: Comparison) -> Table:
     # With equal bytes the number of values, by which errors are normalized, is each method's own.
     by_bits = any(group.requested_bits is not None for group in summary)
     headings = {n: h for n, h in _HEADINGS.items() if not (by_bits and n == "normalized_error")}
-    table = Table(
-        box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,  # fits 80 columns
-        caption="mean ± standard deviation; normalized: ÷ error of magnitude pruning; "
+    first = [*([Heading("asked")] if several else []), Heading("size")]
+    sections: dict[tuple[str, ...], list[list[str | Text]]] = {}
+    for goal, group in zip(asked, summary, strict=True):
+        head = (goal, group.size) if several else (group.size,)
+        rows = sections.setdefault(head, [])
+        shown = [""] * len(head) if rows else head
+        rows.append([*shown, group.method, *_cells(group, headings)])
+    return FittedTable(
+        [*first, Heading("method", is_number=False), *headings.values()], list(sections.values()),
+        "mean ± standard deviation; normalized: ÷ error of magnitude pruning; "
         "bits: of a file ÷ weights",
     )  # fmt: skip
-    for heading in (*(["asked"] if several else []), "size"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for heading in headings.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    section: list[str] = []
-    for goal, group in zip(asked, summary, strict=True):
-        head = [goal, group.size] if several else [group.size]
-        if section not in ([], head):
-            table.add_section()
-        table.add_row(
-            *([""] * len(head) if head == section else head), group.method, *_cells(group, headings)
-        )
-        section = head
-    return table
 
 
-def _cells(group: SummaryRow, measures: Iterable[str]) -> list[str]:
+def _cells(group: SummaryRow, measures: Iterable[str]) -> list[str | Text]:
     """Return the measures of one row."""
+    measures = list(measures)
     if not group.mean:
-        return ["[red]failed[/]"]
-    cells = []
+        return [Text("failed", "red"), *[""] * (len(measures) - 1)]
+    cells: list[str | Text] = []
     for name in measures:
         spread = f" ± {group.std[name]:.3f}" if name in _SPREAD and group.n_ok > 1 else ""
         digits = 2 if name == "bits_per_weight" else 3

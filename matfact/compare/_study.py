@@ -17,6 +17,7 @@ from sklearn.base import clone
 
 from matfact import backend, metrics
 from matfact._parallel import results
+from matfact._progress import Bar, Step
 from matfact._threads import single_threaded
 from matfact.backend import Array
 from matfact.compare._environment import environment
@@ -31,8 +32,9 @@ _log = logging.getLogger(__name__)
 
 #: A matrix, or a stored matrix.
 Matrix = Array | StoredMatrix
-#: Called after each fit with its row and the number of fits in the study; may raise to stop.
-Progress = Callable[[ComparisonRow, int], None]
+#: Called after each fit with its row and the number of fits in the study, may raise to stop; or
+#: whether to show a bar.
+Progress = bool | Callable[[ComparisonRow, int], None] | None
 
 #: Methods and dtypes compiled in this process.
 _compiled: set[tuple[type, str]] = set()
@@ -46,7 +48,7 @@ def compare_projections(
     bits: Sequence[float] | None = None,
     n_jobs: int | None = None,
     random_state: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = False,
 ) -> Comparison:
     """Approximate every matrix by every method at every density, and measure the errors.
 
@@ -73,8 +75,10 @@ def compare_projections(
         ``joblib.parallel_config``, which may also select Dask or Ray.
     random_state : int, default=0
         Seed of every estimator with ``random_state=None``.
-    progress : callable, optional
-        Called as ``progress(row, total)`` whenever a fit ends.
+    progress : bool or callable, default=False
+        Whether to show a bar with the matrix, the time left and the error so far, in a terminal (on
+        standard error) or a notebook; or a function, called as ``progress(row, total)`` whenever a
+        fit ends.
 
     Returns
     -------
@@ -102,6 +106,7 @@ def compare_projections(
     [('magnitude', 64, 1.0), ('magnitude', 128, 1.0)]
     """
     estimators = checked_methods(methods, densities, bits)
+    bar = Bar(progress)
     named = _name_matrices(matrices)
     tasks = _tasks(named, estimators, densities, bits, random_state)
     metadata = _describe(named, estimators, random_state)
@@ -117,14 +122,17 @@ def compare_projections(
     rows: dict[int, ComparisonRow] = {}
     calls = [joblib.delayed(_run)(i, tasks[i]) for i in order]
     # One thread here too: workers may be threads of this process.
-    with single_threaded(), results(n_jobs, calls) as arriving:
+    with bar, single_threaded(), results(n_jobs, calls) as arriving:
+        bar.expect([task.work for task in tasks], len(tasks))
         for i, row in arriving:
             rows[i] = row
             _log.info(
                 "%s of %s: %s, %d fits in all", row.method, row.matrix, row.status, len(tasks)
             )
-            if progress is not None:
-                progress(row, len(tasks))
+            kind, work = tasks[i].work
+            name, entries = f"{row.method} {row.matrix}", row.rows * row.columns
+            step = Step(name, kind, work, row.seconds or 0.0, row.relative_error, entries)
+            bar.advance(step, row, len(tasks))
     return Comparison([rows[i] for i in range(len(tasks))], metadata)
 
 
@@ -169,6 +177,12 @@ class _Task:
     estimator: BaseFactorizer
     density: float | None
     bits: float | None = None
+
+    @property
+    def work(self) -> tuple[str, float]:
+        """The method and a number in proportion to the FLOPs of a fit."""
+        rows, columns = self.W.shape
+        return self.method, self.estimator.fit_work(rows, columns)
 
 
 def _name_matrices(matrices: Mapping[str, Matrix] | Sequence[Matrix]) -> dict[str, Matrix]:

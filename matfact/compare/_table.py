@@ -12,6 +12,7 @@ from typing import Any
 
 from matfact._files import write_atomically
 from matfact._json import finite, read_report
+from matfact._tables import data_frame
 from matfact._text import csv_text
 from matfact.compare._html import page
 from matfact.compare._rows import COLUMNS, MEASURES, ComparisonRow, SummaryRow
@@ -71,15 +72,7 @@ class Comparison(Sequence[ComparisonRow]):
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame, with the metadata in ``attrs``."""
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas: pip install pandas, or use to_csv."
-            ) from error
-        frame = pd.DataFrame([dataclasses.asdict(row) for row in self.rows], columns=COLUMNS)
-        frame.attrs.update(self.metadata)
-        return frame
+        return data_frame(self.rows, ComparisonRow, self.metadata)
 
     def __len__(self) -> int:
         return len(self.rows)

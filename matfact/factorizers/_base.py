@@ -43,6 +43,8 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
+    #: FLOPs of a fit grow about like a side of a square matrix to this power.
+    _side_power: ClassVar[float] = 3.0
     #: Whether complex matrices can be factorized.
     _allow_complex: ClassVar[bool] = False
 
@@ -75,6 +77,20 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def has_free_support(self) -> bool:
         """Whether refits may choose the entries of the output-side factor again."""
         return False
+
+    def fit_work(self, rows: int, columns: int, *, with_inputs: bool = False) -> float:
+        """Return a number in proportion to the FLOPs of a fit, to compare fits of this class.
+
+        Parameters
+        ----------
+        rows, columns : int
+            Shape of the matrix.
+        with_inputs : bool
+            Whether the layer's inputs are used, in least squares of the size of their covariance.
+        """
+        if with_inputs:
+            return float(rows * columns) * columns
+        return float(rows * columns) * min(rows, columns) ** (self._side_power - 2)
 
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics

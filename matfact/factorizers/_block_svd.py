@@ -109,6 +109,7 @@ class BlockSVD(BaseFactorizer):
     True
     """
 
+    _side_power = 2.5
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "density": DENSITY,
         "blocking": [StrOptions({"auto", "whole", "strips", "square"}), tuple],

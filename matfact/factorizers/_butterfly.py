@@ -126,6 +126,7 @@ int of shape (in_features,), default="identity"
     (6, 0.1875, True)
     """
 
+    _side_power = 2.0
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "method": [StrOptions({"hierarchical", "gradient"})],
         "chain": [StrOptions({"auto", "square_dyadic", "monarch"}), list, tuple, None],

@@ -88,6 +88,7 @@ class KaleidoscopeFit(BaseFactorizer):
     True
     """
 
+    _side_power = 2.0
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "width": [Interval(Integral, 1, MOST_FACTORS, closed="both")],
         "expansion": [Interval(Integral, 1, None, closed="left")],

@@ -96,6 +96,7 @@ class MonarchProjector(BaseFactorizer):
     (128, True)
     """
 
+    _side_power = 2.5
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "density": DENSITY,
         "n_blocks": [Interval(Integral, 1, None, closed="left"), tuple, None],

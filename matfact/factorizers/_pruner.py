@@ -21,6 +21,7 @@ from matfact.solvers._callback import History
 class BasePruner(BaseFactorizer):
     """Base class of estimators that prune a matrix to one sparse factor."""
 
+    _side_power = 2.0
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "density": DENSITY,
         "constraint": [Constraint, str],

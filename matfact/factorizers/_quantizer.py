@@ -22,6 +22,7 @@ from matfact.solvers.gptq import Rounded, round_to_nearest
 class BaseQuantizer(BaseFactorizer):
     """Base of the estimators that keep every entry of a matrix, in few bits each."""
 
+    _side_power = 2.0
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "bits": [Interval(Integral, 2, 8, closed="both")],
         "group_size": [Interval(Integral, 1, LARGEST_GROUP, closed="both"), None],

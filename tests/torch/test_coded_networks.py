@@ -121,7 +121,7 @@ def test_reports_tell_the_bits_of_each_layer(network, tmp_path):
     report.to_html(tmp_path / "report.html")
     assert f"{report[0].bits_per_weight:.3f}" in (tmp_path / "report.html").read_text()
     cells = [list(column.cells) for column in report.table().columns if column.header == "bits"]
-    assert cells[0][0] == f"{report[0].bits_per_weight:.2f}"
+    assert str(cells[0][0]) == f"{report[0].bits_per_weight:.2f}"
 
 
 def test_bits_of_signs_are_never_exceeded(network):

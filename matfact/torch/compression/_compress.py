@@ -14,6 +14,7 @@ from joblib import Parallel, delayed
 from torch import nn
 
 from matfact import metrics
+from matfact._progress import Bar, Step
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.report import CompressionReport, LayerReport
@@ -67,7 +68,7 @@ def compress(
     n_jobs: int = 1,
     inplace: bool = False,
     dry_run: bool = False,
-    progress: Callable[[LayerReport, int], None] | None = None,
+    progress: bool | Callable[[LayerReport, int], None] | None = False,
     **options: Unpack[CompressOptions],
 ) -> Compressed:
     """Factorize the linear layers and convolutions of a trained network.
@@ -115,8 +116,10 @@ def compress(
     dry_run : bool, default=False
         Whether to only report which layers would be compressed, and how. With a budget, trial fits
         are still run.
-    progress : callable, optional
-        Called with each finished row of the report and the number of layers.
+    progress : bool or callable, default=False
+        Whether to show a bar with the layer, the time left and the error so far, in a terminal (on
+        standard error) or a notebook; or a function, called with each finished row of the report
+        and the number of layers.
     **options
         ``value_bits``, from 2 to 8, quantizes the values of all factors, see
         :class:`matfact.Quantized`; it does not apply to methods with bits of their own in
@@ -148,6 +151,7 @@ def compress(
     >>> small[0].to_product().nnz, [row.status for row in report]
     (1024, ['compressed', 'kept'])
     """
+    bar = Bar(progress)
     value_bits = options.pop("value_bits", None)
     given = Calibration.of(calibration, options)
     if given is not None and budget is not None:
@@ -173,7 +177,7 @@ def compress(
     if budget is not None:
         overrides, metadata["budget"] = _shared_out(
             model, method, budget, layers=layers, overrides=overrides or {}, keep=keep,
-            calibration=given and given.batches, n_jobs=n_jobs,
+            calibration=given and given.batches, n_jobs=n_jobs, bar=bar,
         )  # fmt: skip
         method = next(iter(named_methods(method).values()))
     tasks = plan(model, cast(Method, method), density, layers, overrides or {}, keep, value_bits)
@@ -184,9 +188,12 @@ def compress(
         return Compressed(original, CompressionReport(rows.values(), metadata))
     _warn_of_none(tasks)
     folder = None if given is None else given.folder
-    with undone_on_error(model, folder) if inplace else contextlib.nullcontext() as replaced:
+    undo = undone_on_error(model, folder) if inplace else contextlib.nullcontext()
+    with bar, undo as replaced:
+        work = {task.names[0]: task.work(given is not None) for task in todo}
+        bar.expect(work.values(), len(todo), "" if given is None else "calibration")
         fits = _fits(model, todo, given, n_jobs)
-        for row in _finished(model, todo, fits, replaced, progress):
+        for row in _finished(model, todo, fits, replaced, bar, work):
             rows[row.layer] = row
         if given is not None:
             metadata["steps"].append(given.step)
@@ -222,18 +229,19 @@ def _finished(
     tasks: list[Task],
     fits: _Results,
     replaced: Replaced | None,
-    progress: Callable[[LayerReport, int], None] | None,
+    bar: Bar,
+    work: Mapping[str, tuple[str, float]],
 ) -> list[LayerReport]:
     """Replace the layers of all tasks and return the rows of the report."""
     modes = {name: model.get_submodule(name).training for task in tasks for name in task.names[:1]}
     rows = []
-    # Closed even if `progress` fails, so that no batch is left waiting in the network.
+    # Closed even if telling fails, so that no batch is left waiting in the network.
     with contextlib.closing(_installed(model, fits, replaced)) as done:
         for row in done:
             rows.append(row)
             _log.info("%s: %s, %d layers in all", row.layer, row.status, len(tasks))
-            if progress is not None:
-                progress(row, len(tasks))
+            step = Step(row.layer, *work[row.layer], row.seconds or 0.0, row.error, row.entries)
+            bar.advance(step, row, len(tasks))
     for name, training in modes.items():
         model.get_submodule(name).train(training)
     return rows
@@ -354,6 +362,9 @@ def _shared_out(
 ) -> tuple[dict[str, Override], dict[str, Any]]:
     """Return overrides that keep the budget, and its entry in the report."""
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    allocation, chosen = within_budget(model, budget, named_methods(method), **options)
+    with options["bar"]:
+        allocation, chosen = within_budget(model, budget, named_methods(method), **options)
     facts = {"cost": budget.cost, "ceiling": allocation.budget, "planned": allocation.cost}
+    if budget.cost == "seconds":  # then the amount is a share
+        facts["dense"] = allocation.budget / budget.amount
     return {**options["overrides"], **chosen}, facts

@@ -93,6 +93,13 @@ class Task:
         layer: Any = self.view.layer
         return self.factorizer, self.view.arrays(), layer.bias is not None
 
+    def work(self, with_inputs: bool) -> tuple[str, float]:
+        """Return the method and a number in proportion to the FLOPs of its fits."""
+        assert self.factorizer is not None
+        rows, columns, groups, _ = self.dimensions
+        work = groups * self.factorizer.fit_work(rows, columns, with_inputs=with_inputs)
+        return name_of(self.factorizer), work
+
     def report(self, status: str, fitted: Fitted | None = None) -> LayerReport:
         """Return the row of the report."""
         rows, columns, groups, itemsize = self.dimensions

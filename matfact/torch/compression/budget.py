@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import joblib
@@ -13,6 +14,7 @@ from sklearn.base import clone
 from torch import nn
 
 from matfact import metrics
+from matfact._progress import Bar, Step
 from matfact.allocation import Allocation, Option, allocate, apply_seconds, interpolate
 from matfact.allocation._budget import Cost, override
 from matfact.allocation._curves import DENSE
@@ -127,6 +129,7 @@ def within_budget(
     keep: Sequence[Position] = (),
     calibration: Iterable[Any] | None = None,
     n_jobs: int = 1,
+    bar: Bar,
 ) -> tuple[Allocation, dict[str, Override]]:
     """Return the method and density of each layer, also as overrides.
 
@@ -148,7 +151,11 @@ def within_budget(
     share = {name: calls.get(name, least) / least for name in found}
     dense = math.fsum(getattr(_called(found[n][0], share[n]), budget.cost) for n in found)
     free = [task.names[0] for task in every if task.factorizer is not None and not task.is_given]
-    for name, options in _measured(_work(planned, budget), seen, latency, n_jobs):
+    work = _work(planned, budget)
+    # Each layer is then fitted once more, by one of the methods.
+    later = [(kind, amount / len(planned)) for kind, amount in _amounts(work, seen, each=True)]
+    bar.expect([*_amounts(work, seen), *later], len(work), "trials of methods")
+    for name, options in _measured(work, seen, latency, n_jobs, bar):
         found[name] = found[name] + options if name in free else options
     choices = {
         name: [_called(option, share[name]) for option in _more(options, name in free)]
@@ -165,11 +172,14 @@ def within_budget(
 
 
 def _work(planned: Mapping[str, list[Task]], budget: Budget) -> list[_Work]:
-    """Return all methods with their trials, but only the override where there is one."""
+    """Return all methods with their trials, but only the override where there is one.
+
+    Layer by layer, so that the time of every method is soon known.
+    """
     first, *_ = planned
     work: list[_Work] = []
-    for label, tasks in planned.items():
-        for task in tasks:
+    for same in zip(*planned.values(), strict=True):
+        for label, task in zip(planned, same, strict=True):
             if task.factorizer is None:
                 continue
             if not task.is_given:
@@ -255,7 +265,7 @@ def layer_options(
         for task in tasks
         if task.factorizer is not None
     ]
-    for name, options in _measured(work, seen, latency, n_jobs):
+    for name, options in _measured(work, seen, latency, n_jobs, Bar(False)):
         found[name] += options
     return found
 
@@ -266,19 +276,32 @@ def _captured(
     return {} if calibration is None else captured(model, calibration, layer_views(model, layers))
 
 
+def _amounts(
+    work: Sequence[_Work], seen: Mapping[str, LayerStatistics], *, each: bool = False
+) -> list[tuple[str, float]]:
+    """Return kind and amount of all trials of each task, or of one of them."""
+    kinds = [(task.work(task.names[0] in seen), len(trials)) for _, task, trials in work]
+    return [(kind, amount * (1 if each else n)) for (kind, amount), n in kinds]
+
+
 def _measured(
-    work: Iterable[_Work],
+    work: Sequence[_Work],
     seen: Mapping[str, LayerStatistics],
     latency: Callable[[FactorProduct], float] | None,
     n_jobs: int,
-) -> Iterable[tuple[str, list[Option]]]:
-    """Return the options of each task by the named method."""
+    bar: Bar,
+) -> Iterator[tuple[str, list[Option]]]:
+    """Yield the options of each task by the named method."""
     jobs = (
         joblib.delayed(_options)(task, label, trials, seen.get(task.names[0]), latency)
         for label, task, trials in work
     )
-    found: list[tuple[str, list[Option]]] = joblib.Parallel(n_jobs=n_jobs)(jobs)
-    return found
+    run = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
+    amounts = _amounts(work, seen)
+    for (label, *_), amount, found in zip(work, amounts, run(jobs), strict=True):
+        name, options, seconds = found
+        bar.advance(Step(f"{label} {name}", *amount, seconds))
+        yield name, options
 
 
 def _taken(tasks: Iterable[Task]) -> list[str]:
@@ -316,9 +339,9 @@ def _options(
     trials: Sequence[_Trial],
     statistics: LayerStatistics | None,
     latency: Callable[[FactorProduct], float] | None,
-) -> tuple[str, list[Option]]:
-    """Return the options of one layer for one method."""
-    options = []
+) -> tuple[str, list[Option], float]:
+    """Return the options of one layer for one method, and the seconds it took to find them."""
+    start, options = time.perf_counter(), []
     factorizer, matrices, has_bias = task.problem()
     for density, bits in trials:
         tried = configured(clone(factorizer), density, bits)
@@ -334,7 +357,7 @@ def _options(
         asked = density if density is not None else density_of(tried)
         asked = math.nan if asked is None else asked
         options.append(Option(method, asked, loss, nbytes, flops, seconds, bits))
-    return task.names[0], options
+    return task.names[0], options, time.perf_counter() - start
 
 
 def _seconds(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact import backend, metrics
+from matfact._progress import Bar, Step
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection, quadratic
@@ -87,7 +88,7 @@ def prune_neurons(
     method: Method = "least_squares",
     max_iter: int = 50,
     inplace: bool = False,
-    progress: Callable[[PrunedBlock], Any] | None = None,
+    progress: bool | Callable[[PrunedBlock], Any] | None = False,
 ) -> NeuronPruning:
     """Remove hidden units and channels block by block, and refit the layers that read them.
 
@@ -119,8 +120,10 @@ def prune_neurons(
         Maximum number of iterations of the selection.
     inplace : bool, default=False
         Whether to change `model` instead of a copy. It is restored if anything fails.
-    progress : callable, optional
-        Called with the result of each block.
+    progress : bool or callable, default=False
+        Whether to show a bar with the block's consumer, the time left and the error so far, in a
+        terminal (on standard error) or a notebook; or a function, called with the result of each
+        block.
 
     Returns
     -------
@@ -149,6 +152,7 @@ def prune_neurons(
     """
     if method not in _SOLVERS:
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
+    bar = Bar(progress)
     check_collection(batches)
     if inplace:
         check_trainable(model)
@@ -171,17 +175,23 @@ def prune_neurons(
     restore = way_back({m for block in chosen for m in modules_of(model, block)})
     pruned: list[PrunedBlock] = []
     state = RandomState.now(device_of(model), generators_of(model, dense))
+    # FLOPs for one input: two networks run, and second moments of the units are taken.
+    run = 4 * sum(parameter.numel() for parameter in model.parameters())
+    work = {block.consumer: float(run + 2 * block.n_units**2) for block in chosen}
     try:
+        bar.expect([("", amount) for amount in work.values()], len(chosen))
         for block in chosen:
             with drawing(state):
                 statistics = paired_statistics(model, dense, block, batches)
             count = counts[block.consumer]
             pruned.append(_prune(model, block, statistics, count, max_error, method, max_iter))
-            if progress is not None:
-                progress(pruned[-1])
+            step = Step(block.consumer, work=work[block.consumer], error=pruned[-1].error)
+            bar.advance(step, pruned[-1])
     except BaseException:
         restore()
         raise
+    finally:
+        bar.close()
     remember(model, dense)
     return NeuronPruning(model, pruned)
 

@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.nn import functional
 
+from matfact._progress import Bar, Step
 from matfact.operators import FactorProduct
 from matfact.solvers.finalize import finalize
 from matfact.torch.layers._coded import refuse_codes
@@ -62,7 +63,7 @@ def fine_tune(
     distillation: float = 0.5,
     validate: Callable[[nn.Module], float] | None = None,
     patience: int | None = None,
-    progress: Callable[[int, float, float | None], None] | None = None,
+    progress: bool | Callable[[int, float, float | None], None] | None = False,
 ) -> FineTuning:
     """Train `model`, optionally with a dense teacher, and keep the best epoch.
 
@@ -94,8 +95,10 @@ def fine_tune(
         Higher is better; NaN is worst.
     patience : int, optional
         Stop after this many epochs without a better score.
-    progress : callable, optional
-        Called after each epoch with its number, its mean loss and its score.
+    progress : bool or callable, default=False
+        Whether to show a bar with the epoch, its mean loss and the time left, in a terminal (on
+        standard error) or a notebook; or a function, called after each epoch with its number, its
+        mean loss and its score.
 
     Returns
     -------
@@ -109,6 +112,7 @@ def fine_tune(
         If a loss or a trained parameter becomes infinite or NaN (with `validate`, training then
         stops with a warning), or if `validate` always returns NaN.
     """
+    bar = Bar(progress)
     check_trainable(model)
     if loss is None and teacher is None:
         raise ValueError("loss must be given without a teacher, got None for both.")
@@ -126,7 +130,8 @@ def fine_tune(
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
     objective = _objective(loss, teacher, distance, distillation)
     result = FineTuning()
-    with eval_mode(model):  # restores the mode of each module
+    bar.expect([("", epochs)], epochs)
+    with bar, eval_mode(model):  # restores the mode of each module
         best = None if validate is None else _Best(model, validate, result)
         try:
             for epoch in range(1, epochs + 1):
@@ -135,9 +140,9 @@ def fine_tune(
                     result.best_epoch = epoch
                 else:
                     best.look(epoch)
-                if progress is not None:
-                    score = None if best is None else result.scores[-1]
-                    progress(epoch, result.losses[-1], score)
+                score = None if best is None else result.scores[-1]
+                step = Step(f"epoch {epoch}: loss {result.losses[-1]:.4g}")
+                bar.advance(step, epoch, result.losses[-1], score)
                 if patience is not None and epoch - result.best_epoch >= patience:
                     break
         except DivergenceError as error:
