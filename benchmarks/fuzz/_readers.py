@@ -300,7 +300,7 @@ def _read_index(folder: Path) -> None:
 
     source = Source(folder)
     for name in source.matrices():
-        source.file(name).read(name)
+        source.location(name).read()
 
 
 def _run_command(folder: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +26,8 @@ def compress(
         Path,
         typer.Argument(
             help="A .safetensors file, a .safetensors.index.json, or a folder with "
-            "model.safetensors or else its index; 'demo' is the trained transformer of "
-            "matfact\\[demo]."
+            "model.safetensors or else its index; or a .gguf file (needs matfact\\[gguf]). 'demo' "
+            "is the trained transformer of matfact\\[demo]."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="New folder, or one with work to resume.")],
@@ -52,7 +52,7 @@ def compress(
     ] = None,
     scheduler: Scheduler = None,
 ) -> None:
-    """Factorize the layers in a safetensors file, one at a time, and copy all other tensors.
+    """Factorize the layers in a file of weights, one at a time, and copy all other tensors.
 
     If it is stopped or killed, the same command resumes the work.
 
@@ -65,11 +65,16 @@ def compress(
     """
     with told_to_users():
         from matfact._parallel import on_cluster
+        from matfact.checkpoint import compress as run
 
         with on_cluster(scheduler):
             weights, factorizer = _weights(source), _factorizer(method, density)
-            checkpoint = _compressed(weights, output, factorizer, layers, jobs)
-        _print_totals(checkpoint)
+            checkpoint = with_progress(
+                lambda advance: run(
+                    weights, output, factorizer, layers=layers, n_jobs=jobs, progress=advance
+                )
+            )
+        print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
         raise typer.Exit(NO_GAIN)
 
@@ -103,7 +108,7 @@ def inspect(
         from rich.console import Console
 
         Console().print(_table(checkpoint))
-        _print_totals(checkpoint)
+        print_totals(checkpoint)
 
 
 def decompress(
@@ -149,15 +154,11 @@ def _factorizer(method: str, density: float) -> BaseFactorizer:
     return clone(METHODS[method].estimator).set_params(density=density)
 
 
-def _compressed(
-    source: Path, output: Path, factorizer: BaseFactorizer, layers: str | None, jobs: int | None
-) -> Checkpoint:
-    """Compress with a progress display, and list the tensors kept."""
+def with_progress(write: Callable[[Callable[[Shard, int], None]], Checkpoint]) -> Checkpoint:
+    """Write a checkpoint with a progress display, and list the tensors kept."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
-
-    from matfact.checkpoint import compress as run
 
     console = Console()
     columns = (BarColumn(), MofNCompleteColumn(), Elapsed(), TextColumn("{task.description}"))
@@ -172,7 +173,7 @@ def _compressed(
             description = f"{printable(tensor.name)}: {error}".replace("[", "\\[")
             progress.update(bar, advance=1, total=total, description=description)
 
-        return run(source, output, factorizer, layers=layers, n_jobs=jobs, progress=advance)
+        return write(advance)
 
 
 def _kept(shard: Shard) -> Iterator[str]:
@@ -189,7 +190,8 @@ def _kept(shard: Shard) -> Iterator[str]:
         yield f"Kept {', '.join(shown)}{more}: {reason}"
 
 
-def _print_totals(checkpoint: Checkpoint) -> None:
+def print_totals(checkpoint: Checkpoint) -> None:
+    """Print the size of a checkpoint and how many of its tensors have factors."""
     factorized = sum(tensor.is_product for tensor in checkpoint.tensors.values())
     method = checkpoint.settings.get("method")
     by = f" by {printable(method)}" if isinstance(method, str) else ""
