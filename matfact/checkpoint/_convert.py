@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,15 @@ def convert(
     source: str | Path,
     folder: str | Path,
     *,
+    negative_zeros: bool = True,
     n_jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Store weights with many zeros as sparse factors, exactly, and write a checkpoint.
 
-    Each weight becomes one factor with the entries that are not zero. A negative zero is stored
-    like other values, so :func:`decompress` gives back every bit. Tensors are read one at a time.
-    If the work is stopped or killed, the same call resumes it.
+    Each weight becomes one factor with the entries that are not zero. :func:`to_dense` gives back
+    every bit. Tensors are read one at a time. If the work is stopped or killed, the same call
+    resumes it.
 
     Parameters
     ----------
@@ -39,6 +41,9 @@ def convert(
         folder must not describe quantized weights.
     folder : str or Path
         A new or empty folder for the checkpoint, or one with interrupted work to resume.
+    negative_zeros : bool, default=True
+        Whether to store negative zeros like other values. Weights that were multiplied by a mask
+        have many. Without them, they come back as positive zeros; all products stay the same.
     n_jobs, progress
         As in :func:`compress`.
 
@@ -67,21 +72,27 @@ def convert(
     weights = Source(source)
     check_config(source)
     notes = {name: kept.reason for name, kept in weights.kept.items()}
-    names, settings = weights.matrices(), {"conversion": "exact"}
-    return write_network(weights, folder, names, notes, settings, _store, n_jobs, progress)
+    settings = {"conversion": "sparse", "negative_zeros": negative_zeros}
+    store = functools.partial(_store, negative_zeros=negative_zeros)
+    return write_network(
+        weights, folder, weights.matrices(), notes, settings, store, n_jobs, progress
+    )
 
 
-def _store(tensor: Located, path: Path) -> Shard:
+def _store(tensor: Located, path: Path, negative_zeros: bool) -> Shard:
     """Write a weight as a sparse factor, or unchanged if that takes fewer bytes."""
     W = tensor.read().reshape(matrix_shape(tensor.spec.shape))
     if not np.isfinite(W).all():
         return write_kept(tensor, path, NOT_FINITE)
-    factor = SparseFactor.from_dense(W, W.view(f"u{W.itemsize}") != 0)  # negative zeros too
+    is_nonzero = W != 0
+    has_bits = W.view(f"u{W.itemsize}") != 0  # negative zeros too
+    factor = SparseFactor.from_dense(W, has_bits if negative_zeros else is_nonzero)
     kinds, chunks = pack([factor], "BF16" if tensor.spec.dtype == "BF16" else None)
     content = list(chunks)
     if sum(map(len, content)) >= tensor.spec.nbytes:
-        share = 1 - factor.nnz / W.size
-        return write_kept(tensor, path, f"too few zeros ({share:.1%}) to take fewer bytes")
+        zeros, negative = (1 - n.mean() for n in (is_nonzero, is_nonzero | ~has_bits))
+        shown = f"{zeros:.1%}" + (f", of these {negative / zeros:.1%} negative" if negative else "")
+        return write_kept(tensor, path, f"too few zeros ({shown}) to take fewer bytes")
     held = StoredTensor(
         tensor.name, tensor.spec, kinds, density=factor.nnz / W.size, relative_error=0.0
     )

@@ -38,6 +38,13 @@ def convert(
         ),
     ],
     to: Annotated[Layout, typer.Option(help="How the weights are to be stored.")] = Layout.SPARSE,
+    negative_zeros: Annotated[
+        bool,
+        typer.Option(
+            help="Whether to store negative zeros like other values. Weights multiplied by a mask "
+            "have many; without them, they come back as positive zeros."
+        ),
+    ] = True,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -65,7 +72,9 @@ def convert(
             typer.echo(f"Written to {output}")
             return
         checkpoint = with_progress(
-            lambda advance: store(source, output, n_jobs=jobs, progress=advance)
+            lambda advance: store(
+                source, output, negative_zeros=negative_zeros, n_jobs=jobs, progress=advance
+            )
         )
         print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
