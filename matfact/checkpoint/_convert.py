@@ -18,6 +18,9 @@ from matfact.checkpoint._writing import Progress, write_kept, write_network
 from matfact.operators import SparseFactor
 from matfact.operators._storage import pack
 
+#: Share of zeros below which a sparse factor is slower than the dense weight, and hardly smaller.
+LEAST_ZEROS = 0.25
+
 
 def convert(
     source: str | Path,
@@ -51,7 +54,8 @@ def convert(
     -------
     Checkpoint
         The result. The note of a kept tensor says why: it is not a weight of a linear layer or
-        convolution, or has too few zeros.
+        convolution, fewer than a quarter of its entries are zero, or the factor would take more
+        bytes.
 
     Raises
     ------
@@ -89,10 +93,11 @@ def _store(tensor: Located, path: Path, negative_zeros: bool) -> Shard:
     factor = SparseFactor.from_dense(W, has_bits if negative_zeros else is_nonzero)
     kinds, chunks = pack([factor], "BF16" if tensor.spec.dtype == "BF16" else None)
     content = list(chunks)
-    if sum(map(len, content)) >= tensor.spec.nbytes:
+    is_smaller = sum(map(len, content)) < tensor.spec.nbytes
+    if not is_smaller or factor.nnz > (1 - LEAST_ZEROS) * W.size:
         zeros, negative = (1 - n.mean() for n in (is_nonzero, is_nonzero | ~has_bits))
         shown = f"{zeros:.1%}" + (f", of these {negative / zeros:.1%} negative" if negative else "")
-        return write_kept(tensor, path, f"too few zeros ({shown}) to take fewer bytes")
+        return write_kept(tensor, path, f"too few zeros ({shown})")
     held = StoredTensor(
         tensor.name, tensor.spec, kinds, density=factor.nnz / W.size, relative_error=0.0
     )

@@ -1,17 +1,21 @@
 """Sparse weights, of compressed-tensors or dense ones with zeros: exact conversions."""
 
 import json
+import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from matfact import MagnitudePruner, checkpoint
+from matfact.checkpoint._source import Source
 from matfact.cli import app
 from matfact.torch import load_network
 
@@ -76,6 +80,18 @@ def test_compressing_reads_masked_weights_like_dense_ones(tmp_path):
             np.testing.assert_array_equal(masked[name].toarray(), dense[name].toarray())
 
 
+def test_a_mask_that_was_coded_may_be_written_to(tmp_path):
+    groups = torch.randn(40, 16, 4)
+    W = groups.scatter(2, groups.abs().argsort(dim=2)[:, :, :2], 0.0).reshape(40, 64)
+    save_file({"weight": W}, tmp_path / "m.safetensors")
+    product = checkpoint.convert(tmp_path / "m.safetensors", tmp_path / "out")["weight"]
+    assert product.factors[0].bits.flags.writeable  # as load_state_dict does
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = load_network(nn.Linear(64, 40, bias=False), tmp_path / "out")
+    torch.testing.assert_close(layer(torch.eye(64)).T, W)
+
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
 
 
@@ -120,7 +136,7 @@ def test_tensors_that_are_not_sparse_weights_stay_with_a_reason(tmp_path):
     network = checkpoint.convert(tmp_path / "m.safetensors", tmp_path / "out")
     notes = {name: tensor.note for name, tensor in network.tensors.items()}
     assert notes == {
-        "few.weight": "too few zeros (0.0%) to take fewer bytes",
+        "few.weight": "too few zeros (0.0%)",
         "infinite.weight": "weight with values that are not finite",
         "embed_tokens.weight": "weight shared with lm_head.weight",
         "lm_head.weight": "weight shared with embed_tokens.weight",
@@ -160,7 +176,7 @@ def test_interrupted_work_is_resumed(tmp_path):
         checkpoint.convert(source, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out" / "manifest.json").exists()
     times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
-    checkpoint.convert(source, tmp_path / "out", n_jobs=2)
+    checkpoint.convert(source, tmp_path / "out")
     assert times == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
     assert content(tmp_path / "out") == content(whole.path)
 
@@ -226,6 +242,19 @@ def test_undamaged_parts_are_read(tmp_path):
     dense = load_file(tmp_path / "dense.safetensors")
     assert dense.keys() == {"fc.weight", "fc.bias"}
     assert torch.equal(dense["fc.weight"], W)
+
+
+def test_workers_read_a_masked_weight_from_its_parts(tmp_path):
+    save_file(parts(), tmp_path / "m.safetensors")
+    network = Source(tmp_path / "m.safetensors")
+    network.digests()
+    location = pickle.loads(pickle.dumps(network.location("fc.weight").absolute()))
+    assert location.files == (tmp_path / "m.safetensors",)
+    np.testing.assert_array_equal(location.read(), W.numpy())
+    assert b"".join(location.chunks()) == W.numpy().tobytes()
+    save_file(parts() | {"fc.compressed": torch.ones(3)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"must stay as it is .*'fc\.compressed'"):
+        location.read()
 
 
 def test_a_tensor_that_only_has_such_a_name_is_no_mask(tmp_path):
