@@ -9,14 +9,14 @@ releases 0.9 to 0.14 to that of the layer (``fc.bitmask``); later ones have no s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from matfact._safetensors import TensorSpec, as_array, checked_spec, is_known_to_numpy
-from matfact._safetensors_file import TensorLocation
+from matfact._safetensors_file import Located, TensorLocation
 
 _NEEDED = ("compressed", "bitmask", "shape")
 _PARTS = (*_NEEDED, "row_offsets")
@@ -121,6 +121,16 @@ def dense_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
         if name in held:
             raise ValueError(f"{name!r} must be stored once, but is dense and has a bitmask.")
     return weights
+
+
+def locate_all(
+    names: Collection[str], location: Callable[[str], TensorLocation]
+) -> dict[str, Located]:
+    """Return the locations of all tensors of a file, those stored with masks as dense ones."""
+    masked = dense_names(names)
+    parts = {part for held in masked.values() for part in held.values()}
+    plain: dict[str, Located] = {name: location(name) for name in names if name not in parts}
+    return plain | {name: locate(name, held, location) for name, held in masked.items()}
 
 
 def locate(

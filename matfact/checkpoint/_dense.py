@@ -22,6 +22,7 @@ from matfact.checkpoint._repository import (
     SMALL_LIMIT,
     check_config,
     other_files,
+    read_config,
     without_sparsity,
 )
 from matfact.checkpoint._source import SINGLE_FILE, Source
@@ -53,8 +54,10 @@ def to_dense(source: str | Path, output: str | Path) -> None:
         space, or `output` is not allowed.
     """
     source, output = Path(source), Path(output)
-    config = check_config(source)
     is_checkpoint = (source / MANIFEST).is_file()
+    config = read_config(source)
+    if not is_checkpoint:
+        check_config(source)
     if output.suffix == ".safetensors" and is_checkpoint:
         return decompress(source, output)
     if is_checkpoint:

@@ -22,30 +22,26 @@ _SMALL = (".json", ".txt", ".model", ".jinja", ".md")
 SMALL_LIMIT = 1 << 26
 
 
-def check_config(source: Path) -> dict[str, Any] | None:
-    """Return the configuration of a network of dense or sparse weights, None without one.
-
-    Raises
-    ------
-    ValueError
-        If it is damaged, or weights are quantized or in an unknown format.
-    """
-    folder = _folder(source)
-    if folder is None or not (folder / CONFIG).is_file():
+def read_config(source: Path) -> dict[str, Any] | None:
+    """Return the configuration of a folder, None without one; ``ValueError`` if it is damaged."""
+    path = _config_of(source)
+    if path is None:
         return None
-    path = folder / CONFIG
     try:
-        config = parse_json(read_whole(path, SMALL_LIMIT))
+        return parse_json(read_whole(path, SMALL_LIMIT))
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON object: {error}.") from None
-    for what, found in _formats(config):
+
+
+def check_config(source: Path) -> None:
+    """Raise ``ValueError`` if the configuration is damaged or names another format of weights."""
+    for what, found in _formats(read_config(source) or {}):
         if found not in _READ:
             raise ValueError(
-                f"{path} must describe weights that are not quantized, in a format among "
-                f"{', '.join(_READ)}, but {what} is {found!r}. If the file of weights is of "
+                f"{_config_of(source)} must describe weights that are not quantized, in a format "
+                f"among {', '.join(_READ)}, but {what} is {found!r}. If the file of weights is of "
                 "another format than that, name the file itself."
             )
-    return config
 
 
 def without_sparsity(config: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +63,11 @@ def _folder(source: Path) -> Path | None:
     if source.is_dir():
         return source
     return source.parent if source.name.endswith(INDEX_SUFFIX) else None
+
+
+def _config_of(source: Path) -> Path | None:
+    folder = _folder(source)
+    return folder / CONFIG if folder is not None and (folder / CONFIG).is_file() else None
 
 
 def _formats(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

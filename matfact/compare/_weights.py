@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from matfact._bitmasks import locate_all
 from matfact._gguf import SUFFIX, GgufFile
 from matfact._layers import chosen_weights
 from matfact._safetensors import TensorSpec
@@ -124,8 +125,9 @@ def _matrix(array: np.ndarray) -> np.ndarray:
 
 def _read_safetensors(path: Path) -> Iterator[_Named]:
     file = SafetensorsFile(path)
-    for name in sorted(chosen_weights(file.specs)):
-        yield name, _matrix(file.read(name))
+    located = locate_all(file.specs, file.location)
+    for name in sorted(chosen_weights({n: tensor.spec for n, tensor in located.items()})):
+        yield name, _matrix(located[name].read())
 
 
 def _read_gguf(path: Path) -> Iterator[_Named]:

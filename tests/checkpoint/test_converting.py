@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from matfact import MagnitudePruner, checkpoint
 from matfact.checkpoint._source import Source
 from matfact.cli import app
+from matfact.compare import StoredMatrix, load_weights
 from matfact.torch import load_network
 
 #: Networks written by releases of compressed-tensors, and what these releases read back.
@@ -90,6 +91,29 @@ def test_a_mask_that_was_coded_may_be_written_to(tmp_path):
         warnings.simplefilter("error")
         layer = load_network(nn.Linear(64, 40, bias=False), tmp_path / "out")
     torch.testing.assert_close(layer(torch.eye(64)).T, W)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_comparing_reads_masked_weights_like_dense_ones(stored, tmp_path):
+    save_file(parts(), tmp_path / "m.safetensors")
+    (matrix,) = load_weights(tmp_path / "m.safetensors", stored=stored).values()
+    if stored:
+        matrix = pickle.loads(pickle.dumps(matrix)).window(slice(0, 2), slice(1, 9)).read()
+        np.testing.assert_array_equal(matrix, W[:, 1:9].numpy())
+        again = StoredMatrix(tmp_path / "m.safetensors", "fc.weight")
+        np.testing.assert_array_equal(again.read(), W.numpy())
+    else:
+        np.testing.assert_array_equal(matrix, W.numpy())
+
+
+def test_the_configuration_of_a_checkpoint_is_that_of_dense_weights_later(tmp_path):
+    checkpoint.convert(RELEASES / "bitmask-0.9.4", tmp_path / "out")
+    config = {"hidden_size": 16, "quantization_config": {"quant_method": "matfact"}}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    checkpoint.to_dense(tmp_path / "out", tmp_path / "dense")
+    names = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert names == {"config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "dense" / "config.json").read_text()) == {"hidden_size": 16}
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
