@@ -18,7 +18,7 @@ from matfact import MagnitudePruner, checkpoint
 from matfact.checkpoint._source import Source
 from matfact.cli import app
 from matfact.compare import StoredMatrix, load_weights
-from matfact.torch import load_network
+from matfact.torch import FactorizedLinear, load_network
 
 #: Networks written by releases of compressed-tensors, and what these releases read back.
 RELEASES = Path(__file__).with_name("compressed-tensors")
@@ -65,6 +65,7 @@ def test_a_written_network_computes_the_same_from_sparse_factors(release, tmp_pa
     config = AutoConfig.from_pretrained(tmp_path / "dense")
     build = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # noqa: E731
     sparse = load_network(build, tmp_path / "sparse").eval()
+    assert any(isinstance(layer, FactorizedLinear) for layer in sparse.modules())
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(sparse(tokens).logits, dense(tokens).logits)
@@ -84,12 +85,13 @@ def test_compressing_reads_masked_weights_like_dense_ones(tmp_path):
 def test_a_mask_that_was_coded_may_be_written_to(tmp_path):
     groups = torch.randn(40, 16, 4)
     W = groups.scatter(2, groups.abs().argsort(dim=2)[:, :, :2], 0.0).reshape(40, 64)
-    save_file({"weight": W}, tmp_path / "m.safetensors")
-    product = checkpoint.convert(tmp_path / "m.safetensors", tmp_path / "out")["weight"]
+    save_file({"0.weight": W}, tmp_path / "m.safetensors")
+    product = checkpoint.convert(tmp_path / "m.safetensors", tmp_path / "out")["0.weight"]
     assert product.factors[0].bits.flags.writeable  # as load_state_dict does
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        layer = load_network(nn.Linear(64, 40, bias=False), tmp_path / "out")
+        layer = load_network(nn.Sequential(nn.Linear(64, 40, bias=False)), tmp_path / "out")
+    assert isinstance(layer[0], FactorizedLinear)
     torch.testing.assert_close(layer(torch.eye(64)).T, W)
 
 
