@@ -41,6 +41,45 @@ def test_results_are_those_of_python(source, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "python")
 
 
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        (("--bits", "3", "--method", "magnitude"), 3.0),
+        (("--bits", "3", "--method", "double_binary"), 3.0),
+        (("--value-bits", "3", "--method", "rtn"), 3.5),
+        (("--value-bits", "3", "--density", "0.5", "--method", "magnitude"), 3.0),
+    ],
+)
+def test_files_have_as_many_bits_as_asked_for(source, tmp_path, options, bits):
+    assert invoke("compress", source, tmp_path / "out", *options).exit_code == 0
+    network = Checkpoint(tmp_path / "out")
+    products = [network[f"layer.{i}.weight"] for i in range(3)]
+    assert all(0.8 * bits < product.bits_per_weight <= 1.005 * bits for product in products)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bits", "3", "--density", "0.5"), "--density must not be given with --bits"),
+        (("--bits", "3", "--value-bits", "4"), "--value-bits must not be given with --bits"),
+        (("--bits", "0"), "bits must be a number above 0"),
+        (("--value-bits", "9"), "value_bits must be None or an integer from 2 to 8"),
+        (("--density", "0.5", "--method", "rtn"), "density must be None with RoundToNearest"),
+    ],
+)
+def test_options_of_bits_are_checked_before_the_source(tmp_path, options, message):
+    result = invoke("compress", tmp_path / "none.safetensors", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bits_do_not_resume_the_work(source, tmp_path):
+    out = tmp_path / "out"
+    assert invoke("compress", source, out, "--bits", "3", "--method", "lowrank").exit_code == 0
+    assert invoke("compress", source, out, "--bits", "4", "--method", "lowrank").exit_code == 2
+
+
 def test_a_checkpoint_is_shown_and_turned_back(source, tmp_path):
     out = tmp_path / "out"
     assert invoke("compress", source, out, *OPTIONS).exit_code == 0

@@ -359,7 +359,7 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 def _read_index(folder: Path) -> None:
-    from matfact.checkpoint._repository import check_config
+    from matfact.checkpoint._config import check_config
     from matfact.checkpoint._source import Source
 
     source = Source(folder)

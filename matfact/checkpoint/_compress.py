@@ -22,6 +22,8 @@ from matfact.checkpoint._shards import write_shard
 from matfact.checkpoint._source import Source
 from matfact.checkpoint._writing import Progress, write_kept, write_network
 from matfact.factorizers import BaseFactorizer
+from matfact.factorizers._at_bits import check_bits, fit_at_bits
+from matfact.factorizers._settings import name_of
 from matfact.operators import FactorProduct, QuantizedFactor
 from matfact.operators._storage import pack
 
@@ -35,6 +37,7 @@ def compress(
     factorizer: BaseFactorizer,
     *,
     layers: str | None = None,
+    bits: float | None = None,
     n_jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -60,6 +63,10 @@ def compress(
         weights of all linear layers and 1-D, 2-D and 3-D convolutions, recognized by names, shapes
         and the other tensors of a layer. Other tensors are always copied, except those that only
         look like embeddings or normalizations by name: these are factorized if requested.
+    bits : float, optional
+        Bits a weight, positions and scales included. For each layer `factorizer` then gets the
+        density and the bits of values with which its error is smallest. A layer for which they are
+        too few is kept.
     n_jobs : int, optional
         Number of layers factorized in parallel; -1 for all cores. None means 1, or the setting of
         an enclosing ``joblib.parallel_config``, which may also select Dask or Ray. Workers read
@@ -90,8 +97,10 @@ def compress(
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
-    fit = functools.partial(_factorize, factorizer=factorizer)
-    settings = _settings(factorizer, layers)
+    if bits is not None:
+        check_bits(bits)
+    fit = functools.partial(_factorize, factorizer=factorizer, bits=bits)
+    settings = _settings(factorizer, layers, bits)
     return write_network(weights, folder, names, notes, settings, fit, n_jobs, progress)
 
 
@@ -139,20 +148,23 @@ def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
     return copy
 
 
-def _settings(factorizer: BaseFactorizer, layers: str | None) -> dict[str, Any]:
+def _settings(factorizer: BaseFactorizer, layers: str | None, bits: float | None) -> dict[str, Any]:
     """Return everything the result depends on, besides the weights."""
     parameters = factorizer.get_params(deep=False)
     plain = (str, int, float, bool, type(None))
     return {
-        "method": type(factorizer).__name__,
+        "method": name_of(factorizer),
         "parameters": {
             k: v if isinstance(v, plain) else repr(v) for k, v in sorted(parameters.items())
         },
         "layers": layers,
+        **({} if bits is None else {"bits": bits}),
     }
 
 
-def _factorize(tensor: Located, path: Path, factorizer: BaseFactorizer) -> Shard:
+def _factorize(
+    tensor: Located, path: Path, factorizer: BaseFactorizer, bits: float | None
+) -> Shard:
     """Write the factors of a layer, or the layer itself if it is smaller."""
     name, spec = tensor.name, tensor.spec
     W = tensor.read().reshape(matrix_shape(spec.shape))
@@ -161,11 +173,15 @@ def _factorize(tensor: Located, path: Path, factorizer: BaseFactorizer) -> Shard
     factorizer = clone(factorizer)
     with single_threaded():
         try:
-            product = factorizer.fit(W).operator_
+            if bits is None:
+                factorizer.fit(W)
+            else:
+                factorizer = fit_at_bits(factorizer, W, bits)
         except metrics.UnsuitableMatrix as error:
             return write_kept(tensor, path, str(error))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        product = factorizer.operator_
         if is_bfloat16 := spec.dtype == "BF16":
             product = _rounded(product)
         work = np.result_type(W.dtype, np.float32)
@@ -174,8 +190,7 @@ def _factorize(tensor: Located, path: Path, factorizer: BaseFactorizer) -> Shard
     content = list(chunks)
     if sum(map(len, content)) >= spec.nbytes:
         return write_kept(tensor, path, "its factors would take more bytes")
-    method = type(factorizer).__name__
-    held = StoredTensor(name, spec, kinds, method, product.density, error_of_stored)
+    held = StoredTensor(name, spec, kinds, name_of(factorizer), product.density, error_of_stored)
     return write_shard(path, content, [held])
 
 

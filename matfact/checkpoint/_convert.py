@@ -9,9 +9,9 @@ import numpy as np
 
 from matfact._layers import NOT_FINITE, matrix_shape
 from matfact._safetensors_file import Located
+from matfact.checkpoint._config import check_config
 from matfact.checkpoint._manifest import MANIFEST, Shard, StoredTensor
 from matfact.checkpoint._reader import Checkpoint
-from matfact.checkpoint._repository import check_config
 from matfact.checkpoint._shards import write_shard
 from matfact.checkpoint._source import Source
 from matfact.checkpoint._writing import Progress, write_kept, write_network

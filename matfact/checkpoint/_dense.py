@@ -14,10 +14,7 @@ from matfact._files import (
 )
 from matfact._regular import read_whole
 from matfact._safetensors import in_aligned_order
-from matfact.checkpoint._decompress import DenseContent, check_space, decompress, dense_content
-from matfact.checkpoint._manifest import MANIFEST
-from matfact.checkpoint._reader import Checkpoint
-from matfact.checkpoint._repository import (
+from matfact.checkpoint._config import (
     CONFIG,
     SMALL_LIMIT,
     check_config,
@@ -25,6 +22,9 @@ from matfact.checkpoint._repository import (
     read_config,
     without_sparsity,
 )
+from matfact.checkpoint._decompress import DenseContent, check_space, decompress, dense_content
+from matfact.checkpoint._manifest import MANIFEST
+from matfact.checkpoint._reader import Checkpoint
 from matfact.checkpoint._source import SINGLE_FILE, Source
 
 

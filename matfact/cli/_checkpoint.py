@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matfact.checkpoint import Checkpoint, Shard
     from matfact.factorizers import BaseFactorizer
 
+#: Density if nothing is asked for.
+DENSITY = 0.5
+
 
 def compress(
     source: Annotated[
@@ -34,7 +37,27 @@ def compress(
     method: Annotated[
         str, typer.Option(help="Factorization method; any unknown name lists all.")
     ] = "dsf",
-    density: Annotated[float, typer.Option(help="Stored values ÷ entries of each layer.")] = 0.5,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Stored values ÷ entries of each layer. Default: 0.5.", show_default=False
+        ),
+    ] = None,
+    value_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of each stored value, 2 to 8. Default: the source's floating point.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits a weight in the file, positions included. The method then chooses its "
+            "density and the bits of values for each layer.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -68,12 +91,14 @@ def compress(
         from matfact.checkpoint import compress as run
 
         with on_cluster(scheduler):
-            weights, factorizer = _weights(source), _factorizer(method, density)
+            factorizer = _factorizer(method, density, value_bits, bits)
+            weights = _weights(source)
             checkpoint = with_progress(
                 lambda advance: run(
-                    weights, output, factorizer, layers=layers, n_jobs=jobs, progress=advance
+                    weights, output, factorizer,
+                    layers=layers, bits=bits, n_jobs=jobs, progress=advance,
                 )
-            )
+            )  # fmt: skip
         print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
         raise typer.Exit(NO_GAIN)
@@ -142,16 +167,28 @@ def _weights(source: Path) -> Path:
     return folder
 
 
-def _factorizer(method: str, density: float) -> BaseFactorizer:
+def _factorizer(
+    method: str, density: float | None, value_bits: int | None, bits: float | None
+) -> BaseFactorizer:
     from sklearn.base import clone
 
-    from matfact.compare import METHODS
-    from matfact.metrics import check_density
+    from matfact.factorizers._at_bits import check_bits
+    from matfact.factorizers._registry import COMPARED_BY_BITS
+    from matfact.factorizers._settings import check_value_bits, configured
 
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    check_density(density)
-    return clone(METHODS[method].estimator).set_params(density=density)
+    if method not in COMPARED_BY_BITS:
+        raise ValueError(f"method must be one of {', '.join(COMPARED_BY_BITS)}, got {method!r}.")
+    estimator = clone(COMPARED_BY_BITS[method].estimator)
+    if bits is None:
+        check_value_bits(value_bits)
+        if density is None and estimator.has_density:
+            density = DENSITY
+        return configured(estimator, density, value_bits)
+    check_bits(bits)
+    for name, given in (("density", density), ("value-bits", value_bits)):
+        if given is not None:
+            raise ValueError(f"--{name} must not be given with --bits, which chooses it.")
+    return estimator
 
 
 def with_progress(write: Callable[[Callable[[Shard, int], None]], Checkpoint]) -> Checkpoint:

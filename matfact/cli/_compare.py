@@ -101,7 +101,9 @@ def _study(
     from matfact._files import check_output
     from matfact._parallel import on_cluster
     from matfact.compare import cut_matrices, load_weights, summary_table
+    from matfact.compare._study import checked_methods
 
+    checked_methods(run["methods"], run["densities"], run["bits"])  # before weights are read
     console = Console()
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that none is lost
     for ending in ("csv", "json", "html", "png"):

@@ -9,7 +9,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, cast
 
 import joblib
@@ -24,7 +23,7 @@ from matfact.compare._environment import environment
 from matfact.compare._stored import StoredMatrix
 from matfact.compare._table import Comparison, ComparisonRow
 from matfact.factorizers import BaseFactorizer, Quantized
-from matfact.factorizers._at_bits import fit_at_bits
+from matfact.factorizers._at_bits import check_bits, fit_at_bits
 from matfact.factorizers._quantizer import BaseQuantizer
 from matfact.factorizers._registry import MethodLike, make_estimators
 
@@ -102,8 +101,8 @@ def compare_projections(
     >>> [(row.method, row.nnz, round(row.normalized_error, 6)) for row in table]
     [('magnitude', 64, 1.0), ('magnitude', 128, 1.0)]
     """
+    estimators = checked_methods(methods, densities, bits)
     named = _name_matrices(matrices)
-    estimators = make_estimators(methods, by_bits=bits is not None)
     tasks = _tasks(named, estimators, densities, bits, random_state)
     metadata = _describe(named, estimators, random_state)
     metadata |= (
@@ -127,6 +126,22 @@ def compare_projections(
             if progress is not None:
                 progress(row, len(tasks))
     return Comparison([rows[i] for i in range(len(tasks))], metadata)
+
+
+def checked_methods(
+    methods: Sequence[MethodLike] | None,
+    densities: Sequence[float],
+    bits: Sequence[float] | None,
+) -> dict[str, BaseFactorizer]:
+    """Return the estimators of a study by name, or raise ``ValueError`` for what cannot be run."""
+    for name, given in (("densities", densities), ("bits", bits)):
+        if given is not None and (not np.ndim(given) or not len(given)):
+            raise ValueError(f"{name} must be a sequence of at least one, got {given!r}.")
+    for density in densities:
+        metrics.check_density(density)
+    for goal in () if bits is None else bits:
+        check_bits(goal)
+    return make_estimators(methods, by_bits=bits is not None)
 
 
 def _describe(
@@ -179,12 +194,6 @@ def _tasks(
     bits: Sequence[float] | None,
     random_state: int,
 ) -> list[_Task]:
-    if bits is not None:
-        _check_bits(bits)
-    if not np.ndim(densities) or not len(densities):
-        raise ValueError(f"densities must be a sequence of at least one, got {densities!r}.")
-    for density in densities:
-        metrics.check_density(density)
     tasks = []
     for name, W in matrices.items():
         for method, estimator in estimators.items():
@@ -198,14 +207,6 @@ def _tasks(
                 given = seed if goal is None else seed | {"density": goal}
                 tasks.append(_Task(name, W, method, clone(estimator).set_params(**given), goal))
     return tasks
-
-
-def _check_bits(bits: Sequence[float]) -> None:
-    if not np.ndim(bits) or not len(bits):
-        raise ValueError(f"bits must be a sequence of at least one, got {bits!r}.")
-    for goal in bits:
-        if isinstance(goal, bool) or not isinstance(goal, Real) or not 0 < goal <= 16:
-            raise ValueError(f"bits must hold numbers in (0, 16], got {goal!r}.")
 
 
 def _run(index: int, task: _Task) -> tuple[int, ComparisonRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,7 @@ def fit_at_bits(
     """Fit a factorizer so that its product takes `bits` bits a weight, half a percent more at most.
 
     Factorizers with a parameter `bits` get it. All others are quantized: for a few bits of a value
-    the largest density that fits is looked for. Fits with a fifth of the iterations choose two of
-    them; the better one is returned.
+    the largest density that fits is looked for, and the best of these fits is returned.
 
     Parameters
     ----------
@@ -58,59 +58,45 @@ def fit_at_bits(
     ------
     DensityTooSmall
         If so few bits do not suffice.
+    ValueError
+        If `bits` are not in (0, 16].
     """
-    found: list[tuple[float, BaseFactorizer]] = []
-    reasons: list[str] = []
-    candidates = _candidates(estimator, W, bits)
-    for candidate in candidates:
-        quick = _quick(candidate) if len(candidates) > 1 else clone(candidate)
+    check_bits(bits)
+    fits: list[BaseFactorizer] = []
+    reason = ""
+    for candidate in _candidates(estimator, W, bits):
         try:
-            fitted = _fitted(quick, W, calibration)
+            fits.append(_within(candidate, W, bits, calibration))
         except metrics.DensityTooSmall as error:
-            reasons.append(str(error))
-            continue
-        if fitted.bits_per_weight_ <= bits * (1 + TOLERANCE):
-            lost = _error(fitted, W, calibration)
-            found.append((lost, fitted if len(candidates) == 1 else candidate))
-    if not found:
-        why = f": {reasons[-1]}" if reasons else ""
+            reason = f": {error}"
+    if not fits:
         raise metrics.DensityTooSmall(
             f"bits={bits:g} are too few for {type(estimator).__name__} and a "
-            f"{W.shape[0]}×{W.shape[1]} matrix{why}"
+            f"{W.shape[0]}×{W.shape[1]} matrix{reason}"
         )
-    if len(candidates) == 1:
-        return found[0][1]
-    # Few iterations are kind to the densest candidate, so the second best gets its chance.
-    best = [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])[:2]]
-    fits = [_within(candidate, W, bits, calibration) for candidate in best]
     return min(fits, key=lambda fitted: _error(fitted, W, calibration))
+
+
+def check_bits(bits: object) -> None:
+    """Raise ``ValueError`` for bits a weight that no file can have."""
+    if isinstance(bits, bool) or not isinstance(bits, Real) or not 0 < float(bits) <= 16:
+        raise ValueError(f"bits must be a number above 0 and at most 16, got {bits!r}.")
 
 
 def _within(
     candidate: BaseFactorizer, W: Array, bits: float, calibration: InputStatistics | None
 ) -> BaseFactorizer:
     """Return the fit, at a lower density if its positions take more bits than expected."""
+    uses = calibration is not None and candidate.uses_inputs
     while True:
-        fitted = _fitted(clone(candidate), W, calibration)
+        fitted = clone(candidate).fit(W, calibration=calibration if uses else None)
         share = bits / fitted.bits_per_weight_
         if share * (1 + TOLERANCE) >= 1:
             return fitted
-        density = candidate.get_params()["estimator__density"]
-        candidate.set_params(estimator__density=0.99 * share * density)
-
-
-def _fitted(
-    estimator: BaseFactorizer, W: Array, calibration: InputStatistics | None
-) -> BaseFactorizer:
-    uses = calibration is not None and estimator.uses_inputs
-    return estimator.fit(W, calibration=calibration) if uses else estimator.fit(W)
-
-
-def _quick(candidate: BaseFactorizer) -> BaseFactorizer:
-    """Return a copy with a fifth of the iterations, to compare with other candidates."""
-    params = candidate.get_params()
-    given = {n: max(5, params[n] // 5) for n in params if n.rpartition("__")[2] == "max_iter"}
-    return clone(candidate).set_params(**given)
+        params = candidate.get_params()
+        if "estimator__density" not in params:
+            raise metrics.DensityTooSmall(f"it takes {fitted.bits_per_weight_:.4g}.")
+        candidate.set_params(estimator__density=0.99 * share * params["estimator__density"])
 
 
 def _error(fitted: BaseFactorizer, W: Array, calibration: InputStatistics | None) -> float:

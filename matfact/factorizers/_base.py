@@ -71,6 +71,11 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """Whether the number of stored values can be requested."""
         return "density" in self.get_params(deep=False)
 
+    @property
+    def has_free_support(self) -> bool:
+        """Whether refits may choose the entries of the output-side factor again."""
+        return False
+
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics
     ) -> Factorization:

@@ -129,6 +129,11 @@ class DoubleSparseFactorizer(BaseFactorizer):
         self.n_factors = n_factors
         self.max_iter = max_iter
 
+    @property
+    def has_free_support(self) -> bool:
+        """Whether refits may choose the entries of the output-side factor again."""
+        return self.constraints is None
+
     def _factorize(self, W: Array, history: History) -> Factorization:
         xp = backend.namespace(W)
         if self.n_factors > 2:

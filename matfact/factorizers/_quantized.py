@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 from sklearn.base import clone
 from sklearn.utils._param_validation import HasMethods, Interval
 
-from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._base import BaseFactorizer, Factorization
 from matfact.factorizers._dsf import DoubleSparseFactorizer
+from matfact.factorizers._scaled import fit_scaled
 from matfact.operators import FactorProduct
 from matfact.operators._quantized import LARGEST_GROUP
 from matfact.solvers._callback import History
-from matfact.solvers.finalize import finalize, input_scale, scaled_columns
+from matfact.solvers.finalize import finalize, input_scale, reselect
 from matfact.solvers.layerwise import caution
 from matfact.solvers.quantized_product import quantize
 
@@ -107,17 +107,17 @@ class Quantized(BaseFactorizer):
     def _factorize_calibrated(
         self, W: Array, history: History, calibration: InputStatistics
     ) -> Factorization:
-        xp, estimator = backend.namespace(W), self._unfitted()
-        damped = calibration.damped(caution(calibration)).second_moment
+        estimator, damped = self._unfitted(), calibration.damped(caution(calibration))
+        moment = damped.second_moment
         if estimator.uses_inputs:
             self.estimator_ = estimator.fit(W, calibration=calibration)
             product = self.estimator_.operator_
         else:
-            scale = xp.astype(input_scale(damped), W.dtype)
-            self.estimator_ = estimator.fit(W * scale[None, :])
-            product = scaled_columns(self.estimator_.operator_, 1 / scale)
-            product = finalize(product, W, damped)
-        return self._rounded(product, W, history, damped)
+            self.estimator_, product = fit_scaled(estimator, W, input_scale(moment))
+            if estimator.has_free_support:
+                product = reselect(product, W, moment)
+            product = finalize(product, W, moment)
+        return self._rounded(product, W, history, moment)
 
     def _rounded(
         self, product: FactorProduct, W: Array, history: History, moment: Array | None = None

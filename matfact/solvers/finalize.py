@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from matfact import backend
 from matfact.backend import Array
 from matfact.constraints import GlobalSparsity
@@ -79,10 +81,11 @@ def scaled_columns(product: FactorProduct, scale: Array) -> FactorProduct:
 class _Moments:
     """Second moments with a mean diagonal of one, made positive definite.
 
-    They are converted from double precision a few rows at a time, without a second matrix.
+    They are converted from double precision a few rows at a time, without a second matrix. None
+    stands for the identity.
     """
 
-    second_moment: Array
+    second_moment: Array | None
     dtype: Any
     damping: float = 0.0
 
@@ -92,17 +95,21 @@ class _Moments:
         mean = float(xp.mean(xp.linalg.diagonal(self.second_moment)))
         return 1 / mean if mean > sys.float_info.min else 1.0
 
-    @property
-    def diagonal(self) -> Array:
+    def diagonal(self, A: Array) -> Array:
+        """Return the diagonal, in the library and on the device of `A`."""
+        if self.second_moment is None:
+            return backend.like(np.ones(A.shape[1]), A, dtype=A.dtype)
         xp = backend.namespace(self.second_moment)
         scale = self._scale * (1.0 + self.damping)
         diagonal = xp.linalg.diagonal(self.second_moment) * scale + DAMPING
         return xp.astype(diagonal, self.dtype)
 
     def before(self, A: Array) -> Array:
-        """Return `A` times the moments."""
+        """Return `A` times the moments, a new array."""
         xp = backend.namespace(A)
-        result, diagonal = xp.empty_like(A), self.diagonal
+        if self.second_moment is None:
+            return xp.asarray(A, copy=True)
+        result, diagonal = xp.empty_like(A), self.diagonal(A)
         for rows in backend.slabs(A.shape[1], _SLAB):
             slab = xp.astype(self.second_moment[rows, :] * self._scale, self.dtype)
             added = diagonal[rows] - xp.linalg.diagonal(slab[:, rows])
@@ -114,7 +121,7 @@ class _Moments:
 def finalize(
     product: FactorProduct,
     W: Array,
-    second_moment: Array,
+    second_moment: Array | None,
     *,
     n_sweeps: int = 3,
     n_steps: int = 20,
@@ -133,7 +140,7 @@ def finalize(
     W : array of shape (out_features, in_features)
         The real matrix to approximate.
     second_moment : array of shape (in_features, in_features)
-        Average of ``x xᵀ`` or a multiple of it, possibly singular.
+        Average of ``x xᵀ`` or a multiple of it, possibly singular; None for the identity.
     n_sweeps : int
         Number of times each factor is refit.
     n_steps : int
@@ -295,7 +302,7 @@ def _refit(
     transpose = xp.matrix_transpose
     in_metric: Callable[[Array], Array]
     if right is None:
-        in_metric, diagonal, cross = moments.before, moments.diagonal, moments.before(W)
+        in_metric, diagonal, cross = moments.before, moments.diagonal(W), moments.before(W)
     else:
         known = moments.before(right)
         gram_right = xp.matmul(known, transpose(right))

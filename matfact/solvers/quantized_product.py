@@ -51,12 +51,8 @@ def quantize(
         Average of ``x xᵀ`` over inputs whose outputs count; without it all entries of `W` count
         alike.
     """
-    if second_moment is None:
-        moment = np.eye(W.shape[1])
-        second_moment = backend.like(moment, W, dtype=backend.namespace(W).float64)
-        metric = None
-    else:
-        metric = backend.namespace(W).astype(second_moment, W.dtype)
+    xp = backend.namespace(W)
+    metric = None if second_moment is None else xp.astype(second_moment, W.dtype)
     best = _in_turn(product, W, bits, group_size, second_moment)
     least = squared_error(W - best.astype(W.dtype).toarray(), metric)
     if len(best) != 2 or not all(_has_rows(factor) for factor in best):
@@ -78,7 +74,7 @@ def _has_rows(factor: Factor) -> bool:
 
 
 def _in_turn(
-    product: FactorProduct, W: Array, bits: int, group_size: int | None, second_moment: Array
+    product: FactorProduct, W: Array, bits: int, group_size: int | None, second_moment: Array | None
 ) -> FactorProduct:
     """Return the product with its factors rounded one after the other, from the input side."""
     factors = list(product.factors)

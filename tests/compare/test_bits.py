@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 
-from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, compare_projections
+from matfact import (
+    DoubleSparseFactorizer,
+    LowRank,
+    MagnitudePruner,
+    Quantized,
+    compare_projections,
+)
+from matfact.cli._compare import _study
 from matfact.compare import plot_comparison, summary_table
+from matfact.factorizers import _at_bits
+from matfact.factorizers._at_bits import _quantized_bits as taken
 from matfact.factorizers._at_bits import fit_at_bits
 from matfact.metrics import DensityTooSmall
 
@@ -61,3 +70,27 @@ def test_too_few_bits_are_refused():
 def test_a_fit_at_bits_keeps_to_them():
     fitted = fit_at_bits(MagnitudePruner(), W, 3)
     assert 2.9 < fitted.bits_per_weight_ <= 3.015
+
+
+def test_the_best_of_complete_fits_is_taken():
+    fitted = fit_at_bits(DoubleSparseFactorizer(max_iter=10), W, 3)
+    for bits in (3, 4, 5, 6, 8):
+        density = fitted.estimator.density if bits == fitted.bits else 2.3 / bits
+        other = Quantized(DoubleSparseFactorizer(density=density, max_iter=10), bits=bits).fit(W)
+        if other.bits_per_weight_ <= 3:
+            assert fitted.reconstruction_err_ <= other.reconstruction_err_
+
+
+def test_a_single_candidate_also_keeps_to_the_bits(monkeypatch):
+    # As if positions took more than expected.
+    monkeypatch.setattr(
+        _at_bits, "_quantized_bits", lambda product, bits: 0.9 * taken(product, bits)
+    )
+    monkeypatch.setattr(_at_bits, "VALUE_BITS", (4,))
+    assert fit_at_bits(MagnitudePruner(), W, 3).bits_per_weight_ <= 3.015
+
+
+def test_methods_and_budgets_are_checked_before_weights_are_read(tmp_path):
+    run = {"methods": ["dsf"], "densities": [0.25], "bits": [40.0]}
+    with pytest.raises(ValueError, match=r"bits must be a number above 0 and at most 16, got 40.0"):
+        _study(tmp_path / "none.safetensors", {}, run, tmp_path, None)

@@ -14,15 +14,16 @@ from sklearn.base import clone
 from matfact import backend, metrics
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
-from matfact.factorizers import BaseFactorizer, DoubleSparseFactorizer
+from matfact.factorizers import BaseFactorizer
+from matfact.factorizers._scaled import fit_scaled
+from matfact.factorizers._settings import has_bits
 from matfact.operators import FactorProduct
 from matfact.operators._encoding import stored_nbytes
-from matfact.solvers.finalize import finalize, reselect, scaled_columns
+from matfact.solvers.finalize import finalize, reselect
 from matfact.solvers.layerwise import caution
 from matfact.torch.calibration._layer_statistics import LayerStatistics, Sums
 from matfact.torch.calibration.options import Adaptation
 from matfact.torch.compression._problem import Choice, Problem
-from matfact.torch.compression._settings import has_bits
 
 #: Dampings of refits, most cautious first; tried as long as the error on held-out inputs falls.
 REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
@@ -186,19 +187,14 @@ def _adapted(
     The factorizer is fitted to columns scaled by the size of their inputs, and its values are refit
     to the inputs (Boža & Macko 2025, Section 4.3). Unstructured supports are partly chosen again.
     """
-    target, xp = problem.target, backend.namespace(problem.target)
-    scale = xp.astype(problem.scale(inputs), target.dtype)
-    scaled = target * scale[None, :]
-    unit = backend.unit(scaled)
-    scaled *= 1 / unit  # in place, so that the factorizer makes no copy
-    product = scaled_columns(clone(factorizer).fit(scaled).operator_, unit / scale).rescaled(1.0)
-    del scaled
+    target = problem.target
+    product = fit_scaled(clone(factorizer), target, problem.scale(inputs))[1]
     if adapt == "scale":
         return Choice(product)
     rule: Callable[..., FactorProduct] = finalize
     if adapt == "finalize_one":
         rule = functools.partial(finalize, n_factors=1)
-    elif isinstance(factorizer, DoubleSparseFactorizer) and factorizer.constraints is None:
+    elif factorizer.has_free_support:
         rule = reselect
 
     if problem.aside is None:

@@ -17,10 +17,7 @@ from matfact import metrics
 from matfact._layers import NOT_FINITE, reason_to_keep
 from matfact.backend import Array
 from matfact.factorizers import METHODS, BaseFactorizer
-from matfact.report import LayerReport
-from matfact.torch._warnings import CompressionWarning
-from matfact.torch.compression._fit import Fitted
-from matfact.torch.compression._settings import (
+from matfact.factorizers._settings import (
     check_value_bits,
     configured,
     density_of,
@@ -28,6 +25,9 @@ from matfact.torch.compression._settings import (
     has_density,
     name_of,
 )
+from matfact.report import LayerReport
+from matfact.torch._warnings import CompressionWarning
+from matfact.torch.compression._fit import Fitted
 from matfact.torch.layers._matricized import (
     Dimensions,
     Matricized,

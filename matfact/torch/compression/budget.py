@@ -18,17 +18,17 @@ from matfact.allocation._budget import Cost, override
 from matfact.allocation._curves import DENSE
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
-from matfact.operators import DenseFactor, FactorProduct
-from matfact.torch.calibration._layer_statistics import LayerStatistics
-from matfact.torch.calibration.statistics import captured, layer_views
-from matfact.torch.compression._fit import fit_layer
-from matfact.torch.compression._settings import (
+from matfact.factorizers._settings import (
     check_value_bits,
     configured,
     density_of,
     has_bits,
     has_density,
 )
+from matfact.operators import DenseFactor, FactorProduct
+from matfact.torch.calibration._layer_statistics import LayerStatistics
+from matfact.torch.calibration.statistics import captured, layer_views
+from matfact.torch.compression._fit import fit_layer
 from matfact.torch.compression._tasks import (
     Layers,
     Method,
