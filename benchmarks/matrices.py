@@ -85,26 +85,9 @@ def _layers(
     path: Path | None, layers: str
 ) -> tuple[Weights, str, dict[tuple[int, ...], list[str]]]:
     """Return the weights of a model, its name, and the names of its layers by shape."""
-    weights = _read_gguf(path) if path and path.suffix == ".gguf" else load_weights(path)
+    weights = load_weights(path)
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, W in weights.items():
         if re.search(layers, name):
             by_shape.setdefault(W.shape, []).append(name)
     return weights, path.stem if path else weights.source.partition(",")[0], by_shape
-
-
-def _read_gguf(path: Path) -> Weights:
-    """Read (and dequantize) the matrices of a GGUF file, with the package `gguf`."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(f"Reading {path} needs gguf: pip install gguf.") from error
-    tensors = gguf.GGUFReader(path).tensors
-    return Weights(
-        (
-            (t.name.removesuffix(".weight"), gguf.dequantize(t.data, t.tensor_type))
-            for t in tensors
-            if len(t.shape) == 2
-        ),
-        str(path),
-    )

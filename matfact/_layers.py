@@ -23,7 +23,8 @@ AXES = range(2, 6)
 
 #: Embedding tables look up rows instead of multiplying.
 _TABLE = re.compile(
-    r"embed|(^|_)emb(s|_|$)|^w[tp]e$|^shared$|^relative_attention_bias$|codebook", re.IGNORECASE
+    r"embed|(^|_)emb(s|d|_|$)|^w[tp]e$|^token_types$|^shared$|^relative_attention_bias$|codebook",
+    re.IGNORECASE,
 )
 _NORM = re.compile(r"norm(?!al)|^ln(_|\d|$)", re.IGNORECASE)
 #: Suffixes that pruning and normalization in torch append to tensor names.

@@ -13,7 +13,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -43,6 +43,31 @@ class FileState(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns)
 
 
+class Located(Protocol):
+    """A tensor in one or several files, to be read in any process."""
+
+    @property
+    def name(self) -> str:
+        """The tensor."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype and shape."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files it is read from."""
+
+    def absolute(self) -> Self:
+        """Return it with absolute paths, for other processes."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes in pieces."""
+
+    def read(self) -> np.ndarray:
+        """Return the tensor; bfloat16 becomes float32, which is exact."""
+
+
 class TensorLocation(NamedTuple):
     """Location of a tensor's bytes, for readers in any process.
 
@@ -68,6 +93,15 @@ class TensorLocation(NamedTuple):
     begin: int
     state: FileState
     sha256: bytes | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file."""
+        return (self.path,)
+
+    def absolute(self) -> TensorLocation:
+        """Return it with an absolute path, for other processes."""
+        return self._replace(path=self.path.absolute())
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes in pieces; a wrong checksum raises at the end.
@@ -237,11 +271,7 @@ class SafetensorsFile:
             if whole.digest() != self._head:
                 raise self._changed()
             for name, spec in self.specs.items():
-                own = hashlib.sha256()
-                for chunk in _pieces(file, spec.nbytes):
-                    whole.update(chunk)
-                    own.update(chunk)
-                self._digests[name] = own.digest()
+                self._digests[name] = hash_bytes(file, spec.nbytes, whole)
             if file.tell() != self._state.nbytes or file.read(1):
                 raise self._changed()
         return whole.hexdigest()
@@ -253,6 +283,15 @@ class SafetensorsFile:
 
     def _changed(self) -> ValueError:
         return ValueError(f"{self.path} must stay as it is while it is read, but was changed.")
+
+
+def hash_bytes(file: BinaryIO, nbytes: int, whole: hashlib._Hash) -> bytes:
+    """Return the checksum of the next `nbytes` bytes, and add them to `whole`."""
+    own = hashlib.sha256()
+    for chunk in _pieces(file, nbytes):
+        whole.update(chunk)
+        own.update(chunk)
+    return own.digest()
 
 
 def _filled(file: BinaryIO, content: np.ndarray) -> int:

@@ -17,7 +17,7 @@ FLOORS = (
     {"_html", "_json", "_tables", "kernels", "metrics"},
     {"_depth_chart", "_progress", "_safetensors"},
     {"_layers", "_safetensors_file"},
-    {"calibration", "constraints", "operators"},
+    {"_bitmasks", "_gguf", "calibration", "constraints", "operators"},
     {"_report_page"},
     {"report"},
     {"solvers"},

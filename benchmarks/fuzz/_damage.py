@@ -217,6 +217,33 @@ def damaged_index(rng: random.Random, files: Files) -> Files:
     return files | {name: damaged_json(rng, files[name])}
 
 
+def damaged_masks(rng: random.Random, files: Files) -> Files:
+    """Damage weights stored with bitmasks: configuration, file, or the bytes of one part."""
+    if rng.random() < 0.2:
+        return files | {"config.json": damaged_json(rng, files["config.json"])}
+    name = "model.safetensors"
+    if rng.random() < 0.4:
+        return files | {name: damaged_safetensors(rng, files[name])}
+    content = bytearray(files[name])
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    part = rng.choice([n for n in header if n.endswith((".shape", ".bitmask", ".row_offsets"))])
+    begin, end = (start + offset for offset in header[part]["data_offsets"])
+    content[begin:end] = flipped(rng, content[begin:end]).ljust(end - begin, b"\0")[: end - begin]
+    return files | {name: bytes(content)}
+
+
+def damaged_gguf(rng: random.Random, content: bytes) -> bytes:
+    """Damage the bytes, mostly those of the header."""
+    end = len(content) // (1 if rng.random() < 0.3 else 3)
+    if rng.random() < 0.3:
+        return flipped(rng, content[:end]) + content[end:]
+    data = bytearray(content)
+    at = rng.randrange(end)  # keeps all lengths
+    data[at] = rng.choice((0, 1, 255, data[at] ^ 1 << rng.randrange(8)))
+    return bytes(data)
+
+
 def damaged_arguments(rng: random.Random, files: Files) -> Files:
     """Return arguments of a command, some of them nonsensical."""
     arguments = json.loads(files["arguments"])

@@ -19,8 +19,10 @@ from benchmarks.fuzz._damage import (
     Files,
     damaged_arguments,
     damaged_checkpoint,
+    damaged_gguf,
     damaged_index,
     damaged_json,
+    damaged_masks,
     damaged_record,
     damaged_safetensors,
     damaged_zip,
@@ -84,6 +86,8 @@ def _readers(folder: Path) -> dict[str, Reader]:
         ["compress", "m.safetensors", "out", "--density", "0.5", "--method", "magnitude"],
         ["compare", "m.safetensors", "--density", "0.25", "--sizes", "8", "--methods", "magnitude",
          "--jobs", "1", "--output", "out"],
+        ["convert", "m.safetensors", "out"],
+        ["convert", "m.safetensors", "dense", "--to", "dense"],
         ["inspect", "out", "--json"],
         ["decompress", "out", "dense.safetensors"],
     ]  # fmt: skip
@@ -104,9 +108,10 @@ def _readers(folder: Path) -> dict[str, Reader]:
             works=True,
         ),
         "index": Reader([indexed], damaged_index, _read_index),
+        "masks": Reader(_masked(folder), damaged_masks, _read_index),
         "arguments": Reader(commands, damaged_arguments, _run_command, works=True),
     }
-    found |= _torch_readers(folder, weights)
+    found |= _gguf_readers(folder, weights) | _torch_readers(folder, weights)
     return {n: dataclasses.replace(r, damage=or_special(r.damage)) for n, r in found.items()}
 
 
@@ -169,6 +174,64 @@ def _save_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
     held = {name: stored(array) for name, array in weights.items()} | half
     specs = {name: spec for name, (spec, _) in held.items()}
     write_atomically(path, serialize(specs, (data for _, data in held.values()), {"format": "pt"}))
+
+
+def _masked(folder: Path) -> list[Files]:
+    """Return weights stored with bitmasks, in all formats, with the configuration of one."""
+    rng = np.random.RandomState(0)
+    parts: dict[str, np.ndarray] = {"fc.bias": np.zeros(12, np.float32)}
+    half = np.tile([0.0, 1.0, 0.0, 2.0], (12, 3)).astype(np.float16)
+    for name, W in (("fc", rng.randint(-1, 2, (12, 9)).astype(np.float32)), ("pairs", half)):
+        bits, counts = np.packbits(W != 0, axis=-1, bitorder="little"), (W != 0).sum(axis=1)
+        parts |= {f"{name}.compressed": W[W != 0], f"{name}.bitmask": bits}
+        parts[f"{name}.shape"] = np.array(W.shape)
+        if name == "fc":
+            parts["fc.row_offsets"] = np.cumsum(counts) - counts
+    parts["pairs.shape"] = parts["pairs.shape"].reshape(2, 1)
+    parts["pairs.compressed"] = parts["pairs.compressed"].reshape(12, 6)
+    config = {"quantization_config": {"sparsity_config": {"format": "sparse-bitmask"}}}
+    early = {
+        name.replace("fc.", "fc.weight."): W for name, W in parts.items() if "pairs" not in name
+    }
+    files = [_written(folder, "model.safetensors", _save_safetensors, w) for w in (parts, early)]
+    return [held | {"config.json": json.dumps(config).encode()} for held in files]
+
+
+def _gguf_readers(folder: Path, weights: dict[str, np.ndarray]) -> dict[str, Reader]:
+    try:
+        import gguf
+    except ImportError:
+        return {}
+
+    def save(path: Path, weights: dict[str, np.ndarray]) -> None:
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_array("tokens", ["a", "bc"] * 9)
+        writer.add_array("scores", [1.0, 2.0])
+        for name in ("Q4_0", "Q8_0", "Q4_K", "IQ2_XS", "TQ1_0", "BF16"):
+            kind = gguf.GGMLQuantizationType[name]
+            size = gguf.GGML_QUANT_SIZES[kind][1] * (8 if name == "BF16" else 1)
+            writer.add_tensor(f"{name}.weight", np.ones((4, size), np.uint8), raw_dtype=kind)
+        for name, W in weights.items():
+            if W.size:
+                writer.add_tensor(name, W)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    seeds = [_written(folder, "m.gguf", save, weights)]
+    return {"gguf": Reader(seeds, one(damaged_gguf), _read_gguf)}
+
+
+def _read_gguf(folder: Path) -> None:
+    from matfact.checkpoint._source import Source
+
+    source = Source(folder / "m.gguf")
+    source.digests()
+    for name in source.specs:
+        collections.deque(source.location(name).chunks(), maxlen=0)
+        source.location(name).read()
+    _read_weights(folder)
 
 
 def _begun(folder: Path, source: bytes) -> Files:
@@ -296,11 +359,13 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 def _read_index(folder: Path) -> None:
+    from matfact.checkpoint._config import check_config
     from matfact.checkpoint._source import Source
 
     source = Source(folder)
+    check_config(folder)
     for name in source.matrices():
-        source.file(name).read(name)
+        source.location(name).read()
 
 
 def _run_command(folder: Path) -> None:

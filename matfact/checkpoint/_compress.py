@@ -1,46 +1,34 @@
-"""Conversion of a safetensors file to a checkpoint of factors, one tensor at a time."""
+"""Factorization of the weights in a file into a checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import math
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 from sklearn.base import clone
 
-import matfact
 from matfact import metrics
 from matfact._layers import NOT_FINITE, matrix_shape
-from matfact._parallel import results
-from matfact._progress import Bar, Step
 from matfact._safetensors import from_bfloat16, to_bfloat16
-from matfact._safetensors_file import TensorLocation
+from matfact._safetensors_file import Located
 from matfact._threads import single_threaded
-from matfact.checkpoint._journal import Journal
-from matfact.checkpoint._manifest import Manifest, Shard, StoredTensor
+from matfact.checkpoint._manifest import Shard, StoredTensor
 from matfact.checkpoint._reader import Checkpoint
-from matfact.checkpoint._shards import shard_name, write_plain, write_shard
+from matfact.checkpoint._shards import write_shard
 from matfact.checkpoint._source import Source
+from matfact.checkpoint._writing import Progress, write_kept, write_network
 from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._at_bits import check_bits, fit_at_bits
 from matfact.factorizers._settings import name_of
 from matfact.operators import FactorProduct, QuantizedFactor
 from matfact.operators._storage import pack
 
-_log = logging.getLogger(__name__)
-
 #: Start of the notes of tensors that were requested but cannot be factorized.
 ASKED = "requested, but"
-
-#: Called with each file's entry and the number of files, starting with files of an earlier run;
-#: or whether to show a bar.
-Progress = bool | Callable[[Shard, int], None] | None
 
 
 def compress(
@@ -63,7 +51,9 @@ def compress(
     ----------
     source : str or Path
         A ``.safetensors`` file, an index of several, or a folder with either. If a folder has both,
-        ``model.safetensors`` is read.
+        ``model.safetensors`` is read. Weights in the formats ``sparse-bitmask`` and
+        ``sparse-24-bitmask`` of compressed-tensors are read as dense ones. Or a ``.gguf`` file,
+        whose quantized tensors are read as float32 (needs the extra ``gguf``).
     folder : str or Path
         A new or empty folder for the checkpoint, or one with interrupted work to resume.
     factorizer : BaseFactorizer
@@ -96,6 +86,8 @@ def compress(
     ------
     FileNotFoundError
         If `source` does not exist.
+    ImportError
+        If a GGUF file is given and gguf is not installed.
     ValueError
         If an option is invalid, a file is damaged, or `folder` holds anything else.
 
@@ -104,45 +96,16 @@ def compress(
     UnreadIndexWarning
         If `source` holds ``model.safetensors`` and an index of other files.
     """
-    bar = Bar(progress)
     weights = Source(source)
     names, notes = _chosen(weights, layers)
     factorizer = _seeded(factorizer)
     if bits is not None:
         check_bits(bits)
-    output = Path(folder).absolute()  # workers may be elsewhere
-    with bar, Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
-        settings = _settings(weights, factorizer, layers, bits)
-        journal.take_up(settings)
-        if not journal.is_complete:
-            tasks = [
-                _Task(_place(weights, name), factorizer, bits, output / shard_name(i))
-                for i, name in enumerate(names, start=1)
-            ]
-            shards = _run(weights, tasks, notes, journal, n_jobs, bar)
-            journal.complete(Manifest(tuple(shards), settings, weights.metadata))
-    return Checkpoint(folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """A layer to factorize, possibly in another process."""
-
-    tensor: TensorLocation
-    factorizer: BaseFactorizer
-    bits: float | None
-    path: Path
-
-    @property
-    def work(self) -> float:
-        """A number in proportion to the FLOPs of the fit."""
-        return self.factorizer.fit_work(*matrix_shape(self.tensor.spec.shape))
-
-
-def _place(weights: Source, name: str) -> TensorLocation:
-    """Return the absolute location and checksum of a layer, for other processes."""
-    file = weights.file(name)
-    return file.location(name)._replace(path=file.path.absolute(), sha256=file.digest(name))
+    fit = functools.partial(_factorize, factorizer=factorizer, bits=bits)
+    settings = _settings(factorizer, layers, bits)
+    return write_network(
+        weights, folder, names, notes, settings, fit, n_jobs, progress, work=factorizer.fit_work
+    )
 
 
 def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
@@ -189,79 +152,37 @@ def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
     return copy
 
 
-def _settings(
-    weights: Source, factorizer: BaseFactorizer, layers: str | None, bits: float | None
-) -> dict[str, Any]:
-    """Return everything the result depends on."""
+def _settings(factorizer: BaseFactorizer, layers: str | None, bits: float | None) -> dict[str, Any]:
+    """Return everything the result depends on, besides the weights."""
     parameters = factorizer.get_params(deep=False)
     plain = (str, int, float, bool, type(None))
     return {
-        "generator": f"matfact {matfact.__version__}",
         "method": name_of(factorizer),
         "parameters": {
             k: v if isinstance(v, plain) else repr(v) for k, v in sorted(parameters.items())
         },
         "layers": layers,
         **({} if bits is None else {"bits": bits}),
-        "source": weights.digests(),
     }
 
 
-def _run(
-    weights: Source,
-    tasks: Sequence[_Task],
-    notes: Mapping[str, str],
-    journal: Journal,
-    n_jobs: int | None,
-    bar: Bar,
-) -> list[Shard]:
-    """Write all missing files, and return all files in order."""
-    names = [shard_name(0)] * bool(notes) + [task.path.name for task in tasks]
-
-    work = {task.path.name: task.work for task in tasks if task.path.name not in journal.finished}
-    bar.expect([("", amount) for amount in work.values()], len(names))
-
-    def tell(shard: Shard) -> None:
-        _log.info("%s: %s is complete, %d files in all", journal.folder, shard.file, len(names))
-        last = shard.tensors[-1]
-        error, size = last.relative_error, math.prod(last.spec.shape)
-        step = Step(last.name, work=work.get(shard.file, 0.0), error=error, entries=size)
-        bar.advance(step, shard, len(names))
-
-    def record(shard: Shard) -> None:
-        journal.add(shard)
-        tell(shard)
-
-    for shard in journal.finished.values():
-        tell(shard)
-    if notes and shard_name(0) not in journal.finished:
-        others = [name for name in weights.specs if name in notes]
-        pieces = {n: (weights.specs[n], weights.file(n).chunks(n)) for n in others}
-        record(write_plain(journal.folder / shard_name(0), pieces, notes))
-    left = [task for task in tasks if task.path.name not in journal.finished]
-    # Largest first, to balance the load of workers.
-    left.sort(key=lambda task: -math.prod(task.tensor.spec.shape))
-    with results(n_jobs, [joblib.delayed(_factorize)(task) for task in left]) as written:
-        for shard in written:
-            record(shard)
-    return [journal.finished[name] for name in names]
-
-
-def _factorize(task: _Task) -> Shard:
+def _factorize(
+    tensor: Located, path: Path, factorizer: BaseFactorizer, bits: float | None
+) -> Shard:
     """Write the factors of a layer, or the layer itself if it is smaller."""
-    name, spec = task.tensor.name, task.tensor.spec
-    W = task.tensor.read().reshape(matrix_shape(spec.shape))
+    name, spec = tensor.name, tensor.spec
+    W = tensor.read().reshape(matrix_shape(spec.shape))
     if not np.isfinite(W).all():
-        return _kept(task, NOT_FINITE)
-    factorizer = clone(task.factorizer)
+        return write_kept(tensor, path, NOT_FINITE)
+    factorizer = clone(factorizer)
     with single_threaded():
         try:
-            if task.bits is None:
+            if bits is None:
                 factorizer.fit(W)
             else:
-                factorizer = fit_at_bits(factorizer, W, task.bits)
+                factorizer = fit_at_bits(factorizer, W, bits)
         except metrics.UnsuitableMatrix as error:
-            return _kept(task, str(error))
+            return write_kept(tensor, path, str(error))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         product = factorizer.operator_
@@ -272,15 +193,9 @@ def _factorize(task: _Task) -> Shard:
     kinds, chunks = pack(product.factors, "BF16" if is_bfloat16 else None)
     content = list(chunks)
     if sum(map(len, content)) >= spec.nbytes:
-        return _kept(task, "its factors would take more bytes")
-    tensor = StoredTensor(name, spec, kinds, name_of(factorizer), product.density, error_of_stored)
-    return write_shard(task.path, content, [tensor])
-
-
-def _kept(task: _Task, reason: str) -> Shard:
-    name = task.tensor.name
-    pieces = {name: (task.tensor.spec, task.tensor.chunks())}
-    return write_plain(task.path, pieces, {name: reason})
+        return write_kept(tensor, path, "its factors would take more bytes")
+    held = StoredTensor(name, spec, kinds, name_of(factorizer), product.density, error_of_stored)
+    return write_shard(path, content, [held])
 
 
 def _rounded(product: FactorProduct) -> FactorProduct:

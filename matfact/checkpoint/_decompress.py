@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from matfact import backend
 from matfact._files import check_output, write_atomically
-from matfact._safetensors import in_aligned_order, serialize, stored
+from matfact._safetensors import TensorSpec, in_aligned_order, serialize, stored
 from matfact.checkpoint._reader import Checkpoint
-from matfact.operators import FactorProduct
+from matfact.operators import FactorProduct, SparseFactor
 
 #: Entries of a tensor computed at a time, whatever size it claims.
 _ENTRIES = 1 << 22
@@ -41,20 +43,53 @@ def decompress(folder: str | Path, path: str | Path) -> None:
     """
     checkpoint, path = Checkpoint(folder), Path(path)
     check_output(path, checkpoint.files)
-    specs = in_aligned_order({name: t.spec for name, t in checkpoint.tensors.items()})
-    header = next(serialize(specs, (), checkpoint.metadata))
-    needed = len(header) + sum(spec.nbytes for spec in specs.values())
-    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
-    if needed > free:
-        raise ValueError(
-            f"{folder} must hold tensors that fit on the disk of {path}: they take {needed} "
-            f"bytes, and {free} are free."
-        )
+    content = dense_content(checkpoint)
+    check_space(content, path)
+    write_atomically(path, content.serialized())
+
+
+class DenseContent(NamedTuple):
+    """Content of a safetensors file to write.
+
+    Attributes
+    ----------
+    specs : dict of str to TensorSpec
+        The tensors.
+    chunks : callable
+        Yields the bytes of a tensor, given its name.
+    metadata : mapping of str to str
+        Metadata of the file.
+    """
+
+    specs: dict[str, TensorSpec]
+    chunks: Callable[[str], Iterable[bytes]]
+    metadata: Mapping[str, str]
+
+    def serialized(self) -> Iterator[bytes]:
+        """Yield the bytes of the file."""
+        content = (chunk for name in self.specs for chunk in self.chunks(name))
+        return serialize(self.specs, content, self.metadata)
+
+
+def dense_content(checkpoint: Checkpoint) -> DenseContent:
+    """Return the tensors of a checkpoint, those with factors as dense ones."""
     for name, tensor in checkpoint.tensors.items():
         if tensor.is_product and tensor.spec.dtype not in _NUMPY:
             raise ValueError(f"{name!r} must be floating-point, got {tensor.spec.dtype}.")
-    content = (chunk for name in specs for chunk in _dense(checkpoint, name))
-    write_atomically(path, serialize(specs, content, checkpoint.metadata))
+    specs = in_aligned_order({name: t.spec for name, t in checkpoint.tensors.items()})
+    return DenseContent(specs, functools.partial(_dense, checkpoint), checkpoint.metadata)
+
+
+def check_space(content: DenseContent, path: Path) -> None:
+    """Raise ``ValueError`` if the disk of `path` has too little space."""
+    header = next(serialize(content.specs, (), content.metadata))
+    needed = len(header) + sum(spec.nbytes for spec in content.specs.values())
+    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+    if needed > free:
+        raise ValueError(
+            f"The tensors must fit on the disk of {path}: they take {needed} bytes, and {free} are "
+            "free."
+        )
 
 
 def _dense(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
@@ -69,7 +104,11 @@ def _dense(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
 
 
 def _row_slabs(product: FactorProduct) -> Iterator[np.ndarray]:
-    """Yield the rows of the product, a few at a time."""
+    """Yield the rows of the product, a few at a time; of one sparse factor, every bit."""
+    first, *others = product.factors
+    if not others and isinstance(first, SparseFactor) and first.is_ordered:
+        yield from _scattered(first)
+        return
     transposed = product.T
     n_rows = product.shape[0]
     widest = max(max(factor.shape) for factor in product.factors)
@@ -80,3 +119,16 @@ def _row_slabs(product: FactorProduct) -> Iterator[np.ndarray]:
         unit = np.zeros((n_rows, rows.size), dtype=dtype)
         unit[rows, rows - start] = 1
         yield np.ascontiguousarray((transposed @ unit).T)
+
+
+def _scattered(factor: SparseFactor) -> Iterator[np.ndarray]:
+    """Yield rows with the values put in place, without sums, which would lose negative zeros."""
+    n_rows, n_columns = factor.shape
+    step = max(1, _ENTRIES // max(1, n_columns))
+    for start in range(0, n_rows, step):
+        bounds = factor.indptr[start : start + step + 1]
+        held = slice(bounds[0], bounds[-1])
+        rows = np.zeros((len(bounds) - 1, n_columns), factor.values.dtype)
+        places = np.repeat(np.arange(len(rows)), np.diff(bounds))
+        rows[places, factor.indices[held]] = factor.values[held]
+        yield rows

@@ -1,17 +1,20 @@
-"""Source network: one safetensors file, or several with an index."""
+"""Source network: one safetensors or GGUF file, or several safetensors files with an index."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from matfact._bitmasks import dense_names, locate
+from matfact._gguf import SUFFIX, GgufFile
 from matfact._json import parse_json
 from matfact._layers import Kept, kept_tensors
 from matfact._regular import read_whole
 from matfact._safetensors import TensorSpec
-from matfact._safetensors_file import SafetensorsFile
+from matfact._safetensors_file import Located, SafetensorsFile, TensorLocation
 
 INDEX_SUFFIX = ".index.json"
 #: Maximum size of an index, in bytes; enough for more than 100 000 tensors.
@@ -29,14 +32,14 @@ class Source:
     Parameters
     ----------
     path : str or Path
-        A ``.safetensors`` file, an index (``model.safetensors.index.json``) of several files in the
-        same folder, or a folder with either under the names used by Hugging Face. With both, the
-        index is ignored, since it may be outdated.
+        A ``.safetensors`` or ``.gguf`` file, an index (``model.safetensors.index.json``) of several
+        safetensors files in the same folder, or a folder with such a file or an index under the
+        names used by Hugging Face. With both, the index is ignored, since it may be outdated.
 
     Attributes
     ----------
     specs : dict of str to TensorSpec
-        All tensors.
+        All tensors. Weights stored with bitmasks are dense here, as when they are read.
     metadata : dict of str to str
         Metadata in the header of the (first) file.
 
@@ -44,25 +47,52 @@ class Source:
     ------
     FileNotFoundError
         If `path` does not exist.
+    ImportError
+        If a GGUF file is given and gguf is not installed.
     ValueError
         If a file is damaged or the index does not fit the files.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = _found(Path(path))
+        self._files: Mapping[str, SafetensorsFile | GgufFile]  # by name of the stored tensor
         if path.name.endswith(INDEX_SUFFIX):
             self._files = _indexed(path)
         else:
-            file = SafetensorsFile(path)
+            file = GgufFile(path) if path.suffix.lower() == SUFFIX else SafetensorsFile(path)
             self._files = dict.fromkeys(file.specs, file)
         if not self._files:
             raise ValueError(f"path must name a network with tensors, but {path} holds none.")
-        self.specs = {name: file.specs[name] for name, file in self._files.items()}
+        try:
+            self._masked = dense_names(self._files)
+        except ValueError as error:
+            raise ValueError(f"path must name an intact network, but in {path} {error}") from None
+        parts = {part for names in self._masked.values() for part in names.values()}
+        plain = {n: file.specs[n] for n, file in self._files.items() if n not in parts}
+        self.specs = plain | {name: self.location(name).spec for name in self._masked}
         self.metadata = next(iter(self._files.values())).metadata
 
-    def file(self, name: str) -> SafetensorsFile:
-        """Return the file that holds tensor `name`."""
-        return self._files[name]
+    @property
+    def masked(self) -> Collection[str]:
+        """Names of the weights stored with bitmasks."""
+        return self._masked.keys()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, each once."""
+        return [file.path for file in dict.fromkeys(self._files.values())]
+
+    def location(self, name: str) -> Located:
+        """Return where tensor `name` is; with its checksum, once files are hashed."""
+        if name in self._masked:
+            return locate(name, self._masked[name], self._stored)
+        return self._files[name].location(name)
+
+    def _stored(self, name: str) -> TensorLocation:
+        location = self._files[name].location(name)
+        if not isinstance(location, TensorLocation):
+            raise ValueError(f"{name!r} in {self._files[name].path} must not be quantized.")
+        return location
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by name; later reads are checked against it."""
@@ -114,7 +144,13 @@ class Source:
 
     def _content(self, name: str) -> tuple[TensorSpec, bytes]:
         """Return a key shared only by tensors with the same numbers."""
-        return self.specs[name], self.file(name).digest(name)
+        location = self.location(name)
+        if isinstance(location, TensorLocation):
+            return self.specs[name], self._files[name].digest(name)
+        whole = hashlib.sha256()
+        for chunk in location.chunks():
+            whole.update(chunk)
+        return self.specs[name], whole.digest()
 
 
 def _found(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: ``matfact compare``, ``compress``, ``inspect`` and ``decompress``."""
+"""The command line: ``matfact compare``, ``compress``, ``convert``, ``inspect``, ``decompress``."""
 
 # Only typer is imported here; commands import the rest, so that help is fast.
 from __future__ import annotations
@@ -12,9 +12,10 @@ import typer
 import matfact
 from matfact.cli._checkpoint import compress, decompress, inspect
 from matfact.cli._compare import compare
+from matfact.cli._convert import convert
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (compare, compress, inspect, decompress):
+for command in (compare, compress, convert, inspect, decompress):
     app.command()(command)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +29,8 @@ def compress(
         Path,
         typer.Argument(
             help="A .safetensors file, a .safetensors.index.json, or a folder with "
-            "model.safetensors or else its index; 'demo' is the trained transformer of "
-            "matfact\\[demo]."
+            "model.safetensors or else its index; or a .gguf file (needs matfact\\[gguf]). 'demo' "
+            "is the trained transformer of matfact\\[demo]."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="New folder, or one with work to resume.")],
@@ -75,7 +75,7 @@ def compress(
     ] = None,
     scheduler: Scheduler = None,
 ) -> None:
-    """Factorize the layers in a safetensors file, one at a time, and copy all other tensors.
+    """Factorize the layers in a file of weights, one at a time, and copy all other tensors.
 
     If it is stopped or killed, the same command resumes the work.
 
@@ -88,13 +88,18 @@ def compress(
     """
     with told_to_users():
         from matfact._parallel import on_cluster
+        from matfact.checkpoint import compress as run
 
         with on_cluster(scheduler):
             factorizer = _factorizer(method, density, value_bits, bits)
             weights = _weights(source)
-            options = {"layers": layers, "bits": bits, "n_jobs": jobs}
-            checkpoint = _compressed(weights, output, factorizer, options)
-        _print_totals(checkpoint)
+            checkpoint = with_progress(
+                lambda progress: run(
+                    weights, output, factorizer,
+                    layers=layers, bits=bits, n_jobs=jobs, progress=progress,
+                )
+            )  # fmt: skip
+        print_totals(checkpoint)
     if not any(tensor.is_product for tensor in checkpoint.tensors.values()):
         raise typer.Exit(NO_GAIN)
 
@@ -128,7 +133,7 @@ def inspect(
         from rich.console import Console
 
         show(Console(), _table(checkpoint))
-        _print_totals(checkpoint)
+        print_totals(checkpoint)
 
 
 def decompress(
@@ -186,15 +191,11 @@ def _factorizer(
     return estimator
 
 
-def _compressed(
-    source: Path, output: Path, factorizer: BaseFactorizer, options: dict[str, Any]
-) -> Checkpoint:
-    """Compress with a progress display, and list the tensors kept."""
+def with_progress(write: Callable[[bool], Checkpoint]) -> Checkpoint:
+    """Write a checkpoint with a progress display, and list the tensors kept."""
     from rich.console import Console
 
-    from matfact.checkpoint import compress as run
-
-    checkpoint = run(source, output, factorizer, progress=True, **options)
+    checkpoint = write(True)
     console = Console()
     for line in _kept(checkpoint):
         _print(console, line)
@@ -215,7 +216,8 @@ def _kept(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"Kept {', '.join(shown)}{more}: {reason}"
 
 
-def _print_totals(checkpoint: Checkpoint) -> None:
+def print_totals(checkpoint: Checkpoint) -> None:
+    """Print the size of a checkpoint and how many of its tensors have factors."""
     factorized = sum(tensor.is_product for tensor in checkpoint.tensors.values())
     method = checkpoint.settings.get("method")
     by = f" by {printable(method)}" if isinstance(method, str) else ""

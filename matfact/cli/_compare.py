@@ -23,9 +23,9 @@ def compare(
     weights: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors, .npz or .npy file, or a torch state dict (.pt, .pth, .bin; "
-            "nothing is unpickled). Default: a trained transformer if matfact\\[demo] is "
-            "installed, else a small network trained on the fly.",
+            help="A .safetensors, .gguf (needs matfact\\[gguf]), .npz or .npy file, or a torch "
+            "state dict (.pt, .pth, .bin; nothing is unpickled). Default: a trained transformer if "
+            "matfact\\[demo] is installed, else a small network trained on the fly.",
         ),
     ] = None,
     density: Annotated[

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from matfact._bitmasks import locate_all
 from matfact._layers import AXES, chosen_weights, matrix_shape
-from matfact._safetensors_file import SafetensorsFile, TensorLocation
+from matfact._safetensors_file import Located, SafetensorsFile
 
 _FLOATS = {"F16": np.float32, "BF16": np.float32, "F32": np.float32, "F64": np.float64}
 
@@ -54,15 +55,19 @@ class StoredMatrix:
         dtype: Any = None,
     ) -> None:
         file = SafetensorsFile(path)
-        spec = file.specs.get(name)
-        if spec is None or len(spec.shape) not in AXES or spec.dtype not in _FLOATS:
+        location = locate_all(file.specs, file.location).get(name)
+        if (
+            location is None
+            or len(location.spec.shape) not in AXES
+            or location.spec.dtype not in _FLOATS
+        ):
             raise ValueError(f"name must be a floating-point weight in {path}, got {name!r}.")
-        self._set(file.location(name), rows, columns, dtype)
+        self._set(location, rows, columns, dtype)
 
     @classmethod
     def _at(
         cls,
-        location: TensorLocation,
+        location: Located,
         rows: slice = slice(None),
         columns: slice = slice(None),
         dtype: Any = None,
@@ -72,10 +77,10 @@ class StoredMatrix:
         matrix._set(location, rows, columns, dtype)
         return matrix
 
-    def _set(self, location: TensorLocation, rows: slice, columns: slice, dtype: Any) -> None:
-        self.path, self.name = location.path.absolute(), location.name
+    def _set(self, location: Located, rows: slice, columns: slice, dtype: Any) -> None:
+        self._location = location.absolute()
+        self.path, self.name = self._location.files[0], location.name
         self._window = (rows, columns)
-        self._location = location._replace(path=self.path)
         self._sides = matrix_shape(location.spec.shape)
         chosen = [range(n)[part] for n, part in zip(self._sides, self._window, strict=True)]
         self.shape = (len(chosen[0]), len(chosen[1]))
@@ -107,5 +112,6 @@ def _composed(length: int, outer: slice, inner: slice) -> slice:
 def stored_matrices(path: Path) -> Iterator[tuple[str, StoredMatrix]]:
     """Yield the weights in a file by name, without reading them."""
     file = SafetensorsFile(path)
-    for name in sorted(chosen_weights(file.specs)):
-        yield name, StoredMatrix._at(file.location(name))
+    located = locate_all(file.specs, file.location)
+    for name in sorted(chosen_weights({n: tensor.spec for n, tensor in located.items()})):
+        yield name, StoredMatrix._at(located[name])

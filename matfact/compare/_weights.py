@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from matfact._bitmasks import locate_all
+from matfact._gguf import SUFFIX, GgufFile
 from matfact._layers import chosen_weights
 from matfact._safetensors import TensorSpec
 from matfact._safetensors_file import SafetensorsFile
@@ -46,8 +48,9 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
     Parameters
     ----------
     path : str or Path, optional
-        A ``.safetensors``, ``.npz`` or ``.npy`` file, or a torch state dict (``.pt``, ``.pth``,
-        ``.bin``; needs the extra ``torch``). None uses the sentence transformer of the extra
+        A ``.safetensors``, ``.npz`` or ``.npy`` file, a ``.gguf`` file (needs the extra ``gguf``;
+        quantized tensors become float32), or a torch state dict (``.pt``, ``.pth``, ``.bin``; needs
+        the extra ``torch``). None uses the sentence transformer of the extra
         ``demo`` if it is installed, and otherwise trains a small network on scikit-learn's digits.
     stored : bool, default=False
         Whether to return a :class:`StoredMatrix` for each matrix of a safetensors file, to be read
@@ -69,7 +72,7 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
     ValueError
         If the file is damaged, of another format, or holds no floating-point matrix.
     ImportError
-        If a torch file is given and torch is not installed.
+        If a torch or GGUF file is given and torch or gguf is not installed.
     """
     if path is None:
         return _default_weights(stored)
@@ -122,8 +125,15 @@ def _matrix(array: np.ndarray) -> np.ndarray:
 
 def _read_safetensors(path: Path) -> Iterator[_Named]:
     file = SafetensorsFile(path)
+    located = locate_all(file.specs, file.location)
+    for name in sorted(chosen_weights({n: tensor.spec for n, tensor in located.items()})):
+        yield name, _matrix(located[name].read())
+
+
+def _read_gguf(path: Path) -> Iterator[_Named]:
+    file = GgufFile(path)
     for name in sorted(chosen_weights(file.specs)):
-        yield name, _matrix(file.read(name))
+        yield name, _matrix(file.location(name).read())
 
 
 def _read_numpy(path: Path) -> Iterator[_Named]:
@@ -136,6 +146,7 @@ def _read_torch(path: Path) -> Iterator[_Named]:
 
 _READERS: dict[str, Callable[[Path], Iterator[_Named]]] = {
     ".safetensors": _read_safetensors,
+    SUFFIX: _read_gguf,
     ".npz": _read_numpy,
     ".npy": _read_numpy,
     ".pt": _read_torch,

@@ -39,7 +39,7 @@ def expanded(coded: np.ndarray, most: int) -> np.ndarray:
         raise ValueError(f"a Huffman code is damaged: {error}") from None
     need(len(content) <= most, f"a Huffman code stands for more than {most} bytes")
     need(decoder.eof and not decoder.unused_data, "a Huffman code is cut, or bytes follow it")
-    return np.frombuffer(content, np.uint8)
+    return np.frombuffer(content, np.uint8).copy()  # torch may write into it
 
 
 def gaps(locations: np.ndarray) -> np.ndarray:

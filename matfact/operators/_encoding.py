@@ -125,7 +125,8 @@ def _decode_one(entry: dict[str, Any], tensors: Tensors) -> Factor:
 def _decode_values(values: np.ndarray, is_complex: bool) -> np.ndarray:
     if is_complex:
         need(values.ndim > 0 and values.shape[-1] == 2, "complex values are not pairs")
-        values = values[..., 0] + 1j * values[..., 1]
+        real = np.ascontiguousarray(values, np.result_type(values, np.float32))
+        values = real.view(np.result_type(real, np.complex64))[..., 0]  # signs of zeros stay
     need(values.dtype.kind in "fc", f"values of dtype {values.dtype}")
     return values
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import matfact
 from matfact import DoubleSparseFactorizer, LowRank, MagnitudePruner, Palm4MSA, metrics
-from matfact.checkpoint import Checkpoint, _compress, _source, compress, decompress
+from matfact.checkpoint import Checkpoint, _source, compress, decompress
 from matfact.factorizers import BaseFactorizer
 from matfact.factorizers._base import Factorization
 from matfact.operators import QuantizedFactor, SparseFactor
@@ -353,7 +354,7 @@ def test_settings_are_remembered(source, tmp_path):
     assert settings["parameters"] == {"density": 0.5, "constraint": "global_sparsity"}
     assert settings["layers"] == "fc"
     assert list(settings["source"]) == ["model.safetensors"]
-    assert _compress.matfact.__version__ in settings["generator"]
+    assert matfact.__version__ in settings["generator"]
 
 
 class Quantizer(BaseFactorizer):

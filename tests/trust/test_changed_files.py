@@ -80,7 +80,7 @@ def test_a_source_that_changes_while_it_is_compressed_gives_no_checkpoint(
 def test_workers_refuse_a_source_that_is_not_the_one_that_was_hashed(source):
     network = Source(source)
     network.digests()
-    location = pickle.loads(pickle.dumps(network.file("0.weight").location("0.weight")))
+    location = pickle.loads(pickle.dumps(network.location("0.weight")))
     np.testing.assert_array_equal(location.read(), weights(seed=0)["0.weight"])
     replace(source)
     for read in (location.read, lambda: list(location.chunks())):
