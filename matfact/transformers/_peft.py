@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from matfact.torch.layers._coded import is_coded
 from matfact.torch.layers._factors import FactorModule
+from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.training.adapters import on_support, places_of, refuse_adapted
 
@@ -101,7 +102,8 @@ def _all_linear(model: Any, task: str | None) -> str:
     if heads == [None] and task == TaskType.SEQ_CLS:
         heads = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
     modules = dict(model.named_modules())
-    inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
+    whole = (BaseTunerLayer, FactorizedConv)  # which are targets, or not, with what they hold
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, whole))
     return "|".join(
         re.escape(name)
         for name, module in modules.items()
