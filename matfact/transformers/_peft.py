@@ -234,7 +234,9 @@ class LoraFactorizedLinear(nn.Module, LoraLayer):
             return
         factors = self._to_merge_into()
         changes = {i: sum(self._change(name, i) for name in names) for i in factors}
-        merged = {i: (factor.values + changes[i]).to(factor.values) for i, factor in factors.items()}
+        merged = {
+            i: (factor.values + changes[i]).to(factor.values) for i, factor in factors.items()
+        }
         for i, values in merged.items():
             if safe_merge and not torch.isfinite(values).all():
                 raise ValueError(f"adapters {names} make values of factor {i} that are not finite.")

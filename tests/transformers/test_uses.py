@@ -165,7 +165,11 @@ def test_sentences_are_encoded():
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{DEMO_PACKAGE} is not installed")
     folder = f"{next(iter(spec.submodule_search_locations))}/model"
-    modules = library.sentence_transformer.modules if hasattr(library, "sentence_transformer") else library.models
+    modules = (
+        library.sentence_transformer.modules
+        if hasattr(library, "sentence_transformer")
+        else library.models
+    )
     inner = modules.Transformer(folder)
     encoder = library.SentenceTransformer(
         modules=[inner, modules.Pooling(inner.get_embedding_dimension()), modules.Normalize()],

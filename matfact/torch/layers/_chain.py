@@ -34,7 +34,7 @@ from matfact.torch.layers._factors import (
     SparseFactorModule,
     on_columns,
 )
-from matfact.torch.layers._offloaded import fetched
+from matfact.torch.running._offloaded import fetched
 
 _WIDTH = 32  #: maximum width of merged blocks; at most the number of samples
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from matfact.operators import FactorProduct
 from matfact.torch.layers._derived import Derived
 from matfact.torch.layers._factors import DenseFactorModule, SparseFactorModule
-from matfact.torch.layers._offloaded import fetched
 from matfact.torch.layers.linear import FactorizedLinear, Inference, filled
+from matfact.torch.running._offloaded import fetched
 
 #: Factors that can be used as filters of a convolution.
 _FILTERS = (DenseFactorModule, SparseFactorModule)

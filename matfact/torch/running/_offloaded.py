@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 #: Attribute of a module with a hook of accelerate.
@@ -16,6 +17,11 @@ HOOK = "_hf_hook"
 def is_offloaded(module: nn.Module) -> bool:
     """Whether the tensors that `module` itself holds are offloaded."""
     return HOOK in vars(module) and bool(getattr(vars(module)[HOOK], "offload", False))
+
+
+def used_on(module: nn.Module) -> torch.device:
+    """Return the device to which the tensors of an offloaded `module` are fetched."""
+    return torch.device(vars(module)[HOOK].execution_device)
 
 
 @contextlib.contextmanager
