@@ -179,9 +179,9 @@ class LoraFactorizedLinear(nn.Module, LoraLayer):
             return self._layer(x)
         if not _is_merged_into(self._layer):
             return self._layer(x) + sum(self._beside(name, x) for name in active)
-        trained = dict(_trained(self._layer))
+        trained = _trained(self._layer)
         for i, factor in reversed([*enumerate(self._layer.chain)]):
-            x = self._apply(i, factor, x, active) if i in trained else factor(x)
+            x = self._through(i, factor, x, active) if i in trained else factor(x)
         return x if self._layer.bias is None else x + self._layer.bias.to(x.dtype)
 
     def _beside(self, name: str, x: Tensor) -> Tensor:
@@ -189,17 +189,18 @@ class LoraFactorizedLinear(nn.Module, LoraLayer):
         low = self.lora_A[name](self.lora_dropout[name](x).to(self.lora_A[name].weight.dtype))
         return (self.lora_B[name](low) * self.scaling[name]).to(x.dtype)
 
-    def _apply(self, i: int, factor: FactorModule, x: Tensor, active: list[str]) -> Tensor:
+    def _through(self, i: int, factor: FactorModule, x: Tensor, active: list[str]) -> Tensor:
         """Apply a factor with adapters.
 
         Changes are added to the values if nothing is rounded or dropped by that, which is faster.
         """
         if factor.values.is_meta and not x.is_meta:
             raise ValueError(
-                "Adapters on supports need the values in memory, but those of a layer are offloaded "
-                "or were never loaded."
+                "Adapters on supports need the values in memory, but those of a layer are "
+                "offloaded or were never loaded."
             )
-        values, beside = factor.values, []
+        values: Tensor = factor.values
+        beside: list[Tensor] = []
         for name in active:
             change, dropout = self._change(name, i), self.lora_dropout[name]
             if isinstance(dropout, nn.Identity) and change.dtype == values.dtype:
@@ -218,12 +219,13 @@ class LoraFactorizedLinear(nn.Module, LoraLayer):
                 break
             row, column = row + factor.rows, column + factor.columns
         factor = self._layer.chain[i]
-        left = self.lora_B[name].weight[row : row + factor.rows] * self.scaling[name]
-        right = self.lora_A[name].weight[:, column : column + factor.columns]
+        B, A = (cast(nn.Linear, pair[name]).weight for pair in (self.lora_B, self.lora_A))
+        left = B[row : row + factor.rows] * self.scaling[name]
+        right = A[:, column : column + factor.columns]
         if left.device.type == "cpu":  # where products of fewer bits are slow, or missing
-            left, right = left.to(torch.promote_types(left.dtype, torch.float32)), right
-            right = right.to(left.dtype)
-        places = cast(Tensor, self.get_buffer(f"places_{i}"))
+            wide = torch.promote_types(left.dtype, torch.float32)
+            left, right = left.to(wide), right.to(wide)
+        places = self.get_buffer(f"places_{i}")
         return on_support(left, right, places).reshape(factor.values.shape)
 
     @torch.no_grad()

@@ -262,6 +262,13 @@ def test_variants_that_need_a_dense_weight_are_refused(settings):
     assert type(model.first) is SparseProductLinear
 
 
+def test_adapters_move_with_their_network():
+    model, x = adapted(net()), samples()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(model.double()(x.double()).float(), expected)
+
+
 def test_networks_with_other_adapters_are_refused():
     model = net()
     add_adapters(model, rank=1)

@@ -135,8 +135,8 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[i]
 
 
-# Not ViT, of which transformers 5 saves weights by older names than its Trainer looks for: dense ones
-# are lost on resuming too.
+# Not ViT, of which transformers 5 saves weights by older names than its Trainer looks for: those of
+# the dense network are lost on resuming too.
 @pytest.mark.parametrize("name", few("llama", "bert", but=["vit"]))
 def test_training_goes_on_where_it_stopped(name, tmp_path):
     pytest.importorskip("accelerate")
