@@ -184,7 +184,23 @@ def test_sentences_are_encoded():
     assert ((cosines > 0.6) & (cosines < 0.999)).all()
 
 
-@pytest.mark.parametrize("name", few("gpt2", "vit"))
+def test_evaluation_harness():
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    asked = [("w5 w9", " w7 w8"), ("w11", " w12"), ("w20 w21 w22", " w6")]
+    found = []
+    for model in (compressed("llama"), with_dense_weights(compressed("llama"))):
+        language_model = harness.HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=2)
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)]
+        found.append(language_model.loglikelihood(requests, disable_tqdm=True))
+    for (score, is_greedy), (expected, was_greedy) in zip(*found, strict=True):
+        assert score == pytest.approx(expected, abs=1e-3)
+        assert score < 0
+        assert is_greedy == was_greedy
+
+
+@pytest.mark.parametrize("name", few("vit"))
 def test_exported_graphs_answer_the_same(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

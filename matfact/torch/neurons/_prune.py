@@ -28,6 +28,7 @@ from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
 from matfact.torch.running._batches import check_collection, device_of, eval_mode
 from matfact.torch.running._random import RandomState, drawing, generators_of
+from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._tensors import check_trainable, first_filled, outside_inference_mode
 
 Method = Literal["least_squares", "gradient", "ispasp"]
@@ -150,6 +151,7 @@ def prune_neurons(
     if method not in _SOLVERS:
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
     check_collection(batches)
+    refuse_offloaded(model)
     if inplace:
         check_trainable(model)
     first = first_filled(batches)

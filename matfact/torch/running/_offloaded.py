@@ -19,6 +19,16 @@ def is_offloaded(module: nn.Module) -> bool:
     return HOOK in vars(module) and bool(getattr(vars(module)[HOOK], "offload", False))
 
 
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise ``ValueError`` if tensors in `model` are offloaded, so that changes would be lost."""
+    found = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+    if found is not None:
+        raise ValueError(
+            f"model must hold the values to change in memory, but accelerate has offloaded those "
+            f"of {found!r}: call remove_hook_from_module(model, recurse=True) of accelerate.hooks."
+        )
+
+
 def used_on(module: nn.Module) -> torch.device:
     """Return the device to which the tensors of an offloaded `module` are fetched."""
     return torch.device(vars(module)[HOOK].execution_device)

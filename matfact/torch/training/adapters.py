@@ -17,6 +17,7 @@ from matfact.torch.layers._factors import (
     KroneckerFactorModule,
     SparseFactorModule,
 )
+from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 
@@ -97,6 +98,7 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     0.25
     """
     check_trainable(model)
+    refuse_offloaded(model)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
     factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.trained]
