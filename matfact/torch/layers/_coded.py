@@ -167,9 +167,10 @@ class SignFactorModule(FactorModule):
         return self.rows * self.columns
 
     def dense(self) -> Tensor:
-        places = torch.arange(7, -1, -1, device=self.signs.device)
+        # Without shifts and masks of bits, which ONNX lacks.
+        powers = 2 ** torch.arange(7, -1, -1, device=self.signs.device)
         numbers = torch.arange(256, device=self.signs.device)
-        table = (2 * ((numbers[:, None] >> places) & 1) - 1).to(self.values.dtype)
+        table = (2 * (numbers[:, None] // powers % 2) - 1).to(self.values.dtype)
         signs = functional.embedding(self.signs.int(), table)  # eight for each byte
         return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
 

@@ -27,8 +27,8 @@ from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
 from matfact.torch.running._batches import check_collection, device_of, eval_mode
-from matfact.torch.running._random import RandomState, drawing, generators_of
 from matfact.torch.running._offloaded import refuse_offloaded
+from matfact.torch.running._random import RandomState, drawing, generators_of
 from matfact.torch.running._tensors import check_trainable, first_filled, outside_inference_mode
 
 Method = Literal["least_squares", "gradient", "ispasp"]
