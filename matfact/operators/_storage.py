@@ -53,6 +53,19 @@ def load(file: SafetensorsFile) -> list[Factor]:
     ValueError
         If the file is damaged or not a matfact file.
     """
+    path, entries = file.path, factor_entries(file)
+    try:
+        factors = decode(entries, {name: file.read(name) for name in file.specs})
+        _check_inner_sides(factors, file.nbytes)
+        return factors
+    except ValueError as error:
+        raise ValueError(
+            f"path must name an intact matfact file, but in {path} {error}."
+        ) from error
+
+
+def factor_entries(file: SafetensorsFile) -> list[dict[str, Any]]:
+    """Return the description of each factor, as written by :func:`save`, or raise ``ValueError``."""
     path = file.path
     try:
         manifest = parse_json(file.metadata.get("matfact", "{}").encode())
@@ -65,14 +78,7 @@ def load(file: SafetensorsFile) -> list[Factor]:
     entries = manifest.get("factors")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"path must name a complete matfact file, but {path} lists no factors.")
-    try:
-        factors = decode(entries, {name: file.read(name) for name in file.specs})
-        _check_inner_sides(factors, file.nbytes)
-        return factors
-    except ValueError as error:
-        raise ValueError(
-            f"path must name an intact matfact file, but in {path} {error}."
-        ) from error
+    return entries
 
 
 def _check_inner_sides(factors: Sequence[Factor], nbytes: int) -> None:

@@ -1,0 +1,45 @@
+"""Names of layers and tensors in files, and in a network of `transformers`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+
+def tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the names in `model` of those tensors that it has, by their `names` in a repository.
+
+    A network may be loaded with another head than it was saved with, or without any, and files may
+    use names of earlier releases.
+    """
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    found = {}
+    for name in names:
+        for rules in ([], renamings):
+            own, _ = rename_source_key(name, rules, [], model.base_model_prefix, state)
+            if own in state:
+                found[name] = own
+                break
+    return found
+
+
+def layers(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the same for layers with a weight."""
+    own = tensors(model, [f"{name}.weight" for name in names])
+    return {n.removesuffix(".weight"): found.removesuffix(".weight") for n, found in own.items()}
+
+
+def keep_precision(model: Any) -> None:
+    """Give weights that the architecture keeps in float32 this dtype, as ``from_pretrained`` does."""
+    half = {torch.float16: model._keep_in_fp32_modules, torch.bfloat16: None}
+    for name, parameter in model.named_parameters():
+        kept = [*(half.get(parameter.dtype) or ()), *(model._keep_in_fp32_modules_strict or ())]
+        if parameter.dtype in half and any(re.search(p.replace("*", ".*"), name) for p in kept):
+            parameter.data = parameter.data.float()
