@@ -65,7 +65,7 @@ def load(file: SafetensorsFile) -> list[Factor]:
 
 
 def factor_entries(file: SafetensorsFile) -> list[dict[str, Any]]:
-    """Return the description of each factor, as written by :func:`save`, or raise ``ValueError``."""
+    """Return the description of each factor in a file, or raise ``ValueError``."""
     path = file.path
     try:
         manifest = parse_json(file.metadata.get("matfact", "{}").encode())

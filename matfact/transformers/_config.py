@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -97,7 +98,7 @@ def _checked_product(where: str, product: Any) -> list[dict[str, Any]]:
     if not isinstance(product, list) or not 0 < len(product) <= _MOST_FACTORS:
         raise _refusal(where, f"must be a list of 1 to {_MOST_FACTORS} factors")
     checked = [_checked_factor(f"{where}[{i}]", factor) for i, factor in enumerate(product)]
-    for i, (left, right) in enumerate(zip(checked, checked[1:], strict=False)):
+    for i, (left, right) in enumerate(itertools.pairwise(checked)):
         if left["shape"][1] != right["shape"][0]:
             raise _refusal(f"{where}[{i}].shape", f"must fit the next factor, {right['shape']}")
     return checked

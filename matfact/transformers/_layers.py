@@ -40,6 +40,13 @@ class PackedLayer(nn.Module):
         self.weight = nn.Parameter(content, requires_grad=False)
         self.bias = view.layer.bias
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what architectures read while they initialize, such as ``in_features``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.view[0].layer, name)
+
     def memory(self, itemsize: int) -> int:
         """Return about how many bytes the layer will take."""
         return sum(_memory(factor, itemsize) for p in self.entry["factors"] for factor in p)
@@ -105,7 +112,7 @@ def unpack(model: nn.Module) -> None:
             raise ValueError(f"The repository lacks {own}, a factorized layer in config.json.")
         (view,), device = layer.view, layer.weight.device
         products = unpacked(layer.weight.numpy(force=True), own, layer.entry["factors"])
-        view.layer.bias = layer.bias
+        view.layer.train(layer.training).bias = layer.bias
         if "_hf_hook" in vars(layer):
             vars(view.layer)["_hf_hook"] = layer._hf_hook
         layer.weight = None  # type: ignore[assignment]

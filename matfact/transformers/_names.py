@@ -10,6 +10,8 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+_WEIGHT = ".weight"
+
 
 def tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the names in `model` of those tensors that it has, by their `names` in a repository.
@@ -31,13 +33,15 @@ def tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def layers(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the same for layers with a weight."""
-    own = tensors(model, [f"{name}.weight" for name in names])
-    return {n.removesuffix(".weight"): found.removesuffix(".weight") for n, found in own.items()}
+    """Return the same for layers."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    found = {name: name for name in names if name in modules}  # also if it computes its weight
+    own = tensors(model, [f"{name}.weight" for name in names if name not in modules])
+    return found | {n.removesuffix(_WEIGHT): there.removesuffix(_WEIGHT) for n, there in own.items()}
 
 
 def keep_precision(model: Any) -> None:
-    """Give weights that the architecture keeps in float32 this dtype, as ``from_pretrained`` does."""
+    """Make weights float32 that the architecture keeps so, as ``from_pretrained`` does."""
     half = {torch.float16: model._keep_in_fp32_modules, torch.bfloat16: None}
     for name, parameter in model.named_parameters():
         kept = [*(half.get(parameter.dtype) or ()), *(model._keep_in_fp32_modules_strict or ())]
