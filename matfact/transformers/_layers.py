@@ -35,16 +35,18 @@ class PackedLayer(nn.Module):
 
     def __init__(self, view: Matricized, entry: dict[str, Any]) -> None:
         super().__init__()
-        self.view, self.entry = (view,), entry  # in a tuple, so that it is no submodule
         content = torch.empty(entry["nbytes"], dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(content, requires_grad=False)
         self.bias = view.layer.bias
+        self.view, self.entry = (view,), entry  # in a tuple, so that it is no submodule
 
     def __getattr__(self, name: str) -> Any:
         """Return what architectures read while they initialize, such as ``in_features``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if "view" not in vars(self):
+                raise
             return getattr(self.view[0].layer, name)
 
     def memory(self, itemsize: int) -> int:

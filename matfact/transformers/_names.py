@@ -37,7 +37,9 @@ def layers(model: Any, names: Iterable[str]) -> dict[str, str]:
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     found = {name: name for name in names if name in modules}  # also if it computes its weight
     own = tensors(model, [f"{name}.weight" for name in names if name not in modules])
-    return found | {n.removesuffix(_WEIGHT): there.removesuffix(_WEIGHT) for n, there in own.items()}
+    return found | {
+        n.removesuffix(_WEIGHT): there.removesuffix(_WEIGHT) for n, there in own.items()
+    }
 
 
 def keep_precision(model: Any) -> None:
