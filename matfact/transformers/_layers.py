@@ -113,7 +113,10 @@ def unpack(model: nn.Module) -> None:
         if not getattr(layer.weight, "_is_hf_initialized", False):
             raise ValueError(f"The repository lacks {own}, a factorized layer in config.json.")
         (view,), device = layer.view, layer.weight.device
-        products = unpacked(layer.weight.numpy(force=True), own, layer.entry["factors"])
+        if layer.weight.is_floating_point():  # as early releases say which layers to keep so
+            view.layer.to(layer.weight.dtype)
+        content = layer.weight.to("cpu", torch.uint8).numpy(force=True)
+        products = unpacked(content, own, layer.entry["factors"])
         view.layer.train(layer.training).bias = layer.bias
         if "_hf_hook" in vars(layer):
             vars(view.layer)["_hf_hook"] = layer._hf_hook
