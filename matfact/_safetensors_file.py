@@ -186,7 +186,7 @@ class SafetensorsFile:
         file = cls.__new__(cls)
         file.path, file._content, file._digests = Path(name), content, {}
         file._state = FileState(content.size, 0)
-        left = memoryview(content)
+        left = content.data
 
         def read(n: int) -> bytes:
             nonlocal left

@@ -12,15 +12,34 @@ from typing import Any
 
 import numpy as np
 
+from matfact._safetensors import TensorSpec, serialize
 from matfact._safetensors_file import SafetensorsFile
 from matfact.operators import Factor, FactorProduct
-from matfact.operators._storage import factor_entries, load, pack
+from matfact.operators._storage import FORMAT, factor_entries, load, pack
+
+#: The method in ``quantization_config``, and the version that is written; a later one is refused.
+METHOD, VERSION = "matfact", 1
+
+_NOTHING = TensorSpec("", ())
 
 
 def packed(products: Iterable[FactorProduct]) -> np.ndarray:
     """Return the bytes of `products`."""
     factors = [factor for product in products for factor in product.factors]
     return np.frombuffer(bytearray(b"".join(pack(factors)[1])), dtype=np.uint8)
+
+
+def wrapped(content: Sequence[bytes], name: str) -> list[bytes]:
+    """Return a file with one tensor `name`, whose bytes are the file `content`."""
+    specs = {name: TensorSpec("U8", (sum(map(len, content)),))}
+    return list(serialize(specs, content, {"format": "pt"}))
+
+
+def inner(file: SafetensorsFile, name: str) -> SafetensorsFile:
+    """Return the file that the bytes of tensor `name` are, if `file` holds it, else `file`."""
+    if FORMAT in file.metadata or file.specs.get(name, _NOTHING).dtype != "U8":
+        return file
+    return SafetensorsFile.of_bytes(file.read(name).reshape(-1), str(file.path))
 
 
 def described(content: np.ndarray, name: str) -> list[dict[str, Any]]:

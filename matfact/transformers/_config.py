@@ -13,13 +13,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matfact._safetensors import is_sizes
 from matfact._text import printable
+from matfact.checkpoint._packed import METHOD, VERSION
 from matfact.operators._encoding import LARGEST_SIDE, STORAGES
 from matfact.operators._quantized import BITS
 from matfact.torch.layers._narrowed import parsed
 
-METHOD = "matfact"
-#: What is written; a later version is refused.
-VERSION = 1
+#: Which matrices products are of: of the layers, or of their weights as they are stored, which some
+#: layers transpose.
+LAYOUTS = ("out, in", "stored")
 #: Bounds on what a file may describe.
 _MOST_LAYERS, _MOST_FACTORS, _LONGEST_NAME = 1 << 20, 1 << 12, 1 << 10
 
@@ -41,6 +42,9 @@ class MatfactConfig(QuantizationConfigMixin):
         The factorized layers by name. ``factors`` lists for each product (one per group of a
         convolution) its factors: ``kind`` of storage, ``shape``, number of stored ``values``, and
         their ``bits`` if they are quantized. ``nbytes`` is the size of the layer's tensor.
+    layout : {"out, in", "stored"}, default="out, in"
+        Whether products are of matrices (outputs, inputs), or of weights as layers store them, some
+        transposed.
     narrowed : mapping of str to list, optional
         Shapes of the tensors of pruned units, in the full network and here.
     **others
@@ -56,13 +60,16 @@ class MatfactConfig(QuantizationConfigMixin):
         self,
         version: int = VERSION,
         layers: Mapping[str, Any] | None = None,
+        layout: str = LAYOUTS[0],
         narrowed: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         if type(version) is not int or not 1 <= version <= VERSION:
             raise _refusal("version", f"must be 1 to {VERSION}, got {version!r:.80}")
-        self.version = version
+        if layout not in LAYOUTS:
+            raise _refusal("layout", f"must be one of {LAYOUTS}, got {layout!r:.80}")
+        self.version, self.layout = version, layout
         self.layers: dict[str, Any] = {} if layers is None else _checked_layers(layers)
         self.narrowed: dict[str, Any] = {} if narrowed is None else _checked_widths(narrowed)
 
@@ -105,9 +112,12 @@ def _checked_product(where: str, product: Any) -> list[dict[str, Any]]:
 
 
 def _checked_factor(where: str, factor: Any) -> dict[str, Any]:
+    kind: Any
+    shape: Any
+    values: Any
     if not isinstance(factor, Mapping):
         raise _refusal(where, "must be an object")
-    kind, shape, values = (factor.get(key) for key in ("kind", "shape", "values"))
+    kind, shape, values = factor.get("kind"), factor.get("shape"), factor.get("values")
     if not isinstance(kind, str) or kind not in STORAGES:
         raise _refusal(f"{where}.kind", f"must be one of {', '.join(STORAGES)}, got {kind!r:.80}")
     if not is_sizes(shape) or len(shape) != 2 or not 0 < max(shape) <= LARGEST_SIDE:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from matfact._layers import matrix_shape
 from matfact._text import printable
 from matfact.checkpoint._packed import unpacked
-from matfact.torch.layers._matricized import Matricized, distinct_layers, matricized, replace
-from matfact.transformers._config import product_shape
+from matfact.operators import FactorProduct
+from matfact.torch.layers._matricized import (
+    MatricizedTransposed,
+    distinct_layers,
+    matricized,
+    replace,
+)
+from matfact.transformers._config import MatfactConfig, product_shape
 
 #: Bytes of memory that a factor takes in modules for each stored value besides the value itself.
 _POSITION = 2
@@ -25,33 +32,59 @@ class PackedLayer(nn.Module):
 
     Parameters
     ----------
-    view : Matricized
-        View of the layer of the architecture, on the meta device.
+    layer : torch.nn.Module
+        The layer of the architecture, on the meta device.
     entry : mapping
         The layer in :attr:`MatfactConfig.layers`.
+    is_stored : bool
+        Whether products are of the weight as the layer stores it, not of its matrices.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, view: Matricized, entry: dict[str, Any]) -> None:
+    def __init__(self, layer: Any, entry: dict[str, Any], is_stored: bool) -> None:
         super().__init__()
         content = torch.empty(entry["nbytes"], dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(content, requires_grad=False)
-        self.bias = view.layer.bias
-        self.view, self.entry = (view,), entry  # in a tuple, so that it is no submodule
+        self.bias = getattr(layer, "bias", None)
+        view = matricized(layer)
+        self.entry, self.is_stored = entry, is_stored
+        self.is_turned = is_stored and isinstance(view, MatricizedTransposed)
+        self.held = layer, view  # in a tuple, so that it is no submodule
 
     def __getattr__(self, name: str) -> Any:
         """Return what architectures read while they initialize, such as ``in_features``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "view" not in vars(self):
+            if "held" not in vars(self):
                 raise
-            return getattr(self.view[0].layer, name)
+            return getattr(self.held[0], name)
+
+    def misfit(self) -> str | None:
+        """Return how the products differ from what the layer takes, or None."""
+        layer, view = self.held
+        there = [product_shape(product) for product in self.entry["factors"]]
+        there = [shape[::-1] for shape in there] if self.is_turned else there
+        fitting = [] if view is None else [[tuple(matrix.shape) for matrix in view.matrices()]]
+        if self.is_stored and not self.is_turned:
+            fitting.append([matrix_shape(tuple(layer.weight.shape))])
+        if not fitting:
+            return "a product, and it is no linear layer or convolution"
+        if there in fitting:
+            return None
+        (here, *rest), n = fitting[0], len(there)
+        return f"{n} products of shape {there[0]} there, and {1 + len(rest)} of {here}"
 
     def memory(self, itemsize: int) -> int:
         """Return about how many bytes the layer will take."""
         return sum(_memory(factor, itemsize) for p in self.entry["factors"] for factor in p)
+
+    def products(self, name: str) -> list[FactorProduct]:
+        """Return the products, read from the tensor, which is called `name` in errors."""
+        content = self.weight.to("cpu", torch.uint8).numpy(force=True)
+        found = unpacked(content, name, self.entry["factors"])
+        return [product.T for product in found] if self.is_turned else found
 
 
 def _memory(factor: dict[str, Any], itemsize: int) -> int:
@@ -63,40 +96,35 @@ def _memory(factor: dict[str, Any], itemsize: int) -> int:
     return mask if factor["kind"] == "sign" else values
 
 
-def pack(model: nn.Module, layers: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
+def pack(model: nn.Module, config: MatfactConfig, names: Mapping[str, str]) -> None:
     """Replace layers of a network on the meta device by packed ones.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network.
-    layers : dict
-        Entries of :attr:`MatfactConfig.layers`.
-    names : dict of str to str
-        The names in the network of those layers that it has.
+    config : MatfactConfig
+        The structure of its layers.
+    names : mapping of str to str
+        The names in the network of those layers in `config` that it has.
 
     Raises
     ------
     ValueError
-        If a layer has another shape, or is no linear layer or convolution.
+        If a layer has another shape, or cannot have factors.
     """
-    found = {name: (all_, layer) for all_, layer in distinct_layers(model) for name in all_}
+    found = {name: every for every, _ in distinct_layers(model) for name in every}
     for name, own in names.items():
-        if own not in found or (view := matricized(found[own][1])) is None:
-            raise ValueError(
-                f"config.json must name linear layers and convolutions, but {printable(name)!r} "
-                f"is none in {type(model).__name__}."
-            )
-        here = [tuple(matrix.shape) for matrix in view.matrices()]
-        there = [product_shape(product) for product in layers[name]["factors"]]
-        if here != there:
+        layer: Any = model.get_submodule(own)
+        is_layer = isinstance(getattr(layer, "weight", None), Tensor) and own in found
+        packed = PackedLayer(layer, config.layers[name], config.layout == "stored")
+        if not is_layer or (misfit := packed.misfit()) is not None:
+            problem = misfit if is_layer else "factors there, and no weight"
             raise ValueError(
                 f"config.json must describe this architecture, but {printable(name)!r} has "
-                f"{len(there)} products of shape {there[0]} there, and {len(here)} of {here[0]} "
-                f"in {type(model).__name__}."
+                f"{problem} in {type(model).__name__}."
             )
-        packed = PackedLayer(view, layers[name])
-        for each in found[own][0]:
+        for each in found[own]:
             model.set_submodule(each, packed)
 
 
@@ -112,16 +140,21 @@ def unpack(model: nn.Module) -> None:
         own = f"{names[0]}.weight"
         if not getattr(layer.weight, "_is_hf_initialized", False):
             raise ValueError(f"The repository lacks {own}, a factorized layer in config.json.")
-        (view,), device = layer.view, layer.weight.device
+        (old, view), device = layer.held, layer.weight.device
         if layer.weight.is_floating_point():  # as early releases say which layers to keep so
-            view.layer.to(layer.weight.dtype)
-        content = layer.weight.to("cpu", torch.uint8).numpy(force=True)
-        products = unpacked(content, own, layer.entry["factors"])
-        view.layer.train(layer.training).bias = layer.bias
+            old.to(layer.weight.dtype)
+        old.train(layer.training).bias = layer.bias
         if "_hf_hook" in vars(layer):
-            vars(view.layer)["_hf_hook"] = layer._hf_hook
+            vars(old)["_hf_hook"] = layer._hf_hook
+        products = layer.products(own)
         layer.weight = None  # type: ignore[assignment]
-        replace(model, names, view, products, copy=False)
+        if view is not None and len(products) == len(view.matrices()):
+            replace(model, names, view, products, copy=False)
+        else:  # computed in another way than by one product
+            weight = torch.from_numpy(products[0].toarray()).reshape(old.weight.shape)
+            old.weight = nn.Parameter(weight.to(old.weight.dtype))
+            for name in names:
+                model.set_submodule(name, old)
         model.get_submodule(names[0]).to(device)
 
 

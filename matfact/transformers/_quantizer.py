@@ -58,7 +58,7 @@ class MatfactQuantizer(HfQuantizer):
         """Return the bytes in memory for each byte of a packed layer, else those of an entry."""
         layer = model.get_submodule(param_name.rpartition(".")[0])
         if isinstance(layer, PackedLayer) and param_name.endswith(".weight"):
-            itemsize = layer.view[0].layer.weight.element_size()
+            itemsize = layer.held[0].weight.element_size()
             return layer.memory(itemsize) / max(1, param.numel())
         return param.element_size()
 
@@ -71,7 +71,7 @@ class MatfactQuantizer(HfQuantizer):
         )
         with narrowed(model, widths):
             _names.keep_precision(model)
-            pack(model, config.layers, _names.layers(model, config.layers))
+            pack(model, config, _names.layers(model, config.layers))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
