@@ -34,6 +34,7 @@ from matfact.torch.layers._matricized import (
 from matfact.torch.layers._narrowed import narrowed, narrowed_tensors, parsed
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._offloaded import fetched
 from matfact.torch.running._tensors import outside_inference_mode
 
 #: Setting of checkpoints with all products in the layout (out, in).
@@ -65,7 +66,25 @@ def save_network(
     ------
     FileExistsError
         If `path` exists and is not an empty folder.
+    ValueError
+        If a tensor is on the meta device and not offloaded by accelerate.
     """
+    with fetched(model):
+        _save(model, path, report, settings)
+
+
+def _save(
+    model: nn.Module,
+    path: str | Path,
+    report: CompressionReport | None,
+    settings: Mapping[str, Any] | None,
+) -> None:
+    """Save a network with its tensors in memory."""
+    absent = next((name for name, each in model.state_dict().items() if each.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"model must hold its values, but {absent!r} is on the meta device: never loaded."
+        )
     content: dict[str, FactorProduct | Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     inside: list[str] = []
