@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,19 @@ from matfact.torch.layers._matricized import (
     matricized,
     replace,
 )
+from matfact.torch.running._offloaded import (
+    HOOK,
+    fetched,
+    hook_in_memory,
+    is_offloaded,
+    used_on,
+)
 from matfact.transformers._config import MatfactConfig, product_shape
 
 #: Bytes of memory that a factor takes in modules for each stored value besides the value itself.
 _POSITION = 2
+#: Mark of transformers on tensors that need no random numbers.
+_LOADED = "_is_hf_initialized"
 
 
 class PackedLayer(nn.Module):
@@ -46,6 +56,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         content = torch.empty(entry["nbytes"], dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(content, requires_grad=False)
+        setattr(self.weight, _LOADED, True)  # not to be drawn; lost if it is missing in files
         self.bias = getattr(layer, "bias", None)
         view = matricized(layer)
         self.entry, self.is_stored = entry, is_stored
@@ -137,25 +148,52 @@ def unpack(model: nn.Module) -> None:
         If a tensor is missing or damaged.
     """
     for names, layer in list(_packed(model)):
-        own = f"{names[0]}.weight"
-        if not getattr(layer.weight, "_is_hf_initialized", False):
-            raise ValueError(f"The repository lacks {own}, a factorized layer in config.json.")
-        (old, view), device = layer.held, layer.weight.device
-        if layer.weight.is_floating_point():  # as early releases say which layers to keep so
-            old.to(layer.weight.dtype)
-        old.train(layer.training).bias = layer.bias
-        if "_hf_hook" in vars(layer):
-            vars(old)["_hf_hook"] = layer._hf_hook
-        products = layer.products(own)
-        layer.weight = None  # type: ignore[assignment]
-        if view is not None and len(products) == len(view.matrices()):
-            replace(model, names, view, products, copy=False)
-        else:  # computed in another way than by one product
-            weight = torch.from_numpy(products[0].toarray()).reshape(old.weight.shape)
-            old.weight = nn.Parameter(weight.to(old.weight.dtype))
-            for name in names:
-                model.set_submodule(name, old)
+        is_away = is_offloaded(layer)
+        if not (is_away or getattr(layer.weight, _LOADED, False)):
+            raise ValueError(
+                f"The repository lacks {names[0]}.weight, a factorized layer in config.json."
+            )
+        device = used_on(layer) if is_away else layer.weight.device
+        with fetched(layer):
+            _replace(model, names, layer)
         model.get_submodule(names[0]).to(device)
+        if is_away:
+            _offload(model.get_submodule(names[0]), names[0], vars(layer)[HOOK])
+
+
+def _replace(model: nn.Module, names: Sequence[str], layer: PackedLayer) -> None:
+    """Replace a packed layer whose tensors are in memory."""
+    old, view = layer.held
+    if layer.weight.is_floating_point():  # as early releases say which layers to keep so
+        old.to(layer.weight.dtype)
+    old.train(layer.training).bias = layer.bias
+    if HOOK in vars(layer):
+        vars(old)[HOOK] = hook_in_memory(vars(layer)[HOOK])
+    products = layer.products(f"{names[0]}.weight")
+    layer.weight = None  # type: ignore[assignment]
+    if view is not None and len(products) == len(view.matrices()):
+        replace(model, names, view, products, copy=False)
+    else:  # computed in another way than by one product
+        weight = torch.from_numpy(products[0].toarray()).reshape(old.weight.shape)
+        old.weight = nn.Parameter(weight.to(old.weight.dtype))
+        for name in names:
+            model.set_submodule(name, old)
+
+
+def _offload(layer: nn.Module, name: str, hook: Any) -> None:
+    """Offload the factors of a layer to where its packed tensor was, on the host or on a disk."""
+    from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
+    from accelerate.utils import OffloadedWeightsLoader, offload_state_dict
+
+    held = getattr(hook.weights_map, "dataset", hook.weights_map)
+    folder, place = getattr(held, "save_folder", None), hook.execution_device
+    values: Any = {key: tensor.cpu() for key, tensor in layer.state_dict().items()}
+    if folder is not None and f"{name}.weight" not in getattr(held, "state_dict", {}):
+        own = Path(folder) / f"{name}.factors"
+        offload_state_dict(str(own), values)
+        values = OffloadedWeightsLoader(save_folder=str(own))
+    remove_hook_from_module(layer)  # which only moves inputs, as its successor does
+    attach_align_device_hook(layer, execution_device=place, offload=True, weights_map=values)
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[list[str], PackedLayer]]:

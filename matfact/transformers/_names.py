@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 _WEIGHT = ".weight"
 
@@ -40,6 +40,16 @@ def layers(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found | {
         n.removesuffix(_WEIGHT): there.removesuffix(_WEIGHT) for n, there in own.items()
     }
+
+
+def keep_own(model: Any, names: Iterable[str]) -> None:
+    """Let files name tensors as `model` does, if they would join layers in `names` with others."""
+    mapping = getattr(model, "_weight_conversions", None)
+    mapping = get_model_conversion_mapping(model) if mapping is None else mapping
+    joining = [e.reverse_transform() for e in mapping if isinstance(e, WeightConverter)]
+    weights = [f"{name}{_WEIGHT}" for name in names]
+    if any(e.rename_source_key(weight)[1] is not None for e in joining for weight in weights):
+        model._weight_conversions = []
 
 
 def keep_precision(model: Any) -> None:

@@ -85,16 +85,14 @@ class MatfactQuantizer(HfQuantizer):
         widths = {name: list(map(list, shapes)) for name, shapes in narrowed_tensors(model).items()}
         config = MatfactConfig(layers=layers, narrowed=widths)
         self.quantization_config = model.config.quantization_config = config
-        if not getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved
-            _saving.check_reloads(model, state, self._rebuilt(model, config))
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else only adapters are saved
+            _names.keep_own(model, layers)
+            own = copy.deepcopy(model.config)
+            rebuilt = built(lambda: type(model)(own))
+            _saving.check_refused(rebuilt, layers)
+            MatfactQuantizer(config)._process_model_before_weight_loading(rebuilt)
+            _saving.check_reloads(model, state, rebuilt)
         return state, {}
-
-    def _rebuilt(self, model: Any, config: MatfactConfig) -> nn.Module:
-        """Return what ``from_pretrained`` will build, on the meta device."""
-        own = copy.deepcopy(model.config)
-        fresh = built(lambda: type(model)(own))
-        MatfactQuantizer(config)._process_model_before_weight_loading(fresh)
-        return fresh
 
 
 def attach(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,20 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inside.append(joined(name, held_in(layer)))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(inside))}
     return state | content, layers
+
+
+def check_refused(dense: nn.Module, layers: Collection[str]) -> None:
+    """Raise ``ValueError`` if programs without matfact would load random weights.
+
+    They refuse a tensor of another shape than in the `dense` network of the architecture.
+    """
+    names = dense.state_dict().keys()
+    if layers and not any(joined(layer, "weight") in names for layer in layers):
+        raise ValueError(
+            f"model must have a factorized layer with a weight of its own, else programs without "
+            f"matfact would load random weights, but all compute theirs: {min(layers)!r}. Use "
+            "save_network."
+        )
 
 
 def check_reloads(model: nn.Module, state: Mapping[str, Tensor], rebuilt: nn.Module) -> None:

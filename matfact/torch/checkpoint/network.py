@@ -109,11 +109,11 @@ def factorized_layers(
 ) -> Iterator[tuple[str, FactorizedLinear | FactorizedConv, list[FactorProduct]]]:
     """Yield the factorized layers of a network: first name, layer, and a product per group."""
     for (name, *_), layer in distinct_layers(model):
-        if isinstance(layer, FactorizedLinear):
-            yield name, layer, [stored_product(layer.chain)]
-        elif isinstance(layer, FactorizedConv):
-            kernels = cast(list[FactorizedLinear], list(layer.kernels))
-            yield name, layer, [stored_product(kernel.chain) for kernel in kernels]
+        if isinstance(layer, (FactorizedLinear, FactorizedConv)):
+            kernels = [layer] if isinstance(layer, FactorizedLinear) else list(layer.kernels)
+            with fetched(layer):
+                chains = [kernel.chain for kernel in cast(list[FactorizedLinear], kernels)]
+                yield name, layer, [stored_product(chain) for chain in chains]
 
 
 def held_in(layer: FactorizedLinear | FactorizedConv) -> str:
