@@ -16,14 +16,16 @@ from sklearn.base import clone
 
 import matfact
 from matfact import metrics
-from matfact._layers import NOT_FINITE, matrix_shape
+from matfact._layers import NOT_FINITE, Kept, matrix_shape
 from matfact._parallel import results
 from matfact._safetensors import from_bfloat16, to_bfloat16
 from matfact._safetensors_file import TensorLocation
 from matfact._threads import single_threaded
 from matfact.checkpoint._journal import Journal
 from matfact.checkpoint._manifest import Manifest, Shard, StoredTensor
+from matfact.checkpoint._packed import wrapped
 from matfact.checkpoint._reader import Checkpoint
+from matfact.checkpoint._repository import CONFIG, Repository
 from matfact.checkpoint._shards import shard_name, write_plain, write_shard
 from matfact.checkpoint._source import Source
 from matfact.factorizers import BaseFactorizer
@@ -58,7 +60,9 @@ def compress(
     ----------
     source : str or Path
         A ``.safetensors`` file, an index of several, or a folder with either. If a folder has both,
-        ``model.safetensors`` is read.
+        ``model.safetensors`` is read. A repository of `transformers`, a folder that also has a
+        ``config.json``, becomes one that ``from_pretrained`` reads after ``import
+        matfact.transformers``, with the same tokenizer and configurations.
     folder : str or Path
         A new or empty folder for the checkpoint, or one with interrupted work to resume.
     factorizer : BaseFactorizer
@@ -93,19 +97,26 @@ def compress(
     UnreadIndexWarning
         If `source` holds ``model.safetensors`` and an index of other files.
     """
-    weights = Source(source)
-    names, notes = _chosen(weights, layers)
+    weights, repository = Source(source), Repository.at(source)
+    names, notes = _chosen(weights, layers, repository)
     factorizer = _seeded(factorizer)
     output = Path(folder).absolute()  # workers may be elsewhere
     with Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
-        settings = _settings(weights, factorizer, layers)
+        settings = _settings(weights, factorizer, layers, repository)
         journal.take_up(settings)
         if not journal.is_complete:
             tasks = [
-                _Task(_place(weights, name), factorizer, output / shard_name(i))
+                _Task(
+                    _place(weights, name),
+                    factorizer,
+                    output / shard_name(i),
+                    is_wrapped=repository is not None,
+                )
                 for i, name in enumerate(names, start=1)
             ]
             shards = _run(weights, tasks, notes, journal, n_jobs, progress)
+            if repository is not None:
+                repository.complete(Path(folder), shards)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))
     return Checkpoint(folder)
 
@@ -117,6 +128,7 @@ class _Task:
     tensor: TensorLocation
     factorizer: BaseFactorizer
     path: Path
+    is_wrapped: bool = False  #: in a tensor of bytes, as repositories hold them
 
 
 def _place(weights: Source, name: str) -> TensorLocation:
@@ -125,9 +137,18 @@ def _place(weights: Source, name: str) -> TensorLocation:
     return file.location(name)._replace(path=file.path.absolute(), sha256=file.digest(name))
 
 
-def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
+def _chosen(
+    weights: Source, layers: str | None, repository: Repository | None
+) -> tuple[list[str], dict[str, str]]:
     """Return the names of the layers to factorize, and why other tensors are kept."""
     kept = weights.kept
+    if repository is not None:
+        kept = kept | {
+            name: Kept(reason)
+            for name in weights.specs
+            if (name not in kept or kept[name].is_guess)
+            and (reason := repository.reason_to_keep(name, name in kept))
+        }
     asked = list(weights.specs) if layers is None else _found(layers, weights)
     chosen = [n for n in asked if n not in kept or (kept[n].is_guess and layers is not None)]
     notes = {name: why.reason for name, why in kept.items()}
@@ -169,8 +190,14 @@ def _seeded(factorizer: BaseFactorizer) -> BaseFactorizer:
     return copy
 
 
-def _settings(weights: Source, factorizer: BaseFactorizer, layers: str | None) -> dict[str, Any]:
+def _settings(
+    weights: Source,
+    factorizer: BaseFactorizer,
+    layers: str | None,
+    repository: Repository | None,
+) -> dict[str, Any]:
     """Return everything the result depends on."""
+    config = {} if repository is None else {CONFIG: repository.sha256}
     parameters = factorizer.get_params(deep=False)
     plain = (str, int, float, bool, type(None))
     return {
@@ -180,7 +207,7 @@ def _settings(weights: Source, factorizer: BaseFactorizer, layers: str | None) -
             k: v if isinstance(v, plain) else repr(v) for k, v in sorted(parameters.items())
         },
         "layers": layers,
-        "source": weights.digests(),
+        "source": weights.digests() | config,
     }
 
 
@@ -243,7 +270,7 @@ def _factorize(task: _Task) -> Shard:
         return _kept(task, "its factors would take more bytes")
     method = type(factorizer).__name__
     tensor = StoredTensor(name, spec, kinds, method, product.density, error_of_stored)
-    return write_shard(task.path, content, [tensor])
+    return write_shard(task.path, wrapped(content, name) if task.is_wrapped else content, [tensor])
 
 
 def _kept(task: _Task, reason: str) -> Shard:

@@ -17,6 +17,7 @@ from matfact import backend, metrics
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection, quadratic
+from matfact.torch._attached import attached
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.layers._matricized import as_array
 from matfact.torch.layers._narrowed import remember
@@ -185,7 +186,7 @@ def prune_neurons(
         restore()
         raise
     remember(model, dense)
-    return NeuronPruning(model, pruned)
+    return NeuronPruning(attached(model), pruned)
 
 
 def _prune(
