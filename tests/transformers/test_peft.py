@@ -23,7 +23,7 @@ from matfact.torch import (  # noqa: E402
 )
 from matfact.torch.layers._factors import FactorModule  # noqa: E402
 from matfact.torch.layers.linear import FactorizedLinear  # noqa: E402
-from matfact.transformers._peft import lora_config  # noqa: E402
+from matfact.transformers import lora_config  # noqa: E402
 from tests.transformers.networks import NAMES, compressed, dense, inputs, logits  # noqa: E402
 
 LAYERS = {

@@ -44,11 +44,17 @@ def fetched(*modules: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             for each in module.modules():
-                if is_offloaded(each):
+                if is_offloaded(each) and _is_away(each):
                     from accelerate.utils import align_module_device
 
                     stack.enter_context(align_module_device(each))
         yield
+
+
+def _is_away(module: nn.Module) -> bool:
+    """Whether a tensor of an offloaded `module` is not fetched yet."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.is_meta for tensor in own)
 
 
 def shared_maps(model: nn.Module) -> dict[int, Any]:
