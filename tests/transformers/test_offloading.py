@@ -60,8 +60,12 @@ def test_compressed_networks_run(name, offloaded, tmp_path):
     assert all(model.get_parameter(name).is_meta for name in absent)  # and stay where they are
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("calibrated", [False, True])
+LATER = [pytest.param(name, True, marks=pytest.mark.slow) for name in NAMES if name != "qwen3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "calibrated"), [*((name, False) for name in NAMES), ("qwen3", True), *LATER]
+)
 def test_offloaded_networks_are_compressed_to_the_same_values(name, calibrated, tmp_path):
     batches = [inputs(name, seed) for seed in range(3)] if calibrated else None
     settings = {"density": 0.5, "calibration": batches}

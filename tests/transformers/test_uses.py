@@ -112,7 +112,7 @@ def test_half_precision(name, dtype):
     assert 0 < error < 40 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("name", few("llama"))
+@pytest.mark.parametrize("name", few("qwen3"))
 def test_compiled_networks_answer_the_same(name):
     model, batch = compressed(name), inputs(name)
     expected = logits(model, batch)
@@ -213,6 +213,7 @@ def exported(model, folder, args=(), **batch):
     return torch.from_numpy(session.run(None, given)[0]), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "double_binary"])
 def test_exported_graphs_of_codes_and_signs(method, tmp_path):
     torch.manual_seed(0)
