@@ -208,6 +208,33 @@ class SafetensorsFile:
                 f"path must name an intact safetensors file, but {self.path} is damaged: {error}"
             ) from None
 
+    @classmethod
+    def of_bytes(cls, content: np.ndarray, name: str) -> SafetensorsFile:
+        """Open the bytes of a file that lies in memory, called `name` in errors.
+
+        Raises
+        ------
+        ValueError
+            If they are no intact file.
+        """
+        file = cls.__new__(cls)
+        file.path, file._content, file._digests = Path(name), content, {}
+        file._state = FileState(content.size, 0)
+        left = content.data
+
+        def read(n: int) -> bytes:
+            nonlocal left
+            piece, left = bytes(left[:n]), left[n:]
+            return piece
+
+        try:
+            head = read_head(read, content.size)
+            file._start, file._head = len(head), hashlib.sha256(head).digest()
+            file.specs, file.metadata = parse_header(str(head[8:], "utf-8"), len(left))
+        except ValueError as error:
+            raise ValueError(f"{name} must hold a safetensors file: {error}.") from None
+        return file
+
     @property
     def nbytes(self) -> int:
         """Size of the file."""

@@ -24,10 +24,12 @@ FLOORS = (
     {"factorizers", "transforms"},
     {"allocation", "checkpoint", "compare"},
     {"torch._warnings", "torch.running"},
+    {"torch._attached"},
     {"torch.layers"},
     {"torch.calibration", "torch.pruning", "torch.training"},
     {"torch.checkpoint", "torch.compression", "torch.neurons", "torch.sensitivity"},
     {"torch.tensor_decomposition"},
+    {"transformers"},
     {"cli"},
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}

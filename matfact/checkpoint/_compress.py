@@ -12,12 +12,14 @@ import numpy as np
 from sklearn.base import clone
 
 from matfact import metrics
-from matfact._layers import NOT_FINITE, matrix_shape
+from matfact._layers import NOT_FINITE, Kept, matrix_shape
 from matfact._safetensors import from_bfloat16, to_bfloat16
 from matfact._safetensors_file import Located
 from matfact._threads import single_threaded
 from matfact.checkpoint._manifest import Shard, StoredTensor
+from matfact.checkpoint._packed import wrapped
 from matfact.checkpoint._reader import Checkpoint
+from matfact.checkpoint._repository import Repository
 from matfact.checkpoint._shards import write_shard
 from matfact.checkpoint._source import Source
 from matfact.checkpoint._writing import Progress, write_kept, write_network
@@ -53,7 +55,10 @@ def compress(
         A ``.safetensors`` file, an index of several, or a folder with either. If a folder has both,
         ``model.safetensors`` is read. Weights in the formats ``sparse-bitmask`` and
         ``sparse-24-bitmask`` of compressed-tensors are read as dense ones. Or a ``.gguf`` file,
-        whose quantized tensors are read as float32 (needs the extra ``gguf``).
+        whose quantized tensors are read as float32 (needs the extra ``gguf``). A repository of
+        `transformers`, a folder that also has a ``config.json``, becomes one that
+        ``from_pretrained`` reads after ``import matfact.transformers``, with the same tokenizer and
+        configurations.
     folder : str or Path
         A new or empty folder for the checkpoint, or one with interrupted work to resume.
     factorizer : BaseFactorizer
@@ -96,21 +101,32 @@ def compress(
     UnreadIndexWarning
         If `source` holds ``model.safetensors`` and an index of other files.
     """
-    weights = Source(source)
-    names, notes = _chosen(weights, layers)
+    weights, repository = Source(source), Repository.at(source)
+    names, notes = _chosen(weights, layers, repository)
     factorizer = _seeded(factorizer)
     if bits is not None:
         check_bits(bits)
-    fit = functools.partial(_factorize, factorizer=factorizer, bits=bits)
-    settings = _settings(factorizer, layers, bits)
-    return write_network(
-        weights, folder, names, notes, settings, fit, n_jobs, progress, work=factorizer.fit_work
+    fit = functools.partial(
+        _factorize, factorizer=factorizer, bits=bits, is_wrapped=repository is not None
     )
+    return write_network(
+        weights, folder, names, notes, _settings(factorizer, layers, bits), fit, n_jobs, progress,
+        work=factorizer.fit_work, repository=repository,
+    )  # fmt: skip
 
 
-def _chosen(weights: Source, layers: str | None) -> tuple[list[str], dict[str, str]]:
+def _chosen(
+    weights: Source, layers: str | None, repository: Repository | None
+) -> tuple[list[str], dict[str, str]]:
     """Return the names of the layers to factorize, and why other tensors are kept."""
     kept = weights.kept
+    if repository is not None:
+        kept = kept | {
+            name: Kept(reason)
+            for name in weights.specs
+            if (name not in kept or kept[name].is_guess)
+            and (reason := repository.reason_to_keep(name, name in kept))
+        }
     asked = list(weights.specs) if layers is None else _found(layers, weights)
     chosen = [n for n in asked if n not in kept or (kept[n].is_guess and layers is not None)]
     notes = {name: why.reason for name, why in kept.items()}
@@ -167,7 +183,7 @@ def _settings(factorizer: BaseFactorizer, layers: str | None, bits: float | None
 
 
 def _factorize(
-    tensor: Located, path: Path, factorizer: BaseFactorizer, bits: float | None
+    tensor: Located, path: Path, factorizer: BaseFactorizer, bits: float | None, is_wrapped: bool
 ) -> Shard:
     """Write the factors of a layer, or the layer itself if it is smaller."""
     name, spec = tensor.name, tensor.spec
@@ -195,7 +211,7 @@ def _factorize(
     if sum(map(len, content)) >= spec.nbytes:
         return write_kept(tensor, path, "its factors would take more bytes")
     held = StoredTensor(name, spec, kinds, name_of(factorizer), product.density, error_of_stored)
-    return write_shard(path, content, [held])
+    return write_shard(path, wrapped(content, name) if is_wrapped else content, [held])
 
 
 def _rounded(product: FactorProduct) -> FactorProduct:

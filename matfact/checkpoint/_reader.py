@@ -13,6 +13,7 @@ import numpy as np
 from matfact._layers import LayerReport, is_floating_matrix, is_weight_name, layer_of, matrix_shape
 from matfact._safetensors_file import SafetensorsFile
 from matfact.checkpoint._manifest import MANIFEST, REPORT, Manifest, Shard, StoredTensor
+from matfact.checkpoint._packed import inner
 from matfact.checkpoint._shards import check_shard
 from matfact.operators import FactorProduct, _storage
 from matfact.report import CompressionReport
@@ -149,7 +150,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         tensor, shard = self.tensors[name], self._shards[name]
         file = self._ahead(shard) or self._read(shard)
         self._held.pop(shard.file, None)
-        product = FactorProduct(_storage.load(file))
+        product = FactorProduct(_storage.load(inner(file, name)))
         if len(tensor.spec.shape) < 2 or product.shape != matrix_shape(tensor.spec.shape):
             raise ValueError(
                 f"{file.path} must hold factors of a tensor of shape {tensor.spec.shape}, but "

@@ -19,6 +19,7 @@ from matfact._safetensors_file import Located
 from matfact.checkpoint._journal import Journal
 from matfact.checkpoint._manifest import Manifest, Shard
 from matfact.checkpoint._reader import Checkpoint
+from matfact.checkpoint._repository import CONFIG, Repository
 from matfact.checkpoint._shards import shard_name, write_plain
 from matfact.checkpoint._source import Source
 
@@ -54,6 +55,7 @@ def write_network(
     n_jobs: int | None,
     progress: Progress,
     work: Callable[[int, int], float] = operator.mul,
+    repository: Repository | None = None,
 ) -> Checkpoint:
     """Write a checkpoint, or take up the interrupted writing of one.
 
@@ -77,12 +79,15 @@ def write_network(
         Whether to show a bar, or a function called whenever a file is complete.
     work : callable
         Returns a number in proportion to the FLOPs of writing a matrix of so many rows and columns.
+    repository : Repository, optional
+        Of which the folder becomes a compressed copy.
     """
     bar = Bar(progress)
     output = Path(folder).absolute()  # workers may be elsewhere
     with bar, Journal(Path(folder)) as journal:  # before hashing the weights, which is slow
         generator = {"generator": f"matfact {matfact.__version__}"}
-        settings = generator | dict(settings) | {"source": weights.digests()}
+        config = {} if repository is None else {CONFIG: repository.sha256}
+        settings = generator | dict(settings) | {"source": weights.digests() | config}
         journal.take_up(settings)
         if not journal.is_complete:
             tasks = [
@@ -90,6 +95,8 @@ def write_network(
                 for i, name in enumerate(names, start=1)
             ]
             shards = _run(weights, tasks, notes, write, journal, n_jobs, bar)
+            if repository is not None:
+                repository.complete(Path(folder), shards)
             journal.complete(Manifest(tuple(shards), settings, weights.metadata))
     return Checkpoint(folder)
 

@@ -314,5 +314,7 @@ _DECODERS: dict[str, Callable[[tuple[int, int], np.ndarray, Tensors], Factor]] =
     "selection": _decode_selection,
     "sign": _decode_sign,
 }
+#: Names of all storages.
+STORAGES = tuple(_DECODERS)
 #: Storages whose values may be quantized.
 _PATTERNS = _DECODERS.keys() - {"selection", "sign"}

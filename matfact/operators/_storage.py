@@ -14,6 +14,7 @@ from matfact._safetensors_file import SafetensorsFile
 from matfact.operators._encoding import decode, encode
 from matfact.operators._factor import Factor
 
+FORMAT = "matfact"
 #: What is written; earlier versions are read.
 FORMAT_VERSION = 2
 
@@ -31,12 +32,12 @@ def pack(
     ``dtype="BF16"`` rounds real values to bfloat16; by default dtypes are kept.
     """
     entries, tensors = encode(factors, dtype)
-    manifest = {"format": "matfact", "version": FORMAT_VERSION, "factors": entries}
+    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "factors": entries}
     specs = in_aligned_order({name: spec for name, (spec, _) in tensors.items()})
     content = (tensors[name][1] for name in specs)
     text = json.dumps(manifest, separators=(",", ":"))
     kinds = tuple(_storage_name(entry) for entry in entries)
-    return kinds, serialize(specs, content, {"matfact": text})
+    return kinds, serialize(specs, content, {FORMAT: text})
 
 
 def _storage_name(entry: dict[str, Any]) -> str:
@@ -53,18 +54,7 @@ def load(file: SafetensorsFile) -> list[Factor]:
     ValueError
         If the file is damaged or not a matfact file.
     """
-    path = file.path
-    try:
-        manifest = parse_json(file.metadata.get("matfact", "{}").encode())
-    except ValueError:
-        manifest = {}
-    if not is_version(manifest, "matfact", FORMAT_VERSION):
-        raise ValueError(
-            f"path must name a matfact file of version 1 to {FORMAT_VERSION}, got {path}."
-        )
-    entries = manifest.get("factors")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"path must name a complete matfact file, but {path} lists no factors.")
+    path, entries = file.path, factor_entries(file)
     try:
         factors = decode(entries, {name: file.read(name) for name in file.specs})
         _check_inner_sides(factors, file.nbytes)
@@ -73,6 +63,23 @@ def load(file: SafetensorsFile) -> list[Factor]:
         raise ValueError(
             f"path must name an intact matfact file, but in {path} {error}."
         ) from error
+
+
+def factor_entries(file: SafetensorsFile) -> list[dict[str, Any]]:
+    """Return the description of each factor in a file, or raise ``ValueError``."""
+    path = file.path
+    try:
+        manifest = parse_json(file.metadata.get(FORMAT, "{}").encode())
+    except ValueError:
+        manifest = {}
+    if not is_version(manifest, FORMAT, FORMAT_VERSION):
+        raise ValueError(
+            f"path must name a matfact file of version 1 to {FORMAT_VERSION}, got {path}."
+        )
+    entries = manifest.get("factors")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"path must name a complete matfact file, but {path} lists no factors.")
+    return entries
 
 
 def _check_inner_sides(factors: Sequence[Factor], nbytes: int) -> None:

@@ -13,6 +13,7 @@ from matfact._layers import matrix_shape
 from matfact.checkpoint import Checkpoint, save
 from matfact.operators import FactorProduct
 from matfact.report import CompressionReport
+from matfact.torch._attached import attached
 from matfact.torch.checkpoint._building import built, without_assigned
 from matfact.torch.checkpoint._masked import joined, mask_names, masked_tensors, stored_product
 from matfact.torch.checkpoint._state import (
@@ -33,6 +34,7 @@ from matfact.torch.layers._matricized import (
 from matfact.torch.layers._narrowed import narrowed, narrowed_tensors, parsed
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._offloaded import fetched
 from matfact.torch.running._tensors import outside_inference_mode
 
 #: Setting of checkpoints with all products in the layout (out, in).
@@ -64,22 +66,35 @@ def save_network(
     ------
     FileExistsError
         If `path` exists and is not an empty folder.
+    ValueError
+        If a tensor is on the meta device and not offloaded by accelerate.
     """
+    with fetched(model):
+        _save(model, path, report, settings)
+
+
+def _save(
+    model: nn.Module,
+    path: str | Path,
+    report: CompressionReport | None,
+    settings: Mapping[str, Any] | None,
+) -> None:
+    """Save a network with its tensors in memory."""
+    absent = next((name for name, each in model.state_dict().items() if each.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"model must hold its values, but {absent!r} is on the meta device: never loaded."
+        )
     content: dict[str, FactorProduct | Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     inside: list[str] = []
-    for (name, *_), layer in distinct_layers(model):
-        if isinstance(layer, FactorizedLinear):
-            content[joined(name, "weight")] = stored_product(layer.chain)
-            inside.append(joined(name, "factors."))
-        elif isinstance(layer, FactorizedConv):
-            names = _kernel_names(name, layer.groups)
-            products = [stored_product(kernel.chain) for kernel in _linears(layer)]
-            content |= dict(zip(names, products, strict=True))
-            inside.append(joined(name, "kernels."))
-            if layer.groups == 1:
-                kernel = (layer.in_channels, *map(int, layer.kernel_size))
-                shapes[names[0]] = (layer.out_channels, *kernel)
+    for name, layer, products in factorized_layers(model):
+        keys = _kernel_names(name, getattr(layer, "groups", 1))
+        content |= dict(zip(keys, products, strict=True))
+        inside.append(joined(name, held_in(layer)))
+        if isinstance(layer, FactorizedConv) and layer.groups == 1:
+            kernel = (layer.in_channels, *map(int, layer.kernel_size))
+            shapes[keys[0]] = (layer.out_channels, *kernel)
     for name, masked in masked_tensors(model).items():
         content[name], shapes[name] = masked
     content |= _unshared(model, tuple(inside), mask_names(model))
@@ -87,6 +102,23 @@ def save_network(
     narrowing = {"narrowed": record} if record else {}
     known = dict(settings or {}) | _BY_LAYER | narrowing
     save(path, content, shapes=shapes, report=report, settings=known)
+
+
+def factorized_layers(
+    model: nn.Module,
+) -> Iterator[tuple[str, FactorizedLinear | FactorizedConv, list[FactorProduct]]]:
+    """Yield the factorized layers of a network: first name, layer, and a product per group."""
+    for (name, *_), layer in distinct_layers(model):
+        if isinstance(layer, (FactorizedLinear, FactorizedConv)):
+            kernels = [layer] if isinstance(layer, FactorizedLinear) else list(layer.kernels)
+            with fetched(layer):
+                chains = [kernel.chain for kernel in cast(list[FactorizedLinear], kernels)]
+                yield name, layer, [stored_product(chain) for chain in chains]
+
+
+def held_in(layer: FactorizedLinear | FactorizedConv) -> str:
+    """Return what the names of the factors in a layer begin with."""
+    return "factors." if isinstance(layer, FactorizedLinear) else "kernels."
 
 
 @outside_inference_mode
@@ -128,7 +160,7 @@ def load_network(
         model = model if isinstance(model, nn.Module) else built(model)
         with narrowed(model, parsed(network.settings.get("narrowed"))):
             _load(model, network, strict)
-    return model
+    return attached(model)
 
 
 def _load(model: nn.Module, network: Checkpoint, strict: bool) -> None:
@@ -210,10 +242,6 @@ def _kernel_names(name: str, groups: int) -> list[str]:
     if groups == 1:
         return [joined(name, "weight")]
     return [joined(name, f"kernels.{i}.weight") for i in range(groups)]
-
-
-def _linears(conv: FactorizedConv) -> list[FactorizedLinear]:
-    return cast(list[FactorizedLinear], list(conv.kernels))
 
 
 def _unshared(

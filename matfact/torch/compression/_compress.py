@@ -18,6 +18,7 @@ from matfact._progress import Bar, Step
 from matfact.backend import Array
 from matfact.factorizers import BaseFactorizer
 from matfact.report import CompressionReport, LayerReport
+from matfact.torch._attached import attached
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.batchnorm import reestimate_batch_norm
@@ -201,7 +202,7 @@ def compress(
                 n_layers = reestimate_batch_norm(model, given.batches)
                 metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
     model = model.get_submodule("0") if is_layer else model
-    return Compressed(model, CompressionReport(rows.values(), metadata))
+    return Compressed(attached(model), CompressionReport(rows.values(), metadata))
 
 
 def _check(budget: Any, density: Any, keep: Any, value_bits: Any) -> None:

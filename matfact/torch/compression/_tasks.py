@@ -38,6 +38,7 @@ from matfact.torch.layers._matricized import (
     matricized,
 )
 from matfact.torch.layers._weights import is_finite, place, tied_places
+from matfact.torch.running._offloaded import fetched
 from matfact.torch.running._traces import OF_ALL_MODULES
 
 #: Message of layers that are kept on request.
@@ -232,14 +233,17 @@ def _check_values(task: Task) -> None:
     """Raise ``ValueError`` for weights not in memory, and keep layers with non-finite weights."""
     if task.view is None or task.factorizer is None:
         return
-    weight, name = task.view.weight, task.names[0]
-    if weight.is_meta:
-        raise ValueError(
-            f"model must have the weights to compress in memory, but the weight of {name!r} is on "
-            "the meta device: never loaded, or offloaded. Load it, or exclude the layer with "
-            "layers or overrides."
-        )
-    if not is_finite(weight):
+    name = task.names[0]
+    with fetched(task.view.layer):
+        weight = task.view.weight
+        if weight.is_meta:
+            raise ValueError(
+                f"model must have the weights to compress in memory, or offloaded by accelerate, "
+                f"but the weight of {name!r} is on the meta device: never loaded. Load it, or "
+                "exclude the layer with layers or overrides."
+            )
+        has_numbers = is_finite(weight)
+    if not has_numbers:
         task.keep(NOT_FINITE)
         warnings.warn(f"{name} is kept: {task.message}.", CompressionWarning, stacklevel=5)
 

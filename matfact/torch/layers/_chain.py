@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from matfact.torch.layers._factors import (
     SparseFactorModule,
     on_columns,
 )
+from matfact.torch.running._offloaded import fetched
 
 _WIDTH = 32  #: maximum width of merged blocks; at most the number of samples
 
@@ -72,9 +73,9 @@ def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
     factors = list(chain)
     while factors:
         factor = factors.pop()
-        if isinstance(factor, KroneckerFactorModule):
+        if _is_kronecker_on(factor, x):
             blocks: Tensor = factor.values
-            while factors and isinstance(factors[-1], KroneckerFactorModule):
+            while factors and _is_kronecker_on(factors[-1], x):
                 wider = _joined(factors[-1].values, blocks, width)
                 if wider is None:
                     break
@@ -87,6 +88,14 @@ def apply_factors(chain: Sequence[FactorModule], x: Tensor) -> Tensor:
             are_columns = False
     samples = samples.T if are_columns else samples
     return samples.reshape(*x.shape[:-1], samples.shape[1])
+
+
+def _is_kronecker_on(factor: FactorModule, x: Tensor) -> TypeGuard[KroneckerFactorModule]:
+    """Whether `factor` has Kronecker-sparse values on the device of `x`.
+
+    Values elsewhere are offloaded, and only fetched by hooks when the factor is called.
+    """
+    return isinstance(factor, KroneckerFactorModule) and factor.values.device == x.device
 
 
 def _joined(left: Tensor, right: Tensor, width: int) -> Tensor | None:
@@ -118,9 +127,14 @@ def _outer(left: Tensor, right: Tensor) -> Tensor | None:
 
 def dense_product(chain: Sequence[FactorModule]) -> Tensor:
     """Return the product of factors as a differentiable matrix."""
+    with fetched(*chain):
+        return _dense_product(chain)
+
+
+def _dense_product(chain: Sequence[FactorModule]) -> Tensor:
     *left, last = chain
     if left and isinstance(last, SelectionFactorModule):
-        return dense_product(left) @ last.dense()
+        return _dense_product(left) @ last.dense()
     if isinstance(last, KroneckerFactorModule):
         factor = KroneckerSparseFactor(last.values)
         # Much less work than applying the factors to unit vectors.

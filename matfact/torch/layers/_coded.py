@@ -76,7 +76,7 @@ class _Quantized(FactorModule):
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """The values, as a differentiable function of the scales."""
-        scales = self.scales.repeat_interleave(self.lengths, output_size=self.codes.numel())
+        scales = _repeated(self.scales, self.lengths, self.codes.numel())
         return (self.codes.to(scales.dtype) / self.unit) * scales.reshape(self.codes.shape)
 
     def _load_from_state_dict(
@@ -114,6 +114,16 @@ class _Quantized(FactorModule):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()} of {self.bits} bits"
+
+
+def _repeated(scales: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """Return each scale as often as its group is long, `size` numbers in all."""
+    if not torch.compiler.is_compiling():
+        return scales.repeat_interleave(lengths, output_size=size)
+    # Slower outside of compiled graphs, but ONNX has no such operation.
+    ends = lengths.cumsum(0)[:-1]
+    steps = lengths.new_zeros(size + 1).scatter_add(0, ends, torch.ones_like(ends))
+    return scales[steps[:size].cumsum(0)]
 
 
 class QuantizedDenseModule(_Quantized, DenseFactorModule):
@@ -157,9 +167,10 @@ class SignFactorModule(FactorModule):
         return self.rows * self.columns
 
     def dense(self) -> Tensor:
-        places = torch.arange(7, -1, -1, device=self.signs.device)
+        # Without shifts and masks of bits, which ONNX lacks.
+        powers = 2 ** torch.arange(7, -1, -1, device=self.signs.device)
         numbers = torch.arange(256, device=self.signs.device)
-        table = (2 * ((numbers[:, None] >> places) & 1) - 1).to(self.values.dtype)
+        table = (2 * (numbers[:, None] // powers % 2) - 1).to(self.values.dtype)
         signs = functional.embedding(self.signs.int(), table)  # eight for each byte
         return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
 

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.layers._weights import effective, is_computing, is_frozen
+from matfact.torch.running._offloaded import HOOK, hook_in_memory, shared_maps
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of `model`, including tensors that hooks have computed."""
-    memo: dict[int, Any] = {
+    """Return a deep copy of `model`, including tensors that hooks have computed.
+
+    Offloaded tensors are not copied.
+    """
+    memo: dict[int, Any] = shared_maps(model) | {
         id(value): value.detach().clone()  # torch cannot copy non-leaf tensors
         for module in model.modules()
         for value in vars(module).values()
@@ -26,6 +30,7 @@ def copied(model: nn.Module) -> nn.Module:
 def inherit(new: Any, old: Any, name: str) -> None:
     """Give `new` the dtype, device, mode, hooks, bias and frozen parameters of `old`.
 
+    Its tensors stay in memory even if those of `old` are offloaded; they must be fetched by now.
     Warn, with the layer's `name`, if something cannot be transferred.
     """
     weight, bias = effective(old, "weight"), effective(old, "bias")
@@ -36,16 +41,16 @@ def inherit(new: Any, old: Any, name: str) -> None:
     for own, parameter in new.named_parameters():
         parameter.requires_grad_(not is_frozen(old, "bias" if own == "bias" else "weight"))
     move_hooks(new, old, name)
-    if "_hf_hook" in vars(old):  # it only moves inputs, else the layer would have been rejected
+    if HOOK in vars(old):  # it only moves inputs, else the layer would have been rejected
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(new, old._hf_hook)
+        add_hook_to_module(new, hook_in_memory(old._hf_hook))
 
 
 def is_moved_by_accelerate(layer: nn.Module) -> bool:
-    """Whether accelerate has replaced ``forward`` only to move its inputs."""
+    """Whether accelerate has replaced ``forward`` only to move its inputs and fetch its weight."""
     held = vars(layer)
-    kind, own = type(held.get("_hf_hook")), held.get("_old_forward")
+    kind, own = type(held.get(HOOK)), held.get("_old_forward")
     return (
         (kind.__module__, kind.__name__) == ("accelerate.hooks", "AlignDevicesHook")
         and getattr(own, "__func__", None) is type(layer).forward

@@ -18,6 +18,7 @@ from matfact.torch.layers._inherit import inherit, is_moved_by_accelerate
 from matfact.torch.layers._weights import effective, others
 from matfact.torch.layers.conv import FactorizedConv, pad, unfold
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._offloaded import fetched
 
 
 class Matricized(ABC):
@@ -37,7 +38,7 @@ class Matricized(ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight used by the layer."""
+        """The weight used by the layer, on the meta device if it is offloaded."""
         weight: Tensor = effective(self.layer, "weight")
         return weight.detach()
 
@@ -55,7 +56,8 @@ class Matricized(ABC):
 
     def arrays(self) -> list[Array]:
         """Return the matrices for the solvers: NumPy arrays on the CPU, else tensors."""
-        return [as_array(matrix) for matrix in self.matrices()]
+        with fetched(self.layer):
+            return [as_array(matrix) for matrix in self.matrices()]
 
 
 class MatricizedLinear(Matricized):
@@ -264,8 +266,9 @@ def replace(
     `shifts`, one per product or none, are added to its bias. Values are copied, or shared with the
     products. The new layer inherits all other properties.
     """
-    new: Any = view.replacement(products, copy)
-    inherit(new, view.layer, names[0])
+    with fetched(view.layer):
+        new: Any = view.replacement(products, copy)
+        inherit(new, view.layer, names[0])
     if shifts:
         with torch.no_grad():
             new.bias += torch.cat([torch.as_tensor(shift) for shift in shifts]).to(new.bias)

@@ -82,7 +82,21 @@ def tied_places(model: nn.Module) -> dict[tuple[Any, ...], dict[nn.Module, str]]
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             owners.setdefault(place(parameter), {}).setdefault(module, name)
+    for pair in _declared_ties(model):
+        joint = {module: name for p in pair for module, name in owners[place(p)].items()}
+        owners |= {place(p): joint for p in pair}
     return {at: names for at, names in owners.items() if len(names) > 1}
+
+
+def _declared_ties(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the pairs of parameters on the meta device that `transformers` says are one.
+
+    They are offloaded, and no longer share memory.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = ((parameters.get(own), parameters.get(other)) for own, other in declared.items())
+    return [(p, q) for p, q in pairs if p is not None and q is not None and p.is_meta and q.is_meta]
 
 
 def is_finite(weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._derived import Derived
 from matfact.torch.layers._factors import DenseFactorModule, SparseFactorModule
 from matfact.torch.layers.linear import FactorizedLinear, Inference, filled
+from matfact.torch.running._offloaded import fetched
 
 #: Factors that can be used as filters of a convolution.
 _FILTERS = (DenseFactorModule, SparseFactorModule)
@@ -193,7 +194,8 @@ class FactorizedConv(nn.Module):
     def _convolve_group(self, x: Tensor, kernel: FactorizedLinear) -> Tensor:
         *rest, last = kernel.chain
         if isinstance(last, _FILTERS):
-            filters = last.dense().reshape(last.rows, x.shape[1], *self.kernel_size)
+            with fetched(last):
+                filters = last.dense().reshape(last.rows, x.shape[1], *self.kernel_size)
             out = self._conv(x, filters, None, 1).movedim(1, -1)
             for factor in reversed(rest):
                 out = factor(out)
@@ -212,14 +214,15 @@ class FactorizedConv(nn.Module):
 
     def to_dense(self) -> Convolution:
         """Return the equivalent dense convolution."""
-        value = self._groups()[0].chain[0].values
         make: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(self.kernel_size)]
-        dense = make(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.groups, self.bias is not None, self.padding_mode,
-            device=value.device, dtype=value.dtype,
-        )  # fmt: skip
-        return filled(dense, self)
+        with fetched(self):
+            value = self._groups()[0].chain[0].values
+            dense = make(
+                self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+                self.dilation, self.groups, self.bias is not None, self.padding_mode,
+                device=value.device, dtype=value.dtype,
+            )  # fmt: skip
+            return filled(dense, self)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

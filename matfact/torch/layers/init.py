@@ -13,6 +13,7 @@ from matfact.operators import Factor, SparseFactor
 from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers._factors import SparseFactorModule
 from matfact.torch.layers.linear import FactorizedLinear
+from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._tensors import outside_inference_mode
 
 
@@ -41,6 +42,7 @@ def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module
        networks with product of sparse matrices", IJCNN 2021.
     """
     refuse_codes(model, "to be initialized")
+    refuse_offloaded(model)
     rng = check_random_state(random_state)
     for layer in _layers(model):
         factors = [factor for factor in layer.chain if factor.values.numel()]
@@ -80,6 +82,7 @@ def randomize_supports(model: nn.Module, *, random_state: Any = None) -> nn.Modu
         `model`, changed in place.
     """
     refuse_codes(model, "to get new supports")
+    refuse_offloaded(model)
     rng = check_random_state(random_state)
     for layer in _layers(model):
         for i, factor in enumerate(layer.factors):

@@ -16,6 +16,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
+from matfact.torch.running._offloaded import fetched
 
 if TYPE_CHECKING:
     from matfact.factorizers import BaseFactorizer
@@ -216,16 +217,18 @@ class FactorizedLinear(nn.Module):
 
     def to_product(self) -> FactorProduct:
         """Return the product of the factors, sharing memory with their values."""
-        return FactorProduct([factor.to_factor() for factor in self.chain])
+        with fetched(self.factors):
+            return FactorProduct([factor.to_factor() for factor in self.chain])
 
     def to_dense(self) -> nn.Linear:
         """Return the equivalent dense layer."""
-        value = self.chain[0].values
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None,
-            device=value.device, dtype=value.dtype,
-        )  # fmt: skip
-        return filled(dense, self)
+        with fetched(self):
+            value = self.chain[0].values
+            dense = nn.Linear(
+                self.in_features, self.out_features, self.bias is not None,
+                device=value.device, dtype=value.dtype,
+            )  # fmt: skip
+            return filled(dense, self)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

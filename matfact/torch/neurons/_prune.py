@@ -18,6 +18,7 @@ from matfact._progress import Bar, Step
 from matfact.calibration import OutputStatistics
 from matfact.solvers import cosamp
 from matfact.solvers.quadratic import Selection, quadratic
+from matfact.torch._attached import attached
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.layers._matricized import as_array
 from matfact.torch.layers._narrowed import remember
@@ -28,6 +29,7 @@ from matfact.torch.neurons._find import find_blocks
 from matfact.torch.neurons._statistics import paired_statistics
 from matfact.torch.neurons._trial import Trial
 from matfact.torch.running._batches import check_collection, device_of, eval_mode
+from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._random import RandomState, drawing, generators_of
 from matfact.torch.running._tensors import check_trainable, first_filled, outside_inference_mode
 
@@ -154,6 +156,7 @@ def prune_neurons(
         raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}.")
     bar = Bar(progress)
     check_collection(batches)
+    refuse_offloaded(model)
     if inplace:
         check_trainable(model)
     first = first_filled(batches)
@@ -193,7 +196,7 @@ def prune_neurons(
     finally:
         bar.close()
     remember(model, dense)
-    return NeuronPruning(model, pruned)
+    return NeuronPruning(attached(model), pruned)
 
 
 def _prune(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matfact.torch.running._offloaded import is_offloaded, used_on
+
 #: Additive attention masks hide a token below this value.
 _HIDDEN = -1e3
 #: The stance of torch.compile: its users, and a lock for changes.
@@ -118,8 +120,11 @@ def _n_taken(model: nn.Module) -> int | None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter of `model`."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Return the device of the first parameter of `model`, where it is used."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            return used_on(module) if is_offloaded(module) else parameter.device
+    return torch.device("cpu")
 
 
 def moved(

@@ -17,6 +17,7 @@ from matfact.torch.layers._factors import (
     KroneckerFactorModule,
     SparseFactorModule,
 )
+from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 
@@ -31,12 +32,11 @@ class _Adapted(FactorModule):
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """The original values plus the entries of ``left @ right`` on the support."""
-        update = (self.left @ self.right).flatten()[self.places]
-        return self.base + update.reshape(self.base.shape)
+        return self.base + on_support(self.left, self.right, self.places).reshape(self.base.shape)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.places = _places(self)  # of the loaded support
+        self.places = places_of(self)  # of the loaded support
 
 
 class _AdaptedDense(_Adapted, DenseFactorModule): ...
@@ -98,13 +98,13 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
     0.25
     """
     check_trainable(model)
+    refuse_offloaded(model)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
     factors = [m for m in model.modules() if isinstance(m, FactorModule) and m.trained]
     if not factors:
         raise ValueError("model must have compressed layers to adapt, got none.")
-    if any(isinstance(factor, _Adapted) for factor in factors):
-        raise ValueError("model must have no adapters yet: merge them first.")
+    refuse_adapted(model)
     refuse_codes(model, "to merge adapters into")
     rng = check_random_state(random_state)
     _freeze(model)
@@ -128,9 +128,15 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ``ValueError`` if `model` has adapters."""
+    if any(isinstance(module, _Adapted) for module in model.modules()):
+        raise ValueError("model must have no adapters yet: merge them first.")
+
+
 def _adapt(factor: Any, rank: int, rng: np.random.RandomState) -> list[nn.Parameter]:
     """Turn `factor` into an adapted one, and return its trainable parameters."""
-    base, places = factor.values, _places(factor)
+    base, places = factor.values, places_of(factor)
     rank = min(rank, factor.rows, factor.columns)
     right = rng.standard_normal((rank, factor.columns)) / np.sqrt(factor.columns)
     del factor.values
@@ -142,7 +148,12 @@ def _adapt(factor: Any, rank: int, rng: np.random.RandomState) -> list[nn.Parame
     return [factor.left, factor.right]
 
 
-def _places(factor: FactorModule) -> Tensor:
+def on_support(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
+    """Return the entries of ``left @ right`` at `places`."""
+    return (left @ right).flatten()[places]
+
+
+def places_of(factor: FactorModule) -> Tensor:
     """Return the positions of the values of `factor` in the flattened matrix."""
     return torch.as_tensor(np.ravel(factor.to_factor().locations), device=factor.values.device)
 

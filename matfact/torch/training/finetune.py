@@ -20,6 +20,7 @@ from matfact.solvers.finalize import finalize
 from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._batches import checked, device_of, eval_mode, forward, moved
+from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 #: Distance between an output and the teacher's output, both tensors.
@@ -114,6 +115,7 @@ def fine_tune(
     """
     bar = Bar(progress)
     check_trainable(model)
+    refuse_offloaded(model)
     if loss is None and teacher is None:
         raise ValueError("loss must be given without a teacher, got None for both.")
     if not 0.0 <= distillation <= 1.0:
@@ -287,6 +289,7 @@ def balance_factors(model: nn.Module) -> nn.Module:
     model : torch.nn.Module
         A factorized layer, or a network that contains some; changed in place.
     """
+    refuse_offloaded(model)
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):
             _set_values(layer, layer.to_product().rescaled(1.0))
@@ -309,6 +312,7 @@ def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
         Update of the weight.
     """
     refuse_codes(layer, "to take up an update")
+    refuse_offloaded(layer)
     target = (layer.weight + update).detach()
     eye = torch.eye(layer.in_features, dtype=target.dtype, device=target.device)
     _set_values(layer, finalize(layer.to_product(), target, eye))
