@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matfact._files import replacing, write_atomically
 from matfact._json import parse_json
-from matfact._layers import layer_of
+from matfact._layers import Kept, layer_of
 from matfact._regular import read_whole
 from matfact._safetensors_file import SafetensorsFile
 from matfact.checkpoint._manifest import Shard
@@ -27,6 +27,7 @@ _LIMIT = 1 << 26
 #: Files that belong to a repository besides weights: configurations, tokenizers, texts.
 _COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".md", ".tiktoken"})
 #: One expert of many, which `transformers` merges into one tensor.
+_MERGED = "one of many experts, which transformers merges into one tensor"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -71,13 +72,10 @@ class Repository:
         found = cls(Path(source))
         return None if ENTRY in found.config else found
 
-    def reason_to_keep(self, name: str, is_guess: bool) -> str | None:
-        """Return why a weight cannot be packed although it could be factorized, or None."""
-        if is_guess:
-            return "not in a linear layer or convolution, by its name"
-        if _EXPERT.search(name):
-            return "one of many experts, which transformers merges into one tensor"
-        return None
+    def kept(self, names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, Kept]:
+        """Return what is `kept` in a repository, even if it is requested."""
+        experts = {name: Kept(_MERGED) for name in names if _EXPERT.search(name)}
+        return experts | {name: Kept(reason.reason) for name, reason in kept.items()}
 
     def complete(self, output: Path, shards: Sequence[Shard]) -> None:
         """Add to the `shards` in `output` what ``from_pretrained`` reads."""
