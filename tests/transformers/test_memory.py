@@ -1,6 +1,6 @@
 """Memory that loading a repository takes, measured in a fresh process.
 
-Pages of files that safetensors maps are not counted, since the kernel drops them when it needs memory.
+Pages of files that safetensors maps are not counted: the kernel drops them when it needs memory.
 """
 
 import subprocess
