@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.base import clone
 
 from matfact import metrics
-from matfact._layers import NOT_FINITE, Kept, matrix_shape
+from matfact._layers import NOT_FINITE, matrix_shape
 from matfact._safetensors import from_bfloat16, to_bfloat16
 from matfact._safetensors_file import Located
 from matfact._threads import single_threaded
@@ -121,12 +121,7 @@ def _chosen(
     """Return the names of the layers to factorize, and why other tensors are kept."""
     kept = weights.kept
     if repository is not None:
-        kept = kept | {
-            name: Kept(reason)
-            for name in weights.specs
-            if (name not in kept or kept[name].is_guess)
-            and (reason := repository.reason_to_keep(name, name in kept))
-        }
+        kept = repository.kept(weights.specs, kept)
     asked = list(weights.specs) if layers is None else _found(layers, weights)
     chosen = [n for n in asked if n not in kept or (kept[n].is_guess and layers is not None)]
     notes = {name: why.reason for name, why in kept.items()}

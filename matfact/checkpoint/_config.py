@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matfact._files import replacing
 from matfact._json import parse_json
 from matfact._regular import read_whole
 from matfact.checkpoint._manifest import MANIFEST
@@ -18,17 +19,20 @@ _READ = ("dense", "sparse-bitmask", "sparse-24-bitmask")
 _PLACES = ("", "quantization_config", "compression_config")
 _SPARSITY = "sparsity_config"
 #: Endings of files without weights, and their maximum size in bytes.
-_SMALL = (".json", ".txt", ".model", ".jinja", ".md")
+_SMALL = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
 SMALL_LIMIT = 1 << 26
 
 
 def read_config(source: Path) -> dict[str, Any] | None:
     """Return the configuration of a folder, None without one; ``ValueError`` if it is damaged."""
     path = _config_of(source)
-    if path is None:
-        return None
+    return None if path is None else parsed(path, read_whole(path, SMALL_LIMIT))
+
+
+def parsed(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the configuration that a file holds; ``ValueError`` if it is damaged."""
     try:
-        return parse_json(read_whole(path, SMALL_LIMIT))
+        return parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON object: {error}.") from None
 
@@ -49,11 +53,24 @@ def without_sparsity(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*_PLACES, _SPARSITY)}
 
 
-def other_files(source: Path) -> Iterator[Path]:
-    """Yield the small files beside the weights of a folder, such as those of the tokenizer."""
+def copy_others(source: Path, output: Path) -> None:
+    """Copy the small files beside the weights of a folder, such as those of the tokenizer."""
     folder = _folder(source)
-    for path in sorted(folder.iterdir()) if folder is not None else ():
-        is_ours = path.name.endswith(INDEX_SUFFIX) or path.name in (CONFIG, MANIFEST)
+    if folder is None:
+        return
+    for path in _others(folder):
+        if path.parent.resolve() == output.resolve():  # it may lie in the folder
+            continue
+        target = output / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        with replacing(target) as file:
+            file.write(read_whole(path, SMALL_LIMIT))
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    """Yield the small files in a folder, and the configurations of parts one folder below."""
+    for path in sorted([*folder.iterdir(), *folder.glob(f"*/{CONFIG}")]):
+        is_ours = path.name.endswith(INDEX_SUFFIX) or path in (folder / CONFIG, folder / MANIFEST)
         if path.suffix in _SMALL and not is_ours and path.is_file():
             yield path
 

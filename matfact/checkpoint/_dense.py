@@ -12,13 +12,11 @@ from matfact._files import (
     replacing_folder,
     write_atomically,
 )
-from matfact._regular import read_whole
 from matfact._safetensors import in_aligned_order
 from matfact.checkpoint._config import (
     CONFIG,
-    SMALL_LIMIT,
     check_config,
-    other_files,
+    copy_others,
     read_config,
     without_sparsity,
 )
@@ -78,15 +76,10 @@ def to_dense(source: str | Path, output: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     check_space(content, target)
     with replacing_folder(target) as folder:
-        for path in other_files(source):
-            _put(folder / path.name, read_whole(path, SMALL_LIMIT))
+        copy_others(source, folder)
         if config is not None:
-            _put(folder / CONFIG, json.dumps(without_sparsity(config), indent=2).encode())
+            with replacing(folder / CONFIG) as file:
+                file.write(json.dumps(without_sparsity(config), indent=2).encode())
         with replacing(folder / SINGLE_FILE) as file:
             file.writelines(content.serialized())
     return None
-
-
-def _put(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)

@@ -5,28 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matfact._files import replacing, write_atomically
-from matfact._json import parse_json
-from matfact._layers import layer_of
+from matfact._files import write_atomically
+from matfact._layers import Kept, layer_of
 from matfact._regular import read_whole
 from matfact._safetensors_file import SafetensorsFile
+from matfact.checkpoint._config import CONFIG, SMALL_LIMIT, copy_others, parsed
 from matfact.checkpoint._manifest import Shard
 from matfact.checkpoint._packed import METHOD, VERSION, described
 from matfact.checkpoint._source import INDEX_SUFFIX, SINGLE_FILE
 
-CONFIG = "config.json"
 #: Entry of a configuration that says how weights are stored.
 ENTRY = "quantization_config"
-#: Maximum size of a configuration, in bytes.
-_LIMIT = 1 << 26
-#: Files that belong to a repository besides weights: configurations, tokenizers, texts.
-_COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".md", ".tiktoken"})
 #: One expert of many, which `transformers` merges into one tensor.
+_MERGED = "one of many experts, which transformers merges into one tensor"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -53,12 +48,9 @@ class Repository:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        content = read_whole(folder / CONFIG, _LIMIT)
+        content = read_whole(folder / CONFIG, SMALL_LIMIT)
         self.sha256 = hashlib.sha256(content).hexdigest()
-        try:
-            self.config = parse_json(content)
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG} must be a JSON object: {error}.") from None
+        self.config = parsed(folder / CONFIG, content)
         entry = self.config.get(ENTRY)
         if isinstance(entry, dict) and entry.get("quant_method") == METHOD:
             raise ValueError(f"{folder} must hold dense weights, but was compressed by matfact.")
@@ -71,13 +63,10 @@ class Repository:
         found = cls(Path(source))
         return None if ENTRY in found.config else found
 
-    def reason_to_keep(self, name: str, is_guess: bool) -> str | None:
-        """Return why a weight cannot be packed although it could be factorized, or None."""
-        if is_guess:
-            return "not in a linear layer or convolution, by its name"
-        if _EXPERT.search(name):
-            return "one of many experts, which transformers merges into one tensor"
-        return None
+    def kept(self, names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, Kept]:
+        """Return what is `kept` in a repository, even if it is requested."""
+        experts = {name: Kept(_MERGED) for name in names if _EXPERT.search(name)}
+        return experts | {name: Kept(reason.reason) for name, reason in kept.items()}
 
     def complete(self, output: Path, shards: Sequence[Shard]) -> None:
         """Add to the `shards` in `output` what ``from_pretrained`` reads."""
@@ -93,24 +82,7 @@ class Repository:
         _write(output / CONFIG, self.config | ({ENTRY: entry} if products else {}))
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _write(output / (SINGLE_FILE + INDEX_SUFFIX), index)
-        for path in self._others():
-            target = output / path.relative_to(self.folder)
-            target.parent.mkdir(exist_ok=True)
-            with replacing(target) as copy, path.open("rb") as file:
-                shutil.copyfileobj(file, copy)
-
-    def _others(self) -> list[Path]:
-        """Return the files to copy, with the configurations of parts one folder below."""
-        held = [p for p in self.folder.iterdir() if p.suffix in _COPIED]
-        held += self.folder.glob(f"*/{CONFIG}")
-        written = (CONFIG, "manifest.json", "journal.log")
-        return [
-            path
-            for path in sorted(held)
-            if path.is_file()
-            and not path.name.endswith(INDEX_SUFFIX)
-            and (path.parent != self.folder or path.name not in written)
-        ]
+        copy_others(self.folder, output)
 
 
 def _layer(path: Path, name: str) -> dict[str, Any]:

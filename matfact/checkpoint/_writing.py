@@ -16,10 +16,11 @@ from matfact._layers import matrix_shape
 from matfact._parallel import results
 from matfact._progress import Bar, Step
 from matfact._safetensors_file import Located
+from matfact.checkpoint._config import CONFIG
 from matfact.checkpoint._journal import Journal
 from matfact.checkpoint._manifest import Manifest, Shard
 from matfact.checkpoint._reader import Checkpoint
-from matfact.checkpoint._repository import CONFIG, Repository
+from matfact.checkpoint._repository import Repository
 from matfact.checkpoint._shards import shard_name, write_plain
 from matfact.checkpoint._source import Source
 

@@ -77,7 +77,8 @@ def compress(
 ) -> None:
     """Factorize the layers in a file of weights, one at a time, and copy all other tensors.
 
-    If it is stopped or killed, the same command resumes the work.
+    If it is stopped or killed, the same command resumes the work. A folder with config.json
+    becomes one that from_pretrained reads after "import matfact.transformers".
 
     Exit status:
     0 the checkpoint is complete (kept layers are listed with the reason)

@@ -34,6 +34,8 @@ class MatfactQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MatfactConfig
+    #: Quantizer of other layers of the network, with which it cannot be saved.
+    other: str | None = None
 
     def is_serializable(self) -> bool:
         """Return True: the network can be saved."""
@@ -81,6 +83,11 @@ class MatfactQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors to save, after checking that they can be loaded again."""
+        if self.other is not None:
+            raise ValueError(
+                f"model must have no layers quantized by others, but {self.other} has some: a "
+                "repository has one quantization_config. Use save_network."
+            )
         state, layers = _saving.packed_state(model)
         widths = {name: list(map(list, shapes)) for name, shapes in narrowed_tensors(model).items()}
         config = MatfactConfig(layers=layers, narrowed=widths)
@@ -116,10 +123,13 @@ def attach(model: nn.Module) -> nn.Module:
         if isinstance(module, PreTrainedModel):
             attached: Any = module
             if not isinstance(getattr(module, "hf_quantizer", None), MatfactQuantizer):
+                other = getattr(module, "hf_quantizer", None)
                 config = getattr(module.config, "quantization_config", None)
                 config = config if isinstance(config, MatfactConfig) else MatfactConfig()
                 attached.config.quantization_config = config
                 attached.hf_quantizer = MatfactQuantizer(config)
+                attached.hf_quantizer.other = other and type(other).__name__
+                module.register_load_state_dict_pre_hook(_saving.expand_packed)
             # Layers are ordinary modules: half(), float() and training work as in any network.
             attached.is_quantized = False
     return model

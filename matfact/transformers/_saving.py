@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matfact.checkpoint._packed import described, packed
+from matfact.checkpoint._packed import described, packed, unpacked
+from matfact.operators import FactorProduct
 from matfact.torch.checkpoint._masked import joined
 from matfact.torch.checkpoint.network import factorized_layers, held_in
+from matfact.torch.layers._matricized import distinct_layers, matricized
+from matfact.torch.layers.conv import FactorizedConv
+from matfact.torch.layers.linear import FactorizedLinear
 
 
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,6 +34,32 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inside.append(joined(name, held_in(layer)))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(inside))}
     return state | content, layers
+
+
+def expand_packed(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Replace packed layers in a state dict to load by their factors, as a hook of `model`.
+
+    ``Trainer`` loads its checkpoints without ``from_pretrained``.
+    """
+    for (name, *_), layer in distinct_layers(model):
+        key = prefix + joined(name, "weight")
+        content = state.get(key)
+        is_packed = isinstance(content, Tensor) and content.dtype == torch.uint8
+        if is_packed and isinstance(layer, (FactorizedLinear, FactorizedConv)):
+            view: Any = matricized(layer)
+            products = _products(state.pop(key).numpy(force=True), key, len(view.matrices()))
+            own = view.replacement(products, copy=False).state_dict()
+            if own.keys() != layer.state_dict().keys():
+                raise ValueError(f"{key} must hold factors like those of the network's layer.")
+            state.update({prefix + joined(name, k): v for k, v in own.items() if k != "bias"})
+
+
+def _products(content: np.ndarray, name: str, n: int) -> list[FactorProduct]:
+    """Return `n` products with as many factors each from a packed layer."""
+    factors = described(content, name)
+    step = max(1, len(factors) // n)
+    parts = [factors[i : i + step] for i in range(0, len(factors), step)]
+    return unpacked(content, name, parts)
 
 
 def check_refused(dense: nn.Module, layers: Collection[str]) -> None:
