@@ -36,6 +36,8 @@ class MatfactQuantizer(HfQuantizer):
     quantization_config: MatfactConfig
     #: Quantizer of other layers of the network, with which it cannot be saved.
     other: str | None = None
+    #: Whether the network loads state dicts with packed layers.
+    is_hooked = False
 
     def is_serializable(self) -> bool:
         """Return True: the network can be saved."""
@@ -129,6 +131,8 @@ def attach(model: nn.Module) -> nn.Module:
                 attached.config.quantization_config = config
                 attached.hf_quantizer = MatfactQuantizer(config)
                 attached.hf_quantizer.other = other and type(other).__name__
+            if not attached.hf_quantizer.is_hooked:  # from_pretrained sets only the quantizer
+                attached.hf_quantizer.is_hooked = True
                 module.register_load_state_dict_pre_hook(_saving.expand_packed)
             # Layers are ordinary modules: half(), float() and training work as in any network.
             attached.is_quantized = False

@@ -1,5 +1,6 @@
 """What ``save_pretrained`` writes of a compressed network, ``from_pretrained`` reads."""
 
+import copy
 import json
 import re
 
@@ -149,6 +150,23 @@ def test_state_dicts_of_repositories_load(tmp_path):
     plain, _ = compress(dense("llama"), "lowrank", density=0.5)
     with pytest.raises(ValueError, match="like those of the network's layer"):
         plain.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_state_dicts_load_into_networks_from_repositories(name, tmp_path):
+    """Also layers that lie outside of the base model, such as heads."""
+    from safetensors.torch import load_file
+
+    small = compressed(name)
+    small.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    again = type(small).from_pretrained(tmp_path)
+    for other in (again, copy.deepcopy(again)):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(state, strict=name == "llama")  # else the file lacks shared ones
+        assert torch.equal(logits(other, inputs(name)), logits(small, inputs(name)))
 
 
 def test_half_and_float_work_after_loading(tmp_path):
