@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import matfact.transformers  # noqa: E402, F401
+import matfact.transformers  # noqa: E402
 from matfact.torch import FactorizedConv, FactorizedLinear, compress, prune_neurons  # noqa: E402
 from tests.transformers.networks import NAMES, compressed, dense, inputs, logits  # noqa: E402
 from tests.wild.architectures import ARCHITECTURES  # noqa: E402
@@ -122,6 +122,34 @@ def test_pruned_units_stay_pruned(name, then_compressed, tmp_path):
     again.save_pretrained(tmp_path / "again")
     third = type(small).from_pretrained(tmp_path / "again")
     assert torch.equal(logits(third, batch), logits(small, batch))
+
+
+def _with_a_compressed_part():
+    """Return a network of parts that were compressed, of which one has no configuration."""
+    model = dense("llama")
+    model.model = compress(model.model, "magnitude", density=0.5, layers="attn").model
+    block = compress(model.model.layers[0].mlp, "magnitude", density=0.5).model
+    model.model.layers[0].mlp = block
+    return model
+
+
+def test_networks_of_compressed_parts_are_saved_once_they_are_attached(tmp_path):
+    model, batch = _with_a_compressed_part(), inputs("llama")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM must know .*attach\(model\)"):
+        model.save_pretrained(tmp_path / "small")
+    assert not list((tmp_path / "small").glob("*.safetensors"))
+    assert any("factors" in name for name in model.state_dict())  # only repositories need it
+    matfact.transformers.attach(model).save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small")
+    assert factorized(again) == factorized(model) != []
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_layers_put_in_by_hand_are_not_saved_unless_attached(tmp_path):
+    model = dense("llama")
+    model.model.layers[0].mlp = compress(model.model.layers[0].mlp, "magnitude", density=0.5).model
+    with pytest.raises(ValueError, match="must know of its factorized layers"):
+        model.save_pretrained(tmp_path)
 
 
 def test_what_cannot_be_loaded_again_is_not_saved(tmp_path):

@@ -16,6 +16,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
+from matfact.torch.layers._unattached import refuse_unattached
 from matfact.torch.running._offloaded import fetched
 
 if TYPE_CHECKING:
@@ -153,6 +154,10 @@ class FactorizedLinear(nn.Module):
         columns = torch.from_numpy(host.operator @ samples.T.numpy())
         out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out.add_(self.bias)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        refuse_unattached()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def values(self) -> list[Tensor]:
         """Return what is trained: parameters, unless they have been replaced."""
