@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from matfact.checkpoint._source import INDEX_SUFFIX, SINGLE_FILE
 ENTRY = "quantization_config"
 #: One expert of many, which `transformers` merges into one tensor.
 _MERGED = "one of many experts, which transformers merges into one tensor"
+_CONVERTED = "transformers splits it, or joins it with others, to load it"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -65,8 +67,9 @@ class Repository:
 
     def kept(self, names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, Kept]:
         """Return what is `kept` in a repository, even if it is requested."""
+        others = {name: Kept(_CONVERTED) for name in _converted(self.folder, names)}
         experts = {name: Kept(_MERGED) for name in names if _EXPERT.search(name)}
-        return experts | {name: Kept(reason.reason) for name, reason in kept.items()}
+        return others | experts | {name: Kept(reason.reason) for name, reason in kept.items()}
 
     def complete(self, output: Path, shards: Sequence[Shard]) -> None:
         """Add to the `shards` in `output` what ``from_pretrained`` reads."""
@@ -83,6 +86,16 @@ class Repository:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _write(output / (SINGLE_FILE + INDEX_SUFFIX), index)
         copy_others(self.folder, output)
+
+
+def _converted(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return what `transformers` changes while it loads `names`, as far as it is installed."""
+    try:  # by name, since it is on a floor above
+        known: Any = importlib.import_module("matfact.transformers._names")
+    except ImportError:
+        return []
+    found: list[str] = known.converted(folder, names)
+    return found
 
 
 def _layer(path: Path, name: str) -> dict[str, Any]:

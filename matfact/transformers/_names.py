@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from matfact.torch.checkpoint._building import built
 
 _WEIGHT = ".weight"
 
@@ -40,6 +44,21 @@ def layers(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found | {
         n.removesuffix(_WEIGHT): there.removesuffix(_WEIGHT) for n, there in own.items()
     }
+
+
+def converted(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the tensors in a repository that are split or joined while it is loaded.
+
+    Nothing if `transformers` cannot build the network, which could not be loaded either.
+    """
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        model: Any = built(lambda: getattr(transformers, config.architectures[0])(config))
+    except Exception:  # whatever the classes of the network raise
+        return []
+    mapping = get_model_conversion_mapping(model)
+    changing = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return [n for n in names if any(e.rename_source_key(n)[1] is not None for e in changing)]
 
 
 def keep_own(model: Any, names: Iterable[str]) -> None:

@@ -253,7 +253,8 @@ class LoraFactorizedLinear(nn.Module, LoraLayer):
         if not _is_merged_into(self._layer):
             raise ValueError(
                 "Adapters cannot be merged into a layer that stores codes of few bits: keep them "
-                "beside it, or remove them with unload()."
+                "beside it. Layers before it may be merged already: unmerge_adapter() undoes "
+                "merge_adapter(); after merge_and_unload(), load the network again."
             )
         factors = _trained(self._layer)
         if any(factor.values.is_meta for factor in factors.values()):

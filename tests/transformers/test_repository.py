@@ -130,6 +130,24 @@ def test_embeddings_and_experts_are_kept_even_if_requested(tmp_path):
     assert all("transformers merges" in note for note in experts)
 
 
+def test_what_transformers_splits_is_kept(tmp_path):
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    model = transformers.Dinov2ForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    network = compress(tmp_path / "dense", tmp_path / "small", HALF)
+    split = [name for name in network.tensors if name.endswith("weights_in.weight")]
+    assert split
+    assert all("transformers splits" in network.tensors[name].note for name in split)
+    small = type(model).from_pretrained(tmp_path / "small")
+    assert any(isinstance(module, FactorizedLinear) for module in small.modules())
+    split = [name for name, _ in model.named_parameters() if "gate_proj.w" in name]
+    assert split
+    assert all(torch.equal(small.get_parameter(n), model.get_parameter(n)) for n in split)
+
+
 def test_what_was_compressed_is_not_compressed_again(source, tmp_path):
     compress(source, tmp_path / "small", HALF)
     with pytest.raises(ValueError, match="was compressed by matfact"):
