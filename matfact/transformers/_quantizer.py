@@ -90,6 +90,7 @@ class MatfactQuantizer(HfQuantizer):
                 f"model must have no layers quantized by others, but {self.other} has some: a "
                 "repository has one quantization_config. Use save_network."
             )
+        _saving.check_given(model)
         state, layers = _saving.packed_state(model)
         widths = {name: list(map(list, shapes)) for name, shapes in narrowed_tensors(model).items()}
         config = MatfactConfig(layers=layers, narrowed=widths)

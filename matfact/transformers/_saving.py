@@ -14,6 +14,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.checkpoint._masked import joined
 from matfact.torch.checkpoint.network import factorized_layers, held_in
 from matfact.torch.layers._matricized import distinct_layers, matricized
+from matfact.torch.layers._pretrained import saved_now
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
 
@@ -34,6 +35,25 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inside.append(joined(name, held_in(layer)))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(inside))}
     return state | content, layers
+
+
+def check_given(model: nn.Module) -> None:
+    """Raise ``ValueError`` if ``save_pretrained`` was given values that `model` does not have.
+
+    `transformers` drops a state dict that it is given for a network with a quantizer.
+    """
+    given = saved_now().get("state_dict")
+    own = {} if given is None else model.state_dict()
+    for name, value in (given or {}).items():
+        kept = own.get(name)
+        if not isinstance(value, Tensor) or value.is_meta or (kept is not None and kept.is_meta):
+            continue
+        is_typed = kept is not None and value.dtype == kept.dtype
+        if kept is None or not is_typed or not torch.equal(value.to(kept.device), kept):
+            raise ValueError(
+                f"state_dict must hold the values of the network, else they would not be saved, "
+                f"but {name!r} differs: load it into the network before saving."
+            )
 
 
 def expand_packed(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:

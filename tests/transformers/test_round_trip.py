@@ -152,6 +152,18 @@ def test_layers_put_in_by_hand_are_not_saved_unless_attached(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_other_values_than_those_of_the_network_are_not_dropped(tmp_path):
+    small, batch = compressed("llama"), inputs("llama")
+    state = small.state_dict()
+    small.save_pretrained(tmp_path / "own", state_dict=state)  # as accelerate does
+    again = type(small).from_pretrained(tmp_path / "own")
+    assert torch.equal(logits(again, batch), logits(small, batch))
+    for change in (lambda x: x / 2, lambda x: x.half()):
+        other = {k: change(v) if v.is_floating_point() else v for k, v in state.items()}
+        with pytest.raises(ValueError, match="state_dict must hold the values of the network"):
+            small.save_pretrained(tmp_path / "other", state_dict=other)
+
+
 def test_what_cannot_be_loaded_again_is_not_saved(tmp_path):
     small = compressed("bert")
     small.cls.predictions.transform = torch.nn.Linear(32, 32)

@@ -16,7 +16,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
-from matfact.torch.layers._unattached import refuse_unattached
+from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
 
 if TYPE_CHECKING:
