@@ -14,8 +14,9 @@ from torch.nn import functional
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
-from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
+from matfact.torch.layers._derived import Copy, Derived, are_plain, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
+from matfact.torch.layers._in_place import InPlace, readable
 
 if TYPE_CHECKING:
     from matfact.factorizers import BaseFactorizer
@@ -79,6 +80,7 @@ class FactorizedLinear(nn.Module):
         self.inference = inference
         self._product: Derived[Tensor] = Derived()
         self._host: Derived[_Host] = Derived()
+        self._in_place = InPlace()
 
     @classmethod
     def from_linear(
@@ -135,6 +137,10 @@ class FactorizedLinear(nn.Module):
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output computed from the cache for inference, or None if it cannot be used."""
         values = self.values()
+        if self._reads_in_place(x, values):
+            out = self._in_place.apply(self.chain, values, x)
+            if out is not None:
+                return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
             return None if host is None else self._apply_on_host(host, x)
@@ -169,6 +175,18 @@ class FactorizedLinear(nn.Module):
         """Return the buffers with the positions, codes and signs of the factors."""
         factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
         return [cast(Tensor, f._buffers[name]) for f in factors for name in f.fixed]
+
+    def _reads_in_place(self, x: Tensor, values: list[Tensor]) -> bool:
+        """Whether a kernel can apply the factors to a single sample as they are stored."""
+        return (
+            self.inference == "auto"
+            and x.numel() == self.in_features
+            and x.is_cpu
+            and readable(self.factors._modules.values(), values, x)
+            and not torch.is_autocast_enabled("cpu")
+            and is_plain(x)
+            and are_plain(values)
+        )
 
     def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
         """Whether kernels on the host are faster than torch."""
