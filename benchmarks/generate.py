@@ -33,7 +33,7 @@ from benchmarks.networks import encoder, language_model, models, smollm2
 from benchmarks.tables import markdown_table
 from matfact._files import write_atomically
 from matfact.operators import FactorProduct, SparseFactor
-from matfact.torch import FactorizedConv, FactorizedLinear
+from matfact.torch import FactorizedConv, FactorizedLinear, keep_unchecked
 
 DENSITIES = (0.5, 0.3, 0.25)
 VALUE_BITS = (32, 16, 8)
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("build/generate"), help="output folder")
     add("--resume", action="store_true", help="keep existing rows and measure the rest")
     add("--quick", action="store_true", help="smoke test with an untrained model of two layers")
+    add("--unchecked", action="store_true", help="without the check for untracked writes")
     add("--peaks", action="store_true", help="peak memory too, in a process for each form")
     add("--peak", help=argparse.SUPPRESS)
 
@@ -108,7 +109,11 @@ def measured(
     if model is None:
         print(f"{name}: its package is not installed, left out.")
         return
-    networks = {"dense 32 bits": model} | {form: built(name, model, form) for form in options.forms}
+    networks: dict[str, Any] = {"dense 32 bits": model}
+    networks |= {form: built(name, model, form) for form in options.forms}
+    if options.unchecked:
+        for form in options.forms:
+            keep_unchecked(networks[form])
     peaks = {form: _peak_of(name, form, options) for form in networks}
     for batch, count in cells:
         with machine.threads(count), busy(options.beside):
@@ -274,7 +279,7 @@ def markdown(
     lines = [
         f"{conditions['cpu']}. {versions}. Seed {SEED}, random supports and values, prompt of "
         f"{options.prompt} tokens, {options.tokens} tokens a turn, {options.turns} turns, "
-        f"{options.beside} busy processes beside. Items a second (median) and, in brackets, the "
+        f"{options.beside} busy processes beside, layers {'un' * options.unchecked}checked. Items a second (median) and, in brackets, the "
         "median ratio to dense float32 in the same turn, and that of the best turns.",
     ]
     for cell in dict.fromkeys((r["network"], r["batch"], r["threads"]) for r in rows):

@@ -22,7 +22,7 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "9f7d646ee4376e7f"
+SOURCES = "ce45c9ca1ee65424"
 
 #: Kinds of steps; programs of bytes have those of ``coded`` instead, and selections.
 CSR, KRONECKER, BANDS, SELECTION = range(4)

@@ -41,7 +41,8 @@ def gather(typingctx, array, indices, first, like):  # type: ignore[no-untyped-d
 
 def _instruction(indices: Any, like: Vector) -> str | None:
     """Return the instruction to use, None for scalar loads."""
-    name, features = config.CPU_NAME or get_host_cpu_name(), config.CPU_FEATURES
+    settings: Any = config
+    name, features = settings.CPU_NAME or get_host_cpu_name(), settings.CPU_FEATURES
     features = get_host_cpu_features() if features is None else features
     if name not in _FAST or "+avx512f" not in features.split(","):
         return None

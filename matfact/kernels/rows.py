@@ -24,7 +24,7 @@ from matfact.kernels.vectors import (
 )  # fmt: skip
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "39712ebc93bc2848"
+SOURCES = "c4035ff481121fb3"
 
 _DOT = 64  #: bytes of the vectors of a dot product
 _AHEAD = 512  #: entries to prefetch ahead, as in ``csr``

@@ -6,17 +6,17 @@ every pass, and no write can be missed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matfact._threads import allowed_threads
 from matfact.operators._dispatch import cost
 from matfact.operators._dispatch.plan import SMALL
-from matfact.torch.layers._factors import FactorModule, SparseFactorModule
+from matfact.torch.layers._factors import SparseFactorModule
 
 #: Dtypes of values as NumPy has them, or their bits, and those computed in.
 _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
@@ -25,7 +25,7 @@ _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
     torch.float16: (np.uint16, torch.float32),
     torch.bfloat16: (np.int16, torch.float32),
 }
-_Run = Callable[[np.ndarray, np.ndarray], None]
+_Run = Callable[[np.ndarray, torch.Size], np.ndarray]
 
 
 class InPlace:
@@ -34,22 +34,22 @@ class InPlace:
     def __init__(self) -> None:
         self._kept: tuple[tuple[int, ...], _Run | None] = (), None
 
-    def apply(self, chain: Sequence[Any], values: Sequence[Tensor], x: Tensor) -> Tensor | None:
-        """Return the product with `x` in the dtype it is computed in, or None if it is slower.
+    def apply(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
+        """Return the product with the sample `x`, in the dtype it is computed in.
 
-        `x` holds one sample, and `chain` with the parameters `values` are `readable` for it.
+        None if the kernel cannot read the factors, which are given as modules, or is slower than
+        the dense matrix.
         """
-        addresses = (*(v.data_ptr() for v in values), *(p.data_ptr() for p in _positions(chain)))
-        if self._kept[0] != addresses or not addresses:
-            self._kept = addresses, _prepared(chain, values, addresses)
+        addresses = _addresses(modules, x.dtype)
+        if addresses is None:
+            return None
+        if self._kept[0] != addresses:
+            self._kept = addresses, _prepared(list(modules), addresses)
         _, run = self._kept
         if run is None:
             return None
-        dtype = _READ[x.dtype][1]
-        sample = x.reshape(-1).to(dtype).contiguous()
-        out = torch.empty((*x.shape[:-1], chain[0].rows), dtype=dtype)
-        run(sample.numpy(force=True), out.view(-1).numpy())
-        return out
+        sample = x.to(_READ[x.dtype][1]).numpy(force=True).reshape(-1)
+        return torch.from_numpy(run(sample, x.shape))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace:
         return InPlace()
@@ -58,32 +58,40 @@ class InPlace:
         return InPlace, ()
 
 
-def readable(chain: Sequence[FactorModule], values: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether the kernel can read the factors, as modules and their parameters, for `x`."""
-    dtype = x.dtype
-    return dtype in _READ and all(
-        type(module) is SparseFactorModule
-        and module._buffers["indices"].dtype == torch.uint8  # type: ignore[union-attr]
-        and module._buffers["indices"].is_cpu  # type: ignore[union-attr]
-        and value.dtype == dtype
-        and value.is_cpu
-        and value.is_contiguous()
-        for module, value in zip(chain, values, strict=False)
-    )
+def _addresses(modules: Iterable[Any], dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Return where values, columns and row pointers are, the number of values, and the dtype.
+
+    None if any are not plain parameters and buffers of the host, with values of the given dtype.
+    """
+    if dtype not in _READ:
+        return None
+    needs_gradient, found = torch.is_grad_enabled(), [id(dtype)]
+    for module in modules:
+        if type(module) is not SparseFactorModule:
+            return None
+        value, held = module._parameters.get("values"), module._buffers
+        columns: Any = held["indices"]
+        if (
+            type(value) is not nn.Parameter
+            or value.dtype is not dtype
+            or not (value.is_cpu and value.is_contiguous())
+            or (needs_gradient and value.requires_grad)
+            or columns.dtype is not torch.uint8
+        ):
+            return None
+        pointers: Any = held["indptr"]
+        found += value.data_ptr(), columns.data_ptr(), pointers.data_ptr(), value.numel()
+    return tuple(found)
 
 
-def _positions(chain: Sequence[Any]) -> list[Tensor]:
-    return [module._buffers[name] for name in ("indices", "indptr") for module in chain]
+def _prepared(chain: list[Any], addresses: tuple[int, ...]) -> _Run | None:
+    """Return a function from a sample, and the shape it had, to the product.
 
-
-def _prepared(
-    chain: Sequence[Any], values: Sequence[Tensor], addresses: tuple[int, ...]
-) -> _Run | None:
-    """Return a function that writes the product with a sample to an array.
-
-    None if the factors are slower than the dense matrix, by the fixed rule of products. Values of
+    None if the factors do not fit together in memory, or are slower than the dense matrix by the
+    fixed rule of products. Values of
     16 bits take as long as those of 32, but their dense matrix half as long.
     """
+    values = [module.values for module in chain]
     shape, stored = (chain[0].rows, chain[-1].columns), sum(value.numel() for value in values)
     sides = [*shape, *(module.rows for module in chain)]
     counts = {"csr": stored * (4 // min(4, values[0].itemsize)), "row": sum(shape)}
@@ -96,7 +104,9 @@ def _prepared(
     read, computed = _READ[values[0].dtype]
     dtype = np.dtype(str(computed).removeprefix("torch."))
     n, kinds = len(chain), (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
-    groups = [addresses[i * n : i * n + n] for i in range(3)]
+    groups = [addresses[i::4] for i in (1, 2, 3)]
+    if any(module.values.numel() != len(module.indices) for module in chain):
+        return None
     if any(a % kind.itemsize for group, kind in zip(groups, kinds, strict=True) for a in group):
         return None
     size = fused.COUNTERS + 2 * fused.SPACING * n
@@ -112,13 +122,14 @@ def _prepared(
     table[fused.SCRATCH_ROWS], table[fused.SCRATCH_SIZE] = 2, max(sides)
     empty = (np.empty(0, read), np.empty(0, np.uint16))
     number = fused.enroll(rows.apply_rows, (*empty, *[np.empty(0, dtype)] * 3))
-    worth = threads_for_vector(stored)
+    worth, largest, rows_out = threads_for_vector(stored), max(sides), shape[0]
 
-    def run(sample: np.ndarray, out: np.ndarray) -> None:
-        threads = min(worth, allowed_threads(), torch.get_num_threads())
-        job = table[:size].copy()
+    def run(sample: np.ndarray, shape: torch.Size) -> np.ndarray:
+        threads = 1 if worth == 1 else min(worth, allowed_threads(), torch.get_num_threads())
+        job, out = table[:size].copy(), np.empty((*shape[:-1], rows_out), dtype)
         job[fused.PIECES] = vector_pieces(threads)
-        memory = np.empty(2 * max(sides), dtype)
-        fused.run(rows.apply_rows, number, job, (*empty, sample, out, memory), threads)
+        arrays = (*empty, sample, out.reshape(-1), np.empty(2 * largest, dtype))
+        fused.run(rows.apply_rows, number, job, arrays, threads)
+        return out
 
     return run

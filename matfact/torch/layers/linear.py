@@ -14,9 +14,9 @@ from torch.nn import functional
 from matfact.backend import to_numpy
 from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
-from matfact.torch.layers._derived import Copy, Derived, are_plain, is_plain, is_untransformed
+from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
-from matfact.torch.layers._in_place import InPlace, readable
+from matfact.torch.layers._in_place import InPlace
 
 if TYPE_CHECKING:
     from matfact.factorizers import BaseFactorizer
@@ -136,11 +136,11 @@ class FactorizedLinear(nn.Module):
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output computed from the cache for inference, or None if it cannot be used."""
-        values = self.values()
-        if self._reads_in_place(x, values):
-            out = self._in_place.apply(self.chain, values, x)
+        if self._is_single(x):
+            out = self._in_place.apply(self.factors._modules.values(), x)
             if out is not None:
                 return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+        values = self.values()
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
             return None if host is None else self._apply_on_host(host, x)
@@ -176,16 +176,15 @@ class FactorizedLinear(nn.Module):
         factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
         return [cast(Tensor, f._buffers[name]) for f in factors for name in f.fixed]
 
-    def _reads_in_place(self, x: Tensor, values: list[Tensor]) -> bool:
-        """Whether a kernel can apply the factors to a single sample as they are stored."""
+    def _is_single(self, x: Tensor) -> bool:
+        """Whether `x` holds one sample to which a kernel may apply the factors as stored."""
         return (
-            self.inference == "auto"
-            and x.numel() == self.in_features
+            x.numel() == self.in_features
             and x.is_cpu
-            and readable(self.factors._modules.values(), values, x)
+            and self.inference == "auto"
             and not torch.is_autocast_enabled("cpu")
+            and not torch.jit.is_tracing()
             and is_plain(x)
-            and are_plain(values)
         )
 
     def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
