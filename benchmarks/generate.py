@@ -276,11 +276,13 @@ def markdown(
 ) -> str:
     """Return a table for each network, batch size and number of threads."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+    checked = "unchecked" if options.unchecked else "checked for writes"
     lines = [
         f"{conditions['cpu']}. {versions}. Seed {SEED}, random supports and values, prompt of "
         f"{options.prompt} tokens, {options.tokens} tokens a turn, {options.turns} turns, "
-        f"{options.beside} busy processes beside, layers {'un' * options.unchecked}checked. Items a second (median) and, in brackets, the "
-        "median ratio to dense float32 in the same turn, and that of the best turns.",
+        f"{options.beside} busy processes beside, layers {checked}. Items a "
+        "second (median) and, in brackets, the median ratio to dense float32 in the same turn, "
+        "and that of the best turns.",
     ]
     for cell in dict.fromkeys((r["network"], r["batch"], r["threads"]) for r in rows):
         chosen = [r for r in rows if (r["network"], r["batch"], r["threads"]) == cell]
