@@ -49,7 +49,7 @@ class FactorizedLinear(nn.Module):
         dense product wherever that class would use it too. On other devices, where torch has no
         fast kernel for scattered values, "auto" caches the dense product if the factors take more
         work. The values are compared with a copy in every pass to detect changes, see
-        :func:`keep_unchecked`.
+        :func:`keep_unchecked`; a single sample goes through sparse factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
