@@ -10,6 +10,7 @@ NAMES = (
     "projection",
     "floor",
     "apply",
+    "generate",
     "busy",
     "scoring",
     "study",

@@ -15,9 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from matfact.kernels.compilation import compiled
+from matfact.kernels.gathers import gather
 from matfact.kernels.vectors import (
     fma,
-    gather,
     load,
     load_values,
     position,

@@ -22,7 +22,7 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "e3dde63fe92d0c89"
+SOURCES = "ce45c9ca1ee65424"
 
 #: Kinds of steps; programs of bytes have those of ``coded`` instead, and selections.
 CSR, KRONECKER, BANDS, SELECTION = range(4)
@@ -270,7 +270,7 @@ def _apply_panels(do, job, values, indices, X, out, scratch, state, call, kernel
 
 
 @numba.njit(inline="always")
-def _apply_vector(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+def apply_to_vector(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to a single column, which is read and written in place."""
     if patience == 0:
         _begin(job, X, out, scratch, state, call, kernel)
@@ -312,7 +312,7 @@ def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, pat
 @compiled()
 def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply steps of numbers to a single column."""
-    _apply_vector(
+    apply_to_vector(
         _vector_step, job, values, indices, X, out, scratch, state, call, kernel, patience
     )  # fmt: skip
 
@@ -328,7 +328,7 @@ def apply_codes_to_panels(job, values, indices, X, out, scratch, state, call, ke
 @compiled()
 def apply_codes_to_vector(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply steps of bytes to a single column."""
-    _apply_vector(
+    apply_to_vector(
         coded.vector_step, job, values, indices, X, out, scratch, state, call, kernel, patience
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from matfact.kernels.compilation import compiled
 from matfact.kernels.vectors import fma, load, spread, store, total, value, width, zeros
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "00698a1757380d7d"
+SOURCES = "b155567c0601eb7a"
 
 CSR, KRONECKER, SELECTION = range(3)
 #: Columns of a table of steps. ``VALUES`` to ``INDICES`` are addresses: of values and their

@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from matfact.kernels.compilation import compiled
+from matfact.kernels.gathers import gather
 from matfact.kernels.vectors import (
     add,
     fma,
-    gather,
     load,
     load_values,
     multiply,

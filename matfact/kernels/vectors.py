@@ -83,34 +83,6 @@ def load(typingctx, array, row, like):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def gather(typingctx, array, indices, first, like):  # type: ignore[no-untyped-def]
-    """``array[indices[first]], array[indices[first + 1]], …`` as a vector, lane by lane.
-
-    A chain of scalar loads is faster than the gather instructions of current processors, and
-    faster still if several unsigned indices are loaded at once.
-    """
-    bits = indices.dtype.bitwidth
-    word = ir.IntType(64)
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        source = _data(context, builder, array, arguments[0])
-        words = builder.gep(_data(context, builder, indices, arguments[1]), [arguments[2]])
-        words = builder.bitcast(words, word.as_pointer())
-        result = ir.Constant(arguments[3].type, ir.Undefined)
-        for lane in range(like.count):
-            place, shift = divmod(lane * bits, 64)
-            if shift == 0:
-                rest = builder.load(builder.gep(words, [ir.Constant(_INT32, place)]), align=2)
-            index = builder.and_(rest, ir.Constant(word, (1 << bits) - 1))
-            rest = builder.lshr(rest, ir.Constant(word, bits))
-            entry = builder.load(builder.gep(source, [index]))
-            result = _inserted(builder, result, entry, lane, like)
-        return result
-
-    return like(array, indices, types.intp, like), generate
-
-
-@intrinsic
 def scatter(typingctx, array, indices, first, vector):  # type: ignore[no-untyped-def]
     """Write the lanes of `vector` to ``array[indices[first]], array[indices[first + 1]], …``."""
 
@@ -257,6 +229,23 @@ def subtract(typingctx, left, right):  # type: ignore[no-untyped-def]
         return builder.fsub(*arguments)
 
     return left(left, right), generate
+
+
+@intrinsic
+def first_lanes(typingctx, count, left, right):  # type: ignore[no-untyped-def]
+    """Return the first `count` lanes of `left`, and the others of `right`, of real numbers."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        lanes = ir.VectorType(_INT32, left.count)
+        number = builder.trunc(arguments[0], _INT32)
+        limit = builder.insert_element(
+            ir.Constant(lanes, ir.Undefined), number, ir.Constant(_INT32, 0)
+        )
+        limit = _shuffled(builder, limit, [0] * left.count)
+        is_first = builder.icmp_signed("<", ir.Constant(lanes, [*range(left.count)]), limit)
+        return builder.select(is_first, arguments[1], arguments[2])
+
+    return left(types.int64, left, right), generate
 
 
 @intrinsic

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from matfact.kernels import fused, gradients
+from matfact.kernels import fused, gradients, rows
 
 INLINED = {
     fused: (
@@ -13,6 +13,7 @@ INLINED = {
         "blocks",
         "coded",
         "csr",
+        "gathers",
         "panels",
         "quantized",
         "signs",
@@ -20,6 +21,7 @@ INLINED = {
         "words",
     ),
     gradients: ("atomics", "panels", "vectors"),
+    rows: ("atomics", "fused", "gathers", "vectors"),
 }
 
 

@@ -22,7 +22,7 @@ V = TypeVar("V")
 
 #: Largest side of factors for which compiling does not pay. BLAS splits only longer sums between
 #: threads, so up to this size its results do not depend on the number of threads.
-_SMALL = 128
+SMALL = 128
 _SAVED = 1 << 19  #: multiplications that take as long as the call overhead of one factor
 _KEPT = 64  #: maximum number of operand shapes for which the choice is cached
 #: Dtypes of operands that need no conversion.
@@ -134,7 +134,7 @@ class Plan:
         """Whether NumPy and SciPy are fast enough and bit-reproducible."""
         shortest = 2 if self.dtype.kind == "c" else 1  # BLAS treats complex rows as vectors
         sides = [self._shape[0], *(factor.shape[1] for factor in self._factors)]
-        return self._half != "bfloat16" and shortest <= min(sides) and max(sides) <= _SMALL
+        return self._half != "bfloat16" and shortest <= min(sides) and max(sides) <= SMALL
 
     @property
     def _saved(self) -> int:

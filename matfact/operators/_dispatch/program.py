@@ -186,10 +186,8 @@ class Program:
         """Return the number of threads worth using for a batch."""
         values = self._n_values
         if batch == 1:
-            vectors = values // _DOT_SPEED
-        else:
-            vectors = values * batch * self.dtype.itemsize // fused.NARROW
-        return 1 + vectors // _HELP
+            return threads_for_vector(values)
+        return 1 + values * batch * self.dtype.itemsize // fused.NARROW // _HELP
 
     def apply(self, X: np.ndarray, threads: int | None = None) -> np.ndarray:
         """Return the product with `X`, of shape (columns,) or (columns, batch).
@@ -253,7 +251,7 @@ class Program:
         kernels = _KERNELS.get(self.stored, (fused.apply_vector, fused.apply_panels))
         if batch == 1:
             kernel, shape = kernels[0], (2, self._largest)
-            job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
+            job[fused.PIECES] = vector_pieces(threads)
         else:
             kernel, shape = kernels[1], self._panels(job, batch, threads)
         job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
@@ -293,6 +291,16 @@ class _Call:
     number: int
     scratch: int
     threads: int
+
+
+def threads_for_vector(values: int) -> int:
+    """Return the number of threads worth using for a single column."""
+    return 1 + values // _DOT_SPEED // _HELP
+
+
+def vector_pieces(threads: int) -> int:
+    """Return the number of parts of a factor for a single column."""
+    return 1 if threads == 1 else _VECTOR_PIECES * threads
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:

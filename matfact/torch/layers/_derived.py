@@ -142,7 +142,8 @@ def keep_unchecked(model: nn.Module) -> nn.Module:
 
     In eval mode, layers cache what they derive from their values, and compare the values with a
     copy in every pass. This costs little for many samples, but up to two thirds of the time for a
-    single one, and synchronizes with a GPU. Without the check, layers still notice changes that
+    few, and synchronizes with a GPU. A single sample goes through sparse factors on the CPU as they
+    are stored, without any check. Without the check, layers still notice changes that
     torch tracks: optimizers, loading, moves and in-place operations. They do not notice writes
     through ``.data``, ``.detach().numpy()`` or DLPack.
 

@@ -16,6 +16,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
+from matfact.torch.layers._in_place import InPlace
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
 
@@ -50,7 +51,7 @@ class FactorizedLinear(nn.Module):
         dense product wherever that class would use it too. On other devices, where torch has no
         fast kernel for scattered values, "auto" caches the dense product if the factors take more
         work. The values are compared with a copy in every pass to detect changes, see
-        :func:`keep_unchecked`.
+        :func:`keep_unchecked`; a single sample goes through sparse factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
@@ -81,6 +82,7 @@ class FactorizedLinear(nn.Module):
         self.inference = inference
         self._product: Derived[Tensor] = Derived()
         self._host: Derived[_Host] = Derived()
+        self._in_place = InPlace()
 
     @classmethod
     def from_linear(
@@ -136,6 +138,10 @@ class FactorizedLinear(nn.Module):
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output computed from the cache for inference, or None if it cannot be used."""
+        if self._is_single(x):
+            out = self._in_place.apply(self.factors._modules.values(), x)
+            if out is not None:
+                return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
         values = self.values()
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
@@ -175,6 +181,17 @@ class FactorizedLinear(nn.Module):
         """Return the buffers with the positions, codes and signs of the factors."""
         factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
         return [cast(Tensor, f._buffers[name]) for f in factors for name in f.fixed]
+
+    def _is_single(self, x: Tensor) -> bool:
+        """Whether `x` holds one sample to which a kernel may apply the factors as stored."""
+        return (
+            x.numel() == self.in_features
+            and x.is_cpu
+            and self.inference == "auto"
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.jit.is_tracing()
+            and is_plain(x)
+        )
 
     def _has_kernels(self, x: Tensor, values: list[Tensor]) -> bool:
         """Whether kernels on the host are faster than torch."""

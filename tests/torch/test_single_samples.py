@@ -1,0 +1,149 @@
+"""A single sample goes through sparse factors as they are stored."""
+
+import copy
+import pickle
+import threading
+
+import numba
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from matfact._threads import limited_kernels  # noqa: E402
+from matfact.kernels import gathers  # noqa: E402
+from matfact.kernels.vectors import store_values, zeros  # noqa: E402
+from matfact.operators import FactorProduct, SparseFactor  # noqa: E402
+from matfact.torch import FactorizedLinear, SparseProductLinear  # noqa: E402
+
+DTYPES = {
+    torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2,
+}  # fmt: skip
+
+
+def sparse(rows, columns, density, seed=0):
+    """Return a random factor with an empty row."""
+    rng = np.random.default_rng(seed)
+    places = np.flatnonzero(rng.random((rows, columns)) < density)
+    places = places[places // columns != rows // 2]
+    return SparseFactor.from_locations(rng.standard_normal(len(places)), places, (rows, columns))
+
+
+def layer_of(*factors, bias=True):
+    product = FactorProduct(factors)
+    return FactorizedLinear(product, torch.ones(product.shape[0]) if bias else None).eval()
+
+
+def keeps_nothing(layer):
+    return layer._host._kept is None and layer._product._kept is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [130, 300])
+@pytest.mark.parametrize("density", [0.02, 0.2])
+@torch.no_grad()
+def test_it_is_multiplied_by_the_product(dtype, columns, density):
+    layer = layer_of(sparse(200, 150, density), sparse(150, columns, density, 1)).to(dtype)
+    x = torch.randn(1, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, exact = layer(x), copy.deepcopy(layer).double()
+    expected = nn.functional.linear(x.double(), exact.weight, exact.bias)
+    assert (found.shape, found.dtype) == (expected.shape, dtype)
+    assert torch.linalg.norm(found - expected) <= DTYPES[dtype] * torch.linalg.norm(expected)
+    assert keeps_nothing(layer)
+
+
+@pytest.mark.parametrize("through", [lambda p: p.data, lambda p: p.detach().numpy()])
+@torch.no_grad()
+def test_untracked_writes_count_although_nothing_is_kept(through):
+    layer, x = layer_of(sparse(200, 150, 0.1), bias=False), torch.ones(150, dtype=torch.float64)
+    before = layer(x)
+    through(layer.factors[0].values)[-1] += 1.0
+    after = layer(x)
+    assert keeps_nothing(layer)
+    assert (after - before).abs().max() == pytest.approx(1.0)
+    assert int((after != before).sum()) == 1
+
+
+@torch.no_grad()
+def test_copies_and_pickles_read_their_own_values():
+    layer, x = layer_of(sparse(200, 150, 0.1), bias=False), torch.ones(150, dtype=torch.float64)
+    before = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other.factors[0].values.mul_(2)
+        torch.testing.assert_close(other(x), 2 * before)
+        assert torch.equal(layer(x), before)
+
+
+@torch.no_grad()
+def test_infinity_reaches_only_rows_that_store_its_column():
+    layer, x = layer_of(sparse(200, 150, 0.1), bias=False), torch.ones(150, dtype=torch.float64)
+    for column in range(0, 150, 7):
+        x.fill_(1.0)[column] = torch.inf
+        stored = layer.weight[:, column] != 0
+        assert torch.equal(layer(x).isfinite(), ~stored)
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_threads():
+    layer = SparseProductLinear(1024, 1024, density=0.25, random_state=0).eval()
+    x, found = torch.ones(1024), []
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with limited_kernels(count):
+            found.append(layer(x))
+    torch.set_num_threads(before)
+    assert keeps_nothing(layer)
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_no_thread_helps_if_torch_may_use_only_one(monkeypatch):
+    layer = SparseProductLinear(1024, 1024, density=0.25, random_state=0).eval()
+    lent = []
+    monkeypatch.setattr("matfact.kernels.threads.lend", lambda *args, **kwargs: lent.append(args))
+    monkeypatch.setattr("matfact.torch.layers._in_place.allowed_threads", lambda: 2)
+    before, running = torch.get_num_threads(), threading.active_count()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        layer(torch.ones(1024))
+        assert len(lent) == count - 1
+    torch.set_num_threads(before)
+    assert threading.active_count() == running
+
+
+@torch.no_grad()
+def test_values_that_do_not_match_their_positions_are_not_read():
+    layer, x = layer_of(sparse(200, 150, 0.1)), torch.ones(150, dtype=torch.float64)
+    layer(x)
+    layer.factors[0].values.data = layer.factors[0].values.data[:10]
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        layer(x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gather_instructions_and_scalar_loads_find_the_same(dtype, monkeypatch):
+    rng = np.random.default_rng(0)
+    source = rng.standard_normal(1 << 16).astype(dtype)
+    indices = rng.integers(1 << 16, size=64 // source.itemsize + 3).astype(np.uint16)
+    gather = gathers.gather
+    for fast in (gathers._FAST, ()):
+        monkeypatch.setattr(gathers, "_FAST", fast)
+
+        @numba.njit
+        def gathered(source, indices, out):
+            store_values(out, 0, gather(source, indices, 3, zeros(source, 64)))
+
+        out = np.empty(64 // source.itemsize, dtype)
+        gathered(source, indices, out)
+        np.testing.assert_array_equal(out, source[indices[3:]])
+
+
+@torch.no_grad()
+def test_positions_outside_of_a_factor_are_not_read():
+    layer, x = layer_of(sparse(200, 150, 0.1), bias=False), torch.ones(150, dtype=torch.float64)
+    modules = layer.factors._modules.values()
+    assert layer._in_place.apply(modules, x) is not None
+    layer.factors[0].indices.fill_(255)
+    assert layer._in_place.apply(modules, x) is None
