@@ -148,6 +148,15 @@ class Pass:
                 self._call.try_out()
         page_out(self.offloaded)
 
+    def output(self, *, gradients: bool = False) -> Any:
+        """Return the output of the module before which the batch waits, as that module is now."""
+        assert self._call is not None
+        try:
+            with drawing(self._draws):
+                return self._call.output(gradients)
+        finally:
+            page_out(self.offloaded)
+
     def cancel(self) -> None:
         """End the thread at its current stop."""
         self._cancelled = True
@@ -168,7 +177,7 @@ class _Call:
     args, kwargs
         Arguments of the call.
     go_on : callable
-        Runs its replacement.
+        Runs that module as it is now, or its replacement.
     """
 
     def __init__(
@@ -177,7 +186,7 @@ class _Call:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        go_on: Callable[[], Any],
+        go_on: Callable[..., Any],
     ) -> None:
         self.name, self.args, self.kwargs = name, args, kwargs
         self._run, self._go_on = run, go_on
@@ -187,17 +196,26 @@ class _Call:
 
     def try_out(self) -> None:
         """Run the module on a copy of its arguments, since it may modify them (caches)."""
-        copied = functools.partial(duplicate, memo={})
-        args = map(copied, self.args)
-        kwargs = {key: copied(value) for key, value in self.kwargs.items()}
+        args, kwargs = self._copied()
         with self._modes.entered():
             self._context.copy().run(self._run, *args, **kwargs)
+
+    def output(self, gradients: bool) -> Any:
+        """Return the output of the module as it is now, for a copy of its arguments."""
+        args, kwargs = self._copied()
+        with self._modes.entered(), torch.set_grad_enabled(gradients):
+            return self._context.copy().run(self._go_on, *args, **kwargs)
+
+    def _copied(self) -> tuple[Any, dict[str, Any]]:
+        copied = functools.partial(duplicate, memo={})
+        args = [copied(value) for value in self.args]
+        return args, {key: copied(value) for key, value in self.kwargs.items()}
 
     def finish(self) -> None:
         """Run to the end of the module."""
         try:
             with self._modes.entered():
-                self._outcome = self._context.run(self._go_on)
+                self._outcome = self._context.run(self._go_on, *self.args, **self.kwargs)
         except BaseException as error:  # passed on to the network's own code
             self._error = error
 
@@ -316,14 +334,14 @@ def waiting_before(model: nn.Module, name: str) -> Iterator[threading.Event]:
     def forward_in_turn(*args: Any, **kwargs: Any) -> Any:
         before: Any = reference()
 
-        def go_on() -> Any:
+        def go_on(*args: Any, **kwargs: Any) -> Any:
             now = model.get_submodule(name)
             # Without the hooks of a replacement: those of the current call already run.
             return run(before, *args, **kwargs) if now is before else now.forward(*args, **kwargs)
 
         comer = Pass.advancing()
         if comer is None:
-            return go_on()
+            return go_on(*args, **kwargs)
         at = None if opened.is_set() else name
         return comer.wait_for(_Call(at, functools.partial(run, before), args, kwargs, go_on))
 

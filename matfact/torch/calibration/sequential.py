@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch.calibration._collect import Arrived, Collected
-from matfact.torch.calibration._layer_statistics import LayerStatistics
+from matfact.torch.calibration._layer_statistics import LayerStatistics, is_aside
+from matfact.torch.calibration._match import Example, Matched, first_tensor, match_block
 from matfact.torch.calibration._offload import between, offloading
 from matfact.torch.calibration._passes import Pass, WholePass, waiting_before
 from matfact.torch.calibration._survey import Survey, are_alike, mark, survey
@@ -43,6 +44,7 @@ def sequential_statistics(
     *,
     paired: bool = False,
     folder: Path | None = None,
+    matched: Callable[[Matched], None] | None = None,
 ) -> Stops:
     """Run all batches through the network, stopping at each layer so that it can be replaced.
 
@@ -79,6 +81,9 @@ def sequential_statistics(
         with those in the dense network.
     folder : Path, optional
         Folder for the block inputs of waiting batches, in files instead of memory.
+    matched : callable, optional
+        Called with the result for each block that is trained to give the outputs of the dense one,
+        once its layers are replaced. It needs pairs.
 
     Yields
     ------
@@ -114,7 +119,7 @@ def sequential_statistics(
             traces.restore()
             del views  # do not keep replaced layers in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
-            yield from started.through_blocks(started.batches(Pass, drawn), folder)
+            yield from started.through_blocks(started.batches(Pass, drawn), folder, matched)
             yield from started.repeated(whole)
         finally:
             traces.restore()
@@ -153,14 +158,22 @@ class _Replay:
             found.append(Arrived(i, calls, kind(self._model, *each), dense))
         return found
 
-    def through_blocks(self, batches: list[Arrived], folder: Path | None) -> Stops:
+    def through_blocks(
+        self,
+        batches: list[Arrived],
+        folder: Path | None,
+        matched: Callable[[Matched], None] | None = None,
+    ) -> Stops:
         """Advance batches from block to block, stopping at the layers of each."""
         every: list[Any] = [each for b in batches for each in (b.own, b.dense) if each is not None]
         with self._started(every, folder) as opened:
             while name := self._next(every):
                 as_dense = self._as_dense(self.blocks[name])
                 arrived = [batch for batch in batches if batch.own.at == name]
+                is_layer = name in self.blocks[name]
                 yield from self._at(name, arrived, as_dense)
+                if matched is not None and arrived and not is_layer:
+                    matched(self._match(name, arrived, as_dense))
                 if not any(self.blocks.values()):  # nothing after this matters
                     break
                 if arrived:
@@ -239,6 +252,25 @@ class _Replay:
             for name in list(found):
                 del views[name]
                 yield name, found.pop(name)
+
+    def _match(self, name: str, arrived: list[Arrived], as_dense: _Mode) -> Matched:
+        """Train a block to give the outputs that it gives in the dense network."""
+        if any(batch.dense.at != name for batch in arrived):
+            return Matched(name, note="its batches have no counterparts in the dense network")
+        try:
+            with as_dense():
+                targets = [first_tensor(batch.dense.output()) for batch in arrived]
+            examples = [
+                Example(batch.own.output, target, batch.own.batch, is_aside(batch.index))
+                for batch, target in zip(arrived, targets, strict=True)
+            ]
+            return match_block(name, self._model, examples)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the network's own code, or in its gradients
+            return Matched(name, note=f"it cannot be trained: {error}")
+        finally:
+            forget(self._model.get_submodule(name))
 
     def repeated(self, batches: list[Arrived]) -> Stops:
         """Yield the layers without a block, each in runs of the whole network."""

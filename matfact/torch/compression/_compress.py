@@ -21,6 +21,7 @@ from matfact.report import CompressionReport, LayerReport
 from matfact.torch._attached import attached
 from matfact.torch._warnings import CompressionWarning
 from matfact.torch.calibration._layer_statistics import LayerStatistics
+from matfact.torch.calibration._match import Matched, summary
 from matfact.torch.calibration.batchnorm import reestimate_batch_norm
 from matfact.torch.calibration.options import Adaptation, Calibration, CalibrationOptions
 from matfact.torch.calibration.sequential import sequential_statistics
@@ -190,14 +191,18 @@ def compress(
     _warn_of_none(tasks)
     folder = None if given is None else given.folder
     undo = undone_on_error(model, folder) if inplace else contextlib.nullcontext()
+    matched: list[Matched] = []
     with bar, undo as replaced:
         work = {task.names[0]: task.work(given is not None) for task in todo}
         bar.expect(work.values(), len(todo), "" if given is None else "calibration")
-        fits = _fits(model, todo, given, n_jobs)
+        fits = _fits(model, todo, given, n_jobs, matched.append)
         for row in _finished(model, todo, fits, replaced, bar, work):
             rows[row.layer] = row
         if given is not None:
             metadata["steps"].append(given.step)
+            if given.match_blocks:
+                metadata["blocks"] = [dataclasses.asdict(each) for each in matched]
+                metadata["steps"].append(summary(matched))
             if given.reestimate_batchnorm:
                 n_layers = reestimate_batch_norm(model, given.batches)
                 metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
@@ -249,7 +254,11 @@ def _finished(
 
 
 def _fits(
-    model: nn.Module, tasks: list[Task], calibration: Calibration | None, n_jobs: int
+    model: nn.Module,
+    tasks: list[Task],
+    calibration: Calibration | None,
+    n_jobs: int,
+    matched: Callable[[Matched], None],
 ) -> _Results:
     """Yield each task with its fit, or None if the method cannot handle the layer."""
     fit: _Fit = _try
@@ -257,7 +266,7 @@ def _fits(
     if calibration is not None:
         fit = functools.partial(_try, adapt=calibration.adapt, shift_bias=calibration.shift_bias)
         if calibration.sequential:
-            yield from _sequential_fits(model, tasks, fit, calibration)
+            yield from _sequential_fits(model, tasks, fit, calibration, matched)
             return
         views = layer_views(model, [task.names[0] for task in tasks if _is_real(task)])
         statistics = captured(model, calibration.batches, views)
@@ -272,12 +281,19 @@ def _fits(
 
 
 def _sequential_fits(
-    model: nn.Module, tasks: list[Task], fit: _Fit, calibration: Calibration
+    model: nn.Module,
+    tasks: list[Task],
+    fit: _Fit,
+    calibration: Calibration,
+    matched: Callable[[Matched], None],
 ) -> _Results:
     by_name = {task.names[0]: task for task in tasks}
     real = [name for name, task in by_name.items() if _is_real(task)]
     batches, paired = calibration.batches, calibration.feedback
-    stops = sequential_statistics(model, real, batches, paired=paired, folder=calibration.folder)
+    stops = sequential_statistics(
+        model, real, batches, paired=paired, folder=calibration.folder,
+        matched=matched if calibration.match_blocks else None,
+    )  # fmt: skip
     with contextlib.closing(stops):
         for name, statistics in stops:
             task = by_name.pop(name)
