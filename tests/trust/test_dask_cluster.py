@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import cluster
 from matfact import DoubleSparseFactorizer, MagnitudePruner, compare_projections
 from matfact._parallel import on_cluster
-from matfact.checkpoint import _compress, compress
+from matfact.checkpoint import _writing, compress
 from matfact.cli import app
 from matfact.compare import Comparison, StoredMatrix, cut_matrices, load_weights
 from matfact.compare import _study as study
@@ -150,7 +150,7 @@ def test_tasks_hold_no_weights(source, tmp_path, monkeypatch):
 
         return call
 
-    for module in (_compress, study):
+    for module in (_writing, study):
         fake = type("joblib", (), {"delayed": staticmethod(delayed)})
         monkeypatch.setattr(module, "joblib", fake)
     compress(source, tmp_path / "out", MagnitudePruner())
