@@ -23,13 +23,10 @@ class MatfactQuantizer(HfQuantizer):
 
     ``save_pretrained`` and ``from_pretrained`` call it; users do not.
 
-    Parameters
+    Attributes
     ----------
     quantization_config : MatfactConfig
         The structure of the network.
-    **kwargs
-        ``pre_quantized``: whether the repository holds a compressed network. If not, there is
-        nothing to read.
     """
 
     requires_calibration = True

@@ -19,7 +19,7 @@ _ROUNDS = 5  #: number of timings; the fastest counts
 class Advice(NamedTuple):
     """Times to apply a product to a batch by its factors and by its dense matrix.
 
-    Parameters
+    Attributes
     ----------
     batch_size : int
         Columns of the operand.
@@ -27,7 +27,7 @@ class Advice(NamedTuple):
         Time with the factors.
     dense_seconds : float
         Time with the dense matrix.
-    rule : {"factors", "dense"}, optional
+    rule : {"factors", "dense"} or None
         What ``@`` uses if the product is not tuned. None if nothing was tuned.
     """
 
