@@ -10,6 +10,7 @@ from matfact._files import replacing
 from matfact._json import parse_json
 from matfact._regular import read_whole
 from matfact.checkpoint._manifest import MANIFEST
+from matfact.checkpoint._packed import METHOD
 from matfact.checkpoint._source import INDEX_SUFFIX
 
 CONFIG = "config.json"
@@ -37,9 +38,19 @@ def parsed(path: Path, content: bytes) -> dict[str, Any]:
         raise ValueError(f"{path} must be a JSON object: {error}.") from None
 
 
+def is_read(config: dict[str, Any]) -> bool:
+    """Whether all formats of weights that a configuration names are read."""
+    return all(found in _READ for _, found in _formats(config))
+
+
 def check_config(source: Path) -> None:
     """Raise ``ValueError`` if the configuration is damaged or names another format of weights."""
     for what, found in _formats(read_config(source) or {}):
+        if found == METHOD:
+            raise ValueError(
+                f"{_folder(source)} must hold a checkpoint of matfact, or weights not compressed "
+                "by it, but save_pretrained wrote it: load it with from_pretrained."
+            )
         if found not in _READ:
             raise ValueError(
                 f"{_config_of(source)} must describe weights that are not quantized, in a format "

@@ -11,7 +11,9 @@ from matfact._layers import NOT_FINITE, matrix_shape
 from matfact._safetensors_file import Located
 from matfact.checkpoint._config import check_config
 from matfact.checkpoint._manifest import MANIFEST, Shard, StoredTensor
+from matfact.checkpoint._packed import wrapped
 from matfact.checkpoint._reader import Checkpoint
+from matfact.checkpoint._repository import Repository
 from matfact.checkpoint._shards import write_shard
 from matfact.checkpoint._source import Source
 from matfact.checkpoint._writing import Progress, write_kept, write_network
@@ -41,7 +43,8 @@ def convert(
     source : str or Path
         Anything that :func:`compress` reads: dense weights with zeros, or weights in the formats
         ``sparse-bitmask`` and ``sparse-24-bitmask`` of compressed-tensors. The ``config.json`` of a
-        folder must not describe quantized weights.
+        folder must not describe quantized weights; with one, the checkpoint too is a repository
+        that ``from_pretrained`` reads after ``import matfact.transformers``.
     folder : str or Path
         A new or empty folder for the checkpoint, or one with interrupted work to resume.
     negative_zeros : bool, default=True
@@ -75,15 +78,20 @@ def convert(
         raise ValueError(f"source must not be a checkpoint already, but {source} holds one.")
     weights = Source(source)
     check_config(source)
-    notes = {name: kept.reason for name, kept in weights.kept.items()}
+    repository = Repository.at(source)
+    kept = weights.kept if repository is None else repository.kept(weights.specs, weights.kept)
+    names = [name for name in weights.specs if name not in kept]
+    notes = {name: why.reason for name, why in kept.items()}
     settings = {"conversion": "sparse", "negative_zeros": negative_zeros}
-    store = functools.partial(_store, negative_zeros=negative_zeros)
+    store = functools.partial(
+        _store, negative_zeros=negative_zeros, is_wrapped=repository is not None
+    )
     return write_network(
-        weights, folder, weights.matrices(), notes, settings, store, n_jobs, progress
+        weights, folder, names, notes, settings, store, n_jobs, progress, repository=repository
     )
 
 
-def _store(tensor: Located, path: Path, negative_zeros: bool) -> Shard:
+def _store(tensor: Located, path: Path, negative_zeros: bool, is_wrapped: bool) -> Shard:
     """Write a weight as a sparse factor, or unchanged if that takes fewer bytes."""
     W = tensor.read().reshape(matrix_shape(tensor.spec.shape))
     if not np.isfinite(W).all():
@@ -101,4 +109,4 @@ def _store(tensor: Located, path: Path, negative_zeros: bool) -> Shard:
     held = StoredTensor(
         tensor.name, tensor.spec, kinds, density=factor.nnz / W.size, relative_error=0.0
     )
-    return write_shard(path, content, [held])
+    return write_shard(path, wrapped(content, held.name) if is_wrapped else content, [held])

@@ -14,7 +14,14 @@ from matfact._files import write_atomically
 from matfact._layers import Kept, layer_of
 from matfact._regular import read_whole
 from matfact._safetensors_file import SafetensorsFile
-from matfact.checkpoint._config import CONFIG, SMALL_LIMIT, copy_others, parsed
+from matfact.checkpoint._config import (
+    CONFIG,
+    SMALL_LIMIT,
+    copy_others,
+    is_read,
+    parsed,
+    without_sparsity,
+)
 from matfact.checkpoint._manifest import Shard
 from matfact.checkpoint._packed import METHOD, VERSION, described
 from matfact.checkpoint._source import INDEX_SUFFIX, SINGLE_FILE
@@ -28,7 +35,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Repository:
-    """A folder with a configuration and dense weights.
+    """A folder with a configuration and weights that are dense, or read as such.
 
     Parameters
     ----------
@@ -59,11 +66,17 @@ class Repository:
 
     @classmethod
     def at(cls, source: str | Path) -> Repository | None:
-        """Return the repository at `source`, or None if this is no folder of dense weights."""
+        """Return the repository at `source`, or None if this is no folder of weights that are read.
+
+        Its configuration is that of dense weights, also if they are stored in a sparse format.
+        """
         if not (Path(source) / CONFIG).is_file():
             return None
         found = cls(Path(source))
-        return None if ENTRY in found.config else found
+        if not is_read(found.config):
+            return None
+        found.config = without_sparsity(found.config)
+        return found
 
     def kept(self, names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, Kept]:
         """Return what is `kept` in a repository, even if it is requested."""

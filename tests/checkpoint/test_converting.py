@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import matfact.transformers  # noqa: F401
 from matfact import MagnitudePruner, checkpoint
 from matfact.checkpoint._source import Source
 from matfact.cli import app
@@ -66,9 +67,30 @@ def test_a_written_network_computes_the_same_from_sparse_factors(release, tmp_pa
     build = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # noqa: E731
     sparse = load_network(build, tmp_path / "sparse").eval()
     assert any(isinstance(layer, FactorizedLinear) for layer in sparse.modules())
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32)
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(sparse(tokens).logits, dense(tokens).logits)
+        assert torch.equal(read(tokens).logits, sparse(tokens).logits)
+    assert dict(classes(read)) == dict(classes(sparse))
+
+
+def classes(model):
+    return ((name, type(module)) for name, module in model.named_modules())
+
+
+def test_what_was_compressed_from_a_sparse_format_is_read_by_transformers(tmp_path):
+    pruner = MagnitudePruner(density=0.2)
+    checkpoint.compress(RELEASES / "bitmask-0.9.4", tmp_path / "small", pruner)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert sum(isinstance(layer, FactorizedLinear) for layer in model.modules()) == 7
+
+
+def test_what_save_pretrained_wrote_is_refused_with_what_reads_it(tmp_path):
+    source = folder_with(tmp_path, {"quantization_config": {"quant_method": "matfact"}})
+    for write in (checkpoint.convert, checkpoint.to_dense):
+        with pytest.raises(ValueError, match=r"load it with from_pretrained\."):
+            write(source, tmp_path / "out")
 
 
 def test_compressing_reads_masked_weights_like_dense_ones(tmp_path):
@@ -352,7 +374,7 @@ def test_the_command_converts_both_ways(tmp_path):
     source = RELEASES / "24-bitmask-0.14.0"
     result = invoke("convert", source, tmp_path / "sparse")
     assert result.exit_code == 0, result.output
-    assert "11 tensors, 7 of them factorized; 9," in result.output
+    assert "11 tensors, 7 of them factorized; 10," in result.output
     assert content(tmp_path / "sparse") == content(
         checkpoint.convert(source, tmp_path / "python").path
     )
