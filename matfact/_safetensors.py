@@ -15,6 +15,8 @@ import numpy as np
 
 from matfact._json import parse_json
 
+#: The file of weights in a folder of Hugging Face.
+SINGLE_FILE = "model.safetensors"
 #: Maximum size of a header in the format, in bytes.
 _LONGEST_HEADER = 100_000_000
 

@@ -184,6 +184,19 @@ def test_damaged_files_are_one_line_and_write_nothing(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out"]
 
 
+def test_what_has_no_manifest_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "from_pretrained loads them" in invoke("inspect", tmp_path).output
+    (tmp_path / "journal.log").touch()
+    assert "the command that began it resumes it" in invoke("inspect", tmp_path).output
+
+
+def test_of_other_options_only_those_that_differ_are_told(source, tmp_path):
+    assert invoke("compress", source, tmp_path / "out", *OPTIONS).exit_code == 0
+    again = invoke("compress", source, tmp_path / "out", *OPTIONS[:-1], "0.5")
+    assert "weights: density was 0.25 and is 0.5. Choose" in again.output
+
+
 def test_ctrl_c_leaves_work_that_the_same_command_completes(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert invoke("compress", source, tmp_path / "whole", *OPTIONS).exit_code == 0

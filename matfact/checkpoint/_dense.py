@@ -12,7 +12,7 @@ from matfact._files import (
     replacing_folder,
     write_atomically,
 )
-from matfact._safetensors import in_aligned_order
+from matfact._safetensors import SINGLE_FILE, in_aligned_order
 from matfact.checkpoint._config import (
     CONFIG,
     check_config,
@@ -23,7 +23,7 @@ from matfact.checkpoint._config import (
 from matfact.checkpoint._decompress import DenseContent, check_space, decompress, dense_content
 from matfact.checkpoint._manifest import MANIFEST
 from matfact.checkpoint._reader import Checkpoint
-from matfact.checkpoint._source import SINGLE_FILE, Source
+from matfact.checkpoint._source import Source
 
 
 def to_dense(source: str | Path, output: str | Path) -> None:

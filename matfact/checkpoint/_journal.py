@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -14,10 +15,9 @@ from typing import Any, BinaryIO, Self
 from matfact._files import claimed, is_partial, remove_partial_files, replacing
 from matfact._json import parse_json
 from matfact._regular import read_whole
-from matfact.checkpoint._manifest import MANIFEST, Manifest, Shard
+from matfact.checkpoint._manifest import JOURNAL, MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
-JOURNAL = "journal.log"
 #: Maximum size of a journal, in bytes, for as many files as a manifest may list.
 _LONGEST = 1 << 26
 
@@ -74,7 +74,8 @@ class Journal:
         if self._earlier not in (None, settings):
             raise ValueError(
                 f"{self.folder} was begun with other options or weights: "
-                f"{_differences(self._earlier, settings)}. Choose another folder, or remove it."
+                f"{'; '.join(_differences(self._earlier, settings))}. Choose another folder, or "
+                "remove it."
             )
         self._held.callback(self._tidy)
         remove_partial_files(self.folder)
@@ -176,6 +177,11 @@ def _is_intact(folder: Path, shard: Shard) -> bool:
     return True
 
 
-def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
-    keys = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
-    return "; ".join(f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in keys)
+def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    """Yield the settings that differ, of parameters and files only those."""
+    for key in sorted({*earlier, *settings}):
+        there, here = earlier.get(key), settings.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here)
+        elif there != here:
+            yield f"{key} was {there!r} and is {here!r}"

@@ -15,6 +15,8 @@ from matfact._regular import read_whole
 from matfact._safetensors import TensorSpec, checked_spec
 
 MANIFEST = "manifest.json"
+#: Of work that is not complete.
+JOURNAL = "journal.log"
 FORMAT = "matfact-checkpoint"
 #: What is written; earlier versions are read.
 VERSION = 2
@@ -181,6 +183,7 @@ class Manifest(NamedTuple):
         if not path.is_file():
             raise FileNotFoundError(
                 f"path must name a folder with a {MANIFEST}, but there is none in {folder}."
+                f"{_what_is(folder)}"
             )
         try:
             return cls._parsed(path)
@@ -207,6 +210,15 @@ class Manifest(NamedTuple):
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata must be strings")
         return cls(shards, _typed(fields, "settings", dict), metadata)
+
+
+def _what_is(folder: Path) -> str:
+    """Return what a folder without manifest may be."""
+    if (folder / JOURNAL).is_file():
+        return " Work there is not complete: the command that began it resumes it."
+    if (folder / "config.json").is_file():
+        return " Networks that save_pretrained wrote have none: from_pretrained loads them."
+    return ""
 
 
 def _check_unique(names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from matfact._files import write_atomically
 from matfact._layers import Kept, layer_of
 from matfact._regular import read_whole
+from matfact._safetensors import SINGLE_FILE
 from matfact._safetensors_file import SafetensorsFile
 from matfact.checkpoint._config import (
     CONFIG,
@@ -24,7 +25,7 @@ from matfact.checkpoint._config import (
 )
 from matfact.checkpoint._manifest import Shard
 from matfact.checkpoint._packed import METHOD, VERSION, described
-from matfact.checkpoint._source import INDEX_SUFFIX, SINGLE_FILE
+from matfact.checkpoint._source import INDEX_SUFFIX
 
 #: Entry of a configuration that says how weights are stored.
 ENTRY = "quantization_config"

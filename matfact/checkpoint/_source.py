@@ -13,13 +13,12 @@ from matfact._gguf import SUFFIX, GgufFile
 from matfact._json import parse_json
 from matfact._layers import Kept, kept_tensors
 from matfact._regular import read_whole
-from matfact._safetensors import TensorSpec
+from matfact._safetensors import SINGLE_FILE, TensorSpec
 from matfact._safetensors_file import Located, SafetensorsFile, TensorLocation
 
 INDEX_SUFFIX = ".index.json"
 #: Maximum size of an index, in bytes; enough for more than 100 000 tensors.
 _LIMIT = 1 << 24
-SINGLE_FILE = "model.safetensors"
 
 
 class UnreadIndexWarning(UserWarning):

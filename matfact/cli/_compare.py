@@ -24,8 +24,9 @@ def compare(
         Path | None,
         typer.Argument(
             help="A .safetensors, .gguf (needs matfact\\[gguf]), .npz or .npy file, or a torch "
-            "state dict (.pt, .pth, .bin; nothing is unpickled). Default: a trained transformer if "
-            "matfact\\[demo] is installed, else a small network trained on the fly.",
+            "state dict (.pt, .pth, .bin; nothing is unpickled); or a folder with "
+            "model.safetensors. Default: a trained transformer if matfact\\[demo] is installed, "
+            "else a small network trained on the fly.",
         ),
     ] = None,
     density: Annotated[

@@ -13,7 +13,7 @@ import numpy as np
 from matfact._bitmasks import locate_all
 from matfact._gguf import SUFFIX, GgufFile
 from matfact._layers import chosen_weights
-from matfact._safetensors import TensorSpec
+from matfact._safetensors import SINGLE_FILE, TensorSpec
 from matfact._safetensors_file import SafetensorsFile
 from matfact._threads import single_threaded
 from matfact.compare._archives import numpy_arrays
@@ -50,8 +50,9 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
     path : str or Path, optional
         A ``.safetensors``, ``.npz`` or ``.npy`` file, a ``.gguf`` file (needs the extra ``gguf``;
         quantized tensors become float32), or a torch state dict (``.pt``, ``.pth``, ``.bin``; needs
-        the extra ``torch``). None uses the sentence transformer of the extra
-        ``demo`` if it is installed, and otherwise trains a small network on scikit-learn's digits.
+        the extra ``torch``); or a folder with ``model.safetensors``. None uses the sentence
+        transformer of the extra ``demo`` if it is installed, and otherwise trains a small network
+        on scikit-learn's digits.
     stored : bool, default=False
         Whether to return a :class:`StoredMatrix` for each matrix of a safetensors file, to be read
         by the workers of a cluster. Other files are read in any case.
@@ -77,6 +78,11 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
     if path is None:
         return _default_weights(stored)
     path = Path(path)
+    if path.is_dir() and not (path := path / SINGLE_FILE).is_file():
+        raise FileNotFoundError(
+            f"path must name a file of weights, or a folder with {SINGLE_FILE}, but there is none "
+            f"in {path.parent}: name one of its files."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"path must name a file of weights, but there is none at {path}.")
     reader = _READERS.get(path.suffix.lower())

@@ -161,6 +161,17 @@ def test_other_suffixes_and_missing_files_are_named(tmp_path):
         load_weights(tmp_path / "model.pkl")
     with pytest.raises(FileNotFoundError, match="absent"):
         load_weights(tmp_path / "absent.npz")
+    with pytest.raises(FileNotFoundError, match=r"or a folder with model\.safetensors"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_folder_is_read_like_its_file(stored, tmp_path):
+    save_file({"fc": W}, tmp_path / "model.safetensors")
+    found = load_weights(tmp_path, stored=stored)
+    assert found.source == str(tmp_path / "model.safetensors")
+    matrix = found["fc"].read() if stored else found["fc"]
+    np.testing.assert_array_equal(matrix, W)
 
 
 def test_a_file_without_matrices_is_refused(tmp_path):
