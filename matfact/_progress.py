@@ -61,6 +61,7 @@ class Forecast:
         self._left: dict[str, float] = defaultdict(float)
         self._work: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
+        self._first: dict[str, tuple[float, float]] = {}
         self._start: float | None = None
 
     def expect(self, work: Iterable[tuple[str, float]]) -> None:
@@ -71,23 +72,33 @@ class Forecast:
 
     def done(self, step: Step, now: float) -> None:
         """Count a finished step."""
+        self._left[step.kind] = max(0.0, self._left[step.kind] - step.work)
         if self._start is None:  # what came before, such as calibration, is not repeated
             self._start = now - (step.seconds or 0.0)
-        self._left[step.kind] = max(0.0, self._left[step.kind] - step.work)
+            if step.seconds is None:
+                return  # it began at some time before
+        seconds = step.work if step.seconds is None else step.seconds
         self._work[step.kind] += step.work
-        self._seconds[step.kind] += step.work if step.seconds is None else step.seconds
+        self._seconds[step.kind] += seconds
+        self._first.setdefault(step.kind, (step.work, seconds))
 
     def left(self, now: float) -> float | None:
         """Return the seconds left, or None before there is enough to tell them from."""
         work, seconds = sum(self._work.values()), sum(self._seconds.values())
         if self._start is None or not work or not seconds or now <= self._start:
             return None
-        rates = {kind: self._seconds[kind] / done for kind, done in self._work.items() if done}
+        rates = {kind: self._rate(kind) for kind, done in self._work.items() if done}
         if 2 * sum(n for k, n in self._left.items() if k not in rates) > sum(self._left.values()):
             return None  # methods differ a hundredfold
         left = sum(work_left * rates.get(k, seconds / work) for k, work_left in self._left.items())
         # Several fits may run at once, and there is more to do than fits.
         return left * (now - self._start) / seconds
+
+    def _rate(self, kind: str) -> float:
+        """Return the seconds that a unit of work of `kind` takes."""
+        work, seconds = self._first[kind]  # it may also have compiled kernels
+        later = self._work[kind] - work
+        return (self._seconds[kind] - seconds) / later if later else seconds / work
 
 
 class Bar:

@@ -110,6 +110,23 @@ def test_each_method_has_a_rate_of_its_own():
     assert forecast.left(10.0) == pytest.approx(9.0 + 2.0 + 5.0)
 
 
+def test_what_the_first_fit_does_besides_is_not_expected_again():
+    forecast = Forecast()
+    forecast.expect([("svd", 1.0)] * 12)
+    forecast.done(Step("a", "svd", 1.0, seconds=20.0), now=20.0)  # compiles kernels
+    forecast.done(Step("b", "svd", 1.0, seconds=1.0), now=21.0)
+    assert forecast.left(21.0) == pytest.approx(10.0)
+
+
+def test_steps_of_unknown_times_are_counted_from_the_end_of_the_first():
+    forecast = Forecast()
+    forecast.expect([("", 2.0)] * 10)
+    forecast.done(Step("a", work=2.0), now=50.0)
+    assert forecast.left(50.0) is None
+    forecast.done(Step("b", work=2.0), now=53.0)
+    assert forecast.left(53.0) == pytest.approx(24.0)
+
+
 def test_parallel_fits_take_less_time():
     forecast = Forecast()
     forecast.expect([("svd", 1.0)] * 4)
