@@ -128,7 +128,8 @@ def attach(model: nn.Module) -> nn.Module:
                 config = config if isinstance(config, MatfactConfig) else MatfactConfig()
                 attached.config.quantization_config = config
                 attached.hf_quantizer = MatfactQuantizer(config)
-                attached.hf_quantizer.other = other and type(other).__name__
+                if getattr(other, "packed_modules", None) != {}:  # GGUF files may be read as dense
+                    attached.hf_quantizer.other = other and type(other).__name__
             if not attached.hf_quantizer.is_hooked:  # from_pretrained sets only the quantizer
                 attached.hf_quantizer.is_hooked = True
                 module.register_load_state_dict_pre_hook(_saving.expand_packed)

@@ -178,6 +178,23 @@ def test_a_dense_network_is_not_taken_for_a_compressed_one(tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path, quantization_config=MatfactConfig())
 
 
+def test_networks_of_gguf_files_are_saved_if_their_layers_are_dense(tmp_path):
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    for packed in ({}, {"a.weight": object()}):
+        model = dense("bert")
+        model.hf_quantizer = gguf.GgufHfQuantizer(transformers.GgufConfig())
+        model.hf_quantizer.packed_modules = packed
+        small, _ = compress(model, "magnitude", density=0.5)
+        if packed:
+            with pytest.raises(ValueError, match="GgufHfQuantizer has some"):
+                small.save_pretrained(tmp_path)
+        else:
+            small.save_pretrained(tmp_path)
+            again = type(model).from_pretrained(tmp_path)
+            assert type(again.hf_quantizer).__name__ == "MatfactQuantizer"
+            torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
+
+
 def test_other_quantizers_are_refused(tmp_path):
     class OtherQuantizer:
         pass
