@@ -49,7 +49,8 @@ def check_config(source: Path) -> None:
         if found == METHOD:
             raise ValueError(
                 f"{_folder(source)} must hold a checkpoint of matfact, or weights not compressed "
-                "by it, but save_pretrained wrote it: load it with from_pretrained."
+                "by it, but save_pretrained wrote it: load it with from_pretrained. Its method "
+                "dequantize() makes it dense."
             )
         if found not in _READ:
             raise ValueError(

@@ -14,6 +14,7 @@ from matfact.torch.checkpoint._building import built
 from matfact.torch.layers._narrowed import narrowed, narrowed_tensors, parsed
 from matfact.transformers import _names, _saving
 from matfact.transformers._config import METHOD, MatfactConfig
+from matfact.transformers._dense import make_dense
 from matfact.transformers._layers import PackedLayer, pack, unpack
 
 
@@ -80,13 +81,44 @@ class MatfactQuantizer(HfQuantizer):
         unpack(model)
         return attach(model)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors to save, after checking that they can be loaded again."""
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Make all layers dense in place, as ``model.dequantize()`` of `transformers` does.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The network.
+        dtype : torch.dtype, optional
+            Of the new weights; by default that of the factors.
+
+        Returns
+        -------
+        transformers.PreTrainedModel
+            `model`, an ordinary network that is saved and loaded without matfact.
+
+        Raises
+        ------
+        ValueError
+            If layers are offloaded, have adapters, or were narrowed by ``prune_neurons``.
+        """
+        self._check_alone()
+        make_dense(model, dtype)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                self.remove_quantization_config(module)
+        return model
+
+    def _check_alone(self) -> None:
+        """Raise ``ValueError`` if other layers are quantized by others."""
         if self.other is not None:
             raise ValueError(
                 f"model must have no layers quantized by others, but {self.other} has some: a "
                 "repository has one quantization_config. Use save_network."
             )
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors to save, after checking that they can be loaded again."""
+        self._check_alone()
         _saving.check_given(model)
         state, layers = _saving.packed_state(model)
         widths = {name: list(map(list, shapes)) for name, shapes in narrowed_tensors(model).items()}
