@@ -95,6 +95,18 @@ def test_a_checkpoint_is_shown_and_turned_back(source, tmp_path):
     np.testing.assert_array_equal(after["layer.2.weight"], network["layer.2.weight"].toarray())
 
 
+def test_a_narrow_terminal_has_room_for_densities_and_bits(tmp_path, monkeypatch):
+    parts = {"fc.weight": np.random.RandomState(0).randn(32, 48), "norm.weight": np.ones(48)}
+    weights = {f"layers.{i}.{name}": W for i in range(6) for name, W in parts.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    invoke("compress", tmp_path / "model.safetensors", tmp_path / "out", *OPTIONS)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke("inspect", tmp_path / "out").output
+    assert "too narrow for" not in shown
+    assert " ".join(shown.split()).count("not in a linear layer or convolution (2,304 bytes)") == 1
+    assert "layers.2.norm.weight and 3 more" in " ".join(shown.split())
+
+
 def test_a_page_shows_every_tensor_and_needs_no_other_file(tmp_path):
     weights = {"<i>0</i>.weight": np.random.RandomState(0).randn(32, 48), "bias": np.ones(3)}
     save_file(weights, tmp_path / "model.safetensors")

@@ -133,7 +133,8 @@ def inspect(
             return
         from rich.console import Console
 
-        show(Console(), _table(checkpoint))
+        show(console := Console(), _table(checkpoint))
+        _print_kept(console, checkpoint)
         print_totals(checkpoint)
 
 
@@ -197,10 +198,13 @@ def with_progress(write: Callable[[bool], Checkpoint]) -> Checkpoint:
     from rich.console import Console
 
     checkpoint = write(True)
-    console = Console()
-    for line in _kept(checkpoint):
-        _print(console, line)
+    _print_kept(Console(), checkpoint)
     return checkpoint
+
+
+def _print_kept(console: Console, checkpoint: Checkpoint) -> None:
+    for line in _kept(checkpoint):
+        console.print(printable(line), markup=False, highlight=False)
 
 
 def _kept(checkpoint: Checkpoint) -> Iterator[str]:
@@ -214,7 +218,8 @@ def _kept(checkpoint: Checkpoint) -> Iterator[str]:
     for reason, held in names.items():
         shown = held if reason.startswith(ASKED) or len(held) < 5 else held[:3]
         more = f" and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
-        yield f"Kept {', '.join(shown)}{more}: {reason}"
+        nbytes = sum(t.spec.nbytes for t in checkpoint.tensors.values() if t.note == reason)
+        yield f"Kept {', '.join(shown)}{more}: {reason} ({nbytes:,} bytes)"
 
 
 def print_totals(checkpoint: Checkpoint) -> None:
@@ -252,7 +257,7 @@ def _table(checkpoint: Checkpoint) -> FittedTable:
         Heading("tensor", is_number=False),
         Heading("shape", 3, is_number=False),
         Heading("dtype", 5, is_number=False),
-        Heading("stored as", 2, is_number=False, is_prose=True),
+        Heading("stored as", 2, is_number=False),
         Heading("density", 6),
         Heading("error", 1),
         Heading("bytes"),
@@ -263,15 +268,12 @@ def _table(checkpoint: Checkpoint) -> FittedTable:
             name,
             "×".join(map(str, tensor.spec.shape)),
             tensor.spec.dtype,
-            " · ".join(tensor.storage) or tensor.note,
+            " · ".join(tensor.storage),
             *("" if n is None else f"{n:.4f}" for n in (tensor.density, tensor.relative_error)),
             f"{checkpoint.tensor_nbytes(name):,}",
             f"{checkpoint.bits_per_weight(name):.2f}",
         ]
         for name, tensor in checkpoint.tensors.items()
+        if not tensor.note  # told below the table, by reason
     ]
     return FittedTable(headings, [rows])
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(printable(text), markup=False, highlight=False)
