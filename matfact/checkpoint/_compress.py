@@ -69,7 +69,8 @@ def compress(
         and the other tensors of a layer. Other tensors are always copied, except those that only
         look like embeddings or normalizations by name: these are factorized if requested.
     bits : float, optional
-        Bits a weight, positions and scales included. For each layer `factorizer` then gets the
+        Bits a weight, positions and scales included; the header of a layer's file, about a
+        kilobyte, comes on top. For each layer `factorizer` then gets the
         density and the bits of values with which its error is smallest. A layer for which they are
         too few is kept.
     n_jobs : int, optional

@@ -53,8 +53,9 @@ def compress(
     bits: Annotated[
         float | None,
         typer.Option(
-            help="Bits a weight in the file, positions included. The method then chooses its "
-            "density and the bits of values for each layer.",
+            help="Bits a weight, positions included; the header of a layer's file, about a "
+            "kilobyte, comes on top. The method then chooses its density and the bits of values "
+            "for each layer.",
             show_default=False,
         ),
     ] = None,
