@@ -149,11 +149,20 @@ class _Outputs:
             p, q = dense.logits.log_softmax(1), small.logits.log_softmax(1)
             losses = functional.kl_div(q, p, reduction="none", log_target=True)
             found = {"divergence": losses.sum(1)}
-        if dense.right is not None and small.right is not None:
-            found |= {"accuracy": small.right.double(), "dense accuracy": dense.right.double()}
+            if small.targets is not None:
+                found |= _predictions("", q, small.targets)
+                found |= _predictions("dense ", p, small.targets)
         for name, values in found.items():
             self._totals[name] = self._totals.get(name, 0.0) + float(values.sum(dtype=torch.double))
 
     def measures(self) -> dict[str, float]:
         means = {name: total / self._count for name, total in self._totals.items()}
         return {"output error": self._error.relative(), **means}
+
+
+def _predictions(prefix: str, log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return whether each target is predicted, and its logarithmic loss."""
+    return {
+        f"{prefix}accuracy": (log_probabilities.argmax(1) == targets).double(),
+        f"{prefix}loss": functional.nll_loss(log_probabilities, targets, reduction="none"),
+    }

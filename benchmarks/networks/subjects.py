@@ -29,13 +29,13 @@ class Seen(NamedTuple):
         Rows of its output.
     logits : Tensor or None
         Logits of its predictions.
-    right : Tensor or None
-        Mask of correct predictions, if known.
+    targets : Tensor or None
+        What each row of `logits` should predict, if known.
     """
 
     state: Tensor
     logits: Tensor | None = None
-    right: Tensor | None = None
+    targets: Tensor | None = None
 
 
 class Subject(NamedTuple):
@@ -80,7 +80,7 @@ def classifier(name: str, dataset: str, n_fresh: int, **changes: Any) -> Subject
 
     def seen(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Seen:
         logits = network(batch[0])
-        return Seen(logits, logits, logits.argmax(1) == batch[1])
+        return Seen(logits, logits, batch[1])
 
     layers = _is_pointwise if name == "mobile" else _has_many_columns
     return Subject(model, layers, train_x, _same, fresh, seen)
@@ -137,7 +137,7 @@ def shared_encoder(
     def seen(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Seen:
         is_hidden = batch[0] == masked.MASK
         logits = network(batch[0])[is_hidden]
-        return Seen(logits, logits, logits.argmax(1) == batch[1][is_hidden])
+        return Seen(logits, logits, batch[1][is_hidden])
 
     inputs, test_inputs = (masked.hidden(x, _generator(2)) for x in (pool, test))
     return Subject(model, None, inputs, _same, training.batches(test_inputs, test, 64), seen)
@@ -187,8 +187,8 @@ def first_blocks(n_fresh: int) -> Subject:
     def seen(network: Any, tokens: dict[str, Any]) -> Seen:
         found = network(**tokens, output_hidden_states=True)
         logits = found.logits[:, :-1].flatten(0, 1)
-        right = logits.argmax(1) == tokens["input_ids"][:, 1:].flatten()
-        return Seen(found.hidden_states[5].flatten(0, 1), logits, right)
+        targets = tokens["input_ids"][:, 1:].flatten()
+        return Seen(found.hidden_states[5].flatten(0, 1), logits, targets)
 
     fresh = [batch(tokens) for tokens in windows[:n_fresh].split(4)]
     return Subject(model, BLOCKS, windows[n_fresh:], batch, fresh, seen)
