@@ -1,0 +1,263 @@
+"""The kernels as operators of torch: Triton on CUDA, plain torch on the CPU, gradients of both.
+
+Samples are rows: each operator takes `x` of shape (n, columns) and returns (n, rows).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+@custom_op("matfact::sparse_linear", mutates_args=(), device_types="cpu")
+def sparse_linear(
+    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor, by_rows: bool
+) -> Tensor:
+    """Return ``x @ A.T`` for scattered values, from their mask or by compressed rows.
+
+    The mask has one bit an entry, `indices` the column of each value: two bytes of an unsigned
+    number, or an int32.
+    """
+    return x @ scattered(values, indices, indptr, x.shape[1]).T
+
+
+@custom_op("matfact::coded_linear", mutates_args=(), device_types="cpu")
+def coded_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
+) -> Tensor:  # fmt: skip
+    """Return ``x @ A.T`` for codes, scattered as in :func:`sparse_linear` or dense without a mask.
+
+    Values are levels times the scales of their groups ÷ `unit`. `groups` has the number of the
+    first group of each row, and that of all groups at its end.
+    """
+    return x @ _coded(codes, scales, groups, unit, indices, indptr, x.shape[1]).T
+
+
+@custom_op("matfact::sign_linear", mutates_args=(), device_types="cpu")
+def sign_linear(x: Tensor, signs: Tensor, rows: int) -> Tensor:
+    """Return ``x @ A.T`` for a matrix of `rows` rows of signs, one bit each."""
+    return x @ _signs(x, signs, rows).T
+
+
+@custom_op("matfact::kronecker_linear", mutates_args=(), device_types="cpu")
+def kronecker_linear(x: Tensor, values: Tensor) -> Tensor:
+    """Return the product with a Kronecker-sparse factor with values of shape (a, d, b, c)."""
+    a, d, b, c = values.shape
+    samples = x.T.reshape(a, c, d, len(x)).transpose(1, 2)
+    product = torch.matmul(values, samples).transpose(1, 2)
+    return product.reshape(a * b * d, len(x)).clone(memory_format=torch.contiguous_format).T
+
+
+@custom_op("matfact::kronecker_gradient", mutates_args=(), device_types="cpu")
+def kronecker_gradient(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    """Return the gradient of the values of :func:`kronecker_linear`, of the given shape."""
+    a, d, b, c = shape
+    samples = x.reshape(len(x), a, c, d)
+    return torch.einsum("nabd,nacd->adbc", grad.reshape(len(x), a, b, d), samples).contiguous()
+
+
+def scattered(values: Tensor, indices: Tensor, indptr: Tensor, columns: int) -> Tensor:
+    """Return the dense matrix of scattered values."""
+    rows = len(indptr) - 1
+    place = columns * _rows_of(indptr, len(values)) + _columns_of(indices).long()
+    return values.new_zeros(rows * columns).scatter(0, place, values).reshape(rows, columns)
+
+
+def _rows_of(indptr: Tensor, count: int) -> Tensor:
+    rows = torch.arange(len(indptr) - 1, device=indptr.device)
+    return rows.repeat_interleave(indptr.diff(), output_size=count)
+
+
+def _columns_of(indices: Tensor) -> Tensor:
+    if indices.dtype != torch.uint8:
+        return indices
+    lower, upper = indices.int().unbind(1)
+    return lower + 256 * upper
+
+
+def _coded(
+    codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    indices: Tensor | None, indptr: Tensor | None, columns: int,
+) -> Tensor:  # fmt: skip
+    """Return the dense matrix of codes."""
+    rows = len(groups) - 1
+    if indptr is None:
+        indptr = torch.arange(rows + 1, device=codes.device) * columns
+    count = codes.numel()
+    row = _rows_of(indptr, count)
+    before = torch.arange(count, device=codes.device) - indptr[row]
+    number = ((before + 1) * groups.diff()[row] - 1) // indptr.diff()[row]
+    values = codes.reshape(-1).to(scales.dtype) / unit * scales[groups[row].long() + number]
+    if indices is None:
+        return values.reshape(rows, columns)
+    return scattered(values, indices, indptr, columns)
+
+
+def _signs(x: Tensor, signs: Tensor, rows: int) -> Tensor:
+    """Return the dense matrix of signs."""
+    shifts = torch.arange(7, -1, -1, device=signs.device, dtype=torch.uint8)
+    bits = (signs[:, None] >> shifts & 1).reshape(-1)[: rows * x.shape[1]]
+    return (2 * bits.to(x.dtype) - 1).reshape(rows, x.shape[1])
+
+
+@sparse_linear.register_kernel("cuda")
+def _sparse_on_cuda(
+    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor, by_rows: bool
+) -> Tensor:
+    from matfact.torch.kernels import launch
+
+    rows = len(indptr) - 1
+    if by_rows:
+        return launch.rows(x, rows, values, indices=indices, indptr=indptr)
+    return launch.tiles(x, rows, values, bits=mask, indptr=indptr)
+
+
+@coded_linear.register_kernel("cuda")
+def _coded_on_cuda(
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
+) -> Tensor:  # fmt: skip
+    from matfact.torch.kernels import launch
+
+    rows, held = len(groups) - 1, launch.Codes(scales, groups, unit)
+    if by_rows:
+        assert indices is not None
+        assert indptr is not None
+        return launch.rows(x, rows, codes, indices=indices, indptr=indptr, codes=held)
+    bits = codes if mask is None else mask
+    return launch.tiles(x, rows, codes, bits=bits, indptr=indptr, codes=held)
+
+
+@sign_linear.register_kernel("cuda")
+def _sign_on_cuda(x: Tensor, signs: Tensor, rows: int) -> Tensor:
+    from matfact.torch.kernels import launch
+
+    return launch.tiles(x, rows, signs, bits=signs, is_signs=True)
+
+
+@kronecker_linear.register_kernel("cuda")
+def _kronecker_on_cuda(x: Tensor, values: Tensor) -> Tensor:
+    from matfact.torch.kernels import launch
+
+    return launch.kronecker(x, values)
+
+
+@kronecker_gradient.register_kernel("cuda")
+def _gradient_on_cuda(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    from matfact.torch.kernels import launch
+
+    return launch.kronecker_gradient(x, grad, shape)
+
+
+@sparse_linear.register_fake
+def _sparse_fake(
+    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor, by_rows: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], indptr.shape[0] - 1)
+
+
+@coded_linear.register_fake
+def _coded_fake(
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], groups.shape[0] - 1)
+
+
+@sign_linear.register_fake
+def _sign_fake(x: Tensor, signs: Tensor, rows: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@kronecker_linear.register_fake
+def _kronecker_fake(x: Tensor, values: Tensor) -> Tensor:
+    a, d, b, _ = values.shape
+    return x.new_empty(a * b * d, x.shape[0]).T
+
+
+@kronecker_gradient.register_fake
+def _gradient_fake(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    return x.new_empty(shape)
+
+
+# Gradients are made of differentiable operations, so that they have gradients too.
+
+
+def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, indices, indptr, _ = inputs
+    ctx.save_for_backward(x, values, indices, indptr)
+
+
+def _sparse_backward(ctx: Any, grad: Tensor) -> Any:
+    x, values, indices, indptr = ctx.saved_tensors
+    of_x = of_values = None
+    if ctx.needs_input_grad[0]:
+        of_x = grad @ scattered(values, indices, indptr, x.shape[1])
+    if ctx.needs_input_grad[1]:
+        place = _rows_of(indptr, len(values)), _columns_of(indices)
+        of_values = (grad.T @ x)[place]
+    return of_x, of_values, None, None, None, None
+
+
+def _keep_coded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, groups, unit, _, indices, indptr, _ = inputs
+    ctx.save_for_backward(x, codes, scales, groups, indices, indptr)
+    ctx.unit = unit
+
+
+def _coded_backward(ctx: Any, grad: Tensor) -> Any:
+    x, codes, scales, groups, indices, indptr = ctx.saved_tensors
+    of_x = of_scales = None
+
+    def matrix(scales: Tensor) -> Tensor:
+        return _coded(codes, scales, groups, ctx.unit, indices, indptr, x.shape[1])
+
+    if ctx.needs_input_grad[0]:
+        of_x = grad @ matrix(scales)
+    if ctx.needs_input_grad[2]:
+        _, pull = torch.func.vjp(matrix, scales)
+        (of_scales,) = pull(grad.T @ x)
+    return of_x, None, of_scales, *[None] * 6
+
+
+def _keep_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, signs, _ = inputs
+    ctx.save_for_backward(x, signs)
+
+
+def _sign_backward(ctx: Any, grad: Tensor) -> Any:
+    x, signs = ctx.saved_tensors
+    return grad @ _signs(x, signs, grad.shape[1]), None, None
+
+
+def _keep_kronecker(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _kronecker_backward(ctx: Any, grad: Tensor) -> Any:
+    x, values = ctx.saved_tensors
+    of_x = kronecker_linear(grad, values.mT) if ctx.needs_input_grad[0] else None
+    shape = list(values.shape)
+    return of_x, kronecker_gradient(x, grad, shape) if ctx.needs_input_grad[1] else None
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, grad, _ = inputs
+    ctx.save_for_backward(x, grad)
+
+
+def _gradient_backward(ctx: Any, of_values: Tensor) -> Any:
+    x, grad = ctx.saved_tensors
+    of_x = kronecker_linear(grad, of_values.mT) if ctx.needs_input_grad[0] else None
+    return of_x, kronecker_linear(x, of_values) if ctx.needs_input_grad[1] else None, None
+
+
+sparse_linear.register_autograd(_sparse_backward, setup_context=_keep_sparse)
+coded_linear.register_autograd(_coded_backward, setup_context=_keep_coded)
+sign_linear.register_autograd(_sign_backward, setup_context=_keep_signs)
+kronecker_linear.register_autograd(_kronecker_backward, setup_context=_keep_kronecker)
+kronecker_gradient.register_autograd(_gradient_backward, setup_context=_keep_gradient)
