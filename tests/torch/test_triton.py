@@ -93,14 +93,11 @@ def test_wide_matrices_and_strided_samples(n):
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_codes_are_decoded(n, group_size, is_sparse):
     rng = np.random.default_rng(1)
-    if is_sparse:
-        pattern = sparse_module().to_factor()
-    else:
-        pattern = DenseFactor(torch.zeros(13, 77))
+    pattern = sparse_module().to_factor() if is_sparse else DenseFactor(torch.zeros(13, 77))
     module = coded(pattern, group_size, rng)
     x = samples(n, module.columns, torch.float32)
     expected = x.double() @ module.dense().detach().double().T
-    codes = launch.Codes(module.scales.detach(), module.groups, module.unit)
+    codes = launch.Codes(module.scales.detach(), module.groups, module.unit, group_size is not None)
     bits, indptr = (module.mask, module.indptr) if is_sparse else (module.codes, None)
     got = launch.tiles(x, 13, module.codes, bits=bits, indptr=indptr, codes=codes)
     assert_close(got, expected, torch.float32)

@@ -126,6 +126,4 @@ def gradient_dots(
         )  # fmt: skip
         total = tl.dot(g, samples, total, input_precision=PRECISION)
     place = ((i * d + j) * b + k[:, None]).to(tl.int64) * c + m[None, :]
-    tl.store(
-        out + place, total.to(out.dtype.element_ty), mask=(k < b)[:, None] & (m < c)[None, :]
-    )
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(k < b)[:, None] & (m < c)[None, :])

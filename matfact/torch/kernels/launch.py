@@ -19,11 +19,17 @@ _FEW = 8  #: samples up to which sums of products are used
 
 
 class Codes(NamedTuple):
-    """Levels of quantized values: scales, the first group of each row, and the unit of scales."""
+    """How levels of quantized values are decoded.
+
+    Values are levels times the scales of their groups ÷ `unit`. `groups` has the number of the
+    first group of each row, and that of all groups at its end. Where rows are not grouped, none has
+    more than one.
+    """
 
     scales: Tensor
     groups: Tensor
     unit: int
+    is_grouped: bool
 
 
 def tiles(
@@ -38,12 +44,13 @@ def tiles(
     uses_dot = n > _FEW
     N = min(64, max(_DOT, next_power_of_2(n))) if uses_dot else next_power_of_2(n)
     R, C = (64, 128 // x.itemsize) if uses_dot else (4, max(32, 512 // N))
-    scales, groups, unit = codes or (values, values, 1)
+    scales, groups, unit, is_grouped = codes or (values, values, 1, False)
     _decoded.by_tiles[(cdiv(rows, R) * cdiv(n, N),)](
         x, values, bits, values if indptr is None else indptr, scales, groups, out,
         n, rows, columns, *x.stride(), unit,
-        IS_SIGNS=is_signs, IS_MASKED=indptr is not None, IS_CODED=codes is not None,
-        USES_DOT=uses_dot, PRECISION=_precision(), R=R, C=C, N=N,
+        IS_SIGNS=is_signs, IS_MASKED=indptr is not None,
+        IS_CODED=codes is not None, IS_GROUPED=is_grouped,
+        IS_ALIGNED=columns % 8 == 0, USES_DOT=uses_dot, PRECISION=_precision(), R=R, C=C, N=N,
     )  # fmt: skip
     return out
 
@@ -61,11 +68,11 @@ def rows(
     N = min(_DOT, next_power_of_2(n))
     R, K = 4, max(16, 256 // N)
     samples = x if n == 1 else x.T.contiguous().T  # what is gathered for an index is adjacent
-    scales, groups, unit = codes or (values, values, 1)
+    scales, groups, unit, is_grouped = codes or (values, values, 1, False)
     _decoded.by_rows[(cdiv(rows, R) * cdiv(n, N),)](
         samples, values, indices.view(torch.int16) if is_narrow else indices, indptr,
         scales, groups, out, n, rows, *samples.stride(), unit,
-        IS_NARROW=is_narrow, IS_CODED=codes is not None, R=R, K=K, N=N,
+        IS_NARROW=is_narrow, IS_CODED=codes is not None, IS_GROUPED=is_grouped, R=R, K=K, N=N,
     )  # fmt: skip
     return out
 

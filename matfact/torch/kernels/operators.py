@@ -26,13 +26,14 @@ def sparse_linear(
 
 @custom_op("matfact::coded_linear", mutates_args=(), device_types="cpu")
 def coded_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
     mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
 ) -> Tensor:  # fmt: skip
     """Return ``x @ A.T`` for codes, scattered as in :func:`sparse_linear` or dense without a mask.
 
     Values are levels times the scales of their groups ÷ `unit`. `groups` has the number of the
-    first group of each row, and that of all groups at its end.
+    first group of each row, and that of all groups at its end. Where rows are not grouped, none has
+    more than one.
     """
     return x @ _coded(codes, scales, groups, unit, indices, indptr, x.shape[1]).T
 
@@ -118,12 +119,12 @@ def _sparse_on_cuda(
 
 @coded_linear.register_kernel("cuda")
 def _coded_on_cuda(
-    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
     mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
 ) -> Tensor:  # fmt: skip
     from matfact.torch.kernels import launch
 
-    rows, held = len(groups) - 1, launch.Codes(scales, groups, unit)
+    rows, held = len(groups) - 1, launch.Codes(scales, groups, unit, is_grouped)
     if by_rows:
         assert indices is not None
         assert indptr is not None
@@ -162,7 +163,7 @@ def _sparse_fake(
 
 @coded_linear.register_fake
 def _coded_fake(
-    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int,
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
     mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], groups.shape[0] - 1)
@@ -204,7 +205,7 @@ def _sparse_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 def _keep_coded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, groups, unit, _, indices, indptr, _ = inputs
+    x, codes, scales, groups, unit, _, _, indices, indptr, _ = inputs
     ctx.save_for_backward(x, codes, scales, groups, indices, indptr)
     ctx.unit = unit
 
@@ -219,9 +220,9 @@ def _coded_backward(ctx: Any, grad: Tensor) -> Any:
     if ctx.needs_input_grad[0]:
         of_x = grad @ matrix(scales)
     if ctx.needs_input_grad[2]:
-        _, pull = torch.func.vjp(matrix, scales)
+        pull = torch.func.vjp(matrix, scales)[1]
         (of_scales,) = pull(grad.T @ x)
-    return of_x, None, of_scales, *[None] * 6
+    return of_x, None, of_scales, None, None, None, None, None, None, None
 
 
 def _keep_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

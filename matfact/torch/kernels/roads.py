@@ -1,8 +1,8 @@
 """Rule that predicts which road a factor takes fastest on a GPU.
 
-The rule is a pure function of shapes, so that results do not depend on how busy a device was. All of
-its constants stand here. They are guesses for a data-centre GPU, on the cautious side for sparse
-roads, until ``python -m benchmarks gpu`` has measured them.
+The rule is a pure function of shapes, so that results do not depend on how busy a device was. All
+its constants stand here. Except for counts of instructions they are guesses for a data-centre GPU, on
+the cautious side for sparse roads, until ``python -m benchmarks gpu`` has measured them.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ Road = Literal["tiles", "rows", "semi-structured", "cusparse", "torch"]
 #: How a factor is stored: scattered values, a dense matrix of codes, or of signs.
 Kind = Literal["sparse", "codes", "signs"]
 
-BANDWIDTH = 2e12  #: bytes per second
+BANDWIDTH = 2.5e12  #: bytes per second
 LAUNCH = 4e-6  #: seconds of each kernel, which the host hands over one after the other
 #: Multiplications and additions per second by tensor cores, by bytes of a number.
-RATE = {2: 4e14, 4: 4e13}
-SCALAR = 2e13  #: the same without tensor cores
+RATE = {2: 6e14, 4: 4e13}
+INSTRUCTIONS = 2e13  #: instructions per second, each of one lane
 #: Share of the bandwidth, and of the rate, that a road reaches.
 REACHED: dict[str, tuple[float, float]] = {
     "dense": (0.85, 0.7),
-    "tiles": (0.6, 0.15),
-    "rows": (0.35, 0.2),
-    "semi-structured": (0.7, 0.9),  # of the rate of dense products
-    "cusparse": (0.25, 0.1),
+    "tiles": (0.7, 0.3),
+    "rows": (0.5, 1.0),
+    "semi-structured": (0.7, 0.9),
+    "cusparse": (0.25, 1.0),
     "blocks": (0.6, 0.4),
 }
-#: Samples up to which kernels sum products without tensor cores.
-FEW = 8
-#: Samples that a program multiplies at once; matrices are decoded again for each.
-SAMPLES = 64
-#: Kernels that make a stored matrix dense, and the passes over its values and its entries.
-DENSIFYING = 8, 20, 2
-#: Copies and kernels of batched products where features must be permuted.
-PERMUTED = 2
-#: Shapes of which 2:4 products take multiples, and their least samples.
-SEMI_STRUCTURED = 32, 64, 16
+#: Instructions for each entry of a tile, by what is decoded, and for each value of a row. Counted
+#: in code compiled for compute capability 9.0, where decoding takes longer than reading.
+DECODING = {
+    "sparse": 18, "sparse groups": 47, "codes": 5.5, "codes groups": 31, "signs": 11,
+    "rows": 24, "rows groups": 53, "cusparse": 30,
+}  # fmt: skip
+ADDING = 3  #: instructions for an entry and each further sample, without tensor cores
+#: Samples up to which kernels sum products without tensor cores, and that they multiply at once.
+FEW, MANY = 8, 64
+#: Kernels that make a stored matrix dense, and bytes for each of its values and entries.
+DENSIFYING = 8, 20, 4
+#: Shapes of which 2:4 products take multiples.
+SEMI_STRUCTURED = 32, 64
 #: Compute capabilities from the first and below the second, whose 2:4 instructions torch has.
 SEMI_STRUCTURED_ON = (8, 0), (10, 0)
 
@@ -52,6 +55,7 @@ class Storage(NamedTuple):
     columns: int
     stored: int  #: values, codes or signs
     value_bytes: int  #: of each
+    is_grouped: bool = False  #: whether codes of a row have several scales
 
     @property
     def size(self) -> int:
@@ -59,10 +63,13 @@ class Storage(NamedTuple):
         return self.rows * self.columns
 
 
-def seconds(road: str, n_bytes: float, flops: float, rate: float, launches: float = 1) -> float:
+def seconds(
+    road: str, n_bytes: float, flops: float, rate: float, launches: float = 1, decoding: float = 0
+) -> float:
     """Return the time of a road: that of memory or of arithmetic, whichever is longer."""
     of_bandwidth, of_rate = REACHED[road]
-    return LAUNCH * launches + max(n_bytes / BANDWIDTH / of_bandwidth, flops / rate / of_rate)
+    arithmetic = flops / rate / of_rate + decoding / INSTRUCTIONS
+    return LAUNCH * launches + max(n_bytes / BANDWIDTH / of_bandwidth, arithmetic)
 
 
 def dense(rows: int, columns: int, samples: int, itemsize: int) -> float:
@@ -74,47 +81,59 @@ def dense(rows: int, columns: int, samples: int, itemsize: int) -> float:
 def densified(storage: Storage, samples: int, itemsize: int) -> float:
     """Return the time of torch, which makes a stored matrix dense for every product."""
     launches, of_values, of_entries = DENSIFYING
-    n_bytes = of_values * storage.stored + of_entries * itemsize * storage.size
+    n_bytes = of_values * storage.stored + of_entries * storage.size
     making = seconds("dense", n_bytes, 0, 1, launches)
     return making + dense(storage.rows, storage.columns, samples, itemsize)
 
 
 def times(storage: Storage, samples: int, itemsize: int) -> dict[Road, float]:
     """Return the predicted time of each road that any stored matrix can take."""
-    rows, columns = storage.rows, storage.columns
-    activations = samples * (rows + columns) * itemsize
-    again = math.ceil(samples / (SAMPLES if samples > FEW else FEW))
-    bits = 0 if storage.kind == "codes" else storage.size / 8
-    values = 0 if storage.kind == "signs" else storage.stored * storage.value_bytes
-    rate = RATE[itemsize] if samples > FEW else SCALAR
-    flops = 2 * samples * storage.size
-    found: dict[Road, float] = {
-        "tiles": seconds("tiles", again * (bits + values) + activations, flops, rate),
-        "torch": densified(storage, samples, itemsize),
-    }
+    found: dict[Road, float] = {"torch": densified(storage, samples, itemsize)}
+    if storage.columns % 8 == 0:  # else bits of rows begin anywhere, and decoding is slow
+        found["tiles"] = _tiles(storage, samples, itemsize)
     if storage.kind == "sparse":
-        flops = 2 * samples * storage.stored
-        indices = storage.stored * (2 if columns <= 1 << 16 else 4)
-        gathered = samples * storage.stored * itemsize / 8  # most of it from caches
-        n_bytes = math.ceil(samples / 16) * (indices + values) + gathered + activations
-        found["rows"] = seconds("rows", n_bytes, flops, SCALAR, 1 + (samples > 1))
+        found["rows"] = _rows(storage, samples, itemsize, "rows")
         if storage.value_bytes == itemsize:  # no codes
-            n_bytes = storage.stored * (itemsize + 4) + gathered + activations
-            # Indices are widened first.
-            found["cusparse"] = seconds("cusparse", n_bytes, flops, SCALAR, 6)
+            found["cusparse"] = _rows(storage, samples, itemsize, "cusparse")
     return found
 
 
-def fastest(storage: Storage, samples: int, itemsize: int) -> Road:
-    """Return the road predicted to be fastest; torch where nothing is known to be faster."""
-    found = times(storage, samples, itemsize)
-    road = min(found, key=lambda name: found[name])
-    return road if found[road] < found["torch"] else "torch"
+def _tiles(storage: Storage, samples: int, itemsize: int) -> float:
+    """Return the time of the kernel that decodes tiles."""
+    uses_cores = samples > FEW
+    passes = math.ceil(samples / (MANY if uses_cores else FEW))
+    bits = 0 if storage.kind == "codes" else storage.size / 8
+    values = 0 if storage.kind == "signs" else storage.stored * storage.value_bytes
+    activations = samples * (storage.rows + storage.columns) * itemsize
+    entry = DECODING[storage.kind + (" groups" if storage.is_grouped else "")]
+    flops = 0
+    if uses_cores:
+        flops = 2 * passes * MANY * storage.size
+    else:
+        entry += ADDING * (samples - 1)
+    n_bytes, decoding = passes * (bits + values) + activations, passes * entry * storage.size
+    return seconds("tiles", n_bytes, flops, RATE[itemsize], decoding=decoding)
+
+
+def _rows(
+    storage: Storage, samples: int, itemsize: int, road: Literal["rows", "cusparse"]
+) -> float:
+    """Return the time of products along compressed rows."""
+    index, launches = (2 if storage.columns <= 1 << 16 else 4), 1 + (samples > 1)
+    if road == "cusparse":
+        index, launches = 4 + 2 * index, 6  # indices are widened first
+    gathered = samples * itemsize / 8  # for each value, most of it from caches
+    activations = samples * (storage.rows + storage.columns) * itemsize
+    n_bytes = storage.stored * (index + storage.value_bytes + gathered) + activations
+    value = DECODING[road + (" groups" if storage.is_grouped else "")]
+    return seconds(road, n_bytes, 0, 1, launches, value * samples * storage.stored)
 
 
 def semi_structured(storage: Storage, samples: int, itemsize: int) -> float:
     """Return the time of a product with a matrix of 2:4 values, compressed beforehand."""
-    n_bytes = storage.size * (itemsize / 2 + 1 / 8) + samples * itemsize * sum(storage[1:3])
+    n_bytes = storage.size * (itemsize / 2 + 1 / 8) + samples * itemsize * (
+        storage.rows + storage.columns
+    )
     return seconds("semi-structured", n_bytes, samples * storage.size, RATE[itemsize])
 
 
@@ -139,14 +158,15 @@ def blocks(shape: tuple[int, int, int, int], samples: int, itemsize: int) -> dic
     values, read, written = a * d * b * c, samples * a * d * c, samples * a * d * b
     uses_cores = samples > 1 and min(b, c) >= 16
     again = math.ceil(b / (64 if uses_cores else 16))
-    n_bytes = itemsize * (values * math.ceil(samples / SAMPLES) + again * read + written)
-    rate = RATE[itemsize] if uses_cores else SCALAR
-    flops = 2 * values * samples
-    by_kernel = seconds("tiles", n_bytes, flops, rate)
+    n_bytes = itemsize * (values * math.ceil(samples / MANY) + again * read + written)
+    if uses_cores:
+        by_kernel = seconds("tiles", n_bytes, 2 * values * samples, RATE[itemsize])
+    else:
+        by_kernel = seconds("tiles", n_bytes, 0, 1, decoding=ADDING * values * samples)
     n_bytes, launches = itemsize * (values + read + written), 1
-    if d > 1:  # features are permuted before or after the product
+    if d > 1:  # features are permuted after the product, or before and after it
         n_bytes += 2 * itemsize * (written + (read if a > 1 else 0))
-        launches += PERMUTED if a > 1 else 1
+        launches += 2 if a > 1 else 1
     padded = max(b, 16) * max(c, 16) * a * d
     by_torch = seconds("blocks", n_bytes, 2 * padded * samples, RATE[itemsize], launches)
     return {"tiles": by_kernel, "torch": by_torch}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from matfact.operators import Factor, QuantizedFactor, SignFactor, SparseFactor
-from matfact.operators._quantized import group_bounds
+from matfact.operators import DenseFactor, Factor, QuantizedFactor, SignFactor, SparseFactor
+from matfact.operators._quantized import first_groups, group_bounds
+from matfact.torch.kernels import operators, roads
+from matfact.torch.kernels.roads import Road, Storage
 from matfact.torch.layers._factors import (
     BlockFactorModule,
     DenseFactorModule,
@@ -21,6 +23,17 @@ from matfact.torch.layers._factors import (
     own,
     tensor_of,
 )
+from matfact.torch.layers._gpu import (
+    Target,
+    available,
+    needs_gradient,
+    quickest,
+    takes_kernels,
+    target_of,
+)
+
+#: Sides up to which places in a row times its groups fit 32 bits.
+_NARROW = 46340
 
 
 class _Quantized(FactorModule):
@@ -69,9 +82,15 @@ class _Quantized(FactorModule):
             return
         self.bits, size, self.unit = self.coding.tolist()
         self.group_size = size or None
-        lengths = np.diff(group_bounds(super().to_factor(), self.group_size))
+        pattern = super().to_factor()
+        lengths = np.diff(group_bounds(pattern, self.group_size))
         tensor = torch.from_numpy(lengths).to(self.codes.device)
         self.register_buffer("lengths", tensor, persistent=False)
+        if isinstance(pattern, (DenseFactor, SparseFactor)):  # whose groups belong to rows
+            groups = torch.from_numpy(first_groups(pattern, self.group_size))
+            dtype = torch.int32 if max(pattern.shape) <= _NARROW else torch.int64
+            groups = groups.to(self.codes.device, dtype)
+            self.register_buffer("groups", groups, persistent=False)
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
@@ -115,6 +134,37 @@ class _Quantized(FactorModule):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()} of {self.bits} bits"
 
+    def _coded_times(self, kind: roads.Kind, samples: int, target: Target) -> dict[Road, float]:
+        storage = Storage(
+            kind, self.rows, self.columns, self.codes.numel(), 1, self.group_size is not None
+        )
+        return available(roads.times(storage, samples, target.dtype.itemsize))
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        scales = self.scales
+        if (
+            not takes_kernels(x, scales)
+            or needs_gradient(x, scales)
+            or "groups" not in self._buffers
+        ):
+            return None
+        samples = x.reshape(-1, self.columns)
+        road = quickest(self.gpu_times(len(samples), target_of(x)))
+        if road == "torch":
+            return None
+        positions = (self._buffers.get(name) for name in ("mask", "indices", "indptr"))
+        out = operators.coded_linear(
+            samples,
+            self.codes,
+            scales,
+            self.groups,
+            self.unit,
+            self.group_size is not None,
+            *positions,
+            road == "rows",
+        )
+        return out.reshape(*x.shape[:-1], self.rows)
+
 
 def _repeated(scales: Tensor, lengths: Tensor, size: int) -> Tensor:
     """Return each scale as often as its group is long, `size` numbers in all."""
@@ -131,11 +181,17 @@ class QuantizedDenseModule(_Quantized, DenseFactorModule):
 
     fixed = ("codes", "coding")
 
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        return self._coded_times("codes", samples, target)
+
 
 class QuantizedSparseModule(_Quantized, SparseFactorModule):
     """Sparse factor of quantized values."""
 
     fixed = ("codes", "coding", "mask")
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        return self._coded_times("sparse", samples, target)
 
 
 class QuantizedKroneckerModule(_Quantized, KroneckerFactorModule):
@@ -174,8 +230,21 @@ class SignFactorModule(FactorModule):
         signs = functional.embedding(self.signs.int(), table)  # eight for each byte
         return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        storage = Storage("signs", self.rows, self.columns, self.n_values, 0)
+        return available(roads.times(storage, samples, target.dtype.itemsize))
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        if not takes_kernels(x, self.values):
+            return None
+        samples = x.reshape(-1, self.columns)
+        if quickest(self.gpu_times(len(samples), target_of(x))) == "torch":
+            return None
+        out = operators.sign_linear(samples, self.signs, self.rows)
+        return out.reshape(*x.shape[:-1], self.rows)
 
     def to_factor(self) -> SignFactor:
         return SignFactor(self.values.detach(), own(self.signs), (self.rows, self.columns))

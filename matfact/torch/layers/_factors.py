@@ -17,6 +17,17 @@ from matfact.operators import (
     SelectionFactor,
     SparseFactor,
 )
+from matfact.torch.kernels import operators, roads
+from matfact.torch.kernels.roads import Road
+from matfact.torch.layers._gpu import (
+    Target,
+    available,
+    needs_gradient,
+    quickest,
+    takes_kernels,
+    target_of,
+)
+from matfact.torch.layers._semi_structured import SemiStructured
 
 _BLOCK = 64  #: largest blocks, in entries, for which the kernel always beats batched products
 _MANY = 64  #: samples from which batched products are faster for larger blocks
@@ -60,6 +71,22 @@ class FactorModule(nn.Module):
         """Make room for values of another shape, which a state dict holds."""
         if "values" in self._parameters:
             self.values = nn.Parameter(self.values.detach().new_empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._on_gpu(x) if x.is_cuda else None
+        return self._by_torch(x) if out is None else out
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        """Apply the factor with operations of torch."""
+        raise NotImplementedError
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        """Apply the factor on a road that is faster than torch on a GPU; None if there is none."""
+        return None
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        """Return the predicted time of each road to apply the factor on a GPU."""
+        return {"torch": roads.dense(self.rows, self.columns, samples, target.dtype.itemsize)}
 
     def dense(self) -> Tensor:
         """Return the matrix as a differentiable function of the values."""
@@ -108,7 +135,7 @@ class FactorModule(nn.Module):
 class DenseFactorModule(FactorModule):
     """Dense factor."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.values)
 
     def dense(self) -> Tensor:
@@ -138,6 +165,7 @@ class SparseFactorModule(FactorModule):
             values = tensor_of(factor.values, copy=False)[torch.from_numpy(order)]
             factor = SparseFactor.from_locations(values, factor.locations[order], factor.shape)
         super().__init__(factor, copy)
+        self.semi_structured = SemiStructured()
         self.register_buffer("mask", tensor_of(factor.bits, copy).to(self.stored.device))
         self._keep(factor)
 
@@ -157,9 +185,11 @@ class SparseFactorModule(FactorModule):
         for name, positions in (("indices", indices), ("indptr", factor.indptr)):
             tensor = torch.from_numpy(positions).to(self.mask.device)
             self.register_buffer(name, tensor, persistent=False)
+        self.semi_structured.relocate()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        vars(self).setdefault("semi_structured", SemiStructured())
         if self.indices.dtype == torch.int16:  # written by an earlier version
             self._buffers["indices"] = self.indices[:, None].view(torch.uint8)
 
@@ -191,8 +221,46 @@ class SparseFactorModule(FactorModule):
         lower, upper = self.indices.int().unbind(1)  # a view as integers cannot be exported
         return lower + 256 * upper
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
+
+    def _storage(self, itemsize: int) -> roads.Storage:
+        return roads.Storage("sparse", self.rows, self.columns, self.n_values, itemsize)
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        storage = self._storage(target.dtype.itemsize)
+        times = available(roads.times(storage, samples, target.dtype.itemsize))
+        if self.semi_structured.suits(self, target):
+            times["semi-structured"] = roads.semi_structured(
+                storage, samples, target.dtype.itemsize
+            )
+        return times
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        values = self.values
+        if not takes_kernels(x, values) or needs_gradient(x, values):
+            return None
+        samples = x.reshape(-1, self.columns)
+        road = quickest(self.gpu_times(len(samples), target_of(x)))
+        if road == "semi-structured":
+            return self.semi_structured.apply(self, x)
+        if road == "cusparse":
+            out = self._by_cusparse(samples)
+        elif road in ("tiles", "rows"):
+            out = operators.sparse_linear(
+                samples, values, self.mask, self.indices, self.indptr, road == "rows"
+            )
+        else:
+            return None
+        return out.reshape(*x.shape[:-1], self.rows)
+
+    def _by_cusparse(self, samples: Tensor) -> Tensor:
+        columns, pointers = self._column_numbers().int(), self.indptr.int()
+        shape = (self.rows, self.columns)
+        matrix = torch.sparse_csr_tensor(
+            pointers, columns, self.values, shape, check_invariants=False
+        )
+        return (matrix @ samples.T).T
 
     @property
     def work(self) -> int:
@@ -208,13 +276,21 @@ class SparseFactorModule(FactorModule):
             indices = indices.view("<u2")[:, 0]
         return SparseFactor(self.stored.detach(), indices, indptr, self.columns)
 
+    def extra_repr(self) -> str:
+        road = ", applied as 2:4 values" if self.semi_structured.is_used else ""
+        return super().extra_repr() + road
+
 
 class KroneckerFactorModule(FactorModule):
     """Butterfly, Monarch or block-diagonal factor."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.columns)
         return on_columns(self.values, samples.T).T.reshape(*x.shape[:-1], self.rows)
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        a, d, b, c = self.stored.shape
+        return available(roads.blocks((a, d, b, c), samples, target.dtype.itemsize))
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
         samples = x.numel() // self.columns
@@ -228,6 +304,10 @@ class KroneckerFactorModule(FactorModule):
 def on_columns(values: Tensor, X: Tensor) -> Tensor:
     """Apply the Kronecker-sparse factor with the given values to the columns of `X`."""
     a, d, b, c = values.shape
+    if takes_kernels(X, values):
+        times = available(roads.blocks((a, d, b, c), X.shape[1], X.itemsize))
+        if quickest(times) != "torch":
+            return operators.kronecker_linear(X.T, values).T
     blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
     product = torch.matmul(values, blocks).transpose(1, 2)
     return product.reshape(a * b * d, X.shape[1])
@@ -252,7 +332,7 @@ class BlockFactorModule(FactorModule):
         super()._load_from_state_dict(state_dict, *args, **kwargs)
         self._read_spans()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         out, start, values = None, 0, self.values
         for r0, r1, c0, c1 in self._blocks:
             stop = start + (r1 - r0) * (c1 - c0)
@@ -280,7 +360,7 @@ class SelectionFactorModule(FactorModule):
         self.register_buffer("values", tensor_of(factor.values, copy=True), persistent=False)
         self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         # Entries without a source read the zero appended after the last column.
         source = torch.where(self.index < 0, self.columns, self.index)
         return functional.pad(x, (0, 1)).index_select(-1, source)

@@ -16,6 +16,15 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
+from matfact.torch.layers._gpu import (
+    DTYPES,
+    GpuRoads,
+    Target,
+    needs_gradient,
+    predicted,
+    takes_kernels,
+    target_of,
+)
 from matfact.torch.layers._in_place import InPlace
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
@@ -146,11 +155,58 @@ class FactorizedLinear(nn.Module):
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
             return None if host is None else self._apply_on_host(host, x)
-        if self.keeps_product():
+        if self._keeps_product_for(x, values):
             product = self._product.get(values, lambda _: self.weight.detach(), self.fixed())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
+
+    def _keeps_product_for(self, x: Tensor, values: list[Tensor]) -> bool:
+        """Whether the cached dense product is used for samples like `x`."""
+        if (
+            self.inference == "auto"
+            and takes_kernels(x, *values)
+            and not needs_gradient(x, *values)
+        ):
+            samples = x.numel() // self.in_features
+            return self._predicted(samples, target_of(x)).method == "dense"
+        return self.keeps_product()
+
+    def _predicted(self, samples: int, target: Target) -> GpuRoads:
+        return predicted(
+            self.chain, samples, target, "dense" if self.keeps_product() else "factors"
+        )
+
+    def gpu_roads(self, batch_size: int, *, capability: tuple[int, int] | None = None) -> GpuRoads:
+        """Return how the layer is applied to a batch on a GPU in eval mode, with predicted times.
+
+        This runs nothing, and needs no GPU. The times are those of a fixed rule, whose constants
+        no GPU has verified yet.
+
+        Parameters
+        ----------
+        batch_size : int
+            Number of samples.
+        capability : tuple of int, optional
+            Compute capability of the GPU, on which 2:4 products depend. By default that of the
+            layer's GPU, or (9, 0) if it is on another device.
+
+        Examples
+        --------
+        >>> from matfact.torch import LowRankLinear
+        >>> LowRankLinear(4096, 4096, rank=64).gpu_roads(1).method
+        'factors'
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+        held = self.chain[0].values
+        if capability is None:
+            on_gpu = held.is_cuda
+            capability = torch.cuda.get_device_capability(held.device) if on_gpu else (9, 0)
+        if held.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
+        return self._predicted(batch_size, Target(held.dtype, capability))
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)

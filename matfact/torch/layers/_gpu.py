@@ -1,0 +1,109 @@
+"""Roads of factors on a GPU: where kernels can be used, and how fast each is predicted to be."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from matfact.torch.kernels import roads
+from matfact.torch.kernels.roads import Road
+from matfact.torch.layers._derived import is_untransformed
+
+#: Whether Triton can compile the kernels.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  #: dtypes of the kernels
+#: Values from which places would not fit the kernels' integers.
+_TOO_MANY = 1 << 31
+
+
+class Target(NamedTuple):
+    """A GPU and the numbers that it multiplies."""
+
+    dtype: torch.dtype
+    capability: tuple[int, int]  #: compute capability
+
+    @property
+    def name(self) -> str:
+        """Name of the dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+class GpuRoads(NamedTuple):
+    """How a layer is applied to a batch on a GPU in eval mode, as a fixed rule predicts.
+
+    Attributes
+    ----------
+    batch_size : int
+        Number of samples.
+    factors : tuple of str
+        The road of each factor, from the first on: ``"tiles"`` and ``"rows"`` are Triton kernels,
+        which read bit masks, codes or signs, or compressed rows; ``"semi-structured"`` is torch's
+        product with 2:4 values, ``"cusparse"`` that with compressed rows; ``"torch"`` makes
+        scattered values dense, or multiplies batches of blocks.
+    factors_seconds, dense_seconds : float
+        Predicted time of the factors, and of the cached dense product.
+    method : {"factors", "dense"}
+        What the layer takes. Where torch applies all factors, this is not predicted: the dense
+        product is taken if the factors are more work.
+    """
+
+    batch_size: int
+    factors: tuple[str, ...]
+    factors_seconds: float
+    dense_seconds: float
+    method: Literal["factors", "dense"]
+
+
+def takes_kernels(x: Tensor, *values: Tensor) -> bool:
+    """Whether roads for GPUs may be taken for `x` and factors with the given values."""
+    return (
+        x.is_cuda
+        and x.dtype in DTYPES
+        and all((v.dtype, v.device) == (x.dtype, x.device) for v in values)
+        and all(v.numel() < _TOO_MANY for v in values)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.jit.is_tracing()
+        and (torch.compiler.is_compiling() or is_untransformed(x))
+    )
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a gradient of one of the tensors is needed."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def target_of(x: Tensor) -> Target:
+    """Return the GPU that `x` is on, with its dtype."""
+    return Target(x.dtype, torch.cuda.get_device_capability(x.device))
+
+
+def available(times: Mapping[Road, float]) -> dict[Road, float]:
+    """Return the times of the roads that this installation has."""
+    if HAS_TRITON:
+        return dict(times)
+    return {road: time for road, time in times.items() if road in ("torch", "semi-structured")}
+
+
+def quickest(times: Mapping[Road, float]) -> Road:
+    """Return the road with the least time; torch where nothing is faster."""
+    road = min(times, key=lambda name: times[name])
+    return road if times[road] < times["torch"] else "torch"
+
+
+def predicted(
+    chain: Sequence[Any], samples: int, target: Target, usual: Literal["factors", "dense"]
+) -> GpuRoads:
+    """Return the roads of a chain of factors; its `usual` method where torch applies them all."""
+    times = [factor.gpu_times(samples, target) for factor in chain]
+    taken = tuple(map(quickest, times))
+    by_factors = sum(time[road] for time, road in zip(times, taken, strict=True))
+    shape = chain[0].rows, chain[-1].columns
+    dense = roads.dense(*shape, samples, target.dtype.itemsize)
+    if any(road != "torch" for road in taken):
+        usual = "factors" if by_factors < dense else "dense"
+    return GpuRoads(samples, taken, by_factors, dense, usual)
