@@ -25,8 +25,11 @@ from triton.runtime import interpreter  # noqa: E402
 
 from matfact.torch.kernels import launch  # noqa: E402
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BATCHES = (1, 3, 17, 64)
+#: Numbers of samples and dtypes: one sample, few, and more than a tile's.
+CASES = [
+    *((n, torch.float32) for n in (1, 3, 17, 64)),
+    *((n, dtype) for n in (3, 17) for dtype in (torch.float16, torch.bfloat16)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +55,14 @@ def assert_close(got, expected, dtype):
     assert error <= 4 * torch.finfo(dtype).eps
 
 
-def sparse_module(shape=(13, 77), density=0.3, seed=0):
-    """Return a factor with empty rows, whose rows do not begin at whole bytes of the mask."""
+#: Columns of rows that do not begin at whole bytes of a mask, and that do.
+COLUMNS = [77, 88]
+
+
+def sparse_module(columns=77, rows=13, density=0.3, seed=0):
+    """Return a factor with empty rows."""
     rng = np.random.default_rng(seed)
+    shape = rows, columns
     W = rng.standard_normal(shape) * (rng.random(shape) < density)
     W[[0, 4, -1]] = 0
     return factor_module(SparseFactor.from_dense(W.astype(np.float32)))
@@ -64,10 +72,10 @@ def samples(n, columns, dtype):
     return torch.randn(n, columns, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
-@pytest.mark.parametrize("n", BATCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scattered_values_are_multiplied_from_bits_and_by_rows(n, dtype):
-    module = sparse_module().to(dtype)
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize(("n", "dtype"), CASES)
+def test_scattered_values_are_multiplied_from_bits_and_by_rows(columns, n, dtype):
+    module = sparse_module(columns).to(dtype)
     x = samples(n, module.columns, dtype)
     expected = x.double() @ module.dense().detach().double().T
     values, positions = module.values.detach(), {"indptr": module.indptr}
@@ -79,7 +87,7 @@ def test_scattered_values_are_multiplied_from_bits_and_by_rows(n, dtype):
 
 @pytest.mark.parametrize("n", [2, 20])
 def test_wide_matrices_and_strided_samples(n):
-    module = sparse_module((5, 70_000), density=0.001)
+    module = sparse_module(70_000, 5, density=0.001)
     assert module.indices.dtype == torch.int32
     x = samples(n, 70_000, torch.float32).T.contiguous().T
     expected = x.double() @ module.dense().detach().double().T
@@ -88,12 +96,15 @@ def test_wide_matrices_and_strided_samples(n):
     assert_close(got, expected, torch.float32)
 
 
-@pytest.mark.parametrize("n", BATCHES)
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("n", [1, 3, 17])
 @pytest.mark.parametrize("group_size", [None, 5])
 @pytest.mark.parametrize("is_sparse", [True, False])
-def test_codes_are_decoded(n, group_size, is_sparse):
+def test_codes_are_decoded(columns, n, group_size, is_sparse):
     rng = np.random.default_rng(1)
-    pattern = sparse_module().to_factor() if is_sparse else DenseFactor(torch.zeros(13, 77))
+    pattern = DenseFactor(torch.zeros(13, columns))
+    if is_sparse:
+        pattern = sparse_module(columns).to_factor()
     module = coded(pattern, group_size, rng)
     x = samples(n, module.columns, torch.float32)
     expected = x.double() @ module.dense().detach().double().T
@@ -114,10 +125,10 @@ def coded(pattern, group_size, rng):
     return factor_module(QuantizedFactor(levels, scales, 4, group_size, pattern))
 
 
-@pytest.mark.parametrize("n", BATCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_signs_are_multiplied_as_bits(n, dtype):
-    rows, columns = 13, 77
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize(("n", "dtype"), CASES)
+def test_signs_are_multiplied_as_bits(columns, n, dtype):
+    rows = 13
     signs = torch.where(samples(rows, columns, torch.float32) < 0, -1.0, 1.0)
     bits = torch.from_numpy(np.packbits(signs.numpy() > 0))
     x = samples(n, columns, dtype)
@@ -125,13 +136,23 @@ def test_signs_are_multiplied_as_bits(n, dtype):
     assert_close(got, x.double() @ signs.double().T, dtype)
 
 
+@pytest.mark.parametrize("pattern", [(1, 4, 2, 2), (1, 2, 17, 16)])
+def test_gradients_of_many_samples_are_added_up(pattern):
+    a, d, b, c = pattern
+    x, g = samples(300, a * c * d, torch.float16), samples(300, a * b * d, torch.float16)
+    inputs, outputs = x.double().reshape(-1, a, c, d), g.double().reshape(-1, a, b, d)
+    expected = torch.einsum("nabd,nacd->adbc", outputs, inputs)
+    got = launch.kronecker_gradient(x, g, list(pattern))
+    assert got.shape == pattern
+    assert_close(got, expected, torch.float16)
+
+
 #: A butterfly, blocks of odd sides, and block-diagonal and strided factors as in Monarch.
-PATTERNS = [(1, 8, 2, 2), (3, 5, 4, 3), (2, 1, 33, 20), (1, 3, 17, 18), (1, 2, 70, 18)]
+PATTERNS = [(1, 8, 2, 2), (3, 5, 4, 3), (2, 1, 33, 20), (1, 2, 70, 18)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("n", BATCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "dtype"), CASES)
 def test_kronecker_sparse_products_and_gradients(pattern, n, dtype):
     a, d, b, c = pattern
     x, g = samples(n, a * c * d, dtype), samples(n, a * b * d, dtype)

@@ -82,39 +82,47 @@ def dots(
 
 @triton.jit
 def gradient_sums(
-    x, grad, out, n, a, d, b, c, x_n, x_f, g_n, g_f,
+    x, grad, out, n, span, a, d, b, c, x_n, x_f, g_n, g_f,
     D: tl.constexpr, B: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the values of small blocks, as sums of products."""
+    """Write the gradient of the values of small blocks, as sums of products.
+
+    Each `span` of samples has a gradient of its own, so that there are enough programs.
+    """
     i, d0, b0, block = _place(tl.program_id(0), a, d, b, D, B)
-    j, k, m = d0 + tl.arange(0, D), b0 + tl.arange(0, B), block * C + tl.arange(0, C)
+    part = block // tl.cdiv(c, C)
+    j, k = d0 + tl.arange(0, D), b0 + tl.arange(0, B)
+    m = (block % tl.cdiv(c, C)) * C + tl.arange(0, C)
     of_x = ((i * c + m)[None, :] * d + j[:, None])[:, :, None].to(tl.int64)
     of_grad = ((i * b + k)[None, :] * d + j[:, None])[:, :, None].to(tl.int64)
     in_x = ((j < d)[:, None] & (m < c)[None, :])[:, :, None]
     in_grad = ((j < d)[:, None] & (k < b)[None, :])[:, :, None]
     total = tl.zeros((D, B, C), tl.float32)
-    for start in range(0, n, N):
+    for start in range(part * span, min(n, (part + 1) * span), N):
         s = (start + tl.arange(0, N)).to(tl.int64)[None, None, :]
         samples = tl.load(x + s * x_n + of_x * x_f, mask=in_x & (s < n), other=0).to(tl.float32)
         g = tl.load(grad + s * g_n + of_grad * g_f, mask=in_grad & (s < n), other=0)
         total += tl.sum(g.to(tl.float32)[:, :, None, :] * samples[:, None, :, :], 3)
-    place = ((i * d + j)[:, None, None] * b + k[None, :, None]).to(tl.int64) * c + m[None, None, :]
+    place = (((part * a + i) * d + j)[:, None, None] * b + k[None, :, None]).to(tl.int64) * c + m[
+        None, None, :
+    ]
     inside = (j < d)[:, None, None] & (k < b)[None, :, None] & (m < c)[None, None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gradient_dots(
-    x, grad, out, n, a, d, b, c, x_n, x_f, g_n, g_f,
+    x, grad, out, n, span, a, d, b, c, x_n, x_f, g_n, g_f,
     PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the values of large blocks, by tensor cores."""
     i, j, b0, block = _place(tl.program_id(0), a, d, b, 1, B)
-    k, m = b0 + tl.arange(0, B), block * C + tl.arange(0, C)
+    part = block // tl.cdiv(c, C)
+    k, m = b0 + tl.arange(0, B), (block % tl.cdiv(c, C)) * C + tl.arange(0, C)
     of_x = ((i * c + m) * d + j).to(tl.int64)
     of_grad = ((i * b + k) * d + j).to(tl.int64)
     total = tl.zeros((B, C), tl.float32)
-    for start in range(0, n, N):
+    for start in range(part * span, min(n, (part + 1) * span), N):
         s = (start + tl.arange(0, N)).to(tl.int64)
         samples = tl.load(
             x + s[:, None] * x_n + of_x[None, :] * x_f,
@@ -125,5 +133,5 @@ def gradient_dots(
             mask=(k < b)[:, None] & (s < n)[None, :], other=0,
         )  # fmt: skip
         total = tl.dot(g, samples, total, input_precision=PRECISION)
-    place = ((i * d + j) * b + k[:, None]).to(tl.int64) * c + m[None, :]
+    place = (((part * a + i) * d + j) * b + k[:, None]).to(tl.int64) * c + m[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(k < b)[:, None] & (m < c)[None, :])

@@ -15,6 +15,7 @@ from matfact.torch.kernels import _decoded, _kronecker
 
 _DOT = 16  #: smallest side of a tile for tensor cores
 _TILE = 2048  #: entries of a tile that is summed without them
+_PROGRAMS, _SPAN = 512, 128  #: programs wanted for a gradient, and least samples of one
 _FEW = 8  #: samples up to which sums of products are used
 
 
@@ -104,21 +105,29 @@ def kronecker_gradient(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """Return the gradient of the values of a Kronecker-sparse factor."""
     a, d, b, c = shape
     n = len(x)
-    out = x.new_empty(shape)
-    if out.numel() == 0:
-        return out
-    arguments = (x, grad, out, n, a, d, b, c, *x.stride(), *grad.stride())
-    if _are_large(b, c):
-        B, C, N = _side(b), _side(c), _side(n, 32)
-        _kronecker.gradient_dots[(a * d * cdiv(b, B) * cdiv(c, C),)](
+    large = _are_large(b, c)
+    limit = 64 if large else 16
+    B, C, N = min(limit, _power(b)), min(limit, _power(c)), min(32, _power(n))
+    D = 1
+    if large:
+        B, C, N = max(_DOT, B), max(_DOT, C), max(_DOT, N)
+    else:
+        D = max(1, min(_power(d), _TILE // (B * C * N)))
+    tiles = a * cdiv(d, D) * cdiv(b, B) * cdiv(c, C)
+    if min(tiles, n) == 0:
+        return x.new_zeros(shape)
+    parts = max(1, min(_PROGRAMS // tiles, n // _SPAN))
+    span = cdiv(cdiv(n, parts), N) * N
+    parts = cdiv(n, span)
+    out = x.new_empty((parts, *shape), dtype=torch.float32 if parts > 1 else x.dtype)
+    arguments = (x, grad, out, n, span, a, d, b, c, *x.stride(), *grad.stride())
+    if large:
+        _kronecker.gradient_dots[(tiles * parts,)](
             *arguments, PRECISION=_precision(), B=B, C=C, N=N
         )
-        return out
-    B, C, N = min(16, next_power_of_2(b)), min(16, next_power_of_2(c)), min(32, _power(n))
-    D = max(1, min(next_power_of_2(d), _TILE // (B * C * N)))
-    grid = (a * cdiv(d, D) * cdiv(b, B) * cdiv(c, C),)
-    _kronecker.gradient_sums[grid](*arguments, D=D, B=B, C=C, N=N)
-    return out
+    else:
+        _kronecker.gradient_sums[(tiles * parts,)](*arguments, D=D, B=B, C=C, N=N)
+    return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
 
 def _are_large(b: int, c: int) -> bool:

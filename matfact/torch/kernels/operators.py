@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn import functional
+
+from matfact.torch.kernels import roads
 
 
 @custom_op("matfact::sparse_linear", mutates_args=(), device_types="cpu")
 def sparse_linear(
-    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor, by_rows: bool
+    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor
 ) -> Tensor:
-    """Return ``x @ A.T`` for scattered values, from their mask or by compressed rows.
+    """Return ``x @ A.T`` for scattered values.
 
     The mask has one bit an entry, `indices` the column of each value: two bytes of an unsigned
     number, or an int32.
@@ -27,7 +30,7 @@ def sparse_linear(
 @custom_op("matfact::coded_linear", mutates_args=(), device_types="cpu")
 def coded_linear(
     x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
-    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
+    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return ``x @ A.T`` for codes, scattered as in :func:`sparse_linear` or dense without a mask.
 
@@ -41,16 +44,13 @@ def coded_linear(
 @custom_op("matfact::sign_linear", mutates_args=(), device_types="cpu")
 def sign_linear(x: Tensor, signs: Tensor, rows: int) -> Tensor:
     """Return ``x @ A.T`` for a matrix of `rows` rows of signs, one bit each."""
-    return x @ _signs(x, signs, rows).T
+    return x @ signs_of(signs, rows, x.shape[1], x.dtype).T
 
 
 @custom_op("matfact::kronecker_linear", mutates_args=(), device_types="cpu")
 def kronecker_linear(x: Tensor, values: Tensor) -> Tensor:
     """Return the product with a Kronecker-sparse factor with values of shape (a, d, b, c)."""
-    a, d, b, c = values.shape
-    samples = x.T.reshape(a, c, d, len(x)).transpose(1, 2)
-    product = torch.matmul(values, samples).transpose(1, 2)
-    return product.reshape(a * b * d, len(x)).clone(memory_format=torch.contiguous_format).T
+    return _by_blocks(x, values)
 
 
 @custom_op("matfact::kronecker_gradient", mutates_args=(), device_types="cpu")
@@ -63,21 +63,40 @@ def kronecker_gradient(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
 
 def scattered(values: Tensor, indices: Tensor, indptr: Tensor, columns: int) -> Tensor:
     """Return the dense matrix of scattered values."""
-    rows = len(indptr) - 1
-    place = columns * _rows_of(indptr, len(values)) + _columns_of(indices).long()
+    rows = indptr.shape[0] - 1
+    place = _columns_of(indices).long() + columns * _rows_of(indptr, indices.shape[0])
     return values.new_zeros(rows * columns).scatter(0, place, values).reshape(rows, columns)
 
 
 def _rows_of(indptr: Tensor, count: int) -> Tensor:
-    rows = torch.arange(len(indptr) - 1, device=indptr.device)
-    return rows.repeat_interleave(indptr.diff(), output_size=count)
+    """Return the row of each value."""
+    begins = indptr[1:-1]  # of all rows but the first
+    steps = indptr.new_zeros(count + 1).scatter_add(0, begins, torch.ones_like(begins))
+    return steps[:count].cumsum(0)
 
 
 def _columns_of(indices: Tensor) -> Tensor:
+    """Return the column of each value."""
     if indices.dtype != torch.uint8:
         return indices
-    lower, upper = indices.int().unbind(1)
+    lower, upper = indices.int().unbind(1)  # a view as integers cannot be exported
     return lower + 256 * upper
+
+
+def by_cusparse(x: Tensor, values: Tensor, indices: Tensor, indptr: Tensor) -> Tensor:
+    """Return ``x @ A.T`` for scattered values, as torch multiplies by compressed rows."""
+    shape = len(indptr) - 1, x.shape[1]
+    positions = indptr.int(), _columns_of(indices).int()
+    matrix = torch.sparse_csr_tensor(*positions, values, shape, check_invariants=False)
+    return (matrix @ x.T).T.contiguous()
+
+
+def _by_blocks(x: Tensor, values: Tensor) -> Tensor:
+    """Return the product with a Kronecker-sparse factor, by batched products."""
+    a, d, b, c = values.shape
+    samples = x.T.reshape(a, c, d, len(x)).transpose(1, 2)
+    product = torch.matmul(values, samples).transpose(1, 2)
+    return product.reshape(a * b * d, len(x)).clone(memory_format=torch.contiguous_format).T
 
 
 def _coded(
@@ -98,53 +117,70 @@ def _coded(
     return scattered(values, indices, indptr, columns)
 
 
-def _signs(x: Tensor, signs: Tensor, rows: int) -> Tensor:
+def signs_of(signs: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the dense matrix of signs."""
-    shifts = torch.arange(7, -1, -1, device=signs.device, dtype=torch.uint8)
-    bits = (signs[:, None] >> shifts & 1).reshape(-1)[: rows * x.shape[1]]
-    return (2 * bits.to(x.dtype) - 1).reshape(rows, x.shape[1])
+    # Without shifts and masks of bits, which ONNX lacks.
+    powers = 2 ** torch.arange(7, -1, -1, device=signs.device)
+    numbers = torch.arange(256, device=signs.device)
+    table = (2 * (numbers[:, None] // powers % 2) - 1).to(dtype)
+    matrix = functional.embedding(signs.int(), table)  # eight for each byte
+    return matrix.reshape(-1)[: rows * columns].reshape(rows, columns)
+
+
+# On CUDA the number of samples decides, also in compiled graphs, where it may be symbolic.
 
 
 @sparse_linear.register_kernel("cuda")
 def _sparse_on_cuda(
-    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor, by_rows: bool
+    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor
 ) -> Tensor:
     from matfact.torch.kernels import launch
 
     rows = len(indptr) - 1
-    if by_rows:
+    road = _road("sparse", x, rows, values)
+    if road == "tiles":
+        return launch.tiles(x, rows, values, bits=mask, indptr=indptr)
+    if road == "rows":
         return launch.rows(x, rows, values, indices=indices, indptr=indptr)
-    return launch.tiles(x, rows, values, bits=mask, indptr=indptr)
+    if road == "cusparse":
+        return by_cusparse(x, values, indices, indptr)
+    return x @ scattered(values, indices, indptr, x.shape[1]).T
 
 
 @coded_linear.register_kernel("cuda")
 def _coded_on_cuda(
     x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
-    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
+    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None,
 ) -> Tensor:  # fmt: skip
     from matfact.torch.kernels import launch
 
     rows, held = len(groups) - 1, launch.Codes(scales, groups, unit, is_grouped)
-    if by_rows:
-        assert indices is not None
-        assert indptr is not None
+    road = _road("codes" if mask is None else "sparse", x, rows, codes, is_grouped)
+    if road == "tiles":
+        bits = codes if mask is None else mask
+        return launch.tiles(x, rows, codes, bits=bits, indptr=indptr, codes=held)
+    if road == "rows" and indices is not None and indptr is not None:
         return launch.rows(x, rows, codes, indices=indices, indptr=indptr, codes=held)
-    bits = codes if mask is None else mask
-    return launch.tiles(x, rows, codes, bits=bits, indptr=indptr, codes=held)
+    return x @ _coded(codes, scales, groups, unit, indices, indptr, x.shape[1]).T
 
 
 @sign_linear.register_kernel("cuda")
 def _sign_on_cuda(x: Tensor, signs: Tensor, rows: int) -> Tensor:
     from matfact.torch.kernels import launch
 
-    return launch.tiles(x, rows, signs, bits=signs, is_signs=True)
+    if _road("signs", x, rows, signs) == "tiles":
+        return launch.tiles(x, rows, signs, bits=signs, is_signs=True)
+    return x @ signs_of(signs, rows, x.shape[1], x.dtype).T
 
 
 @kronecker_linear.register_kernel("cuda")
 def _kronecker_on_cuda(x: Tensor, values: Tensor) -> Tensor:
     from matfact.torch.kernels import launch
 
-    return launch.kronecker(x, values)
+    a, d, b, c = values.shape
+    times = roads.blocks((a, d, b, c), len(x), x.itemsize)
+    by_kernel = roads.quickest(times) == "tiles"
+    return launch.kronecker(x, values) if by_kernel else _by_blocks(x, values)
 
 
 @kronecker_gradient.register_kernel("cuda")
@@ -154,9 +190,18 @@ def _gradient_on_cuda(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     return launch.kronecker_gradient(x, grad, shape)
 
 
+def _road(
+    kind: roads.Kind, x: Tensor, rows: int, values: Tensor, is_grouped: bool = False
+) -> roads.Road:
+    """Return the fastest road for a stored matrix."""
+    stored = rows * x.shape[1] if kind == "signs" else values.numel()
+    storage = roads.Storage(kind, rows, x.shape[1], stored, values.itemsize, is_grouped)
+    return roads.quickest(roads.times(storage, len(x), x.itemsize))
+
+
 @sparse_linear.register_fake
 def _sparse_fake(
-    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor, by_rows: bool
+    x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor
 ) -> Tensor:
     return x.new_empty(x.shape[0], indptr.shape[0] - 1)
 
@@ -164,7 +209,7 @@ def _sparse_fake(
 @coded_linear.register_fake
 def _coded_fake(
     x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
-    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None, by_rows: bool,
+    mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], groups.shape[0] - 1)
 
@@ -189,7 +234,7 @@ def _gradient_fake(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
 
 
 def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indices, indptr, _ = inputs
+    x, values, _, indices, indptr = inputs
     ctx.save_for_backward(x, values, indices, indptr)
 
 
@@ -201,11 +246,11 @@ def _sparse_backward(ctx: Any, grad: Tensor) -> Any:
     if ctx.needs_input_grad[1]:
         place = _rows_of(indptr, len(values)), _columns_of(indices)
         of_values = (grad.T @ x)[place]
-    return of_x, of_values, None, None, None, None
+    return of_x, of_values, None, None, None
 
 
 def _keep_coded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, groups, unit, _, _, indices, indptr, _ = inputs
+    x, codes, scales, groups, unit, _, _, indices, indptr = inputs
     ctx.save_for_backward(x, codes, scales, groups, indices, indptr)
     ctx.unit = unit
 
@@ -222,7 +267,7 @@ def _coded_backward(ctx: Any, grad: Tensor) -> Any:
     if ctx.needs_input_grad[2]:
         pull = torch.func.vjp(matrix, scales)[1]
         (of_scales,) = pull(grad.T @ x)
-    return of_x, None, of_scales, None, None, None, None, None, None, None
+    return of_x, None, of_scales, None, None, None, None, None, None
 
 
 def _keep_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -232,7 +277,7 @@ def _keep_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sign_backward(ctx: Any, grad: Tensor) -> Any:
     x, signs = ctx.saved_tensors
-    return grad @ _signs(x, signs, grad.shape[1]), None, None
+    return grad @ signs_of(signs, grad.shape[1], x.shape[1], x.dtype), None, None
 
 
 def _keep_kronecker(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

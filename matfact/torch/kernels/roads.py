@@ -1,13 +1,14 @@
 """Rule that predicts which road a factor takes fastest on a GPU.
 
 The rule is a pure function of shapes, so that results do not depend on how busy a device was. All
-its constants stand here. Except for counts of instructions they are guesses for a data-centre GPU, on
-the cautious side for sparse roads, until ``python -m benchmarks gpu`` has measured them.
+its constants stand here. Except for counts of instructions they are guesses for a data-centre GPU,
+on the cautious side for sparse roads, until ``python -m benchmarks gpu`` has measured them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 #: The roads of a factor: kernels that decode tiles, or go along compressed rows; torch's products
@@ -34,9 +35,10 @@ REACHED: dict[str, tuple[float, float]] = {
 #: in code compiled for compute capability 9.0, where decoding takes longer than reading.
 DECODING = {
     "sparse": 18, "sparse groups": 47, "codes": 5.5, "codes groups": 31, "signs": 11,
-    "rows": 24, "rows groups": 53, "cusparse": 30,
+    "rows": 24, "rows groups": 53, "cusparse": 24,
 }  # fmt: skip
-ADDING = 3  #: instructions for an entry and each further sample, without tensor cores
+#: Instructions for an entry or a value and each further sample, without tensor cores.
+ADDING = {"tiles": 3, "rows": 24, "cusparse": 6}
 #: Samples up to which kernels sum products without tensor cores, and that they multiply at once.
 FEW, MANY = 8, 64
 #: Kernels that make a stored matrix dense, and bytes for each of its values and entries.
@@ -110,7 +112,7 @@ def _tiles(storage: Storage, samples: int, itemsize: int) -> float:
     if uses_cores:
         flops = 2 * passes * MANY * storage.size
     else:
-        entry += ADDING * (samples - 1)
+        entry += ADDING["tiles"] * (samples - 1)
     n_bytes, decoding = passes * (bits + values) + activations, passes * entry * storage.size
     return seconds("tiles", n_bytes, flops, RATE[itemsize], decoding=decoding)
 
@@ -126,7 +128,14 @@ def _rows(
     activations = samples * (storage.rows + storage.columns) * itemsize
     n_bytes = storage.stored * (index + storage.value_bytes + gathered) + activations
     value = DECODING[road + (" groups" if storage.is_grouped else "")]
-    return seconds(road, n_bytes, 0, 1, launches, value * samples * storage.stored)
+    value += ADDING[road] * (samples - 1)
+    return seconds(road, n_bytes, 0, 1, launches, value * storage.stored)
+
+
+def quickest(times: Mapping[Road, float]) -> Road:
+    """Return the road with the least time; torch where nothing is faster."""
+    road = min(times, key=lambda name: times[name])
+    return road if times[road] < times["torch"] else "torch"
 
 
 def semi_structured(storage: Storage, samples: int, itemsize: int) -> float:
@@ -141,7 +150,7 @@ def refuses_semi_structured(
     rows: int, columns: int, dtype: str, capability: tuple[int, int]
 ) -> str | None:
     """Return why torch has no product with a 2:4 matrix, or None if it has one."""
-    of_rows, of_columns, _ = SEMI_STRUCTURED
+    of_rows, of_columns = SEMI_STRUCTURED
     first, end = SEMI_STRUCTURED_ON
     if dtype not in ("float16", "bfloat16"):
         return f"{dtype} is neither float16 nor bfloat16"
@@ -162,7 +171,7 @@ def blocks(shape: tuple[int, int, int, int], samples: int, itemsize: int) -> dic
     if uses_cores:
         by_kernel = seconds("tiles", n_bytes, 2 * values * samples, RATE[itemsize])
     else:
-        by_kernel = seconds("tiles", n_bytes, 0, 1, decoding=ADDING * values * samples)
+        by_kernel = seconds("tiles", n_bytes, 0, 1, decoding=ADDING["tiles"] * values * samples)
     n_bytes, launches = itemsize * (values + read + written), 1
     if d > 1:  # features are permuted after the product, or before and after it
         n_bytes += 2 * itemsize * (written + (read if a > 1 else 0))

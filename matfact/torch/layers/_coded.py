@@ -23,14 +23,7 @@ from matfact.torch.layers._factors import (
     own,
     tensor_of,
 )
-from matfact.torch.layers._gpu import (
-    Target,
-    available,
-    needs_gradient,
-    quickest,
-    takes_kernels,
-    target_of,
-)
+from matfact.torch.layers._gpu import Target, available, road_for
 
 #: Sides up to which places in a row times its groups fit 32 bits.
 _NARROW = 46340
@@ -141,28 +134,14 @@ class _Quantized(FactorModule):
         return available(roads.times(storage, samples, target.dtype.itemsize))
 
     def _on_gpu(self, x: Tensor) -> Tensor | None:
-        scales = self.scales
-        if (
-            not takes_kernels(x, scales)
-            or needs_gradient(x, scales)
-            or "groups" not in self._buffers
-        ):
+        groups = self._buffers.get("groups")
+        if groups is None or road_for(self, x, self.scales) == "torch":
             return None
-        samples = x.reshape(-1, self.columns)
-        road = quickest(self.gpu_times(len(samples), target_of(x)))
-        if road == "torch":
-            return None
-        positions = (self._buffers.get(name) for name in ("mask", "indices", "indptr"))
+        mask, indices, indptr = map(self._buffers.get, ("mask", "indices", "indptr"))
         out = operators.coded_linear(
-            samples,
-            self.codes,
-            scales,
-            self.groups,
-            self.unit,
-            self.group_size is not None,
-            *positions,
-            road == "rows",
-        )
+            x.reshape(-1, self.columns), self.codes, self.scales, groups, self.unit,
+            self.group_size is not None, mask, indices, indptr,
+        )  # fmt: skip
         return out.reshape(*x.shape[:-1], self.rows)
 
 
@@ -223,12 +202,7 @@ class SignFactorModule(FactorModule):
         return self.rows * self.columns
 
     def dense(self) -> Tensor:
-        # Without shifts and masks of bits, which ONNX lacks.
-        powers = 2 ** torch.arange(7, -1, -1, device=self.signs.device)
-        numbers = torch.arange(256, device=self.signs.device)
-        table = (2 * (numbers[:, None] // powers % 2) - 1).to(self.values.dtype)
-        signs = functional.embedding(self.signs.int(), table)  # eight for each byte
-        return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
+        return operators.signs_of(self.signs, self.rows, self.columns, self.values.dtype)
 
     def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
@@ -238,12 +212,9 @@ class SignFactorModule(FactorModule):
         return available(roads.times(storage, samples, target.dtype.itemsize))
 
     def _on_gpu(self, x: Tensor) -> Tensor | None:
-        if not takes_kernels(x, self.values):
+        if road_for(self, x, self.values) == "torch":
             return None
-        samples = x.reshape(-1, self.columns)
-        if quickest(self.gpu_times(len(samples), target_of(x))) == "torch":
-            return None
-        out = operators.sign_linear(samples, self.signs, self.rows)
+        out = operators.sign_linear(x.reshape(-1, self.columns), self.signs, self.rows)
         return out.reshape(*x.shape[:-1], self.rows)
 
     def to_factor(self) -> SignFactor:

@@ -18,15 +18,8 @@ from matfact.operators import (
     SparseFactor,
 )
 from matfact.torch.kernels import operators, roads
-from matfact.torch.kernels.roads import Road
-from matfact.torch.layers._gpu import (
-    Target,
-    available,
-    needs_gradient,
-    quickest,
-    takes_kernels,
-    target_of,
-)
+from matfact.torch.kernels.roads import Road, Storage
+from matfact.torch.layers._gpu import Target, available, road_for, takes_blocks
 from matfact.torch.layers._semi_structured import SemiStructured
 
 _BLOCK = 64  #: largest blocks, in entries, for which the kernel always beats batched products
@@ -204,63 +197,30 @@ class SparseFactorModule(FactorModule):
             self._locate()
 
     def dense(self) -> Tensor:
-        flat = self.values.new_zeros(self.rows * self.columns)
-        return flat.scatter(0, self._locations(), self.values).reshape(self.rows, self.columns)
-
-    def _locations(self) -> Tensor:
-        """Return the position of each value in the flattened matrix."""
-        indices = self._column_numbers().long()
-        nnz, begins = len(indices), self.indptr[1:-1]  # starts of all rows but the first
-        steps = indices.new_zeros(nnz + 1).scatter_add(0, begins, torch.ones_like(begins))
-        return indices + self.columns * steps[:nnz].cumsum(0)
-
-    def _column_numbers(self) -> Tensor:
-        """Return the column of each value."""
-        if self.indices.dtype != torch.uint8:
-            return self.indices
-        lower, upper = self.indices.int().unbind(1)  # a view as integers cannot be exported
-        return lower + 256 * upper
+        return operators.scattered(self.values, self.indices, self.indptr, self.columns)
 
     def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
 
-    def _storage(self, itemsize: int) -> roads.Storage:
-        return roads.Storage("sparse", self.rows, self.columns, self.n_values, itemsize)
-
     def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
-        storage = self._storage(target.dtype.itemsize)
-        times = available(roads.times(storage, samples, target.dtype.itemsize))
+        itemsize = target.dtype.itemsize
+        storage = Storage("sparse", self.rows, self.columns, self.n_values, itemsize)
+        times = available(roads.times(storage, samples, itemsize))
         if self.semi_structured.suits(self, target):
-            times["semi-structured"] = roads.semi_structured(
-                storage, samples, target.dtype.itemsize
-            )
+            times["semi-structured"] = roads.semi_structured(storage, samples, itemsize)
         return times
 
     def _on_gpu(self, x: Tensor) -> Tensor | None:
         values = self.values
-        if not takes_kernels(x, values) or needs_gradient(x, values):
-            return None
-        samples = x.reshape(-1, self.columns)
-        road = quickest(self.gpu_times(len(samples), target_of(x)))
+        road = road_for(self, x, values)
         if road == "semi-structured":
             return self.semi_structured.apply(self, x)
-        if road == "cusparse":
-            out = self._by_cusparse(samples)
-        elif road in ("tiles", "rows"):
-            out = operators.sparse_linear(
-                samples, values, self.mask, self.indices, self.indptr, road == "rows"
-            )
-        else:
+        if road == "torch":
             return None
-        return out.reshape(*x.shape[:-1], self.rows)
-
-    def _by_cusparse(self, samples: Tensor) -> Tensor:
-        columns, pointers = self._column_numbers().int(), self.indptr.int()
-        shape = (self.rows, self.columns)
-        matrix = torch.sparse_csr_tensor(
-            pointers, columns, self.values, shape, check_invariants=False
+        out = operators.sparse_linear(
+            x.reshape(-1, self.columns), values, self.mask, self.indices, self.indptr
         )
-        return (matrix @ samples.T).T
+        return out.reshape(*x.shape[:-1], self.rows)
 
     @property
     def work(self) -> int:
@@ -304,10 +264,8 @@ class KroneckerFactorModule(FactorModule):
 def on_columns(values: Tensor, X: Tensor) -> Tensor:
     """Apply the Kronecker-sparse factor with the given values to the columns of `X`."""
     a, d, b, c = values.shape
-    if takes_kernels(X, values):
-        times = available(roads.blocks((a, d, b, c), X.shape[1], X.itemsize))
-        if quickest(times) != "torch":
-            return operators.kronecker_linear(X.T, values).T
+    if takes_blocks(values, X):
+        return operators.kronecker_linear(X.T, values).T
     blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
     product = torch.matmul(values, blocks).transpose(1, 2)
     return product.reshape(a * b * d, X.shape[1])

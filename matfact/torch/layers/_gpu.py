@@ -32,6 +32,9 @@ class Target(NamedTuple):
         return str(self.dtype).removeprefix("torch.")
 
 
+Method = Literal["factors", "dense"]
+
+
 class GpuRoads(NamedTuple):
     """How a layer is applied to a batch on a GPU in eval mode, as a fixed rule predicts.
 
@@ -55,7 +58,7 @@ class GpuRoads(NamedTuple):
     factors: tuple[str, ...]
     factors_seconds: float
     dense_seconds: float
-    method: Literal["factors", "dense"]
+    method: Method
 
 
 def takes_kernels(x: Tensor, *values: Tensor) -> bool:
@@ -65,10 +68,9 @@ def takes_kernels(x: Tensor, *values: Tensor) -> bool:
         and x.dtype in DTYPES
         and all((v.dtype, v.device) == (x.dtype, x.device) for v in values)
         and all(v.numel() < _TOO_MANY for v in values)
-        and x.numel() > 0
         and not torch.is_autocast_enabled("cuda")
         and not torch.jit.is_tracing()
-        and (torch.compiler.is_compiling() or is_untransformed(x))
+        and (torch.compiler.is_compiling() or (x.numel() > 0 and is_untransformed(x)))
     )
 
 
@@ -89,21 +91,42 @@ def available(times: Mapping[Road, float]) -> dict[Road, float]:
     return {road: time for road, time in times.items() if road in ("torch", "semi-structured")}
 
 
-def quickest(times: Mapping[Road, float]) -> Road:
-    """Return the road with the least time; torch where nothing is faster."""
-    road = min(times, key=lambda name: times[name])
-    return road if times[road] < times["torch"] else "torch"
+def road_for(module: Any, x: Tensor, *values: Tensor) -> Road:
+    """Return the road of a factor for samples `x`; torch if a gradient is needed.
+
+    In compiled graphs, where the number of samples may be symbolic, the kernels' operators choose.
+    """
+    if not takes_kernels(x, *values) or needs_gradient(x, *values):
+        return "torch"
+    if torch.compiler.is_compiling():
+        return "tiles" if HAS_TRITON else "torch"
+    return roads.quickest(module.gpu_times(x.numel() // module.columns, target_of(x)))
 
 
-def predicted(
-    chain: Sequence[Any], samples: int, target: Target, usual: Literal["factors", "dense"]
-) -> GpuRoads:
+def takes_blocks(values: Tensor, X: Tensor) -> bool:
+    """Whether a kernel applies a Kronecker-sparse factor to the columns of `X`, as above."""
+    if not (HAS_TRITON and takes_kernels(X, values)):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    a, d, b, c = values.shape
+    return roads.quickest(roads.blocks((a, d, b, c), X.shape[1], X.itemsize)) != "torch"
+
+
+def predicted(chain: Sequence[Any], samples: int, target: Target, usual: Method) -> GpuRoads:
     """Return the roads of a chain of factors; its `usual` method where torch applies them all."""
     times = [factor.gpu_times(samples, target) for factor in chain]
-    taken = tuple(map(quickest, times))
+    taken = tuple(map(roads.quickest, times))
     by_factors = sum(time[road] for time, road in zip(times, taken, strict=True))
     shape = chain[0].rows, chain[-1].columns
     dense = roads.dense(*shape, samples, target.dtype.itemsize)
     if any(road != "torch" for road in taken):
         usual = "factors" if by_factors < dense else "dense"
     return GpuRoads(samples, taken, by_factors, dense, usual)
+
+
+def method_for(chain: Sequence[Any], x: Tensor, values: Sequence[Tensor], usual: Method) -> Method:
+    """Return how a chain of factors is applied to samples `x` on their GPU in eval mode."""
+    if not takes_kernels(x, *values) or needs_gradient(x, *values):
+        return usual
+    return predicted(chain, x.numel() // x.shape[-1], target_of(x), usual).method

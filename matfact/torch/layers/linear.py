@@ -16,15 +16,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
-from matfact.torch.layers._gpu import (
-    DTYPES,
-    GpuRoads,
-    Target,
-    needs_gradient,
-    predicted,
-    takes_kernels,
-    target_of,
-)
+from matfact.torch.layers._gpu import DTYPES, GpuRoads, Method, Target, method_for, predicted
 from matfact.torch.layers._in_place import InPlace
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
@@ -131,6 +123,15 @@ class FactorizedLinear(nn.Module):
             return self.inference == "dense"
         return sum(factor.work for factor in self.chain) >= self.in_features * self.out_features
 
+    def _method(self) -> Method:
+        return "dense" if self.keeps_product() else "factors"
+
+    def _method_for(self, x: Tensor, values: list[Tensor]) -> Method:
+        """Return what eval mode uses for samples `x`, on a GPU by prediction."""
+        if self.inference == "auto" and x.is_cuda:
+            return method_for(self.chain, x, values, self._method())
+        return self._method()
+
     def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
         """Apply the layer to the last axis of `input`."""
         x = input
@@ -155,27 +156,11 @@ class FactorizedLinear(nn.Module):
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
             return None if host is None else self._apply_on_host(host, x)
-        if self._keeps_product_for(x, values):
+        if self._method_for(x, values) == "dense":
             product = self._product.get(values, lambda _: self.weight.detach(), self.fixed())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
-
-    def _keeps_product_for(self, x: Tensor, values: list[Tensor]) -> bool:
-        """Whether the cached dense product is used for samples like `x`."""
-        if (
-            self.inference == "auto"
-            and takes_kernels(x, *values)
-            and not needs_gradient(x, *values)
-        ):
-            samples = x.numel() // self.in_features
-            return self._predicted(samples, target_of(x)).method == "dense"
-        return self.keeps_product()
-
-    def _predicted(self, samples: int, target: Target) -> GpuRoads:
-        return predicted(
-            self.chain, samples, target, "dense" if self.keeps_product() else "factors"
-        )
 
     def gpu_roads(self, batch_size: int, *, capability: tuple[int, int] | None = None) -> GpuRoads:
         """Return how the layer is applied to a batch on a GPU in eval mode, with predicted times.
@@ -206,7 +191,8 @@ class FactorizedLinear(nn.Module):
         if held.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
-        return self._predicted(batch_size, Target(held.dtype, capability))
+        target = Target(held.dtype, capability)
+        return predicted(self.chain, batch_size, target, self._method())
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)
