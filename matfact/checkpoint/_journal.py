@@ -181,7 +181,11 @@ def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> Iterator[
     """Yield the settings that differ, of parameters and files only those."""
     for key in sorted({*earlier, *settings}):
         there, here = earlier.get(key), settings.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
+        if there == here:
+            continue
+        if key == "source":  # digests of files
+            yield f"other {', '.join(sorted(dict(there.items() ^ here.items())))}"
+        elif isinstance(there, dict) and isinstance(here, dict):
             yield from _differences(there, here)
-        elif there != here:
+        else:
             yield f"{key} was {there!r} and is {here!r}"
