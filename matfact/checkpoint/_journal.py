@@ -183,9 +183,8 @@ def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> Iterator[
         there, here = earlier.get(key), settings.get(key)
         if there == here:
             continue
-        if key == "source":  # digests of files
-            yield f"other {', '.join(sorted(dict(there.items() ^ here.items())))}"
-        elif isinstance(there, dict) and isinstance(here, dict):
-            yield from _differences(there, here)
+        if isinstance(there, dict) and isinstance(here, dict):
+            files = sorted(dict(there.items() ^ here.items())) if key == "source" else ()
+            yield from [f"other {', '.join(files)}"] if files else _differences(there, here)
         else:
             yield f"{key} was {there!r} and is {here!r}"
