@@ -37,13 +37,13 @@ def top_k_mask(array: Array, k: int, axis: int | None = None) -> Array:
     scores = xp.abs(array)
     threshold = backend.kth_largest(scores, k, axis=axis)
     mask = scores >= threshold
-    kept = xp.count_nonzero(mask, axis=axis, keepdims=True)
+    kept = backend.count_nonzero(mask, axis=axis, keepdims=True)
     if bool(xp.all(kept == k)):
         return mask
     above = scores > threshold
-    missing = k - xp.count_nonzero(above, axis=axis, keepdims=True)
+    missing = k - backend.count_nonzero(above, axis=axis, keepdims=True)
     tied = mask & ~above
-    order = xp.cumulative_sum(xp.astype(tied, xp.int64), axis=axis)
+    order = xp.cumulative_sum(xp.astype(tied, backend.integer(tied)), axis=axis)
     return above | (tied & (order <= missing))
 
 
