@@ -106,6 +106,11 @@ def host_view(array: Array) -> np.ndarray | None:
     return (array.view(namespace(array).int16) if is_bfloat16(array) else array).numpy()
 
 
+def is_on_host(array: Array) -> bool:
+    """Whether the host can read `array` without waiting for another device."""
+    return host_view(array) is not None
+
+
 def version(array: Array) -> int:
     """Return a number that changes when `array` is written to (torch only; 0 elsewhere)."""
     tracked = _compat().is_torch_array(array) and not array.is_inference()
@@ -226,6 +231,16 @@ def norm(array: Array) -> float:
     return scale * _plain_norm(array * (1 / scale)) if scale else 0.0
 
 
+def normalized(vector: Array) -> Array:
+    """Return `vector` divided by its norm, itself if it is zero, without reading the norm."""
+    if is_numpy(vector):
+        length = norm(vector)
+        return vector / length if length > 0 else vector
+    xp = namespace(vector)
+    length = xp.astype(xp.linalg.vector_norm(wide(vector)), vector.dtype)
+    return vector / xp.where(length > 0, length, xp.ones_like(length))
+
+
 def _plain_norm(array: Array) -> float:
     """Return the Frobenius norm of `array` if the squares of its entries are normal numbers."""
     if not is_numpy(array):
@@ -237,11 +252,24 @@ def _plain_norm(array: Array) -> float:
     return math.sqrt(energy)
 
 
-def inner(a: Array, b: Array) -> float:
-    """Return the inner product of two real arrays of the same shape."""
+def inner(a: Array, b: Array) -> Array:
+    """Return the inner product of two real arrays of the same shape.
+
+    It is a float in NumPy, and elsewhere an array on the device: reading it, by :func:`numbers`,
+    makes the host wait.
+    """
     if is_numpy(a):
         return float(np.vdot(a, b))
-    return float(namespace(a).sum(a * b))
+    return namespace(a).sum(a * b)
+
+
+def numbers(*scalars: Array) -> list[float]:
+    """Return arrays without axes as floats, all of them read from their device at once."""
+    if all(isinstance(scalar, int | float | np.ndarray | np.generic) for scalar in scalars):
+        return [float(scalar) for scalar in scalars]
+    xp, dtype = namespace(*scalars), double(scalars[0])
+    together = xp.stack([xp.astype(scalar, dtype) for scalar in scalars])
+    return [float(number) for number in to_numpy(together)]
 
 
 def unit(array: Array) -> float:
@@ -287,8 +315,9 @@ def kth_largest(array: Array, k: int, axis: int = -1) -> Array:
         return xp.kthvalue(array, position + 1, dim=axis, keepdim=True).values
     else:
         array = xp.sort(array, axis=axis)
-    index = like(np.asarray([position]), array)
-    return xp.take(array, index, axis=axis)
+    place = [slice(None)] * array.ndim
+    place[axis] = slice(position, position + 1)
+    return array[tuple(place)]
 
 
 def smallest(vector: Array, count: int) -> Array:
