@@ -153,8 +153,8 @@ def compute_array(array: Array) -> Array:
     """Return `array` in the dtype that solvers compute in.
 
     float32, float64 and complex dtypes are kept; 16-bit floats become float32, integers and
-    booleans float64, where the device has it. In NumPy, foreign byte order becomes native and extended precision is rounded
-    to double.
+    booleans float64, where the device has it. In NumPy, foreign byte order becomes native and
+    extended precision is rounded to double.
     """
     if is_numpy(array):
         if array.dtype.char in "fdFD" and array.dtype.isnative:
@@ -229,6 +229,16 @@ def norm(array: Array) -> float:
     array = wide(array)
     scale = power_of_two(max_abs(array))
     return scale * _plain_norm(array * (1 / scale)) if scale else 0.0
+
+
+def squared_norm(array: Array) -> Array:
+    """Return the squared Frobenius norm: a float in NumPy, and elsewhere not read yet.
+
+    Unlike :func:`norm`, it does not tell numbers whose squares overflow or underflow elsewhere.
+    """
+    if is_numpy(array):
+        return norm(array) ** 2
+    return namespace(array).linalg.vector_norm(wide(array)) ** 2
 
 
 def normalized(vector: Array) -> Array:

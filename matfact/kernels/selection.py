@@ -44,7 +44,8 @@ def top_k_mask(array: Array, k: int, axis: int | None = None) -> Array:
     above = scores > threshold
     missing = k - backend.count_nonzero(above, axis=axis, keepdims=True)
     tied = mask & ~above
-    order = xp.cumulative_sum(xp.astype(tied, backend.integer(tied)), axis=axis)
+    dtype = backend.integer(tied)
+    order = xp.cumulative_sum(xp.astype(tied, dtype), axis=axis, dtype=dtype)
     return above | (tied & (order <= missing))
 
 

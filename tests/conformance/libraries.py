@@ -1,7 +1,7 @@
-"""Array libraries and devices that results have to stay with.
+"""Places where arrays can be that NumPy does not see, each with its name.
 
-The strict library has devices that NumPy cannot read, and some without dtypes of 64 bits. CuPy is
-the real one where there is a GPU; its double is there always.
+The strict library has devices that NumPy cannot read, and some without dtypes of 64 bits. The
+double of CuPy is there always, CuPy itself where there is a GPU.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ _NARROW = {"float64": "float32", "complex128": "complex64", "int64": "int32"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Library:
-    """A place where arrays are, in some library."""
+class Place:
+    """A device of a library."""
 
+    name: str
     put: Callable[[np.ndarray], Any]
     dtypes: frozenset[str] = frozenset(_NARROW)
 
@@ -31,43 +32,28 @@ class Library:
         return self.put(array.astype(name if name in self.dtypes else _NARROW.get(name, name)))
 
 
-def _strict(device: Any) -> Library:
+def _strict(device: Any) -> Place:
     dtypes = frozenset(_INFO.dtypes(device=device))
-    return Library(lambda array: array_api_strict.asarray(array, device=device), dtypes)
-
-
-def _finds_entries(device: Any) -> bool:
-    """Whether the strict library itself can find nonzeros there: some releases of it cannot."""
-    try:
-        array_api_strict.nonzero(array_api_strict.ones(1, dtype=array_api_strict.bool, device=device))
-    except ValueError:
-        return False
-    return True
-
-
-STRICT = {
-    str(device).split("'")[1]: _strict(device)
-    for device in _INFO.devices()
-    if device != _INFO.default_device() and _finds_entries(device)
-}
+    name = str(device).split("'")[1]
+    return Place(name, lambda array: array_api_strict.asarray(array, device=device), dtypes)
 
 
 @contextlib.contextmanager
-def _double() -> Iterator[Library]:
+def _double() -> Iterator[Place]:
     with cupy_double.installed() as cupy:
-        yield Library(lambda array: cupy.asarray(array))
+        yield Place("cupy-double", cupy.asarray)
 
 
-#: Each library or device by name, as a context in which it is there.
-LIBRARIES: dict[str, Callable[[], Any]] = {
-    name: lambda library=library: contextlib.nullcontext(library)
-    for name, library in STRICT.items()
-}
-LIBRARIES["cupy-double"] = _double
+#: Each place by name, as a context in which it is there.
+PLACES: dict[str, Callable[[], Any]] = {"cupy-double": _double}
+for _device in _INFO.devices():
+    if _device != _INFO.default_device():
+        _place = _strict(_device)
+        PLACES[_place.name] = lambda place=_place: contextlib.nullcontext(place)
 try:
     import cupy
 
     cupy.cuda.runtime.getDeviceCount()
-    LIBRARIES["cupy"] = lambda: contextlib.nullcontext(Library(cupy.asarray))
+    PLACES["cupy"] = lambda: contextlib.nullcontext(Place("cupy", cupy.asarray))
 except Exception:  # no CuPy, or no GPU
     pass

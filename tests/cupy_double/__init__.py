@@ -214,7 +214,7 @@ for _symbol in ("lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert
 def _function(name: str, arguments: str, source: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function of NumPy, with the arguments that CuPy takes."""
     scope: dict[str, Any] = {}
-    exec(f"def signature{arguments}: pass", scope)  # noqa: S102 (of our own table)
+    exec(f"def signature{arguments}: pass", scope)
     signature = inspect.signature(scope["signature"])
 
     @functools.wraps(source, updated=())
@@ -276,7 +276,7 @@ def installed() -> Iterator[ModuleType]:
         _taken_out()
         sys.modules.update(hidden)
         if f"{_COMPAT}.cupy" in hidden:
-            setattr(array_api_compat, "cupy", hidden[f"{_COMPAT}.cupy"])
+            array_api_compat.cupy = hidden[f"{_COMPAT}.cupy"]
 
 
 def _taken_out() -> dict[str, ModuleType]:
