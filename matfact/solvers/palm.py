@@ -101,8 +101,7 @@ def palm4msa(
 
     def measured(factors: list[Array], product: Array) -> list[Array]:
         match = _real_inner(product, W) if is_scaled else _energy(W - product)
-        changed = [_is_changed(*pair) for pair in zip(supports, factors, strict=True)]
-        return [_energy(product), match, *map(_energy, factors), *changed]
+        return [_energy(product), match, *map(_energy, factors)]
 
     for iteration in range(1, max_iter + 1):
         previous = objective
@@ -110,7 +109,7 @@ def palm4msa(
         product, read = _sweep(
             W / scale, factors, product, constraints, curvatures, stretch, backward, measured
         )
-        energies, changed = read[2 : 2 + len(factors)], read[2 + len(factors) :]
+        energies = read[2:]
         is_trusted = not _cancels(energies, read[0], W)
         if not is_trusted:
             product = functools.reduce(backend.namespace(W).matmul, factors)
@@ -121,8 +120,8 @@ def palm4msa(
         else:
             factors = _near_in_norm(factors, energies)
             objective = read[1]
-        is_settled = objective <= SETTLED * previous and not any(changed)
-        supports = [factor != 0 for factor in factors]
+        last, supports = supports, [factor != 0 for factor in factors]
+        is_settled = objective <= SETTLED * previous and _are_equal(last, supports)
         if callback is not None:
             callback(iteration, objective)
         # Large entries that cancel no longer do so once factors are scaled, stored or rounded.
@@ -350,9 +349,9 @@ def _adjoint(array: Array | None) -> Array | None:
     return xp.matrix_transpose(xp.conj(array) if is_complex else array)
 
 
-def _is_changed(support: Array, factor: Array) -> Array:
-    """Return whether `factor` has another support, not read yet."""
-    return backend.namespace(factor).any((factor != 0) != support)
+def _are_equal(first: list[Array], second: list[Array]) -> bool:
+    xp = backend.namespace(*first)
+    return all(backend.numbers(*(xp.all(a == b) for a, b in zip(first, second, strict=True))))
 
 
 def _energy(array: Array) -> Array:
