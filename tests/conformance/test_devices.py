@@ -1,15 +1,19 @@
 """Results stay on the device of the input, and little passes through the host."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.base import clone
 
 from matfact import (
     ADMMPruner,
+    BlockSVD,
     ButterflyFit,
     CoSaMPNeuronSelector,
     DoubleSparseFactorizer,
     KaleidoscopeFit,
+    MonarchProjector,
     Palm4MSA,
     Quantized,
     backend,
@@ -43,11 +47,14 @@ ESTIMATORS = {
     **QUANTIZED,
     "quantized": Quantized(ADMMPruner(), bits=8),
     "kaleidoscope": KaleidoscopeFit(),
+    "learned-butterfly": ButterflyFit(permutation="learned"),
+    "learned-monarch": MonarchProjector(permute=True),
+    "learned-blocks": BlockSVD(permute=True, blocking=(2, 2)),
 }
 #: Those that copy more than positions and single numbers to the host, as the documentation says.
 THROUGH_HOST = {
     "blocksvd", "double-binary", "gptq", "kaleidoscope", "obs", "quantized", "quantized-admm",
-    "rtn",
+    "rtn", "learned-butterfly", "learned-monarch", "learned-blocks",
 }  # fmt: skip
 #: Those that need no positions: the strict library itself finds none without 64 bits.
 WITHOUT_POSITIONS = {"blocksvd", "double-binary", "lowrank", "rtn"}
@@ -171,6 +178,14 @@ def test_products_stay_there(kind, place, rng):
         assert_close((product * 2.0).toarray(), 2 * dense)
 
 
+def test_products_are_saved_from_there_and_become_numpy_arrays(place, W, tmp_path):
+    product = clone(ESTIMATORS["lowrank"]).fit(place(W)).operator_
+    product.save(tmp_path / "product.safetensors")
+    dense = FactorProduct.load(tmp_path / "product.safetensors").toarray()
+    np.testing.assert_array_equal(dense, np.asarray(product))
+    assert product.advise(4).method in ("factors", "dense")
+
+
 def test_errors_are_measured_there(place, W, X):
     close = (1.01 * W + 0.01).astype(np.float32)
     gram = X.astype(np.float64).T @ X
@@ -237,6 +252,11 @@ def test_neurons_are_selected_there(place, rng):
     np.testing.assert_array_equal(selector.get_support(), expected.get_support())
     assert same_place(selector.coef_, place(H))
     assert_close(selector.coef_, expected.coef_, rtol=1e-3, atol=1e-3)
+
+
+def test_the_documentation_names_what_is_done_on_the_host():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "gpu.md").read_text(encoding="utf-8")
+    assert {n for n in THROUGH_HOST if f"`{type(ESTIMATORS[n]).__name__}" in page} == THROUGH_HOST
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - THROUGH_HOST))
