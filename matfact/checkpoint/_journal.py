@@ -20,6 +20,8 @@ from matfact.checkpoint._shards import check_shard
 
 #: Maximum size of a journal, in bytes, for as many files as a manifest may list.
 _LONGEST = 1 << 26
+#: Settings that differ, named in an error.
+_SHOWN = 5
 
 
 class Journal:
@@ -71,15 +73,19 @@ class Journal:
         ValueError
             If the folder holds work with other settings.
         """
-        if self._earlier not in (None, settings):
+        is_worth = self._has_manifest or bool(self._known)  # else nothing would be lost
+        if is_worth and self._earlier not in (None, settings):
+            assert self._earlier is not None
+            found = list(dict.fromkeys(_differences(self._earlier, settings)))
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise ValueError(
                 f"{self.folder} was begun with other options or weights: "
-                f"{'; '.join(_differences(self._earlier, settings))}. Choose another folder, or "
-                "remove it."
+                f"{'; '.join(found[:_SHOWN])}{more}. Choose another folder, or remove it."
             )
         self._held.callback(self._tidy)
         remove_partial_files(self.folder)
-        self.finished = {s.file: s for s in self._known if _is_intact(self.folder, s)}
+        known = self._known if self._earlier == settings else ()
+        self.finished = {s.file: s for s in known if _is_intact(self.folder, s)}
         self.is_complete = self._has_manifest and len(self.finished) == len(self._known)
         if not self.is_complete:
             self._begin(settings)
