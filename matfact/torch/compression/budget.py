@@ -314,7 +314,7 @@ def _measured(
         yield task.names[0], found[_key(label, task)]
 
 
-def _key(label: str, task: Task, trials: Sequence[_Trial] = ()) -> str:
+def _key(label: str, task: Task, *_: Any) -> str:
     """Return the name of the trials of a method on a layer."""
     return f"{label} {task.names[0]}"
 
