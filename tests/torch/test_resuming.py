@@ -20,6 +20,7 @@ from matfact import DoubleSparseFactorizer  # noqa: E402
 from matfact.checkpoint._journal import Journal  # noqa: E402
 from matfact.constraints import FixedSupport  # noqa: E402
 from matfact.torch import Budget, Calibration, compress, compress_gradually  # noqa: E402
+from matfact.torch.calibration import sequential  # noqa: E402
 from matfact.torch.compression import _fits, budget  # noqa: E402
 
 MODES = {
@@ -251,6 +252,25 @@ def test_a_file_that_is_cut_is_made_again(tmp_path, fitted):
         os.truncate(file, size)
     assert content(small(tmp_path, "matched")) == whole
     assert 0 < len(fitted) <= 2
+
+
+def test_a_block_of_other_fits_is_trained_again(tmp_path, monkeypatch):
+    small(tmp_path, "matched")
+    (tmp_path / "00001.safetensors").unlink()
+    own, trainings, match = _fits.fit_layer, [], sequential.match_block
+
+    def other(factorizer, matrices, *args, **options):
+        return own(factorizer, [W[::-1].copy() for W in matrices], *args, **options)
+
+    def counted(name, *args):
+        trainings.append(name)
+        return match(name, *args)
+
+    monkeypatch.setattr(_fits, "fit_layer", other)
+    monkeypatch.setattr(sequential, "match_block", counted)
+    blocks = small(tmp_path, "matched").report.metadata["blocks"]
+    assert trainings[0] == "blocks.0"
+    assert all(each["after"] <= each["before"] for each in blocks)
 
 
 def changed(model):

@@ -40,8 +40,10 @@ from matfact.torch.running._random import RandomState, drawing
 
 #: Kinds of parts, before the name of what they belong to.
 _FIT, _TRIALS, _BLOCK = "fit ", "trials ", "block "
-#: Entry in the header of a file with numbers and text, and names of tensors.
-_PART, _RANDOM, _PRODUCT, _SHIFT = "part", "random state", "product ", "shift "
+#: Entry in the header of a file with numbers and text; of these, the checksum of a block before
+#: its training; and names of tensors.
+_PART, _BEGUN = "part", "begun"
+_RANDOM, _PRODUCT, _SHIFT = "random state", "product ", "shift "
 
 #: Outcome of the fit of a layer: None if the method cannot handle it; and a remark.
 Outcome = tuple[Fitted | None, str]
@@ -124,8 +126,12 @@ class Parts:
         train : callable
             Trains the block in place.
         """
-        block = model.get_submodule(name)
-        if (found := self._read(_BLOCK + name)) is not None:
+        if self._journal is None:
+            return train()
+        block, found = model.get_submodule(name), self._read(_BLOCK + name)
+        begun = _digest(name, _weights(block))
+        # Another, if a file with a fit was damaged, and a method without a seed found another fit.
+        if found is not None and found[0].pop(_BEGUN) == begun:
             with torch.no_grad():
                 for path, values in found[1].items():
                     block.get_parameter(path).copy_(torch.from_numpy(values))
@@ -133,7 +139,7 @@ class Parts:
         result = train()
         changed = {id(each) for each in trained(name, model)} if result.after is not None else ()
         own = {n: backend.to_numpy(p) for n, p in block.named_parameters() if id(p) in changed}
-        self._write(_BLOCK + name, dataclasses.asdict(result), own)
+        self._write(_BLOCK + name, dataclasses.asdict(result) | {_BEGUN: begun}, own)
         return result
 
     @contextlib.contextmanager
