@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Self
 from matfact._files import claimed, is_partial, remove_partial_files, replacing
 from matfact._json import parse_json
 from matfact._regular import read_whole
-from matfact.checkpoint._manifest import JOURNAL, MANIFEST, Manifest, Shard
+from matfact.checkpoint._manifest import DIGEST, JOURNAL, MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
 #: Maximum size of a journal, in bytes, for as many files as a manifest may list.
@@ -184,13 +184,14 @@ def _is_intact(folder: Path, shard: Shard) -> bool:
 
 
 def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the settings that differ, of parameters and files only those."""
+    """Yield the settings that differ, of parameters and files only those, without checksums."""
     for key in sorted({*earlier, *settings}):
         there, here = earlier.get(key), settings.get(key)
         if there == here:
             continue
         if isinstance(there, dict) and isinstance(here, dict):
-            files = sorted(dict(there.items() ^ here.items())) if key == "source" else ()
-            yield from [f"other {', '.join(files)}"] if files else _differences(there, here)
+            yield from _differences(there, here)
+        elif any(isinstance(each, str) and DIGEST.fullmatch(each) for each in (there, here)):
+            yield f"other {key}"
         else:
-            yield f"{key} was {there!r} and is {here!r}"
+            yield f"{key} was {there!r:.80} and is {here!r:.80}"
