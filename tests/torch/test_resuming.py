@@ -21,6 +21,7 @@ from matfact.checkpoint._journal import Journal  # noqa: E402
 from matfact.constraints import FixedSupport  # noqa: E402
 from matfact.torch import Budget, Calibration, compress, compress_gradually  # noqa: E402
 from matfact.torch.calibration import sequential  # noqa: E402
+from matfact.torch.calibration._layer_statistics import LayerStatistics  # noqa: E402
 from matfact.torch.compression import _fits, budget  # noqa: E402
 
 MODES = {
@@ -113,7 +114,7 @@ def fitted(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_was_finished_is_not_fitted_again(mode, tmp_path, fitted):
+def test_what_was_finished_is_not_fitted_again(mode, tmp_path, fitted, monkeypatch):
     whole = content(small(None, mode))
     del fitted[:]
     with pytest.raises(StoppedError):
@@ -121,7 +122,8 @@ def test_what_was_finished_is_not_fitted_again(mode, tmp_path, fitted):
     assert len(fitted) == 4
     assert content(small(tmp_path, mode)) == whole
     assert len(fitted) == N_LAYERS
-    assert content(small(tmp_path, mode)) == whole  # from the finished folder
+    monkeypatch.delattr(LayerStatistics, "add")  # no Gram matrix is needed
+    assert content(small(tmp_path, mode)) == whole
     assert len(fitted) == N_LAYERS
 
 

@@ -178,10 +178,9 @@ def compress(
         metadata["value_bits"] = value_bits
     metadata["untouched"] = other_matrices(model)
     methods = {"": cast(Method, method)} if budget is None else named_methods(method)
-    plans = {
-        label: plan(model, each, density, layers, overrides or {}, keep, value_bits)
-        for label, each in methods.items()
-    }
+    plans: dict[str, list[Task]] = {}
+    for label, each in methods.items():
+        plans[label] = plan(model, each, density, layers, overrides or {}, keep, value_bits)
     with resuming(resume_folder, lambda: settings(model, plans, given, budget)) as parts:
         tasks = next(iter(plans.values()))
         plans.clear()  # they hold the dense layers
