@@ -78,7 +78,7 @@ def match_block(name: str, model: nn.Module, examples: Sequence[Example]) -> Mat
     examples : sequence of Example
         Waiting batches.
     """
-    parameters = _trained(name, model)
+    parameters = trained(name, model)
     if note := _reason(parameters, examples):
         return Matched(name, note=note)
     fitted = [each for each in examples if not each.is_aside]
@@ -119,7 +119,7 @@ def _reason(parameters: Collection[Tensor], examples: Sequence[Example]) -> str:
     return ""
 
 
-def _trained(name: str, model: nn.Module) -> list[nn.Parameter]:
+def trained(name: str, model: nn.Module) -> list[nn.Parameter]:
     """Return the stored values, biases and norms of a block that no other block uses."""
     block = model.get_submodule(name)
     inside = {id(p) for p in block.parameters()}
