@@ -26,7 +26,7 @@ from benchmarks.harness import Row
 from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.compare._weights import demo_folder
-from matfact.torch import compress
+from matfact.torch import compress, distill
 
 SEEDS = 1
 CALIBRATION: tuple[str, ...] = ("emma", "northangerabbey")
@@ -44,10 +44,11 @@ MAX_TOKENS = 128
 
 
 class Texts(NamedTuple):
-    """Batches of tokens."""
+    """Batches of tokens: for calibration, for the test, and all that are not for the test."""
 
     calibration: list[dict[str, Tensor]]
     test: list[dict[str, Tensor]]
+    every: list[dict[str, Tensor]]
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
@@ -61,7 +62,8 @@ def run(quick: bool, folder: Path, cells: str = "") -> int:
 def cells(quick: bool) -> Iterator[dict[str, Any]]:
     """Yield methods and densities, most informative first.
 
-    The form "full" uses feedback and bias shifts; "published" uses neither.
+    The form "full" uses feedback and bias shifts; "published" uses neither. In the form
+    "distilled" the network then learns from the dense one, on each sentence of both novels once.
     """
     if quick:
         common = {"layers": r"encoder\.layer\.[01]", "text": "excerpts", "test": 32}
@@ -70,6 +72,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
         common = {"layers": LAYERS, "text": "novels", "test": TEST_SENTENCES}
         forms = [(method, density, "full") for density in DENSITIES for method in METHODS]
         forms += [(method, 0.5, "published") for method in METHODS]
+        forms += [("DSF", density, "distilled") for density in DENSITIES]
     for method, density, form in forms:
         effort = MORE_EFFORT if density == 0.5 else EFFORT
         if quick:
@@ -91,6 +94,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         model, method, density=cell["density"], layers=cell["layers"],
         calibration=texts.calibration, **form,
     )  # fmt: skip
+    if cell["form"] == "distilled":
+        distill(small, model, texts.every, report=report)
     dense, near = (embeddings(net, texts.test) for net in (model, small))
     cosines = (dense * near).sum(1)
     return {
@@ -124,9 +129,12 @@ def batches(text: str, n_calibration: int, n_test: int) -> Texts:
     if text == "excerpts":
         folder, names, test = EXCERPTS, ("northanger-abbey",), "pride-and-prejudice"
     calibration = [sentence for name in names for sentence in sentences(folder / f"{name}.txt")]
+    every = tokenized(calibration, 16)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     return Texts(
         tokenized(spread(calibration, n_calibration)),
         tokenized(spread(sentences(folder / f"{test}.txt"), n_test)),
+        [every[i] for i in order],
     )
 
 

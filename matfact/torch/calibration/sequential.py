@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from matfact.torch.calibration._collect import Arrived, Collected
 from matfact.torch.calibration._layer_statistics import LayerStatistics, is_aside
-from matfact.torch.calibration._match import Example, Matched, first_tensor, match_block
+from matfact.torch.calibration._match import Example, Matched, match_block
 from matfact.torch.calibration._offload import between, offloading
 from matfact.torch.calibration._passes import Pass, WholePass, waiting_before
 from matfact.torch.calibration._survey import Survey, are_alike, mark, survey
@@ -27,6 +27,7 @@ from matfact.torch.layers._matricized import Matricized
 from matfact.torch.running._batches import checked, eval_mode
 from matfact.torch.running._random import RandomState, batch_states
 from matfact.torch.running._traces import Traces
+from matfact.torch.training._values import first_tensor
 
 _WHOLE = "calibrated in runs of the whole network, since batches cannot wait before its blocks"
 #: Maximum number of waiting passes, each in a thread of about 0.1 MB.

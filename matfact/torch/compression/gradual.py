@@ -12,7 +12,7 @@ from matfact.torch.compression._compress import Compressed, compress
 from matfact.torch.compression._tasks import Method
 from matfact.torch.layers._matricized import is_linear
 from matfact.torch.running._tensors import outside_inference_mode
-from matfact.torch.training.finetune import check_finite
+from matfact.torch.training._loop import check_finite
 
 
 def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list[float]:
