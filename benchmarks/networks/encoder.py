@@ -32,7 +32,7 @@ SEEDS = 1
 CALIBRATION: tuple[str, ...] = ("emma", "northangerabbey")
 TEST = "prideprejudice"
 EXCERPTS = Path(__file__).parent / "text"
-METHODS = ("DSF", "ADMM", "Wanda", "magnitude")
+METHODS = ("DSF", "ADMM", "SparseGPT", "OBC", "Wanda", "magnitude")
 DENSITIES = (0.5, 0.25, 0.4, 0.3, 0.1)
 LAYERS = r"encoder\.layer\.\d"
 #: Calibration sentences and sweeps of DSF; the larger setting is for half of the weights.
@@ -84,9 +84,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Compare the embeddings of a compressed encoder with the dense ones."""
     model, _ = network()
     texts = batches(cell["text"], cell["calibration"], cell["test"])
-    method = {"DSF": DoubleSparseFactorizer(max_iter=cell["sweeps"])}.get(
-        cell["method"], cell["method"].lower()
-    )
+    special = {"DSF": DoubleSparseFactorizer(max_iter=cell["sweeps"]), "OBC": "obs"}
+    method = special.get(cell["method"], cell["method"].lower())
     form: dict[str, Any] = {"adapt": "none" if cell["method"] == "magnitude" else "finalize"}
     if cell["form"] == "published":
         form |= {"feedback": False, "shift_bias": False}

@@ -33,7 +33,13 @@ from benchmarks.floor import layer_work, rates
 from benchmarks.memory import reset_peak, resident
 from benchmarks.networks import smollm2
 from benchmarks.tables import markdown_table
-from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
+from matfact import (
+    ADMMPruner,
+    DoubleSparseFactorizer,
+    MagnitudePruner,
+    SparseGPT,
+    WandaPruner,
+)
 from matfact._files import write_atomically
 from matfact.constraints import FixedSupport
 from matfact.report import LayerReport
@@ -46,7 +52,7 @@ LENGTH, TEST_WINDOWS = 512, 8
 SKIPPED = 2000
 #: Densities, most informative first.
 DENSITIES = (0.5, 0.3, 0.4)
-METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF")
+METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF", "SparseGPT")
 VARIANTS = ("DSF without finalization, 25 sweeps", "DSF, one mask fixed, 25 sweeps")
 
 
@@ -208,6 +214,7 @@ def compress_blocks(
     factorizers: dict[str, Any] = {
         "magnitude": MagnitudePruner(), "Wanda": WandaPruner(constraint="row_sparsity"),
         "ADMM": ADMMPruner(max_iter=STEPS), "DSF": DoubleSparseFactorizer(),
+        "SparseGPT": SparseGPT(),
     }  # fmt: skip
     factorizer = factorizers.get(method, DoubleSparseFactorizer(max_iter=25))
     options: dict[str, Any] = {}
