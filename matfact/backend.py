@@ -17,6 +17,10 @@ import scipy.linalg
 Array = Any  #: an array of any library that follows the Array API standard
 #: Dtypes that replace NumPy's extended precision, by dtype character.
 _DOUBLE = {"g": np.float64, "G": np.complex128}
+#: Dtypes that replace those of 64 bits on a device without them, by name.
+_NARROW = {"int64": "int32", "float64": "float32", "complex128": "complex64"}
+#: The dtypes of each library and device seen so far, by name.
+_dtypes_of: dict[tuple[str, str], dict[str, Any]] = {}
 
 
 def _compat() -> ModuleType:
@@ -55,6 +59,26 @@ def device(array: Array) -> Any:
     return _compat().device(array)
 
 
+def _dtype(array: Array, name: str) -> Any:
+    """Return the dtype called `name`, or a narrower one if the device of `array` lacks it."""
+    xp, place = namespace(array), device(array)
+    key = (xp.__name__, str(place))  # devices of CuPy cannot be hashed
+    if key not in _dtypes_of:
+        _dtypes_of[key] = xp.__array_namespace_info__().dtypes(device=place)
+    dtypes = _dtypes_of[key]
+    return dtypes[name] if name in dtypes else dtypes[_NARROW[name]]
+
+
+def double(array: Array) -> Any:
+    """Return the dtype float64, or float32 if the device of `array` lacks it."""
+    return np.float64 if is_numpy(array) else _dtype(array, "float64")
+
+
+def integer(array: Array) -> Any:
+    """Return the dtype int64, or int32 if the device of `array` lacks it."""
+    return np.int64 if is_numpy(array) else _dtype(array, "int64")
+
+
 def to_numpy(array: Array) -> np.ndarray:
     """Copy `array` to the host as a NumPy array (16-bit floats become float32)."""
     if _compat().is_torch_array(array):
@@ -62,6 +86,8 @@ def to_numpy(array: Array) -> np.ndarray:
         return (array.float() if is_half(array) else array).numpy()
     if _compat().is_cupy_array(array):
         array = array.get()
+    elif not is_numpy(array) and hasattr(array, "__dlpack__"):
+        array = np.from_dlpack(array, device="cpu")
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
@@ -80,6 +106,11 @@ def host_view(array: Array) -> np.ndarray | None:
     return (array.view(namespace(array).int16) if is_bfloat16(array) else array).numpy()
 
 
+def is_on_host(array: Array) -> bool:
+    """Whether the host can read `array` without waiting for another device."""
+    return host_view(array) is not None
+
+
 def version(array: Array) -> int:
     """Return a number that changes when `array` is written to (torch only; 0 elsewhere)."""
     tracked = _compat().is_torch_array(array) and not array.is_inference()
@@ -92,10 +123,15 @@ def is_bfloat16(array: Array) -> bool:
 
 
 def like(values: Any, reference: Array, dtype: Any = None) -> Array:
-    """Return host `values` as an array with the library and device of `reference`."""
+    """Return host `values` as an array with the library and device of `reference`.
+
+    Dtypes of 64 bits are narrowed if the device lacks them, unless `dtype` asks for one.
+    """
     xp = namespace(reference)
     if not is_numpy(reference):
         values = np.ascontiguousarray(values)
+        if dtype is None and values.dtype.name in _NARROW:
+            dtype = _dtype(reference, values.dtype.name)
         if _compat().is_torch_array(reference) and not values.flags.writeable:
             values = values.copy()  # torch does not support read-only memory
     return xp.asarray(values, dtype=dtype, device=device(reference))
@@ -117,8 +153,8 @@ def compute_array(array: Array) -> Array:
     """Return `array` in the dtype that solvers compute in.
 
     float32, float64 and complex dtypes are kept; 16-bit floats become float32, integers and
-    booleans float64. In NumPy, foreign byte order becomes native and extended precision is rounded
-    to double.
+    booleans float64, where the device has it. In NumPy, foreign byte order becomes native and
+    extended precision is rounded to double.
     """
     if is_numpy(array):
         if array.dtype.char in "fdFD" and array.dtype.isnative:
@@ -129,11 +165,11 @@ def compute_array(array: Array) -> Array:
         return xp.astype(array, xp.float32)
     if xp.isdtype(array.dtype, ("real floating", "complex floating")):
         return array
-    return xp.astype(array, xp.float64)
+    return xp.astype(array, double(array))
 
 
 def storage_dtype(array: Array) -> Any:
-    """Return the dtype of results for `array`: its own, or float64.
+    """Return the dtype of results for `array`: its own, or float64, where the device has it.
 
     In NumPy, extended precision becomes double, and all dtypes are in native byte order.
     """
@@ -143,7 +179,7 @@ def storage_dtype(array: Array) -> Any:
         return np.dtype(np.float64)
     xp = namespace(array)
     floating = is_half(array) or xp.isdtype(array.dtype, ("real floating", "complex floating"))
-    return array.dtype if floating else xp.float64
+    return array.dtype if floating else double(array)
 
 
 def is_complex(array: Array) -> bool:
@@ -173,11 +209,14 @@ def restricted(array: Array, support: Array) -> Array:
 
 
 def wide(array: Array) -> Array:
-    """Return `array` in double precision, for error measures."""
+    """Return `array` in double precision, where the device has it, for error measures."""
     if is_numpy(array) and array.dtype.char in "dD":
         return array
     xp = namespace(array)
-    dtype = xp.complex128 if is_complex(array) else xp.float64
+    if is_numpy(array):
+        dtype = xp.complex128 if is_complex(array) else xp.float64
+    else:
+        dtype = _dtype(array, "complex128" if is_complex(array) else "float64")
     return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
@@ -192,6 +231,26 @@ def norm(array: Array) -> float:
     return scale * _plain_norm(array * (1 / scale)) if scale else 0.0
 
 
+def squared_norm(array: Array) -> Array:
+    """Return the squared Frobenius norm: a float in NumPy, and elsewhere not read yet.
+
+    Unlike :func:`norm`, it does not tell numbers whose squares overflow or underflow elsewhere.
+    """
+    if is_numpy(array):
+        return norm(array) ** 2
+    return namespace(array).linalg.vector_norm(wide(array)) ** 2
+
+
+def normalized(vector: Array) -> Array:
+    """Return `vector` divided by its norm, itself if it is zero, without reading the norm."""
+    if is_numpy(vector):
+        length = norm(vector)
+        return vector / length if length > 0 else vector
+    xp = namespace(vector)
+    length = xp.astype(xp.linalg.vector_norm(wide(vector)), vector.dtype)
+    return vector / xp.where(length > 0, length, xp.ones_like(length))
+
+
 def _plain_norm(array: Array) -> float:
     """Return the Frobenius norm of `array` if the squares of its entries are normal numbers."""
     if not is_numpy(array):
@@ -203,11 +262,24 @@ def _plain_norm(array: Array) -> float:
     return math.sqrt(energy)
 
 
-def inner(a: Array, b: Array) -> float:
-    """Return the inner product of two real arrays of the same shape."""
+def inner(a: Array, b: Array) -> Array:
+    """Return the inner product of two real arrays of the same shape.
+
+    It is a float in NumPy, and elsewhere an array on the device: reading it, by :func:`numbers`,
+    makes the host wait.
+    """
     if is_numpy(a):
         return float(np.vdot(a, b))
-    return float(namespace(a).sum(a * b))
+    return namespace(a).sum(a * b)
+
+
+def numbers(*scalars: Array) -> list[float]:
+    """Return arrays without axes as floats, all of them read from their device at once."""
+    if all(isinstance(scalar, int | float | np.ndarray | np.generic) for scalar in scalars):
+        return [float(scalar) for scalar in scalars]
+    xp, dtype = namespace(*scalars), double(scalars[0])
+    together = xp.stack([xp.astype(scalar, dtype) for scalar in scalars])
+    return [float(number) for number in to_numpy(together)]
 
 
 def unit(array: Array) -> float:
@@ -253,8 +325,36 @@ def kth_largest(array: Array, k: int, axis: int = -1) -> Array:
         return xp.kthvalue(array, position + 1, dim=axis, keepdim=True).values
     else:
         array = xp.sort(array, axis=axis)
-    index = like(np.asarray([position]), array)
-    return xp.take(array, index, axis=axis)
+    place = [slice(None)] * array.ndim
+    place[axis] = slice(position, position + 1)
+    return array[tuple(place)]
+
+
+def smallest(vector: Array, count: int) -> Array:
+    """Return the `count` smallest entries of `vector`, in any order. `vector` is overwritten."""
+    host = host_view(vector)
+    if host is None:
+        return namespace(vector).sort(vector)[:count]
+    if 0 < count < host.size:
+        host.partition(count)
+    return host[:count]
+
+
+def count_nonzero(mask: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
+    """Return the number of true entries of `mask` along `axis`."""
+    if is_numpy(mask):
+        return np.count_nonzero(mask, axis=axis, keepdims=keepdims)
+    xp = namespace(mask)
+    dtype = integer(mask)
+    return xp.sum(xp.astype(mask, dtype), axis=axis, dtype=dtype, keepdims=keepdims)
+
+
+def flatnonzero(mask: Array) -> Array:
+    """Return the positions of true entries in the flattened `mask`, on its device."""
+    if is_numpy(mask):
+        return np.flatnonzero(mask)
+    xp = namespace(mask)
+    return xp.nonzero(xp.reshape(mask, (-1,)))[0]
 
 
 def spd_inverse(matrix: Array) -> Array:

@@ -119,7 +119,7 @@ class InputStatistics:
         _check_size(batch, "batch")
         xp = backend.namespace(batch)
         for rows in _slabs(batch):
-            slab = xp.astype(batch[rows, :], xp.float64)
+            slab = xp.astype(batch[rows, :], backend.double(batch))
             if self.gram is None:
                 self.gram, self._sum = _zeros_like(slab, slab)
             _add_gram(self.gram, slab)
@@ -264,8 +264,8 @@ class OutputStatistics:
         self.inputs.update(inputs)
         xp = backend.namespace(inputs, outputs)
         for rows in _slabs(inputs):
-            slab = xp.astype(outputs[rows, :], xp.float64)
-            entered = xp.astype(inputs[rows, :], xp.float64)
+            slab = xp.astype(outputs[rows, :], backend.double(outputs))
+            entered = xp.astype(inputs[rows, :], backend.double(inputs))
             if self.cross is None:
                 self.cross, self._sum = _zeros_like(entered, slab)
             for part in backend.slabs(self.cross.shape[0]):

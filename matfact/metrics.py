@@ -122,13 +122,12 @@ def magnitude_error(W: Array, nnz: int) -> float:
     This is the smallest error of any matrix with `nnz` nonzeros, and the denominator of
     :func:`normalized_error`.
     """
-    magnitudes = np.abs(backend.to_numpy(backend.compute_array(W))).reshape(-1)
-    total, n_lost = backend.norm(magnitudes), magnitudes.size - nnz
+    xp, W = backend.namespace(W), backend.compute_array(W)
+    magnitudes = xp.reshape(xp.abs(W), (-1,))
+    total, n_lost = backend.norm(magnitudes), math.prod(W.shape) - nnz
     if n_lost <= 0 or total == 0.0:
         return 0.0
-    if nnz:
-        magnitudes.partition(n_lost)
-    return backend.norm(magnitudes[:n_lost]) / total
+    return backend.norm(backend.smallest(magnitudes, n_lost)) / total
 
 
 def normalized_error(W: Array, error: float, nnz: int) -> float:

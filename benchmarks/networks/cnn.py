@@ -222,6 +222,8 @@ METHODS: dict[str, Callable[..., Small]] = {
     "magnitude": partial(_compressed, "magnitude", False),
     "Wanda": partial(_compressed, "wanda", True),
     "ADMM": partial(_compressed, "admm", True),
+    "SparseGPT": partial(_compressed, "sparsegpt", True),
+    "OBC": partial(_compressed, "obs", True),
     "DSF": partial(_compressed, "dsf", False),
     "DSF, calibrated": partial(_compressed, "dsf", True),
     "low rank": partial(_compressed, "lowrank", False),

@@ -26,13 +26,13 @@ from benchmarks.harness import Row
 from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.compare._weights import demo_folder
-from matfact.torch import compress
+from matfact.torch import compress, distill
 
 SEEDS = 1
 CALIBRATION: tuple[str, ...] = ("emma", "northangerabbey")
 TEST = "prideprejudice"
 EXCERPTS = Path(__file__).parent / "text"
-METHODS = ("DSF", "ADMM", "Wanda", "magnitude")
+METHODS = ("DSF", "ADMM", "SparseGPT", "OBC", "Wanda", "magnitude")
 DENSITIES = (0.5, 0.25, 0.4, 0.3, 0.1)
 LAYERS = r"encoder\.layer\.\d"
 #: Calibration sentences and sweeps of DSF; the larger setting is for half of the weights.
@@ -44,10 +44,11 @@ MAX_TOKENS = 128
 
 
 class Texts(NamedTuple):
-    """Batches of tokens."""
+    """Batches of tokens: for calibration, for the test, and all that are not for the test."""
 
     calibration: list[dict[str, Tensor]]
     test: list[dict[str, Tensor]]
+    every: list[dict[str, Tensor]]
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
@@ -61,7 +62,8 @@ def run(quick: bool, folder: Path, cells: str = "") -> int:
 def cells(quick: bool) -> Iterator[dict[str, Any]]:
     """Yield methods and densities, most informative first.
 
-    The form "full" uses feedback and bias shifts; "published" uses neither.
+    The form "full" uses feedback and bias shifts; "published" uses neither. In the form
+    "distilled" the network then learns from the dense one, on each sentence of both novels once.
     """
     if quick:
         common = {"layers": r"encoder\.layer\.[01]", "text": "excerpts", "test": 32}
@@ -70,6 +72,7 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
         common = {"layers": LAYERS, "text": "novels", "test": TEST_SENTENCES}
         forms = [(method, density, "full") for density in DENSITIES for method in METHODS]
         forms += [(method, 0.5, "published") for method in METHODS]
+        forms += [("DSF", density, "distilled") for density in DENSITIES]
     for method, density, form in forms:
         effort = MORE_EFFORT if density == 0.5 else EFFORT
         if quick:
@@ -81,9 +84,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Compare the embeddings of a compressed encoder with the dense ones."""
     model, _ = network()
     texts = batches(cell["text"], cell["calibration"], cell["test"])
-    method = {"DSF": DoubleSparseFactorizer(max_iter=cell["sweeps"])}.get(
-        cell["method"], cell["method"].lower()
-    )
+    special = {"DSF": DoubleSparseFactorizer(max_iter=cell["sweeps"]), "OBC": "obs"}
+    method = special.get(cell["method"], cell["method"].lower())
     form: dict[str, Any] = {"adapt": "none" if cell["method"] == "magnitude" else "finalize"}
     if cell["form"] == "published":
         form |= {"feedback": False, "shift_bias": False}
@@ -91,6 +93,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         model, method, density=cell["density"], layers=cell["layers"],
         calibration=texts.calibration, **form,
     )  # fmt: skip
+    if cell["form"] == "distilled":
+        distill(small, model, texts.every, report=report)
     dense, near = (embeddings(net, texts.test) for net in (model, small))
     cosines = (dense * near).sum(1)
     return {
@@ -124,9 +128,12 @@ def batches(text: str, n_calibration: int, n_test: int) -> Texts:
     if text == "excerpts":
         folder, names, test = EXCERPTS, ("northanger-abbey",), "pride-and-prejudice"
     calibration = [sentence for name in names for sentence in sentences(folder / f"{name}.txt")]
+    every = tokenized(calibration, 16)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     return Texts(
         tokenized(spread(calibration, n_calibration)),
         tokenized(spread(sentences(folder / f"{test}.txt"), n_test)),
+        [every[i] for i in order],
     )
 
 

@@ -33,7 +33,13 @@ from benchmarks.floor import layer_work, rates
 from benchmarks.memory import reset_peak, resident
 from benchmarks.networks import smollm2
 from benchmarks.tables import markdown_table
-from matfact import ADMMPruner, DoubleSparseFactorizer, MagnitudePruner, WandaPruner
+from matfact import (
+    ADMMPruner,
+    DoubleSparseFactorizer,
+    MagnitudePruner,
+    SparseGPT,
+    WandaPruner,
+)
 from matfact._files import write_atomically
 from matfact.constraints import FixedSupport
 from matfact.report import LayerReport
@@ -46,7 +52,7 @@ LENGTH, TEST_WINDOWS = 512, 8
 SKIPPED = 2000
 #: Densities, most informative first.
 DENSITIES = (0.5, 0.3, 0.4)
-METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF")
+METHODS = ("magnitude", "ADMM", "DSF, 25 sweeps", "Wanda", "DSF", "SparseGPT")
 VARIANTS = ("DSF without finalization, 25 sweeps", "DSF, one mask fixed, 25 sweeps")
 
 
@@ -154,12 +160,11 @@ def evaluate(task: Task, folder: Path, cell: harness.Cell) -> dict[str, Any]:
         return {"perplexity": perplexity(model, task.test)}
     if cell["method"] == "speed":
         return speed(task, cell["density"])
-    unfinished = Unfinished(folder / re.sub(r"\W+", "-", " ".join(map(str, cell.values()))))
+    unfinished = folder / re.sub(r"\W+", "-", " ".join(map(str, cell.values())))
     tokens = task.calibration[cell["form"]]
     before = reset_peak()
-    compress_blocks(model.model, cell, tokens, unfinished)
+    rows = compress_blocks(model.model, cell, tokens, unfinished)
     peak = resident("VmHWM")
-    rows = unfinished.rows()
     result = {
         "perplexity": perplexity(model, task.test),
         "layers": len(rows),
@@ -167,7 +172,7 @@ def evaluate(task: Task, folder: Path, cell: harness.Cell) -> dict[str, Any]:
         "extra_megabytes": None if peak is None or before is None else (peak - before) / 1e6,
         "calibration_tokens": tokens.numel(),
     }
-    unfinished.clear()
+    shutil.rmtree(unfinished)
     return result
 
 
@@ -197,51 +202,19 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-class Unfinished:
-    """Finished layers of a running cell: rows and dense weights.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder with one file per layer.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def add(self, row: LayerReport, weight: Tensor, seconds: float) -> None:
-        """Store a layer; its row is written last."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(weight, self.folder / f"{row.layer}.pt")
-        content = json.dumps({**dataclasses.asdict(row), "cpu_seconds": seconds})
-        write_atomically(self.folder / f"{row.layer}.json", content.encode())
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of finished layers."""
-        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
-
-    def restore(self, network: nn.Module) -> set[str]:
-        """Load the stored weights into `network`, and return the names of their layers."""
-        names = {row["layer"] for row in self.rows()}
-        for name in names:
-            layer: Any = network.get_submodule(name)
-            layer.weight.data.copy_(torch.load(self.folder / f"{name}.pt", weights_only=True))
-        return names
-
-    def clear(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def compress_blocks(
-    network: nn.Module, cell: harness.Cell, tokens: Tensor, unfinished: Unfinished
-) -> None:
-    """Compress the linear layers of `network` in place, with sequential calibration."""
+    network: nn.Module, cell: harness.Cell, tokens: Tensor, folder: Path
+) -> list[dict[str, Any]]:
+    """Compress the linear layers of `network` in place, and return the rows of the report.
+
+    An interrupted run is resumed from `folder`, with the processor time that each layer has taken.
+    """
     method, density = cell["method"], cell["density"]
     feedback = FORMS[cell["form"]].feedback
     factorizers: dict[str, Any] = {
         "magnitude": MagnitudePruner(), "Wanda": WandaPruner(constraint="row_sparsity"),
         "ADMM": ADMMPruner(max_iter=STEPS), "DSF": DoubleSparseFactorizer(),
+        "SparseGPT": SparseGPT(),
     }  # fmt: skip
     factorizer = factorizers.get(method, DoubleSparseFactorizer(max_iter=25))
     options: dict[str, Any] = {}
@@ -249,33 +222,30 @@ def compress_blocks(
         options["overrides"] = one_mask_fixed(network, factorizer.set_params(density=density))
     elif "without finalization" in method:
         options["adapt"] = "scale"
-    if feedback:  # needs the dense layers too, so the cell starts over
-        unfinished.clear()
-    done = unfinished.restore(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    times = folder / "seconds.json"
+    seconds: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
     start = time.process_time()
 
     def keep(row: LayerReport, count: int) -> None:
         """Multiply the factors, since the dense layer is faster at these densities."""
         nonlocal start
         layer: Any = network.get_submodule(row.layer)
-        dense = layer.to_dense()
-        network.set_submodule(row.layer, dense)
-        unfinished.add(row, dense.weight.detach(), time.process_time() - start)
-        print(f"{row.layer} {row.layer_error or row.normalized_error:.4f}", flush=True)
+        network.set_submodule(row.layer, layer.to_dense())
+        if row.layer not in seconds:
+            seconds[row.layer] = time.process_time() - start
+            write_atomically(times, json.dumps(seconds).encode())
+            print(f"{row.layer} {row.layer_error or row.normalized_error:.4f}", flush=True)
         start = time.process_time()
 
-    todo = [
-        name for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and name not in done
-    ]  # fmt: skip
     # Magnitudes need no inputs.
     batches = None if method == "magnitude" else windows(tokens)
-    if todo:
-        compress(
-            network, factorizer, density=density, layers=todo, calibration=batches,
-            feedback=feedback, inplace=True, progress=keep, offload_folder=tempfile.gettempdir(),
-            **options,
-        )  # fmt: skip
+    report = compress(
+        network, factorizer, density=density, calibration=batches, feedback=feedback,
+        inplace=True, progress=keep, offload_folder=tempfile.gettempdir(),
+        resume_folder=folder / "parts", **options,
+    ).report  # fmt: skip
+    return [{**dataclasses.asdict(row), "cpu_seconds": seconds[row.layer]} for row in report]
 
 
 def windows(tokens: Tensor) -> list[dict[str, Any]]:

@@ -15,11 +15,13 @@ from typing import Any, BinaryIO, Self
 from matfact._files import claimed, is_partial, remove_partial_files, replacing
 from matfact._json import parse_json
 from matfact._regular import read_whole
-from matfact.checkpoint._manifest import JOURNAL, MANIFEST, Manifest, Shard
+from matfact.checkpoint._manifest import DIGEST, JOURNAL, MANIFEST, Manifest, Shard
 from matfact.checkpoint._shards import check_shard
 
 #: Maximum size of a journal, in bytes, for as many files as a manifest may list.
 _LONGEST = 1 << 26
+#: Settings that differ, named in an error.
+_SHOWN = 5
 
 
 class Journal:
@@ -71,15 +73,19 @@ class Journal:
         ValueError
             If the folder holds work with other settings.
         """
-        if self._earlier not in (None, settings):
+        is_worth = self._has_manifest or bool(self._known)  # else nothing would be lost
+        if is_worth and self._earlier not in (None, settings):
+            assert self._earlier is not None
+            found = list(dict.fromkeys(_differences(self._earlier, settings)))
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise ValueError(
                 f"{self.folder} was begun with other options or weights: "
-                f"{'; '.join(_differences(self._earlier, settings))}. Choose another folder, or "
-                "remove it."
+                f"{'; '.join(found[:_SHOWN])}{more}. Choose another folder, or remove it."
             )
         self._held.callback(self._tidy)
         remove_partial_files(self.folder)
-        self.finished = {s.file: s for s in self._known if _is_intact(self.folder, s)}
+        known = self._known if self._earlier == settings else ()
+        self.finished = {s.file: s for s in known if _is_intact(self.folder, s)}
         self.is_complete = self._has_manifest and len(self.finished) == len(self._known)
         if not self.is_complete:
             self._begin(settings)
@@ -178,10 +184,14 @@ def _is_intact(folder: Path, shard: Shard) -> bool:
 
 
 def _differences(earlier: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the settings that differ, of parameters and files only those."""
+    """Yield the settings that differ, of parameters and files only those, without checksums."""
     for key in sorted({*earlier, *settings}):
         there, here = earlier.get(key), settings.get(key)
+        if there == here:
+            continue
         if isinstance(there, dict) and isinstance(here, dict):
             yield from _differences(there, here)
-        elif there != here:
-            yield f"{key} was {there!r} and is {here!r}"
+        elif any(isinstance(each, str) and DIGEST.fullmatch(each) for each in (there, here)):
+            yield f"other {key}"
+        else:
+            yield f"{key} was {there!r:.80} and is {here!r:.80}"

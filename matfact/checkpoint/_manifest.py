@@ -28,7 +28,7 @@ _LIMIT = 1 << 26
 _HEAD = b'{"sha256":"'
 _ZEROS = b"0" * 64
 _FILE = re.compile(r"[0-9]{5,9}\.safetensors")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class StoredTensor(NamedTuple):
@@ -119,7 +119,7 @@ class Shard(NamedTuple):
         if not isinstance(fields, dict):
             raise ValueError("a shard must be a JSON object")
         file, digest = _typed(fields, "file", str), _typed(fields, "sha256", str)
-        if not _FILE.fullmatch(file) or not _DIGEST.fullmatch(digest):
+        if not _FILE.fullmatch(file) or not DIGEST.fullmatch(digest):
             raise ValueError(f"no shard can be called {file!r} with checksum {digest!r}")
         tensors = _typed(fields, "tensors", list)
         if not tensors or not all(isinstance(tensor, dict) for tensor in tensors):

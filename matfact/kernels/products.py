@@ -42,12 +42,15 @@ def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Ar
     return xp.matmul(M, xp.matrix_transpose(M)), xp.matmul(M, W)
 
 
-def supported_inner(values: Array, support: Array, other: Array) -> float:
-    """Return the inner product of `values` and `other` over `support`."""
+def supported_inner(values: Array, support: Array, other: Array) -> Array:
+    """Return the inner product of `values` and `other` over `support`, not read yet.
+
+    As :func:`matfact.backend.inner` does.
+    """
     if backend.is_numpy(values):
         return float(_supported_inner(values, support, other))
     xp = backend.namespace(values)
-    return float(xp.sum(xp.where(support, values * other, xp.zeros_like(values))))
+    return xp.sum(xp.where(support, values * other, xp.zeros_like(values)))
 
 
 def _sparse_normal_equations(

@@ -47,10 +47,9 @@ class SparseFactor(Factor):
     def from_dense(cls, array: Array, support: Array | None = None) -> SparseFactor:
         """Return the entries of `array` on `support` (by default its nonzeros) as a factor."""
         xp = backend.namespace(array)
-        mask = backend.to_numpy(array != 0 if support is None else support)
-        flat = np.flatnonzero(mask)
-        values = xp.take(xp.reshape(array, (-1,)), backend.like(flat, array), axis=0)
-        return cls.from_locations(values, flat, mask.shape)
+        places = backend.flatnonzero(array != 0 if support is None else support)
+        values = xp.take(xp.reshape(array, (-1,)), places, axis=0)
+        return cls.from_locations(values, backend.to_numpy(places), tuple(array.shape))
 
     @classmethod
     def from_locations(

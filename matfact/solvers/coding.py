@@ -62,7 +62,7 @@ def _projection_residual(W: Array, atoms: Array) -> Array:
     xp = backend.namespace(W)
     _, sizes, basis = xp.linalg.svd(atoms, full_matrices=False)
     rounding = float(xp.finfo(sizes.dtype).eps) * max(atoms.shape) * backend.max_abs(sizes)
-    basis = basis[: int(xp.sum(xp.astype(sizes > rounding, xp.int64))), :]
+    basis = basis[: int(backend.count_nonzero(sizes > rounding)), :]
     return W - (W @ _adjoint(basis)) @ basis
 
 

@@ -46,14 +46,15 @@ def descend(
         Number of steps.
     """
 
-    def objective(vector: Array) -> tuple[float, Array]:
+    def objective(vector: Array) -> tuple[Array, Array]:
         loss, gradients = loss_and_gradient(W, _unpack(vector, values))
         return loss, _pack(gradients)
 
     xp = backend.namespace(W)
     eps = float(xp.finfo(W.dtype).eps)
     vector, n_iter = _pack(_balanced(values)), 0
-    loss, gradient = objective(vector)
+    unread, gradient = objective(vector)
+    (loss,) = backend.numbers(unread)
     losses: list[float] = [loss]
     memory: list[tuple[Array, Array]] = []
     callback(0, loss)
@@ -74,8 +75,8 @@ def descend(
     return _unpack(vector, values), n_iter
 
 
-def loss_and_gradient(W: Array, values: list[Array]) -> tuple[float, list[Array]]:
-    """Return ``‖W − F_1 ⋯ F_Q‖_F²`` of the leading block, and half its gradients."""
+def loss_and_gradient(W: Array, values: list[Array]) -> tuple[Array, list[Array]]:
+    """Return ``‖W − F_1 ⋯ F_Q‖_F²`` of the leading block, not read yet, and half its gradients."""
     xp = backend.namespace(W)
     rows, columns = W.shape
     a, d, _, c = values[-1].shape
@@ -89,7 +90,7 @@ def loss_and_gradient(W: Array, values: list[Array]) -> tuple[float, list[Array]
     for v in values:
         gradients.append(_on_support(slope, tails.pop(), v))
         slope = KroneckerSparseFactor(adjoint(v)).apply(slope)
-    return backend.norm(residual) ** 2, gradients
+    return backend.squared_norm(residual), gradients
 
 
 def _on_support(slope: Array, tail: Array, v: Array) -> Array:
@@ -128,9 +129,13 @@ def _unpack(vector: Array, like: list[Array]) -> list[Array]:
     return values
 
 
-def _dot(x: Array, y: Array) -> float:
-    """Return the real inner product."""
-    return complex(backend.namespace(x).vecdot(x, y)).real
+def _dot(x: Array, y: Array) -> Array:
+    """Return the real inner product, a float in NumPy and elsewhere not read yet."""
+    xp = backend.namespace(x)
+    product = xp.vecdot(x, y)
+    if backend.is_numpy(x):
+        return complex(product).real
+    return xp.real(product) if backend.is_complex(product) else product
 
 
 def _quasi_newton(gradient: Array, memory: list[tuple[Array, Array]]) -> Array:
@@ -150,7 +155,7 @@ def _quasi_newton(gradient: Array, memory: list[tuple[Array, Array]]) -> Array:
 
 
 def _line_search(
-    objective: Callable[[Array], tuple[float, Array]],
+    objective: Callable[[Array], tuple[Array, Array]],
     vector: Array,
     loss: float,
     gradient: Array,
@@ -160,16 +165,19 @@ def _line_search(
 
     Return None if no step descends.
     """
-    slope = 2 * _dot(gradient, direction)
-    if slope >= 0.0:
-        return None
+    unread_slope = 2 * _dot(gradient, direction)
     low, high, step = 0.0, None, 1.0
     for _ in range(_MAX_HALVINGS):
         candidate = vector + step * direction
-        new_loss, new_gradient = objective(candidate)
+        unread, new_gradient = objective(candidate)
+        slope, new_loss, new_slope = backend.numbers(
+            unread_slope, unread, 2 * _dot(new_gradient, direction)
+        )
+        if slope >= 0.0:
+            return None
         if not new_loss <= loss + 1e-4 * step * slope:
             high = step
-        elif 2 * _dot(new_gradient, direction) < 0.9 * slope:
+        elif new_slope < 0.9 * slope:
             low = step
         else:
             return candidate, new_loss, new_gradient

@@ -130,8 +130,10 @@ def double_binary(
         solution = B.solution
         gram = _gram(solution)
         if callback is not None:
-            explained = 2 * backend.inner(cross, solution)
-            callback(sweep, max(0.0, energy - explained + backend.inner(gram_left, gram)))
+            explained, made = backend.numbers(
+                backend.inner(cross, solution), backend.inner(gram_left, gram)
+            )
+            callback(sweep, max(0.0, energy - 2 * explained + made))
         scale = _imbalance(A, B)
         A, B = _scaled(A, scale), _scaled(B, 1 / scale)
         solution, gram = solution / scale[:, None], gram / scale[:, None] / scale[None, :]
@@ -189,8 +191,7 @@ def _projected(V: Array, v: Array | None) -> SignState:
     xp = backend.namespace(V)
     magnitudes = xp.abs(V)
     u = xp.mean(magnitudes, axis=1) if v is None else xp.matmul(magnitudes, v)
-    norm = backend.norm(u)
-    u = u / norm if norm > 0 else u
+    u = backend.normalized(u)
     return SignState(V, u, xp.matmul(u, magnitudes))
 
 

@@ -80,10 +80,14 @@ def dsf(
         del gram, cross
         gram_left, cross = kernels.normal_equations(A.values, A.support, W)
         B = sparse_regression(gram_left, cross, B, _growing(right, W.shape, time), penalties)
-        explained = 2 * kernels.supported_inner(cross, B.support, B.values)
+        explained = kernels.supported_inner(cross, B.support, B.values)
         del cross
         gram, cross = kernels.normal_equations(B.values, B.support, W_transposed)
-        objective = max(0.0, energy - explained + backend.inner(gram_left, gram))
+        norms = _row_norms(gram)
+        explained, made, least, most = backend.numbers(
+            explained, backend.inner(gram_left, gram), xp.min(norms), xp.max(norms)
+        )
+        objective = max(0.0, energy - 2 * explained + made)
         del gram_left
         if objective <= energy * eps**0.5:  # such a difference is mostly rounding
             product = xp.matmul(xp.matrix_transpose(A.solution), B.solution)
@@ -92,7 +96,8 @@ def dsf(
             callback(sweep, objective)
         if objective <= energy * eps**2:
             break
-        A, B, gram, cross = _rescaled(A, B, gram, cross)
+        if not (most < DRIFT and least > 1 / DRIFT):
+            A, B, gram, cross = _rescaled(A, B, gram, cross, norms)
     del gram, cross
     B = _refitted(B, A, W)
     A = _refitted(A, B, W_transposed)
@@ -158,15 +163,17 @@ def thin(W: Array, n_left: int, n_right: int) -> list[Array]:
     ]
 
 
-def _rescaled(
-    A: SparseState, B: SparseState, gram: Array, cross: Array
-) -> tuple[SparseState, SparseState, Array, Array]:
-    """Normalize the rows of `B` whose norm has drifted out of range."""
+def _row_norms(gram: Array) -> Array:
+    """Return the norms of the rows of a matrix from its Gram matrix, 1 for those of zeros."""
     xp = backend.namespace(gram)
     norms = xp.sqrt(xp.linalg.diagonal(gram))
-    norms = xp.where(norms > 0, norms, xp.ones_like(norms))
-    if float(xp.max(norms)) < DRIFT and float(xp.min(norms)) > 1 / DRIFT:
-        return A, B, gram, cross
+    return xp.where(norms > 0, norms, xp.ones_like(norms))
+
+
+def _rescaled(
+    A: SparseState, B: SparseState, gram: Array, cross: Array, norms: Array
+) -> tuple[SparseState, SparseState, Array, Array]:
+    """Divide the rows of `B` by their norms, once one has drifted out of range."""
     return (
         dataclasses.replace(A, values=A.values * norms[:, None]),
         dataclasses.replace(B, values=B.values / norms[:, None]),

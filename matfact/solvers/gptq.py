@@ -59,7 +59,8 @@ def round_to_nearest(
         grid = _grid.fit_grid(host.reshape(-1), groups, bits, tiled)
     levels = grid.nearest(host.reshape(-1), groups)
     lost = host.reshape(-1) - levels * grid.scales[_grid.group_numbers(groups)]
-    return _rounded(W, levels.reshape(host.shape), grid.scales, float((tiled * lost) @ lost))
+    levels = backend.like(levels.reshape(host.shape), W)
+    return _rounded(W, levels, grid.scales, float((tiled * lost) @ lost))
 
 
 def gptq(
@@ -122,7 +123,8 @@ def _sweep(
     found = feedback(gram, damping).astype(W.dtype)
     weights = np.empty(columns)
     weights[order] = backend.to_numpy(found.weights)
-    grids = _Grids(backend.to_numpy(W), bounds, bits, weights, min_max)
+    host = backend.to_numpy(W)
+    grids = _Grids(host, bounds, bits, weights, min_max)
     levels = xp.zeros((columns, rows), dtype=xp.int8, device=backend.device(W))
     group = np.searchsorted(bounds, order, side="right") - 1
     scales = np.zeros((rows, len(bounds) - 1))
@@ -132,7 +134,7 @@ def _sweep(
     def begin(panel: slice, T: Array) -> Settle:
         if act_order:
             for i in range(len(bounds) - 1):
-                scales[:, i] = grids.scales(backend.to_numpy(W)[:, bounds[i] : bounds[i + 1]], i)
+                scales[:, i] = grids.scales(host[:, bounds[i] : bounds[i + 1]], i)
         else:
             transposed = backend.to_numpy(T).T
             scales[:, group[panel.start]] = grids.scales(transposed, group[panel.start])
@@ -195,4 +197,5 @@ def _rounded(W: Array, levels: Array, scales: np.ndarray, objective: float) -> R
     """Return levels and scales in the library and dtype of `W`, scales as they can be stored."""
     xp = backend.namespace(W)
     scales = _grid.rounded_scales(scales).reshape(W.shape[0], -1)
-    return Rounded(backend.like(levels, W, xp.int8), backend.like(scales, W, W.dtype), objective)
+    levels = xp.astype(levels, xp.int8, copy=False)
+    return Rounded(levels, backend.like(scales, W, W.dtype), objective)

@@ -63,7 +63,8 @@ def kaleidoscope(
         start = _widened(start, width)
         start = real_part(start) if complex_pairs else start
         starts[i] = [backend.like(v, W, dtype=W.dtype) for v in start]
-    best = min(starts, key=lambda start: loss_and_gradient(W, start)[0])
+    losses = backend.numbers(*(loss_and_gradient(W, start)[0] for start in starts))
+    best = starts[losses.index(min(losses))]
     return descend(W, best, max_iter=max_iter, tol=tol, callback=callback)
 
 

@@ -190,7 +190,7 @@ def _absolute_norms(gram: Array) -> Array:
 
 def squared_error(difference: Array, metric: Array | None) -> float:
     """Return ``tr D H Dᵀ`` of a difference `D`, `H` the metric or else the identity."""
-    return backend.inner(in_metric(difference, metric), difference)
+    return float(backend.inner(in_metric(difference, metric), difference))
 
 
 def in_metric(M: Array, metric: Array | None) -> Array:

@@ -77,6 +77,21 @@ def leading_vector(gram: Array) -> Array:
     xp = backend.namespace(gram)
     power = xp.reshape(gram, (-1, n, n))
     power = _over(power, _trace(power))
+    squared = _squared_on_host if backend.is_on_host(gram) else _squared
+    return xp.reshape(orthonormal(_largest_column(squared(power))), (*gram.shape[:-1], 1))
+
+
+def _squared(power: Array) -> Array:
+    """Return the limit of repeated squaring, without waiting for news of convergence."""
+    for _ in range(_MAX_SQUARINGS):
+        power = backend.namespace(power).matmul(power, power)
+        power = _over(power, _trace(power))
+    return power
+
+
+def _squared_on_host(power: Array) -> Array:
+    """Return the limit of repeated squaring, of each matrix until it has converged."""
+    xp, n = backend.namespace(power), power.shape[-1]
     places, projectors, waiting = [], [], np.arange(power.shape[0])
     for squaring in range(_MAX_SQUARINGS):
         power = xp.matmul(power, power)
@@ -93,8 +108,7 @@ def leading_vector(gram: Array) -> Array:
         if not waiting.size:
             break
     order = np.argsort(np.concatenate(places))
-    projector = xp.take(xp.concat(projectors), backend.like(order, gram), axis=0)
-    return xp.reshape(orthonormal(_largest_column(projector)), (*gram.shape[:-1], 1))
+    return xp.take(xp.concat(projectors), backend.like(order, projectors[0]), axis=0)
 
 
 def _leading_of_two(gram: Array) -> Array:

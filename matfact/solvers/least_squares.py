@@ -93,11 +93,12 @@ def conjugate_gradients(
     """
     xp = backend.namespace(X)
     direction = precondition(residual) if precondition else xp.asarray(residual, copy=True)
-    energy = backend.inner(residual, direction)
-    negligible = energy * float(xp.finfo(X.dtype).eps) ** 2
+    unread, negligible = backend.inner(residual, direction), None
     for _ in range(n_steps):
         step = image(direction)
-        curvature = backend.inner(direction, step)
+        energy, curvature = backend.numbers(unread, backend.inner(direction, step))
+        if negligible is None:
+            negligible = energy * float(xp.finfo(X.dtype).eps) ** 2
         if energy <= negligible or curvature <= 0.0:  # converged
             break
         step *= energy / curvature
@@ -105,8 +106,8 @@ def conjugate_gradients(
         del step  # saves memory: it is as large as X
         X += (energy / curvature) * direction
         scaled = precondition(residual) if precondition else residual
-        previous, energy = energy, backend.inner(residual, scaled)
-        direction *= energy / previous
+        unread = backend.inner(residual, scaled)
+        direction *= unread / energy
         direction += scaled
         del scaled
     return X

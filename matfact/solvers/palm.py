@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from matfact import backend
 from matfact.backend import Array
@@ -87,30 +87,41 @@ def palm4msa(
     product = functools.reduce(backend.namespace(W).matmul, factors)
     curvatures = [1.0] * len(factors)
     is_scaled = not all(constraint.is_cone for constraint in constraints)
-    scale = _best_scale(W, product)
+    (total,) = backend.numbers(_energy(W))
+    scale = _best_scale(total, *backend.numbers(_energy(product), _real_inner(product, W)))
     if not is_scaled:
         power = 2.0 ** round(math.log2(scale))  # exact; the steps find the rest
         factors[0], product, scale = power * factors[0], power * product, 1.0
-    objective = _energy(W - scale * product)
+    (objective,) = backend.numbers(_energy(W - scale * product))
     best, best_scale, best_objective = list(factors), scale, objective
-    negligible = _negligible(W)
+    negligible = _negligible(W, total)
     if len(factors) == 1 or all(isinstance(constraint, Support) for constraint in constraints):
         relaxation = 1.0  # nothing to explore
     supports, is_settled = [factor != 0 for factor in factors], False
+
+    def measured(factors: list[Array], product: Array) -> list[Array]:
+        match = _real_inner(product, W) if is_scaled else _energy(W - product)
+        return [_energy(product), match, *map(_energy, factors)]
+
     for iteration in range(1, max_iter + 1):
         previous = objective
         stretch = 1.0 if is_settled else _stretch((iteration - 1) / max_iter, relaxation)
-        product = _sweep(W / scale, factors, product, constraints, curvatures, stretch, backward)
-        is_trusted = not _cancels(factors, product)
+        product, read = _sweep(
+            W / scale, factors, product, constraints, curvatures, stretch, backward, measured
+        )
+        energies = read[2:]
+        is_trusted = not _cancels(energies, read[0], W)
         if not is_trusted:
             product = functools.reduce(backend.namespace(W).matmul, factors)
+            read = backend.numbers(*measured(factors, product))
         if is_scaled:
-            scale = _best_scale(W, product)
+            scale = _best_scale(total, *read[:2])
+            (objective,) = backend.numbers(_energy(W - scale * product))
         else:
-            factors = _near_in_norm(factors)
-        objective = _energy(W - scale * product)
+            factors = _near_in_norm(factors, energies)
+            objective = read[1]
         last, supports = supports, [factor != 0 for factor in factors]
-        is_settled = objective <= SETTLED * previous and all(map(_is_equal, last, supports))
+        is_settled = objective <= SETTLED * previous and _are_equal(last, supports)
         if callback is not None:
             callback(iteration, objective)
         # Large entries that cancel no longer do so once factors are scaled, stored or rounded.
@@ -142,9 +153,8 @@ def _balanced(factors: list[Array], constraints: Sequence[Constraint]) -> list[A
     return factors
 
 
-def _near_in_norm(factors: list[Array]) -> list[Array]:
+def _near_in_norm(factors: list[Array], energies: list[float]) -> list[Array]:
     """Rescale factors by powers of two, which is exact, if long steps unbalanced them."""
-    energies = [_energy(factor) for factor in factors]
     if min(energies) == 0.0:
         return factors
     logs = [0.5 * math.log2(energy) for energy in energies]
@@ -155,11 +165,10 @@ def _near_in_norm(factors: list[Array]) -> list[Array]:
     return [2.0**shift * factor for shift, factor in zip(shifts, factors, strict=True)]
 
 
-def _cancels(factors: list[Array], product: Array) -> bool:
+def _cancels(energies: list[float], made: float, W: Array) -> bool:
     """Whether entries are too large to trust the incrementally updated product."""
-    size = math.prod(_energy(factor) for factor in factors) ** 0.5
-    eps = float(backend.namespace(product).finfo(product.dtype).eps)
-    return eps * size > ROUNDING * _energy(product) ** 0.5
+    eps = float(backend.namespace(W).finfo(W.dtype).eps)
+    return eps * math.prod(energies) ** 0.5 > ROUNDING * made**0.5
 
 
 def _paths_cancel(factors: list[Array], product: Array) -> bool:
@@ -168,7 +177,8 @@ def _paths_cancel(factors: list[Array], product: Array) -> bool:
     # Use entries times their counterparts, not norms: a large column may meet a row of zeros.
     paths = functools.reduce(xp.matmul, [xp.abs(factor) for factor in factors])
     eps = float(xp.finfo(product.dtype).eps)
-    return eps * _energy(paths) ** 0.5 > ROUNDING * _energy(product) ** 0.5
+    along, made = backend.numbers(_energy(paths), _energy(product))
+    return eps * along**0.5 > ROUNDING * made**0.5
 
 
 def identity_start(
@@ -193,12 +203,13 @@ def identity_start(
 def is_exact(W: Array, factors: Sequence[Array]) -> bool:
     """Whether the product of `factors` equals `W` up to rounding."""
     product = functools.reduce(backend.namespace(W).matmul, factors)
-    return _energy(W - product) <= _negligible(W)
+    lost, total = backend.numbers(_energy(W - product), _energy(W))
+    return lost <= _negligible(W, total)
 
 
-def _negligible(W: Array) -> float:
+def _negligible(W: Array, total: float) -> float:
     """Return the objective below which a product counts as exact."""
-    return _energy(W) * (NEGLIGIBLE * float(backend.namespace(W).finfo(W.dtype).eps)) ** 2
+    return total * (NEGLIGIBLE * float(backend.namespace(W).finfo(W.dtype).eps)) ** 2
 
 
 def _stretch(progress: float, relaxation: float) -> float:
@@ -215,8 +226,13 @@ def _sweep(
     curvatures: list[float],
     stretch: float,
     backward: bool,
-) -> Array:
-    """Update every factor once, in place, and return the updated `product`."""
+    measured: Callable[[list[Array], Array], list[Array]],
+) -> tuple[Array, list[float]]:
+    """Update every factor once, in place; return the updated `product` and what is `measured`.
+
+    Whether a step is short enough is known once numbers are read. Where the host waits for them,
+    all steps are taken before it does, and those after one that was too long are taken again.
+    """
 
     def join(near: Array | None, far: Array | None) -> Array | None:
         return _times(far, near) if backward else _times(near, far)
@@ -225,54 +241,64 @@ def _sweep(
     ahead: list[Array | None] = [None]
     for j in reversed(order[1:]):
         ahead.append(join(factors[j], ahead[-1]))
-    done = None
-    for j in order:
-        sides = (ahead.pop(), done) if backward else (done, ahead.pop())
-        factors[j], change, curvatures[j] = _step(
-            factors[j], constraints[j], sides, product - W, curvatures[j], stretch
-        )
-        product = product + change
-        if ahead:
-            done = join(done, factors[j])
-    return product
+    done, place, step, eager = None, 0, None, not backend.is_on_host(W)
+    while place < len(order):
+        taken: list[tuple[_Step, Array, Array | None]] = []
+        unread, found = [], list(factors)
+        for i in range(place, len(order) if eager else place + 1):
+            j, far = order[i], ahead[len(order) - 1 - i]
+            if step is None:
+                sides = (far, done) if backward else (done, far)
+                step = _Step(factors[j], constraints[j], sides, product - W)
+            taken.append((step, product, done))
+            found[j], change, *sizes = step.along(curvatures[j])
+            unread += sizes
+            product = product + change
+            done = join(done, found[j]) if i + 1 < len(order) else None
+            step = None
+        read = backend.numbers(*unread, *(measured(found, product) if eager else []))
+        for (tried, *before), met, size in zip(taken, read[::2], read[1::2], strict=False):
+            j, size = order[place], stretch * size
+            # The curvature along a step never exceeds the bound: rounding cannot trap the search.
+            if not (curvatures[j] >= tried.bound or met <= curvatures[j] * size):
+                curvatures[j] = min(tried.bound, curvatures[j] * GROW)
+                step, (product, done) = tried, before
+                break
+            factors[j], place = found[j], place + 1
+            curvatures[j] = max(curvatures[j] / SHRINK, met / size if size else 0.0)
+    return product, read[len(unread) :] if eager else backend.numbers(*measured(factors, product))
 
 
-def _step(
-    factor: Array,
-    constraint: Constraint,
-    sides: tuple[Array | None, Array | None],
-    residual: Array,
-    curvature: float,
-    stretch: float,
-) -> tuple[Array, Array, float]:
-    """Take a proximal gradient step on a factor between the products at its `sides`.
+class _Step:
+    """A proximal gradient step on a factor between the products at its `sides`."""
 
-    Returns
-    -------
-    factor : array
-        The new factor.
-    change : array
-        Its contribution to the product.
-    curvature : float
-        Initial curvature for the next step.
-    """
-    left, right = sides
-    weights, bound = _weights(sides, constraint.is_scale_free)
-    gradient = _times(_times(_adjoint(left), residual), _adjoint(right)) / weights
-    start = factor * weights
-    while True:
-        target = start - gradient / curvature
-        if constraint.is_scale_free:
-            new = constraint.project(target)
+    def __init__(
+        self,
+        factor: Array,
+        constraint: Constraint,
+        sides: tuple[Array | None, Array | None],
+        residual: Array,
+    ) -> None:
+        self._constraint, self._sides = constraint, sides
+        self._weights, self.bound = _weights(sides, constraint.is_scale_free)
+        left, right = map(_adjoint, sides)
+        self._gradient = _times(_times(left, residual), right) / self._weights
+        self._start = factor * self._weights
+
+    def along(self, curvature: float) -> tuple[Array, Array, Array, Array]:
+        """Return the new factor, what it adds to the product, and the squared norms of both steps.
+
+        The first is that of the product's step, the second that of the factor's.
+        """
+        (left, right), weights = self._sides, self._weights
+        target = self._start - self._gradient / curvature
+        if self._constraint.is_scale_free:
+            new = self._constraint.project(target)
         else:
-            new = weights * constraint.project(target / weights)
-        step = new - start
+            new = weights * self._constraint.project(target / weights)
+        step = new - self._start
         change = _times(left, _times(step / weights, right))
-        # The curvature along a step never exceeds the bound, so rounding cannot trap the search.
-        met, size = _energy(change), stretch * _energy(step)
-        if curvature >= bound or met <= curvature * size:
-            return new / weights, change, max(curvature / SHRINK, met / size if size else 0.0)
-        curvature = min(bound, curvature * GROW)
+        return new / weights, change, _energy(change), _energy(step)
 
 
 def _weights(sides: tuple[Array | None, Array | None], is_scale_free: bool) -> tuple[Array, float]:
@@ -291,15 +317,21 @@ def _weights(sides: tuple[Array | None, Array | None], is_scale_free: bool) -> t
     return weights, float(bound)
 
 
-def _best_scale(W: Array, product: Array) -> float:
-    """Return the positive scale of `product` nearest to `W`."""
-    xp = backend.namespace(W)
-    energy = _energy(product)
-    if energy == 0.0:
+def _best_scale(total: float, made: float, inner: float) -> float:
+    """Return the positive scale of a product nearest to `W`.
+
+    `total` and `made` are the squared norms of `W` and of the product, `inner` is their product.
+    """
+    if made == 0.0:
         return 1.0
-    inner = float(xp.real(xp.sum(xp.conj(product) * W)))
     # A product that points away from W should be small, but not 0.
-    return max(inner / energy, 1e-3 * (_energy(W) / energy) ** 0.5) or 1.0
+    return max(inner / made, 1e-3 * (total / made) ** 0.5) or 1.0
+
+
+def _real_inner(product: Array, W: Array) -> Array:
+    """Return the real inner product, not read yet."""
+    xp = backend.namespace(W)
+    return xp.real(xp.sum(xp.conj(product) * W))
 
 
 def _times(left: Array | None, right: Array | None) -> Array | None:
@@ -317,13 +349,14 @@ def _adjoint(array: Array | None) -> Array | None:
     return xp.matrix_transpose(xp.conj(array) if is_complex else array)
 
 
-def _is_equal(first: Array, second: Array) -> bool:
-    return bool(backend.namespace(first).all(first == second))
+def _are_equal(first: list[Array], second: list[Array]) -> bool:
+    xp = backend.namespace(*first)
+    return all(backend.numbers(*(xp.all(a == b) for a, b in zip(first, second, strict=True))))
 
 
-def _energy(array: Array) -> float:
-    """Return the squared Frobenius norm."""
+def _energy(array: Array) -> Array:
+    """Return the squared Frobenius norm, not read yet."""
     xp = backend.namespace(array)
     flat = xp.reshape(array, (-1,))
     energy = xp.vecdot(flat, flat)
-    return float(xp.real(energy) if xp.isdtype(array.dtype, "complex floating") else energy)
+    return xp.real(energy) if xp.isdtype(array.dtype, "complex floating") else energy

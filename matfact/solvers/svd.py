@@ -33,9 +33,8 @@ def truncated_svd(W: Array, rank: int) -> tuple[Array, Array]:
 
 def numerical_rank(s: Array, shape: tuple[int, ...]) -> int:
     """Return the number of sorted singular values `s` above rounding error."""
-    xp = backend.namespace(s)
-    tolerance = s[0] * (max(shape) * xp.finfo(s.dtype).eps)
-    return int(xp.count_nonzero(s > tolerance))
+    tolerance = s[0] * (max(shape) * backend.namespace(s).finfo(s.dtype).eps)
+    return int(backend.count_nonzero(s > tolerance))
 
 
 def whitened_svd(W: Array, rank: int, second_moment: Array) -> tuple[Array, Array]:

@@ -30,6 +30,7 @@ __all__ = [
     "compress_gradually",
     "count_flops",
     "cubic_densities",
+    "distill",
     "exact_triple_scores",
     "find_blocks",
     "fine_tune",
@@ -95,6 +96,7 @@ from .sensitivity.outputs import output_sensitivity
 from .sensitivity.triples import exact_triple_scores, triple_scores
 from .tensor_decomposition import TensorTrain, tensor_train, tucker_svd
 from .training.adapters import add_adapters, merge_adapters
+from .training.distillation import distill
 from .training.finetune import (
     FineTuning,
     balance_factors,

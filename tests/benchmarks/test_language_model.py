@@ -1,7 +1,5 @@
 """A language model is compressed cell by cell, and interrupted runs resume."""
 
-import copy
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -29,18 +27,27 @@ def test_a_language_model_is_compressed_cell_by_cell(tmp_path, capsys):
     assert "layers.0" not in capsys.readouterr().out
 
 
-def test_a_cell_goes_on_where_it_has_stopped(tmp_path):
+@pytest.mark.parametrize("form", ["published", "full"])
+def test_a_cell_goes_on_where_it_has_stopped(form, tmp_path, monkeypatch, capsys):
     task = language_model.tiny_task()
-    cell = {"form": "published", "method": "Wanda", "density": 0.4}
+    cell = {"form": form, "method": "ADMM", "density": 0.4}
     whole = language_model.evaluate(task, tmp_path, cell)
-    folder = tmp_path / "published-Wanda-0-4"
-    model, stopped = copy.deepcopy(task.model), language_model.Unfinished(folder)
-    language_model.compress_blocks(model.model, cell, task.calibration["published"], stopped)
-    for path in folder.glob("layers.1*"):
-        path.unlink()
+    own, calls = language_model.write_atomically, iter(range(5))
+
+    def stopping(path, content):
+        if next(calls) == 4:
+            raise InterruptedError
+        own(path, content)
+
+    monkeypatch.setattr(language_model, "write_atomically", stopping)
+    with pytest.raises(InterruptedError):
+        language_model.evaluate(task, tmp_path, cell)
+    monkeypatch.undo()
+    capsys.readouterr()
     resumed = language_model.evaluate(task, tmp_path, cell)
-    assert resumed["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
-    assert resumed["layers"] == whole["layers"] == 14
+    assert len(capsys.readouterr().out.splitlines()) == 14 - 4
+    names = ("perplexity", "layers", "layer_error", "normalized_error")
+    assert [resumed[name] for name in names] == [whole[name] for name in names]
     assert list(tmp_path.iterdir()) == []
 
 

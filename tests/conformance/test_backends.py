@@ -16,13 +16,6 @@ def _to_strict(array):
 LIBRARIES = {"strict": _to_strict, "torch": torch.from_numpy}
 if torch.cuda.is_available():
     LIBRARIES["torch-cuda"] = lambda array: torch.from_numpy(array).cuda()
-try:
-    import cupy
-
-    cupy.cuda.runtime.getDeviceCount()
-    LIBRARIES["cupy"] = cupy.asarray
-except Exception:  # no CuPy, or no GPU
-    pass
 
 
 @pytest.fixture

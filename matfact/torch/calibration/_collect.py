@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ class Collected:
         Batches waiting before the block.
     as_dense : callable
         Returns a context in which the network has its dense layers.
+    known : collection of str
+        Layers whose statistics are not needed, and stay empty.
 
     Attributes
     ----------
@@ -74,6 +76,7 @@ class Collected:
         views: dict[str, Matricized],
         arrived: Sequence[Arrived],
         as_dense: _Mode,
+        known: Collection[str] = (),
     ) -> None:
         self._model, self._views, self._as_dense = model, views, as_dense
         self.statistics: dict[str, LayerStatistics] = {}
@@ -82,6 +85,9 @@ class Collected:
         if first is None:
             return
         self._first, self._started = first, -1
+        if first in known:
+            self.statistics = {first: LayerStatistics.of(views[first], paired=False)}
+            return
         paired = [each.dense is not None for each in arrived]
         if any(paired) and not (all(paired) and self._add_pairs(arrived)):
             self._add_alone(arrived)

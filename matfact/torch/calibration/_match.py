@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -11,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matfact.torch.layers._factors import FactorModule
-from matfact.torch.running._batches import attended
+from matfact.torch.training._values import adam, first_tensor, relative_errors, stored_values
 
-#: Learning rates relative to the root mean square of each parameter, and the least mean square.
-RATE, SMALLEST = 0.01, 1e-2
+#: Learning rate relative to the root mean square of each parameter.
+RATE = 0.01
 #: Steps of a training, about; bounds of the number of passes over the batches.
 STEPS, FEWEST, MOST = 200, 8, 40
 #: Passes without improvement after which the training ends.
 PATIENCE = 4
-#: Share of the mean square of the outputs that is added to the square of each.
-FLOOR = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,7 @@ def match_block(name: str, model: nn.Module, examples: Sequence[Example]) -> Mat
     examples : sequence of Example
         Waiting batches.
     """
-    parameters = _trained(name, model)
+    parameters = trained(name, model)
     if note := _reason(parameters, examples):
         return Matched(name, note=note)
     fitted = [each for each in examples if not each.is_aside]
@@ -123,7 +119,7 @@ def _reason(parameters: Collection[Tensor], examples: Sequence[Example]) -> str:
     return ""
 
 
-def _trained(name: str, model: nn.Module) -> list[nn.Parameter]:
+def trained(name: str, model: nn.Module) -> list[nn.Parameter]:
     """Return the stored values, biases and norms of a block that no other block uses."""
     block = model.get_submodule(name)
     inside = {id(p) for p in block.parameters()}
@@ -133,15 +129,7 @@ def _trained(name: str, model: nn.Module) -> list[nn.Parameter]:
         if path != name and not path.startswith(f"{name}.")
         for p in module.parameters(recurse=False)
     }
-    found = {
-        id(parameter): parameter
-        for path, module in block.named_modules()
-        for parameter in module.parameters(recurse=False)
-        if "parametrizations" not in path.split(".")
-        and (isinstance(module, FactorModule) or parameter.ndim == 1)
-        and parameter.is_floating_point()
-    }
-    return [p for key, p in found.items() if key in inside - elsewhere]
+    return [p for p in stored_values(block) if id(p) in inside - elsewhere]
 
 
 def _epochs(
@@ -149,16 +137,7 @@ def _epochs(
 ) -> Iterator[int]:
     """Pass over the examples again and again, with learning rates that fall to zero."""
     n_epochs = min(MOST, max(FEWEST, math.ceil(STEPS / len(examples))))
-    groups = [
-        {"params": [p], "lr": RATE * math.sqrt(max(float(p.detach().square().mean()), SMALLEST**2))}
-        for p in parameters
-        if p.numel()
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    total = n_epochs * len(examples)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
-    )
+    optimizer, schedule = adam(parameters, RATE, n_epochs * len(examples))
     for epoch in range(n_epochs):
         for example in examples:
             optimizer.zero_grad()
@@ -171,48 +150,18 @@ def _epochs(
 def _loss(example: Example, model: nn.Module) -> Tensor:
     """Return the mean squared error of the outputs, each relative to its size."""
     output = first_tensor(example.output(gradients=True))
-    return _relative(output, example, model).mean()
+    return relative_errors(output, example.target, example.batch, model).mean()
 
 
 @torch.no_grad()
 def _error(examples: Sequence[Example], model: nn.Module) -> float:
     """Return the relative error of the outputs over all examples."""
+    outputs = (first_tensor(each.output(gradients=False)) for each in examples)
     errors = [
-        _relative(first_tensor(each.output(gradients=False)), each, model).double()
-        for each in examples
+        relative_errors(output, each.target, each.batch, model).double()
+        for output, each in zip(outputs, examples, strict=True)
     ]
     return math.sqrt(float(torch.cat(errors).mean()))
-
-
-def _relative(output: Tensor, example: Example, model: nn.Module) -> Tensor:
-    """Return the squared error of each output relative to its square."""
-    found, target = (
-        _rows(attended(each, example.batch, model)) for each in (output, example.target)
-    )
-    energy = target.square().sum(1)
-    return (found - target).square().sum(1) / (energy + FLOOR * energy.mean() + 1e-30)
-
-
-def _rows(output: Tensor) -> Tensor:
-    """Return outputs as rows: tokens, or else samples."""
-    return output.flatten(0, -2) if output.ndim <= 3 else output.flatten(1)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first floating-point tensor of a module's output."""
-    found = next(_tensors(output), None)
-    if found is None:
-        raise TypeError(f"no tensor in a {type(output).__name__}")
-    return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield from [value] if value.is_floating_point() and value.ndim > 1 else []
-    elif hasattr(value, "values") and callable(value.values):
-        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, tuple | list):
-        yield from itertools.chain.from_iterable(map(_tensors, value))
 
 
 def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:

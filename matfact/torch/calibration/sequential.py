@@ -8,7 +8,7 @@ import functools
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from matfact.torch.calibration._collect import Arrived, Collected
 from matfact.torch.calibration._layer_statistics import LayerStatistics, is_aside
-from matfact.torch.calibration._match import Example, Matched, first_tensor, match_block
+from matfact.torch.calibration._match import Example, Matched, match_block
 from matfact.torch.calibration._offload import between, offloading
 from matfact.torch.calibration._passes import Pass, WholePass, waiting_before
 from matfact.torch.calibration._survey import Survey, are_alike, mark, survey
@@ -27,6 +27,7 @@ from matfact.torch.layers._matricized import Matricized
 from matfact.torch.running._batches import checked, eval_mode
 from matfact.torch.running._random import RandomState, batch_states
 from matfact.torch.running._traces import Traces
+from matfact.torch.training._values import first_tensor
 
 _WHOLE = "calibrated in runs of the whole network, since batches cannot wait before its blocks"
 #: Maximum number of waiting passes, each in a thread of about 0.1 MB.
@@ -34,6 +35,7 @@ MOST_PASSES = 2048
 
 Stops = Generator[tuple[str, LayerStatistics]]
 _Views = dict[str, Matricized]
+_Match = Callable[[str, Callable[[], Matched]], None]
 _Mode = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -44,7 +46,8 @@ def sequential_statistics(
     *,
     paired: bool = False,
     folder: Path | None = None,
-    matched: Callable[[Matched], None] | None = None,
+    known: Collection[str] = (),
+    match: _Match | None = None,
 ) -> Stops:
     """Run all batches through the network, stopping at each layer so that it can be replaced.
 
@@ -81,9 +84,11 @@ def sequential_statistics(
         with those in the dense network.
     folder : Path, optional
         Folder for the block inputs of waiting batches, in files instead of memory.
-    matched : callable, optional
-        Called with the result for each block that is trained to give the outputs of the dense one,
-        once its layers are replaced. It needs pairs.
+    known : collection of str
+        Layers whose statistics are not needed: they come in turn, with empty ones.
+    match : callable, optional
+        Called for each block once its layers are replaced, with its name and a function that trains
+        it to give the outputs of the dense one, and returns the result. It needs pairs.
 
     Yields
     ------
@@ -112,14 +117,14 @@ def sequential_statistics(
     with eval_mode(model):
         try:
             seen = survey(model, views, drawn, traces)
-            started = _Replay(model, views, seen, paired)
+            started = _Replay(model, views, seen, paired, known)
             if not started.is_faithful(started.batches(Pass, drawn), folder):
                 seen = dataclasses.replace(seen, interferes=True)
-                started = _Replay(model, views, seen, paired)
+                started = _Replay(model, views, seen, paired, known)
             traces.restore()
             del views  # do not keep replaced layers in memory
             whole = started.batches(functools.partial(WholePass, traces=traces), drawn)
-            yield from started.through_blocks(started.batches(Pass, drawn), folder, matched)
+            yield from started.through_blocks(started.batches(Pass, drawn), folder, match)
             yield from started.repeated(whole)
         finally:
             traces.restore()
@@ -142,8 +147,10 @@ class _Replay:
         Original layers that dense passes may still reach.
     """
 
-    def __init__(self, model: nn.Module, views: _Views, seen: Survey, paired: bool) -> None:
-        self._model, self._seen, self._is_paired = model, seen, paired
+    def __init__(
+        self, model: nn.Module, views: _Views, seen: Survey, paired: bool, known: Collection[str]
+    ) -> None:
+        self._model, self._seen, self._is_paired, self._known = model, seen, paired, known
         self.pending = OrderedDict((name, views[name]) for name in seen.repeated)
         once = {name: view for name, view in views.items() if name not in self.pending}
         self.blocks = _blocks(model, once, seen)
@@ -159,10 +166,7 @@ class _Replay:
         return found
 
     def through_blocks(
-        self,
-        batches: list[Arrived],
-        folder: Path | None,
-        matched: Callable[[Matched], None] | None = None,
+        self, batches: list[Arrived], folder: Path | None, match: _Match | None = None
     ) -> Stops:
         """Advance batches from block to block, stopping at the layers of each."""
         every: list[Any] = [each for b in batches for each in (b.own, b.dense) if each is not None]
@@ -172,8 +176,8 @@ class _Replay:
                 arrived = [batch for batch in batches if batch.own.at == name]
                 is_layer = name in self.blocks[name]
                 yield from self._at(name, arrived, as_dense)
-                if matched is not None and arrived and not is_layer:
-                    matched(self._match(name, arrived, as_dense))
+                if match is not None and arrived and not is_layer:
+                    match(name, functools.partial(self._match, name, arrived, as_dense))
                 if not any(self.blocks.values()):  # nothing after this matters
                     break
                 if arrived:
@@ -245,7 +249,7 @@ class _Replay:
         """Yield the layers of a block in the order of their calls."""
         views = self.blocks[block]
         while views and arrived:
-            found = Collected(self._model, views, arrived, as_dense).statistics
+            found = Collected(self._model, views, arrived, as_dense, self._known).statistics
             if not found:  # no batch calls any of them
                 break
             forget(self._model.get_submodule(block))
@@ -275,10 +279,10 @@ class _Replay:
     def repeated(self, batches: list[Arrived]) -> Stops:
         """Yield the layers without a block, each in runs of the whole network."""
         while self.pending:
-            name, view = self.pending.popitem(last=False)
-            as_dense = self._as_dense({name: view})
-            statistics = Collected(self._model, {name: view}, batches, as_dense).statistics
-            del view  # memory
+            views = dict([self.pending.popitem(last=False)])
+            as_dense = self._as_dense(views)
+            statistics = Collected(self._model, views, batches, as_dense, self._known).statistics
+            del views  # memory
             forget(self._model)
             for each in statistics.values() if self._seen.interferes else ():
                 each.note = "; ".join(filter(None, (each.note, _WHOLE)))

@@ -4,43 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast, get_args
 
-from joblib import Parallel, delayed
 from torch import nn
 
-from matfact import metrics
 from matfact._progress import Bar, Step
-from matfact.backend import Array
-from matfact.factorizers import BaseFactorizer
 from matfact.report import CompressionReport, LayerReport
 from matfact.torch._attached import attached
 from matfact.torch._warnings import CompressionWarning
-from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration._match import Matched, summary
 from matfact.torch.calibration.batchnorm import reestimate_batch_norm
-from matfact.torch.calibration.options import Adaptation, Calibration, CalibrationOptions
-from matfact.torch.calibration.sequential import sequential_statistics
-from matfact.torch.calibration.statistics import captured, layer_views
-from matfact.torch.compression._fit import Fitted, fit_layer
+from matfact.torch.calibration.options import Calibration, CalibrationOptions
+from matfact.torch.compression._fits import Results, fits
+from matfact.torch.compression._resume import resuming, settings
 from matfact.torch.compression._tasks import Layers, Method, Override, Position, Task, plan
 from matfact.torch.compression._undo import Replaced, undone_on_error
 from matfact.torch.compression.budget import Budget, named_methods, within_budget
 from matfact.torch.layers._inherit import copied
 from matfact.torch.layers._matricized import is_linear, other_matrices, replace
+from matfact.torch.running._batches import checked
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 
 #: Re-exported names.
 __all__ = ["Compressed", "CompressionReport", "LayerReport", "compress"]
 
 _log = logging.getLogger(__name__)
-
-_Fit = Callable[..., tuple[Fitted | None, str]]
-_Results = Generator[tuple[Task, Fitted | None]]
 
 
 class CompressOptions(CalibrationOptions, total=False):
@@ -70,6 +62,7 @@ def compress(
     n_jobs: int = 1,
     inplace: bool = False,
     dry_run: bool = False,
+    resume_folder: str | Path | None = None,
     progress: bool | Callable[[LayerReport, int], None] | None = False,
     **options: Unpack[CompressOptions],
 ) -> Compressed:
@@ -118,6 +111,11 @@ def compress(
     dry_run : bool, default=False
         Whether to only report which layers would be compressed, and how. With a budget, trial fits
         are still run.
+    resume_folder : str or Path, optional
+        A new or empty folder, in which each finished fit, trial and matched block is stored. If the
+        process is killed, the same call takes them up and gives the same result, to the bit: passes
+        of calibration run again, solvers do not. Its files stay until you delete them, so do that
+        once the result is saved. Batches are held in memory.
     progress : bool or callable, default=False
         Whether to show a bar with the layer, the time left and the error so far, in a terminal (on
         standard error) or a notebook; or a function, called with each finished row of the report
@@ -142,7 +140,8 @@ def compress(
         If a parameter is invalid or matches no layer, if no layer is selected, if a weight to
         compress is not in memory, or if the method fails on a layer; the message names the layer.
         If only the weight is complex and the method is for real ones, or the density is too small
-        for its shape, the layer is kept with a warning.
+        for its shape, the layer is kept with a warning. If `resume_folder` belongs to a run with
+        other weights, batches or options; the message names what differs.
 
     Examples
     --------
@@ -156,9 +155,11 @@ def compress(
     bar = Bar(progress)
     value_bits = options.pop("value_bits", None)
     given = Calibration.of(calibration, options)
-    if given is not None and budget is not None:
-        given = dataclasses.replace(given, batches=list(given.batches))  # used twice
     _check(budget, density, keep, value_bits)
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget(budget)
+    if given is not None and (budget is not None or resume_folder is not None):  # used twice
+        given = dataclasses.replace(given, batches=list(checked(given.batches)))
     is_layer = is_linear(model)
     if is_layer and inplace and not dry_run:
         raise ValueError(
@@ -176,36 +177,37 @@ def compress(
     if value_bits is not None:
         metadata["value_bits"] = value_bits
     metadata["untouched"] = other_matrices(model)
-    if budget is not None:
-        overrides, metadata["budget"] = _shared_out(
-            model, method, budget, layers=layers, overrides=overrides or {}, keep=keep,
-            calibration=given and given.batches, n_jobs=n_jobs, bar=bar,
-        )  # fmt: skip
-        method = next(iter(named_methods(method).values()))
-    tasks = plan(model, cast(Method, method), density, layers, overrides or {}, keep, value_bits)
-    todo = [task for task in tasks if task.factorizer is not None]
-    rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
-            for task in tasks}  # fmt: skip
-    if dry_run:
-        return Compressed(original, CompressionReport(rows.values(), metadata))
-    _warn_of_none(tasks)
-    folder = None if given is None else given.folder
-    undo = undone_on_error(model, folder) if inplace else contextlib.nullcontext()
-    matched: list[Matched] = []
-    with bar, undo as replaced:
-        work = {task.names[0]: task.work(given is not None) for task in todo}
-        bar.expect(work.values(), len(todo), "" if given is None else "calibration")
-        fits = _fits(model, todo, given, n_jobs, matched.append)
-        for row in _finished(model, todo, fits, replaced, bar, work):
-            rows[row.layer] = row
-        if given is not None:
-            metadata["steps"].append(given.step)
-            if given.match_blocks:
-                metadata["blocks"] = [dataclasses.asdict(each) for each in matched]
-                metadata["steps"].append(summary(matched))
-            if given.reestimate_batchnorm:
-                n_layers = reestimate_batch_norm(model, given.batches)
-                metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
+    methods = {"": cast(Method, method)} if budget is None else named_methods(method)
+    plans: dict[str, list[Task]] = {}
+    for label, each in methods.items():
+        plans[label] = plan(model, each, density, layers, overrides or {}, keep, value_bits)
+    with resuming(resume_folder, lambda: settings(model, plans, given, budget)) as parts:
+        tasks = next(iter(plans.values()))
+        plans.clear()  # they hold the dense layers
+        if budget is not None:
+            overrides, metadata["budget"] = _shared_out(
+                model, methods, budget, layers=layers, overrides=overrides or {}, keep=keep,
+                calibration=given and given.batches, n_jobs=n_jobs, bar=bar, parts=parts,
+            )  # fmt: skip
+            tasks = plan(model, next(iter(methods.values())), None, layers, overrides, keep)
+        rows = {task.names[0]: task.report("kept" if task.factorizer is None else "planned")
+                for task in tasks}  # fmt: skip
+        if dry_run:
+            return Compressed(original, CompressionReport(rows.values(), metadata))
+        _warn_of_none(tasks)
+        todo = [task for task in tasks if task.factorizer is not None]
+        folder = None if given is None else given.folder
+        undo = undone_on_error(model, folder) if inplace else contextlib.nullcontext()
+        matched: list[Matched] = []
+        with bar, undo as replaced:
+            left = [task for task in todo if task.names[0] not in parts.layers]
+            work = {task.names[0]: task.work(given is not None) for task in left}
+            bar.expect(work.values(), len(todo), "" if given is None else "calibration")
+            found = fits(model, todo, given, n_jobs, parts, matched.append)
+            for row in _finished(model, todo, found, replaced, bar, work):
+                rows[row.layer] = row
+            if given is not None:
+                _end(model, given, matched, metadata)
     model = model.get_submodule("0") if is_layer else model
     return Compressed(attached(model), CompressionReport(rows.values(), metadata))
 
@@ -222,6 +224,19 @@ def _check(budget: Any, density: Any, keep: Any, value_bits: Any) -> None:
         raise ValueError(f"keep must hold names among {get_args(Position)}, got {keep!r}.")
 
 
+def _end(
+    model: nn.Module, given: Calibration, matched: list[Matched], metadata: dict[str, Any]
+) -> None:
+    """Note what calibration has done, and re-estimate statistics if it shall."""
+    metadata["steps"].append(given.step)
+    if given.match_blocks:
+        metadata["blocks"] = [dataclasses.asdict(each) for each in matched]
+        metadata["steps"].append(summary(matched))
+    if given.reestimate_batchnorm:
+        n_layers = reestimate_batch_norm(model, given.batches)
+        metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")
+
+
 def _warn_of_none(tasks: list[Task]) -> None:
     """Warn if no selected layer can be compressed."""
     if all(task.view is None for task in tasks):
@@ -233,7 +248,7 @@ def _warn_of_none(tasks: list[Task]) -> None:
 def _finished(
     model: nn.Module,
     tasks: list[Task],
-    fits: _Results,
+    found: Results,
     replaced: Replaced | None,
     bar: Bar,
     work: Mapping[str, tuple[str, float]],
@@ -242,120 +257,24 @@ def _finished(
     modes = {name: model.get_submodule(name).training for task in tasks for name in task.names[:1]}
     rows = []
     # Closed even if telling fails, so that no batch is left waiting in the network.
-    with contextlib.closing(_installed(model, fits, replaced)) as done:
+    with contextlib.closing(_installed(model, found, replaced)) as done:
         for row in done:
             rows.append(row)
             _log.info("%s: %s, %d layers in all", row.layer, row.status, len(tasks))
-            step = Step(row.layer, *work[row.layer], row.seconds or 0.0, row.error, row.entries)
+            spent = work.get(row.layer, ("", 0.0))  # none, if an earlier run has fitted it
+            step = Step(row.layer, *spent, row.seconds or 0.0, row.error, row.entries)
             bar.advance(step, row, len(tasks))
     for name, training in modes.items():
         model.get_submodule(name).train(training)
     return rows
 
 
-def _fits(
-    model: nn.Module,
-    tasks: list[Task],
-    calibration: Calibration | None,
-    n_jobs: int,
-    matched: Callable[[Matched], None],
-) -> _Results:
-    """Yield each task with its fit, or None if the method cannot handle the layer."""
-    fit: _Fit = _try
-    statistics: Mapping[str, LayerStatistics] = {}
-    if calibration is not None:
-        fit = functools.partial(_try, adapt=calibration.adapt, shift_bias=calibration.shift_bias)
-        if calibration.sequential:
-            yield from _sequential_fits(model, tasks, fit, calibration, matched)
-            return
-        views = layer_views(model, [task.names[0] for task in tasks if _is_real(task)])
-        statistics = captured(model, calibration.batches, views)
-        for task in tasks:
-            _note_lack(task, statistics.get(task.names[0]))
-    run = Parallel(n_jobs=n_jobs, return_as="generator")
-    named = ((task.names[0], task) for task in tasks)
-    jobs = (delayed(fit)(name, *task.problem(), statistics.get(name)) for name, task in named)
-    for task, (fitted, message) in zip(tasks, run(jobs), strict=True):
-        task.message = message or task.message
-        yield task, fitted
-
-
-def _sequential_fits(
-    model: nn.Module,
-    tasks: list[Task],
-    fit: _Fit,
-    calibration: Calibration,
-    matched: Callable[[Matched], None],
-) -> _Results:
-    by_name = {task.names[0]: task for task in tasks}
-    real = [name for name, task in by_name.items() if _is_real(task)]
-    batches, paired = calibration.batches, calibration.feedback
-    stops = sequential_statistics(
-        model, real, batches, paired=paired, folder=calibration.folder,
-        matched=matched if calibration.match_blocks else None,
-    )  # fmt: skip
-    with contextlib.closing(stops):
-        for name, statistics in stops:
-            task = by_name.pop(name)
-            yield task, _fitted(task, fit, statistics)
-            del statistics  # memory
-    for task in by_name.values():
-        yield task, _fitted(task, fit, None)
-
-
-def _fitted(task: Task, fit: _Fit, statistics: LayerStatistics | None) -> Fitted | None:
-    _note_lack(task, statistics)
-    fitted, message = fit(task.names[0], *task.problem(), statistics)
-    task.message = message or task.message
-    return fitted
-
-
-def _is_real(task: Task) -> bool:
-    assert task.view is not None  # fitted layers have a view
-    return not any(matrix.is_complex() for matrix in task.view.matrices())
-
-
-def _note_lack(task: Task, statistics: LayerStatistics | None) -> None:
-    """Note why a layer has no calibration, if it has none."""
-    if statistics is not None and not statistics.is_empty:
-        task.message = statistics.note
-        return
-    if not _is_real(task):
-        why = "its inputs are complex"
-    elif task.kind == "NonDynamicallyQuantizableLinear":
-        why = "its inputs are unknown, since attention reads its weight without calling it"
-    else:
-        why = "no calibration input reached it"
-    task.message = f"{why}: fitted without calibration"
-    warnings.warn(f"{task.names[0]}: {task.message}.", CompressionWarning, stacklevel=4)
-
-
-def _try(
-    name: str,
-    factorizer: BaseFactorizer,
-    matrices: list[Array],
-    has_bias: bool,
-    statistics: LayerStatistics | None,
-    *,
-    adapt: Adaptation = "none",
-    shift_bias: bool = False,
-) -> tuple[Fitted | None, str]:
-    """Return the fit of the layer `name`, or None and the reason."""
-    try:
-        shift = shift_bias and has_bias
-        return fit_layer(factorizer, matrices, statistics, adapt, shift=shift), ""
-    except metrics.UnsuitableMatrix as error:
-        return None, str(error)
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
-
-
 def _installed(
-    model: nn.Module, fits: _Results, replaced: Replaced | None
+    model: nn.Module, found: Results, replaced: Replaced | None
 ) -> Generator[LayerReport]:
     """Replace dense layers by factorized ones as fits arrive, and report."""
-    with contextlib.closing(fits):
-        for task, fitted in fits:
+    with contextlib.closing(found):
+        for task, fitted in found:
             if fitted is None:
                 message = f"{task.names[0]} is kept: {task.message}"
                 warnings.warn(message, CompressionWarning, stacklevel=4)
@@ -375,12 +294,11 @@ def _installed(
 
 
 def _shared_out(
-    model: nn.Module, method: Method | Sequence[Method], budget: float | Budget, **options: Any
+    model: nn.Module, methods: Mapping[str, Method], budget: Budget, **options: Any
 ) -> tuple[dict[str, Override], dict[str, Any]]:
     """Return overrides that keep the budget, and its entry in the report."""
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
     with options["bar"]:
-        allocation, chosen = within_budget(model, budget, named_methods(method), **options)
+        allocation, chosen = within_budget(model, budget, methods, **options)
     facts = {"cost": budget.cost, "ceiling": allocation.budget, "planned": allocation.cost}
     if budget.cost == "seconds":  # then the amount is a share
         facts["dense"] = allocation.budget / budget.amount

@@ -31,6 +31,7 @@ from matfact.operators import DenseFactor, FactorProduct
 from matfact.torch.calibration._layer_statistics import LayerStatistics
 from matfact.torch.calibration.statistics import captured, layer_views
 from matfact.torch.compression._fit import fit_layer
+from matfact.torch.compression._resume import Parts
 from matfact.torch.compression._tasks import (
     Layers,
     Method,
@@ -130,6 +131,7 @@ def within_budget(
     calibration: Iterable[Any] | None = None,
     n_jobs: int = 1,
     bar: Bar,
+    parts: Parts,
 ) -> tuple[Allocation, dict[str, Override]]:
     """Return the method and density of each layer, also as overrides.
 
@@ -144,7 +146,7 @@ def within_budget(
     every = next(iter(planned.values()))
     _check_weights(model, budget.weights or {})
     latency = apply_seconds if budget.cost == "seconds" else None
-    found = {task.names[0]: [_dense(task, latency)] for task in every}
+    found = {task.names[0]: _dense_once(task, latency, parts) for task in every}
     seen = _captured(model, calibration, _taken(every))
     calls = {name: statistics.count for name, statistics in seen.items() if statistics.count}
     least = min(calls.values(), default=1)
@@ -154,8 +156,9 @@ def within_budget(
     work = _work(planned, budget)
     # Each layer is then fitted once more, by one of the methods.
     later = [(kind, amount / len(planned)) for kind, amount in _amounts(work, seen, each=True)]
-    bar.expect([*_amounts(work, seen), *later], len(work), "trials of methods")
-    for name, options in _measured(work, seen, latency, n_jobs, bar):
+    left = [each for each in work if _key(*each) not in parts.tried]
+    bar.expect([*_amounts(left, seen), *later], len(work), "trials of methods")
+    for name, options in _measured(work, seen, latency, n_jobs, bar, parts):
         found[name] = found[name] + options if name in free else options
     choices = {
         name: [_called(option, share[name]) for option in _more(options, name in free)]
@@ -265,7 +268,7 @@ def layer_options(
         for task in tasks
         if task.factorizer is not None
     ]
-    for name, options in _measured(work, seen, latency, n_jobs, Bar(False)):
+    for name, options in _measured(work, seen, latency, n_jobs, Bar(False), Parts()):
         found[name] += options
     return found
 
@@ -290,18 +293,30 @@ def _measured(
     latency: Callable[[FactorProduct], float] | None,
     n_jobs: int,
     bar: Bar,
+    parts: Parts,
 ) -> Iterator[tuple[str, list[Option]]]:
-    """Yield the options of each task by the named method."""
+    """Yield the options of each task by the named method, in the order of `work`."""
+    amounts = dict(zip((_key(*each) for each in work), _amounts(work, seen), strict=True))
+    found = {key: parts.trials(key) or [] for key in amounts if key in parts.tried}
+    for key in found:
+        bar.advance(Step(key, work=0.0))
     jobs = (
         joblib.delayed(_options)(task, label, trials, seen.get(task.names[0]), latency)
         for label, task, trials in work
+        if _key(label, task) not in found
     )
-    run = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
-    amounts = _amounts(work, seen)
-    for (label, *_), amount, found in zip(work, amounts, run(jobs), strict=True):
-        name, options, seconds = found
-        bar.advance(Step(f"{label} {name}", *amount, seconds))
-        yield name, options
+    run = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
+    for key, options, seconds in run(jobs):
+        parts.add_trials(key, options)
+        bar.advance(Step(key, *amounts[key], seconds))
+        found[key] = options
+    for label, task, _ in work:
+        yield task.names[0], found[_key(label, task)]
+
+
+def _key(label: str, task: Task, *_: Any) -> str:
+    """Return the name of the trials of a method on a layer."""
+    return f"{label} {task.names[0]}"
 
 
 def _taken(tasks: Iterable[Task]) -> list[str]:
@@ -327,6 +342,19 @@ def _dense(task: Task, latency: Callable[[FactorProduct], float] | None) -> Opti
     return Option(DENSE, 1.0, 0.0, size * shape.itemsize, 2 * size, _seconds(products, latency))
 
 
+def _dense_once(
+    task: Task, latency: Callable[[FactorProduct], float] | None, parts: Parts
+) -> list[Option]:
+    """Return the dense layer as an option, with the time that an earlier run has measured."""
+    if latency is None:
+        return [_dense(task, latency)]
+    key = f"{DENSE} {task.names[0]}"
+    if (known := parts.trials(key)) is None:
+        known = [_dense(task, latency)]
+        parts.add_trials(key, known)
+    return known
+
+
 def _alike(shape: Dimensions) -> list[Array]:
     """Return matrices to time for layers without a matrix view."""
     each = np.zeros((shape.rows, shape.columns), np.float32)
@@ -340,7 +368,7 @@ def _options(
     statistics: LayerStatistics | None,
     latency: Callable[[FactorProduct], float] | None,
 ) -> tuple[str, list[Option], float]:
-    """Return the options of one layer for one method, and the seconds it took to find them."""
+    """Return the options of one layer for one method, with their key and the seconds it took."""
     start, options = time.perf_counter(), []
     factorizer, matrices, has_bias = task.problem()
     for density, bits in trials:
@@ -357,7 +385,7 @@ def _options(
         asked = density if density is not None else density_of(tried)
         asked = math.nan if asked is None else asked
         options.append(Option(method, asked, loss, nbytes, flops, seconds, bits))
-    return task.names[0], options, time.perf_counter() - start
+    return _key(method, task), options, time.perf_counter() - start
 
 
 def _seconds(

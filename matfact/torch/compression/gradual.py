@@ -12,7 +12,7 @@ from matfact.torch.compression._compress import Compressed, compress
 from matfact.torch.compression._tasks import Method
 from matfact.torch.layers._matricized import is_linear
 from matfact.torch.running._tensors import outside_inference_mode
-from matfact.torch.training.finetune import check_finite
+from matfact.torch.training._loop import check_finite
 
 
 def cubic_densities(density: float, n_stages: int, initial: float = 1.0) -> list[float]:
@@ -78,7 +78,7 @@ def compress_gradually(
     inplace : bool, default=False
         Whether to change `model` instead of a copy.
     **options
-        Further parameters of :func:`compress`.
+        Further parameters of :func:`compress`, except `resume_folder`.
 
     Returns
     -------
@@ -90,8 +90,13 @@ def compress_gradually(
     Raises
     ------
     ValueError
-        If a parameter is infinite or NaN after training.
+        If a parameter is infinite or NaN after training, or `resume_folder` is given.
     """
+    if options.get("resume_folder") is not None:
+        raise ValueError(
+            "resume_folder must be None here, since the training between stages is not stored: "
+            "call compress for each stage, with a folder for each."
+        )
     for stage, stage_density in enumerate(cubic_densities(density, n_stages, initial_density)):
         in_place = inplace or (stage > 0 and not is_linear(model))
         model, report = compress(model, method, density=stage_density, inplace=in_place, **options)
