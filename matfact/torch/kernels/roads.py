@@ -7,6 +7,7 @@ on the cautious side for sparse roads, until ``python -m benchmarks gpu`` has me
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -88,7 +89,8 @@ def densified(storage: Storage, samples: int, itemsize: int) -> float:
     return making + dense(storage.rows, storage.columns, samples, itemsize)
 
 
-def times(storage: Storage, samples: int, itemsize: int) -> dict[Road, float]:
+@functools.lru_cache(maxsize=4096)  # calls of layers ask again and again
+def times(storage: Storage, samples: int, itemsize: int) -> Mapping[Road, float]:
     """Return the predicted time of each road that any stored matrix can take."""
     found: dict[Road, float] = {"torch": densified(storage, samples, itemsize)}
     if storage.columns % 8 == 0:  # else bits of rows begin anywhere, and decoding is slow
@@ -161,7 +163,8 @@ def refuses_semi_structured(
     return None
 
 
-def blocks(shape: tuple[int, int, int, int], samples: int, itemsize: int) -> dict[Road, float]:
+@functools.lru_cache(maxsize=4096)
+def blocks(shape: tuple[int, int, int, int], samples: int, itemsize: int) -> Mapping[Road, float]:
     """Return the time of a Kronecker-sparse factor by the kernels and by batched products."""
     a, d, b, c = shape
     values, read, written = a * d * b * c, samples * a * d * c, samples * a * d * b
