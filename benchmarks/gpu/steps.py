@@ -86,7 +86,7 @@ def ways(module: Any, x: Tensor, device: Device) -> dict[str, Callable[[], Tenso
         values, codes, bits = held.get("codes"), None, mask
         if "codes" in held:
             is_grouped = module.group_size is not None
-            codes = launch.Codes(module.scales.detach(), module.groups, module.unit, is_grouped)
+            codes = (module.scales.detach(), module.groups, module.unit, is_grouped)
             bits = held["codes"] if mask is None else mask
         elif "signs" in held:
             values = bits = module.signs

@@ -78,7 +78,7 @@ FACTORS = {
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Let factors take the operators for tensors on the host, whatever their size."""
-    monkeypatch.setattr(_gpu, "HAS_TRITON", True)
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
     monkeypatch.setattr(_gpu, "takes_kernels", lambda *tensors: True)
     monkeypatch.setattr(_gpu, "target_of", lambda x: _gpu.Target(torch.float32, HOPPER))
     monkeypatch.setattr(roads, "quickest", lambda times: "tiles")
@@ -153,7 +153,7 @@ def test_no_factor_takes_longer_than_densifying(samples, density, n):
 
 
 def test_layers_take_factors_only_where_they_are_faster_than_the_dense_product(monkeypatch):
-    monkeypatch.setattr(_gpu, "HAS_TRITON", True)
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
     layer = large_layer()
     one, many = layer.gpu_roads(1), layer.gpu_roads(256)
     assert one.method == "factors"
@@ -163,7 +163,7 @@ def test_layers_take_factors_only_where_they_are_faster_than_the_dense_product(m
 
 
 def test_without_triton_nothing_changes(monkeypatch):
-    monkeypatch.setattr(_gpu, "HAS_TRITON", False)
+    monkeypatch.setattr(operators, "HAS_TRITON", False)
     layer = SparseProductLinear(1024, 1024, density=0.01, random_state=0, dtype=torch.float16)
     assert layer.gpu_roads(1).factors == ("torch", "torch")
     assert layer.gpu_roads(1).method == "dense"
@@ -196,7 +196,7 @@ class Record(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_gpu(layer, monkeypatch):
     """Move a layer to a GPU that only knows shapes."""
-    monkeypatch.setattr(_gpu, "HAS_TRITON", True)
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
     monkeypatch.setattr(_gpu, "target_of", lambda x: _gpu.Target(x.dtype, HOPPER))
     layer.eval().requires_grad_(False).gpu_roads(1)  # which reads the positions
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -283,7 +283,7 @@ def test_where_two_four_values_are_multiplied(rows, columns, dtype, capability, 
 
 
 def test_large_two_four_layers_take_the_products_of_torch(monkeypatch):
-    monkeypatch.setattr(_gpu, "HAS_TRITON", False)
+    monkeypatch.setattr(operators, "HAS_TRITON", False)
     layer = FactorizedLinear(FactorProduct([two_four(1024, 4096)])).half().eval()
     assert layer.gpu_roads(512, capability=HOPPER).factors == ("semi-structured",)
     assert layer.gpu_roads(512, capability=HOPPER).method == "factors"

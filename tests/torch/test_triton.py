@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton import language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from matfact.torch.kernels import launch  # noqa: E402
+from matfact.torch.kernels import launch, operators  # noqa: E402
 
 #: Numbers of samples and dtypes: one sample, few, and more than a tile's.
 CASES = [
@@ -108,7 +108,7 @@ def test_codes_are_decoded(columns, n, group_size, is_sparse):
     module = coded(pattern, group_size, rng)
     x = samples(n, module.columns, torch.float32)
     expected = x.double() @ module.dense().detach().double().T
-    codes = launch.Codes(module.scales.detach(), module.groups, module.unit, group_size is not None)
+    codes = (module.scales.detach(), module.groups, module.unit, group_size is not None)
     bits, indptr = (module.mask, module.indptr) if is_sparse else (module.codes, None)
     got = launch.tiles(x, 13, module.codes, bits=bits, indptr=indptr, codes=codes)
     assert_close(got, expected, torch.float32)
@@ -164,3 +164,35 @@ def test_kronecker_sparse_products_and_gradients(pattern, n, dtype):
     assert_close(launch.kronecker(g.T.contiguous().T, values.mT), expected, dtype)
     expected = torch.einsum("nabd,nacd->adbc", outputs, inputs)
     assert_close(launch.kronecker_gradient(x, g, list(pattern)), expected, dtype)
+
+
+@pytest.mark.parametrize("road", ["tiles", "rows", "cusparse", "torch"])
+def test_operators_on_cuda_compute_the_same_on_each_road(road, monkeypatch):
+    monkeypatch.setattr(operators, "_fastest", lambda x, times: road)
+    x = samples(3, 88, torch.float32)
+    module = sparse_module(88)
+    positions = module.mask, module.indices, module.indptr
+    got = operators.sparse_on_cuda(x, module.values.detach(), *positions)
+    assert_close(got, x.double() @ module.dense().detach().double().T, torch.float32)
+    module = coded(module.to_factor(), 5, np.random.default_rng(1))
+    held = module.codes, module.scales.detach(), module.groups, module.unit, True
+    got = operators.coded_on_cuda(x, *held, *positions)
+    assert_close(got, x.double() @ module.dense().detach().double().T, torch.float32)
+    signs = module.mask[: 4 * 88 // 8]
+    got = operators.sign_on_cuda(x, signs, 4)
+    expected = x.double() @ operators.signs_of(signs, 4, 88, torch.float64).T
+    assert_close(got, expected, torch.float32)
+
+
+@pytest.mark.parametrize("road", ["tiles", "torch"])
+def test_operators_of_blocks_on_cuda_compute_the_same_on_each_road(road, monkeypatch):
+    monkeypatch.setattr(operators, "_fastest", lambda x, times: road)
+    monkeypatch.setattr(operators, "_capability", lambda x: (9, 0) if road == "tiles" else (7, 5))
+    values = samples(2 * 3 * 4, 5, torch.float32).reshape(2, 3, 4, 5)
+    x, g = samples(3, 30, torch.float32), samples(3, 24, torch.float32)
+    got, expected = operators.kronecker_on_cuda(x, values), operators.kronecker_linear(x, values)
+    assert_close(got, expected.double(), torch.float32)
+    assert got.stride() == expected.stride()
+    got = operators.gradient_on_cuda(x, g, [2, 3, 4, 5])
+    expected = operators.kronecker_gradient(x, g, [2, 3, 4, 5])
+    assert_close(got, expected.double(), torch.float32)

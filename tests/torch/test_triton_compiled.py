@@ -73,7 +73,7 @@ def decoded(n, dtype, is_coded, is_grouped=False):
     codes = None
     if is_coded:
         groups = tensor(rows + 1, dtype=torch.int32)
-        codes = launch.Codes(tensor(rows, dtype=dtype), groups, 4, is_grouped)
+        codes = (tensor(rows, dtype=dtype), groups, 4, is_grouped)
     return tensor(n, columns, dtype=dtype), rows, values, {**positions, "codes": codes}
 
 

@@ -117,7 +117,7 @@ def by_tiles(
             if IS_GROUPED:
                 tile = _decode(tile, scales, groups, row, before, length, unit, inside)
         samples = tl.load(
-            x + s[None, :] * x_n + c[:, None] * x_c,
+            x + s[None, :] * x_n + c[:, None].to(tl.int64) * x_c,
             mask=(c < columns)[:, None] & (s < n)[None, :], other=0,
         )  # fmt: skip
         if USES_DOT:
@@ -165,7 +165,7 @@ def by_rows(
         if IS_GROUPED:
             value = _decode(value, scales, groups, row, before, length, unit, inside)
         samples = tl.load(
-            x + s[None, None, :] * x_n + c[:, :, None] * x_c,
+            x + s[None, None, :] * x_n + c[:, :, None].to(tl.int64) * x_c,
             mask=inside[:, :, None] & (s < n)[None, None, :], other=0,
         )  # fmt: skip
         total += value.to(tl.float32)[:, :, None] * samples.to(tl.float32)

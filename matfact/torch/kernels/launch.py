@@ -5,7 +5,7 @@ The sizes are first guesses, which no GPU has timed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,8 @@ _PROGRAMS, _SPAN = 512, 128  #: programs wanted for a gradient, and least sample
 _FEW = 8  #: samples up to which sums of products are used
 
 
-class Codes(NamedTuple):
-    """How levels of quantized values are decoded.
-
-    Values are levels times the scales of their groups ÷ `unit`. `groups` has the number of the
-    first group of each row, and that of all groups at its end. Where rows are not grouped, none has
-    more than one.
-    """
-
-    scales: Tensor
-    groups: Tensor
-    unit: int
-    is_grouped: bool
+#: How levels are decoded, as in ``operators.coded_linear``: scales, groups, unit, is_grouped.
+Codes = tuple[Tensor, Tensor, int, bool]
 
 
 def tiles(

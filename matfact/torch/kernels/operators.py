@@ -5,6 +5,8 @@ Samples are rows: each operator takes `x` of shape (n, columns) and returns (n, 
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,14 @@ from torch.library import custom_op
 from torch.nn import functional
 
 from matfact.torch.kernels import roads
+
+#: Whether Triton can compile the kernels.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(capability: tuple[int, int]) -> bool:
+    """Whether kernels can run on a GPU of the given compute capability."""
+    return HAS_TRITON and capability >= roads.KERNELS_FROM
 
 
 @custom_op("matfact::sparse_linear", mutates_args=(), device_types="cpu")
@@ -56,9 +66,7 @@ def kronecker_linear(x: Tensor, values: Tensor) -> Tensor:
 @custom_op("matfact::kronecker_gradient", mutates_args=(), device_types="cpu")
 def kronecker_gradient(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """Return the gradient of the values of :func:`kronecker_linear`, of the given shape."""
-    a, d, b, c = shape
-    samples = x.reshape(len(x), a, c, d)
-    return torch.einsum("nabd,nacd->adbc", grad.reshape(len(x), a, b, d), samples).contiguous()
+    return _gradient(x, grad, shape)
 
 
 def scattered(values: Tensor, indices: Tensor, indptr: Tensor, columns: int) -> Tensor:
@@ -131,63 +139,59 @@ def signs_of(signs: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tens
 
 
 @sparse_linear.register_kernel("cuda")
-def _sparse_on_cuda(
+def sparse_on_cuda(
     x: Tensor, values: Tensor, mask: Tensor, indices: Tensor, indptr: Tensor
 ) -> Tensor:
-    from matfact.torch.kernels import launch
-
+    """Return the product on the fastest road."""
     rows = len(indptr) - 1
     road = _road("sparse", x, rows, values)
     if road == "tiles":
-        return launch.tiles(x, rows, values, bits=mask, indptr=indptr)
+        return _launch("tiles", x, rows, values, bits=mask, indptr=indptr)
     if road == "rows":
-        return launch.rows(x, rows, values, indices=indices, indptr=indptr)
+        return _launch("rows", x, rows, values, indices=indices, indptr=indptr)
     if road == "cusparse":
         return by_cusparse(x, values, indices, indptr)
     return x @ scattered(values, indices, indptr, x.shape[1]).T
 
 
 @coded_linear.register_kernel("cuda")
-def _coded_on_cuda(
+def coded_on_cuda(
     x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
     mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    from matfact.torch.kernels import launch
-
-    rows, held = len(groups) - 1, launch.Codes(scales, groups, unit, is_grouped)
+    """Return the product on the fastest road."""
+    rows, held = len(groups) - 1, (scales, groups, unit, is_grouped)
     road = _road("codes" if mask is None else "sparse", x, rows, codes, is_grouped)
     if road == "tiles":
         bits = codes if mask is None else mask
-        return launch.tiles(x, rows, codes, bits=bits, indptr=indptr, codes=held)
-    if road == "rows" and indices is not None and indptr is not None:
-        return launch.rows(x, rows, codes, indices=indices, indptr=indptr, codes=held)
+        return _launch("tiles", x, rows, codes, bits=bits, indptr=indptr, codes=held)
+    if road == "rows":
+        return _launch("rows", x, rows, codes, indices=indices, indptr=indptr, codes=held)
     return x @ _coded(codes, scales, groups, unit, indices, indptr, x.shape[1]).T
 
 
 @sign_linear.register_kernel("cuda")
-def _sign_on_cuda(x: Tensor, signs: Tensor, rows: int) -> Tensor:
-    from matfact.torch.kernels import launch
-
+def sign_on_cuda(x: Tensor, signs: Tensor, rows: int) -> Tensor:
+    """Return the product on the fastest road."""
     if _road("signs", x, rows, signs) == "tiles":
-        return launch.tiles(x, rows, signs, bits=signs, is_signs=True)
+        return _launch("tiles", x, rows, signs, bits=signs, is_signs=True)
     return x @ signs_of(signs, rows, x.shape[1], x.dtype).T
 
 
 @kronecker_linear.register_kernel("cuda")
-def _kronecker_on_cuda(x: Tensor, values: Tensor) -> Tensor:
-    from matfact.torch.kernels import launch
-
+def kronecker_on_cuda(x: Tensor, values: Tensor) -> Tensor:
+    """Return the product on the fastest road."""
     a, d, b, c = values.shape
-    times = roads.blocks((a, d, b, c), len(x), x.itemsize)
-    by_kernel = roads.quickest(times) == "tiles"
-    return launch.kronecker(x, values) if by_kernel else _by_blocks(x, values)
+    road = _fastest(x, roads.blocks((a, d, b, c), len(x), x.itemsize))
+    return _launch("kronecker", x, values) if road == "tiles" else _by_blocks(x, values)
 
 
 @kronecker_gradient.register_kernel("cuda")
-def _gradient_on_cuda(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
-    from matfact.torch.kernels import launch
-
-    return launch.kronecker_gradient(x, grad, shape)
+def gradient_on_cuda(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    """Return the gradient, by a kernel where there are some."""
+    if has_kernels(_capability(x)):
+        return _launch("kronecker_gradient", x, grad, shape)
+    return _gradient(x, grad, shape)
 
 
 def _road(
@@ -196,7 +200,30 @@ def _road(
     """Return the fastest road for a stored matrix."""
     stored = rows * x.shape[1] if kind == "signs" else values.numel()
     storage = roads.Storage(kind, rows, x.shape[1], stored, values.itemsize, is_grouped)
-    return roads.quickest(roads.times(storage, len(x), x.itemsize))
+    return _fastest(x, roads.times(storage, len(x), x.itemsize))
+
+
+def _fastest(x: Tensor, times: Mapping[roads.Road, float]) -> roads.Road:
+    return roads.quickest(times) if has_kernels(_capability(x)) else "torch"
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device)
+
+
+def _launch(name: str, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    """Run a kernel on the device of `x`, which need not be the current one."""
+    from matfact.torch.kernels import launch
+
+    with torch.cuda.device_of(x):
+        out: Tensor = getattr(launch, name)(x, *arguments, **named)
+    return out
+
+
+def _gradient(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
+    a, d, b, c = shape
+    samples = x.reshape(len(x), a, c, d)
+    return torch.einsum("nabd,nacd->adbc", grad.reshape(len(x), a, b, d), samples).contiguous()
 
 
 @sparse_linear.register_fake

@@ -46,6 +46,8 @@ FEW, MANY = 8, 64
 DENSIFYING = 8, 20, 4
 #: Shapes of which 2:4 products take multiples.
 SEMI_STRUCTURED = 32, 64
+#: Compute capability from which Triton's kernels are used.
+KERNELS_FROM = 8, 0
 #: Compute capabilities from the first and below the second, whose 2:4 instructions torch has.
 SEMI_STRUCTURED_ON = (8, 0), (10, 0)
 

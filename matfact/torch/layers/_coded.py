@@ -131,7 +131,7 @@ class _Quantized(FactorModule):
         storage = Storage(
             kind, self.rows, self.columns, self.codes.numel(), 1, self.group_size is not None
         )
-        return available(roads.times(storage, samples, target.dtype.itemsize))
+        return available(roads.times(storage, samples, target.dtype.itemsize), target)
 
     def _on_gpu(self, x: Tensor) -> Tensor | None:
         groups = self._buffers.get("groups")
@@ -209,7 +209,7 @@ class SignFactorModule(FactorModule):
 
     def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
         storage = Storage("signs", self.rows, self.columns, self.n_values, 0)
-        return available(roads.times(storage, samples, target.dtype.itemsize))
+        return available(roads.times(storage, samples, target.dtype.itemsize), target)
 
     def _on_gpu(self, x: Tensor) -> Tensor | None:
         if road_for(self, x, self.values) == "torch":

@@ -205,7 +205,7 @@ class SparseFactorModule(FactorModule):
     def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
         itemsize = target.dtype.itemsize
         storage = Storage("sparse", self.rows, self.columns, self.n_values, itemsize)
-        times = available(roads.times(storage, samples, itemsize))
+        times = available(roads.times(storage, samples, itemsize), target)
         if self.semi_structured.suits(self, target):
             times["semi-structured"] = roads.semi_structured(storage, samples, itemsize)
         return times
@@ -250,7 +250,7 @@ class KroneckerFactorModule(FactorModule):
 
     def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
         a, d, b, c = self.stored.shape
-        return available(roads.blocks((a, d, b, c), samples, target.dtype.itemsize))
+        return available(roads.blocks((a, d, b, c), samples, target.dtype.itemsize), target)
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
         samples = x.numel() // self.columns
@@ -290,6 +290,13 @@ class BlockFactorModule(FactorModule):
         super()._load_from_state_dict(state_dict, *args, **kwargs)
         self._read_spans()
 
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        itemsize = target.dtype.itemsize
+        sides = ((r1 - r0, c1 - c0) for r0, r1, c0, c1 in self._blocks)
+        return {
+            "torch": sum(roads.dense(*side, samples, itemsize) + roads.LAUNCH for side in sides)
+        }
+
     def _by_torch(self, x: Tensor) -> Tensor:
         out, start, values = None, 0, self.values
         for r0, r1, c0, c1 in self._blocks:
@@ -317,6 +324,10 @@ class SelectionFactorModule(FactorModule):
         assert isinstance(factor, SelectionFactor)
         self.register_buffer("values", tensor_of(factor.values, copy=True), persistent=False)
         self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        n_bytes = 2 * samples * (self.rows + self.columns) * target.dtype.itemsize
+        return {"torch": roads.seconds("dense", n_bytes, 0, 1, launches=3)}
 
     def _by_torch(self, x: Tensor) -> Tensor:
         # Entries without a source read the zero appended after the last column.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from matfact.torch.kernels import roads
+from matfact.torch.kernels import operators, roads
 from matfact.torch.kernels.roads import Road
 from matfact.torch.layers._derived import is_untransformed
 
-#: Whether Triton can compile the kernels.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  #: dtypes of the kernels
 #: Values from which places would not fit the kernels' integers.
 _TOO_MANY = 1 << 31
@@ -84,9 +81,9 @@ def target_of(x: Tensor) -> Target:
     return Target(x.dtype, torch.cuda.get_device_capability(x.device))
 
 
-def available(times: Mapping[Road, float]) -> dict[Road, float]:
+def available(times: Mapping[Road, float], target: Target) -> dict[Road, float]:
     """Return the times of the roads that this installation has."""
-    if HAS_TRITON:
+    if operators.has_kernels(target.capability):
         return dict(times)
     return {road: time for road, time in times.items() if road in ("torch", "semi-structured")}
 
@@ -99,18 +96,19 @@ def road_for(module: Any, x: Tensor, *values: Tensor) -> Road:
     if not takes_kernels(x, *values) or needs_gradient(x, *values):
         return "torch"
     if torch.compiler.is_compiling():
-        return "tiles" if HAS_TRITON else "torch"
+        return "tiles" if operators.HAS_TRITON else "torch"
     return roads.quickest(module.gpu_times(x.numel() // module.columns, target_of(x)))
 
 
 def takes_blocks(values: Tensor, X: Tensor) -> bool:
     """Whether a kernel applies a Kronecker-sparse factor to the columns of `X`, as above."""
-    if not (HAS_TRITON and takes_kernels(X, values)):
+    if not (operators.HAS_TRITON and takes_kernels(X, values)):
         return False
     if torch.compiler.is_compiling():
         return True
     a, d, b, c = values.shape
-    return roads.quickest(roads.blocks((a, d, b, c), X.shape[1], X.itemsize)) != "torch"
+    times = roads.blocks((a, d, b, c), X.shape[1], X.itemsize)
+    return roads.quickest(available(times, target_of(X))) != "torch"
 
 
 def predicted(chain: Sequence[Any], samples: int, target: Target, usual: Method) -> GpuRoads:

@@ -51,7 +51,10 @@ class SemiStructured(Derived[Tensor | None]):
         """Return the product with `x`; None if torch cannot compress the values."""
         values, positions = [module.values], [module.mask]
         compressed = self.get(values, lambda _: self._compress(module), positions)
-        return None if compressed is None else functional.linear(x, compressed)
+        if compressed is None:
+            return None
+        samples = x.reshape(-1, module.columns)  # torch cannot flatten transposed ones
+        return functional.linear(samples, compressed).reshape(*x.shape[:-1], module.rows)
 
     def _compress(self, module: Any) -> Tensor | None:
         try:
