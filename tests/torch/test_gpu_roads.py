@@ -155,11 +155,23 @@ def test_no_factor_takes_longer_than_densifying(samples, density, n):
 def test_layers_take_factors_only_where_they_are_faster_than_the_dense_product(monkeypatch):
     monkeypatch.setattr(operators, "HAS_TRITON", True)
     layer = large_layer()
-    one, many = layer.gpu_roads(1), layer.gpu_roads(256)
+    one, many = layer.gpu_roads(1, in_graph=True), layer.gpu_roads(256, in_graph=True)
     assert one.method == "factors"
     assert one.factors_seconds < one.dense_seconds
     assert many.method == "dense"
     assert many.factors_seconds > many.dense_seconds
+
+
+def test_factors_of_less_work_than_the_dense_product_are_never_made_dense(monkeypatch):
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
+    layer = MonarchLinear(1024, 1024)
+    assert layer.gpu_roads(1).factors_seconds > layer.gpu_roads(1).dense_seconds
+    assert layer.gpu_roads(1).method == "factors"
+
+
+def test_the_time_of_the_host_counts_outside_of_graphs(monkeypatch):
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
+    assert large_layer().gpu_roads(1).method == "dense"
 
 
 def test_without_triton_nothing_changes(monkeypatch):
@@ -218,6 +230,7 @@ def called(layer, n, monkeypatch):
 
 
 def test_sparse_layers_call_kernels_on_cuda(monkeypatch):
+    monkeypatch.setattr(roads, "HOST", dict.fromkeys(roads.HOST, 0.0))
     assert called(large_layer(), 1, monkeypatch) == ["matfact.sparse_linear.default"] * 2
 
 
@@ -284,12 +297,13 @@ def test_where_two_four_values_are_multiplied(rows, columns, dtype, capability, 
 
 def test_large_two_four_layers_take_the_products_of_torch(monkeypatch):
     monkeypatch.setattr(operators, "HAS_TRITON", False)
-    layer = FactorizedLinear(FactorProduct([two_four(1024, 4096)])).half().eval()
-    assert layer.gpu_roads(512, capability=HOPPER).factors == ("semi-structured",)
-    assert layer.gpu_roads(512, capability=HOPPER).method == "factors"
-    assert layer.gpu_roads(512, capability=(7, 5)).factors == ("torch",)
-    assert layer.float().gpu_roads(512, capability=HOPPER).factors == ("torch",)
-    assert layer.half().train().gpu_roads(512, capability=HOPPER).factors == ("torch",)
+    factor = SparseFactor.from_dense(np.tile(np.float32([1, 2, 0, 0]), (2048, 1024)))
+    layer = FactorizedLinear(FactorProduct([factor])).half().eval()
+    assert layer.gpu_roads(4096, capability=HOPPER).factors == ("semi-structured",)
+    assert layer.gpu_roads(4096, capability=HOPPER).method == "factors"
+    assert layer.gpu_roads(4096, capability=(7, 5)).factors == ("torch",)
+    assert layer.float().gpu_roads(4096, capability=HOPPER).factors == ("torch",)
+    assert layer.half().train().gpu_roads(4096, capability=HOPPER).factors == ("torch",)
 
 
 def test_two_four_values_are_compressed_once_and_again_when_they_change(monkeypatch):

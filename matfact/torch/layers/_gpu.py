@@ -47,8 +47,8 @@ class GpuRoads(NamedTuple):
     factors_seconds, dense_seconds : float
         Predicted time of the factors, and of the cached dense product.
     method : {"factors", "dense"}
-        What the layer takes. Where torch applies all factors, this is not predicted: the dense
-        product is taken if the factors are more work.
+        What the layer takes: the factors if they are less work than the dense product, or if they
+        are predicted faster on roads other than torch.
     """
 
     batch_size: int
@@ -111,20 +111,27 @@ def takes_blocks(values: Tensor, X: Tensor) -> bool:
     return roads.quickest(available(times, target_of(X))) != "torch"
 
 
-def predicted(chain: Sequence[Any], samples: int, target: Target, usual: Method) -> GpuRoads:
-    """Return the roads of a chain of factors; its `usual` method where torch applies them all."""
+def predicted(
+    chain: Sequence[Any], samples: int, target: Target, usual: Method, in_graph: bool = False
+) -> GpuRoads:
+    """Return the roads of a chain of factors, which may replace its `usual` dense product."""
     times = [factor.gpu_times(samples, target) for factor in chain]
     taken = tuple(map(roads.quickest, times))
     by_factors = sum(time[road] for time, road in zip(times, taken, strict=True))
-    shape = chain[0].rows, chain[-1].columns
-    dense = roads.dense(*shape, samples, target.dtype.itemsize)
-    if any(road != "torch" for road in taken):
-        usual = "factors" if by_factors < dense else "dense"
+    dense = roads.dense(chain[0].rows, chain[-1].columns, samples, target.dtype.itemsize)
+    if not in_graph:
+        by_factors = max(by_factors, sum(roads.HOST[road] for road in taken))
+        dense = max(dense, roads.HOST["torch"])
+    if any(road != "torch" for road in taken) and by_factors < dense:
+        usual = "factors"
     return GpuRoads(samples, taken, by_factors, dense, usual)
 
 
 def method_for(chain: Sequence[Any], x: Tensor, values: Sequence[Tensor], usual: Method) -> Method:
-    """Return how a chain of factors is applied to samples `x` on their GPU in eval mode."""
-    if not takes_kernels(x, *values) or needs_gradient(x, *values):
+    """Return how a chain of factors is applied to samples `x` on their GPU in eval mode.
+
+    Factors that take less work than the dense product are never replaced by it, which is larger.
+    """
+    if usual == "factors" or not takes_kernels(x, *values) or needs_gradient(x, *values):
         return usual
     return predicted(chain, x.numel() // x.shape[-1], target_of(x), usual).method

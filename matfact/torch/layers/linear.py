@@ -162,7 +162,13 @@ class FactorizedLinear(nn.Module):
                 return functional.linear(x, product, self.bias)
         return None
 
-    def gpu_roads(self, batch_size: int, *, capability: tuple[int, int] | None = None) -> GpuRoads:
+    def gpu_roads(
+        self,
+        batch_size: int,
+        *,
+        capability: tuple[int, int] | None = None,
+        in_graph: bool = False,
+    ) -> GpuRoads:
         """Return how the layer is applied to a batch on a GPU in eval mode, with predicted times.
 
         This runs nothing, and needs no GPU. The times are those of a fixed rule, whose constants
@@ -175,6 +181,9 @@ class FactorizedLinear(nn.Module):
         capability : tuple of int, optional
             Compute capability of the GPU, on which 2:4 products depend. By default that of the
             layer's GPU, or (9, 0) if it is on another device.
+        in_graph : bool, default=False
+            Whether kernels are replayed from a CUDA graph, so that the host takes no time. While a
+            graph is captured, no dense product can be cached, and layers always take the factors.
 
         Examples
         --------
@@ -192,7 +201,7 @@ class FactorizedLinear(nn.Module):
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
         target = Target(held.dtype, capability)
-        return predicted(self.chain, batch_size, target, self._method())
+        return predicted(self.chain, batch_size, target, self._method(), in_graph)
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)
