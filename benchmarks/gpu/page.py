@@ -11,7 +11,7 @@ _TITLES = {
     "kernels": "Kernels against double precision",
     "solvers": "Double sparse factorization",
     "matrices": "One stored matrix on each road",
-    "layers": "Layers in eval mode, called from Python",
+    "layers": "Layers in eval mode, called from Python and in a graph",
     "training": "A step of training",
     "methods": "Fits against the host in double precision",
     "network": "A network of random weights",

@@ -221,7 +221,7 @@ def _predicted(module: Any, name: str, batch: int, itemsize: int) -> dict[str, f
 
 
 def layers(device: Device) -> Iterator[Row]:
-    """Time whole layers in eval mode, called from Python as networks call them."""
+    """Time whole layers in eval mode, called from Python and replayed from a graph."""
     dtype = torch.float16 if not device.rehearses else torch.float32
     n = device.pick(4096, 64)
     makers: dict[str, Callable[[], nn.Module]] = {
@@ -236,11 +236,19 @@ def layers(device: Device) -> Iterator[Row]:
         dense = nn.Linear(n, n, device=device.name, dtype=dtype).requires_grad_(False)
         for batch in device.pick((1, 16, 256, 4096), (1, 16)):
             x = device.randn(batch, n, dtype=dtype)
-            taken = layer.gpu_roads(batch)
-            seconds = device.seconds([functools.partial(layer, x)] * 10, replays=False)
-            base = device.seconds([functools.partial(dense, x)] * 10, replays=False)
-            yield {"structure": name, "size": (n, n), "batch": batch, "seconds": seconds,
-                   "dense": base, "road": ", ".join((taken.method, *taken.factors))}  # fmt: skip
+            base = [functools.partial(dense, x)] * 10
+            for in_graph in device.pick((False, True), (False,)):
+                layer.inference = "factors" if in_graph else "auto"
+                taken = layer.gpu_roads(batch, in_graph=in_graph)
+                yield {
+                    "structure": name + (" in a graph" if in_graph else ""),
+                    "size": (n, n),
+                    "batch": batch,
+                    "seconds": device.seconds([functools.partial(layer, x)] * 10, in_graph),
+                    "dense": device.seconds(base, in_graph),
+                    "predicted": taken.factors_seconds,
+                    "road": ", ".join((taken.method, *taken.factors)),
+                }
 
 
 def _two_four(n: int) -> FactorProduct:

@@ -190,6 +190,28 @@ def test_roads_of_what_no_kernel_takes_are_refused():
         LowRankLinear(8, 8, rank=1).gpu_roads(0)
 
 
+def test_operators_choose_roads_and_compile_nothing_while_a_graph_is_captured(monkeypatch):
+    captures = False
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
+    monkeypatch.setattr(operators, "_RUN", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    monkeypatch.setattr(operators, "_capability", lambda x: HOPPER)
+    times = {"torch": 2.0, "tiles": 1.0}
+
+    def chosen(n, factor="signs"):
+        return operators._fastest(torch.zeros(n, 2), times, factor)
+
+    captures = True
+    assert chosen(1) == "torch"
+    captures = False
+    assert chosen(1) == "tiles"
+    captures = True
+    assert (chosen(1), chosen(2), chosen(1, "others")) == ("tiles", "torch", "torch")
+    captures = False
+    monkeypatch.setattr(operators, "_capability", lambda x: (7, 5))
+    assert chosen(1) == "torch"
+
+
 # Layers on a device that does not exist: what they would call there.
 
 

@@ -18,6 +18,8 @@ from matfact.torch.kernels import roads
 
 #: Whether Triton can compile the kernels.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+#: Kernels that have run, so that they are compiled.
+_RUN: set[Any] = set()
 
 
 def has_kernels(capability: tuple[int, int]) -> bool:
@@ -182,14 +184,14 @@ def sign_on_cuda(x: Tensor, signs: Tensor, rows: int) -> Tensor:
 def kronecker_on_cuda(x: Tensor, values: Tensor) -> Tensor:
     """Return the product on the fastest road."""
     a, d, b, c = values.shape
-    road = _fastest(x, roads.blocks((a, d, b, c), len(x), x.itemsize))
+    road = _fastest(x, roads.blocks((a, d, b, c), len(x), x.itemsize), (a, d, b, c))
     return _launch("kronecker", x, values) if road == "tiles" else _by_blocks(x, values)
 
 
 @kronecker_gradient.register_kernel("cuda")
 def gradient_on_cuda(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
     """Return the gradient, by a kernel where there are some."""
-    if has_kernels(_capability(x)):
+    if _fastest(x, {"torch": 1, "tiles": 0}, ("gradient", *shape)) == "tiles":
         return _launch("kronecker_gradient", x, grad, shape)
     return _gradient(x, grad, shape)
 
@@ -200,11 +202,20 @@ def _road(
     """Return the fastest road for a stored matrix."""
     stored = rows * x.shape[1] if kind == "signs" else values.numel()
     storage = roads.Storage(kind, rows, x.shape[1], stored, values.itemsize, is_grouped)
-    return _fastest(x, roads.times(storage, len(x), x.itemsize))
+    return _fastest(x, roads.times(storage, len(x), x.itemsize), storage)
 
 
-def _fastest(x: Tensor, times: Mapping[roads.Road, float]) -> roads.Road:
-    return roads.quickest(times) if has_kernels(_capability(x)) else "torch"
+def _fastest(x: Tensor, times: Mapping[roads.Road, float], factor: Any) -> roads.Road:
+    """Return the fastest road for a `factor`, which tells it from factors of other kernels.
+
+    While a CUDA graph is captured nothing can be compiled, so kernels must have run before.
+    """
+    road = roads.quickest(times) if has_kernels(_capability(x)) else "torch"
+    call = road, factor, x.shape, x.dtype, x.device
+    if road == "torch" or (torch.cuda.is_current_stream_capturing() and call not in _RUN):
+        return "torch"
+    _RUN.add(call)
+    return road
 
 
 def _capability(x: Tensor) -> tuple[int, int]:

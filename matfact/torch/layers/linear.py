@@ -183,7 +183,8 @@ class FactorizedLinear(nn.Module):
             layer's GPU, or (9, 0) if it is on another device.
         in_graph : bool, default=False
             Whether kernels are replayed from a CUDA graph, so that the host takes no time. While a
-            graph is captured, no dense product can be cached, and layers always take the factors.
+            graph is captured, no dense product can be cached and no kernel compiled: make the layer
+            with ``inference="factors"``, and call it once before with as many samples.
 
         Examples
         --------
