@@ -237,8 +237,7 @@ class SparseFactorModule(FactorModule):
         return SparseFactor(self.stored.detach(), indices, indptr, self.columns)
 
     def extra_repr(self) -> str:
-        road = ", applied as 2:4 values" if self.semi_structured.is_used else ""
-        return super().extra_repr() + road
+        return super().extra_repr() + self.semi_structured.remark
 
 
 class KroneckerFactorModule(FactorModule):

@@ -29,9 +29,12 @@ class SemiStructured(Derived[Tensor | None]):
         self.refusal: str | None = None  #: what torch said when it could not compress the values
 
     @property
-    def is_used(self) -> bool:
-        """Whether compressed values are kept."""
-        return self._kept is not None and self._kept[1] is not None
+    def remark(self) -> str:
+        """What the representation of a factor says of its 2:4 values."""
+        if self.refusal is not None:
+            return f", not applied as 2:4 values: {self.refusal}"
+        is_used = self._kept is not None and self._kept[1] is not None
+        return ", applied as 2:4 values" if is_used else ""
 
     def suits(self, module: Any, target: Target) -> bool:
         """Whether torch has a product with the values of `module` on a GPU."""
