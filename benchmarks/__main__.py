@@ -11,6 +11,7 @@ NAMES = (
     "floor",
     "apply",
     "generate",
+    "gpu",
     "busy",
     "scoring",
     "study",

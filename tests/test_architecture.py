@@ -23,7 +23,7 @@ FLOORS = (
     {"solvers"},
     {"factorizers", "transforms"},
     {"allocation", "checkpoint", "compare"},
-    {"torch._warnings", "torch.running"},
+    {"torch._warnings", "torch.kernels", "torch.running"},
     {"torch._attached"},
     {"torch.layers"},
     {"torch.pruning", "torch.training"},

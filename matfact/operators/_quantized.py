@@ -172,3 +172,15 @@ def group_counts(pattern: Factor, group_size: int | None) -> tuple[np.ndarray, n
     if group_size is not None:
         counts = np.maximum(1, (2 * lengths + group_size) // (2 * group_size))
     return lengths, counts
+
+
+def first_groups(pattern: Factor, group_size: int | None) -> np.ndarray:
+    """Return the number of the first group of each row, and that of all groups at the end."""
+    rows, columns = pattern.shape
+    counts = np.zeros(rows, np.int64)
+    if isinstance(pattern, SparseFactor):
+        has_values = np.diff(pattern.indptr) > 0
+    else:
+        has_values = np.full(rows, columns > 0)
+    counts[has_values] = group_counts(pattern, group_size)[1]
+    return np.append(0, np.cumsum(counts))

@@ -10,6 +10,7 @@ __all__ = [
     "FactorizedLinear",
     "FineTuning",
     "FlopCount",
+    "GpuRoads",
     "GradualMagnitude",
     "KaleidoscopeLinear",
     "LayerCollapseWarning",
@@ -65,6 +66,7 @@ from .compression._compress import Compressed, CompressionReport, LayerReport, c
 from .compression.budget import Budget, layer_options
 from .compression.gradual import compress_gradually, cubic_densities
 from .layers._derived import keep_unchecked
+from .layers._gpu import GpuRoads
 from .layers.conv import FactorizedConv
 from .layers.init import randomize_supports, reset_parameters
 from .layers.linear import FactorizedLinear

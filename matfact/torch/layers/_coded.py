@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from matfact.operators import Factor, QuantizedFactor, SignFactor, SparseFactor
-from matfact.operators._quantized import group_bounds
+from matfact.operators import DenseFactor, Factor, QuantizedFactor, SignFactor, SparseFactor
+from matfact.operators._quantized import first_groups, group_bounds
+from matfact.torch.kernels import operators, roads
+from matfact.torch.kernels.roads import Road, Storage
 from matfact.torch.layers._factors import (
     BlockFactorModule,
     DenseFactorModule,
@@ -21,6 +23,10 @@ from matfact.torch.layers._factors import (
     own,
     tensor_of,
 )
+from matfact.torch.layers._gpu import Target, available, road_for
+
+#: Sides up to which places in a row times its groups fit 32 bits.
+_NARROW = 46340
 
 
 class _Quantized(FactorModule):
@@ -69,9 +75,15 @@ class _Quantized(FactorModule):
             return
         self.bits, size, self.unit = self.coding.tolist()
         self.group_size = size or None
-        lengths = np.diff(group_bounds(super().to_factor(), self.group_size))
+        pattern = super().to_factor()
+        lengths = np.diff(group_bounds(pattern, self.group_size))
         tensor = torch.from_numpy(lengths).to(self.codes.device)
         self.register_buffer("lengths", tensor, persistent=False)
+        if isinstance(pattern, (DenseFactor, SparseFactor)):  # whose groups belong to rows
+            groups = torch.from_numpy(first_groups(pattern, self.group_size))
+            dtype = torch.int32 if max(pattern.shape) <= _NARROW else torch.int64
+            groups = groups.to(self.codes.device, dtype)
+            self.register_buffer("groups", groups, persistent=False)
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
@@ -115,6 +127,23 @@ class _Quantized(FactorModule):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()} of {self.bits} bits"
 
+    def _coded_times(self, kind: roads.Kind, samples: int, target: Target) -> dict[Road, float]:
+        storage = Storage(
+            kind, self.rows, self.columns, self.codes.numel(), 1, self.group_size is not None
+        )
+        return available(roads.times(storage, samples, target.dtype.itemsize), target)
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        groups = self._buffers.get("groups")
+        if groups is None or road_for(self, x, self.scales) == "torch":
+            return None
+        mask, indices, indptr = map(self._buffers.get, ("mask", "indices", "indptr"))
+        out = operators.coded_linear(
+            x.reshape(-1, self.columns), self.codes, self.scales, groups, self.unit,
+            self.group_size is not None, mask, indices, indptr,
+        )  # fmt: skip
+        return out.reshape(*x.shape[:-1], self.rows)
+
 
 def _repeated(scales: Tensor, lengths: Tensor, size: int) -> Tensor:
     """Return each scale as often as its group is long, `size` numbers in all."""
@@ -131,11 +160,17 @@ class QuantizedDenseModule(_Quantized, DenseFactorModule):
 
     fixed = ("codes", "coding")
 
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        return self._coded_times("codes", samples, target)
+
 
 class QuantizedSparseModule(_Quantized, SparseFactorModule):
     """Sparse factor of quantized values."""
 
     fixed = ("codes", "coding", "mask")
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        return self._coded_times("sparse", samples, target)
 
 
 class QuantizedKroneckerModule(_Quantized, KroneckerFactorModule):
@@ -167,15 +202,20 @@ class SignFactorModule(FactorModule):
         return self.rows * self.columns
 
     def dense(self) -> Tensor:
-        # Without shifts and masks of bits, which ONNX lacks.
-        powers = 2 ** torch.arange(7, -1, -1, device=self.signs.device)
-        numbers = torch.arange(256, device=self.signs.device)
-        table = (2 * (numbers[:, None] // powers % 2) - 1).to(self.values.dtype)
-        signs = functional.embedding(self.signs.int(), table)  # eight for each byte
-        return signs.reshape(-1)[: self.n_values].reshape(self.rows, self.columns)
+        return operators.signs_of(self.signs, self.rows, self.columns, self.values.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        storage = Storage("signs", self.rows, self.columns, self.n_values, 0)
+        return available(roads.times(storage, samples, target.dtype.itemsize), target)
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        if road_for(self, x, self.values) == "torch":
+            return None
+        out = operators.sign_linear(x.reshape(-1, self.columns), self.signs, self.rows)
+        return out.reshape(*x.shape[:-1], self.rows)
 
     def to_factor(self) -> SignFactor:
         return SignFactor(self.values.detach(), own(self.signs), (self.rows, self.columns))

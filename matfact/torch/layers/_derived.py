@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -78,11 +78,11 @@ class Derived(Generic[T]):
         self._kept = copies, value
         return value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Derived[T]:
-        return Derived()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
 
-    def __reduce__(self) -> tuple[type[Derived[T]], tuple[()]]:
-        return Derived, ()
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
 
 
 class Copy:

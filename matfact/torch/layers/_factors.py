@@ -17,6 +17,10 @@ from matfact.operators import (
     SelectionFactor,
     SparseFactor,
 )
+from matfact.torch.kernels import operators, roads
+from matfact.torch.kernels.roads import Road, Storage
+from matfact.torch.layers._gpu import Target, available, road_for, takes_blocks
+from matfact.torch.layers._semi_structured import SemiStructured
 
 _BLOCK = 64  #: largest blocks, in entries, for which the kernel always beats batched products
 _MANY = 64  #: samples from which batched products are faster for larger blocks
@@ -60,6 +64,22 @@ class FactorModule(nn.Module):
         """Make room for values of another shape, which a state dict holds."""
         if "values" in self._parameters:
             self.values = nn.Parameter(self.values.detach().new_empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._on_gpu(x) if x.is_cuda else None
+        return self._by_torch(x) if out is None else out
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        """Apply the factor with operations of torch."""
+        raise NotImplementedError
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        """Apply the factor on a road that is faster than torch on a GPU; None if there is none."""
+        return None
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        """Return the predicted time of each road to apply the factor on a GPU."""
+        return {"torch": roads.dense(self.rows, self.columns, samples, target.dtype.itemsize)}
 
     def dense(self) -> Tensor:
         """Return the matrix as a differentiable function of the values."""
@@ -108,7 +128,7 @@ class FactorModule(nn.Module):
 class DenseFactorModule(FactorModule):
     """Dense factor."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.values)
 
     def dense(self) -> Tensor:
@@ -138,6 +158,7 @@ class SparseFactorModule(FactorModule):
             values = tensor_of(factor.values, copy=False)[torch.from_numpy(order)]
             factor = SparseFactor.from_locations(values, factor.locations[order], factor.shape)
         super().__init__(factor, copy)
+        self.semi_structured = SemiStructured()
         self.register_buffer("mask", tensor_of(factor.bits, copy).to(self.stored.device))
         self._keep(factor)
 
@@ -157,9 +178,11 @@ class SparseFactorModule(FactorModule):
         for name, positions in (("indices", indices), ("indptr", factor.indptr)):
             tensor = torch.from_numpy(positions).to(self.mask.device)
             self.register_buffer(name, tensor, persistent=False)
+        self.semi_structured.relocate()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        vars(self).setdefault("semi_structured", SemiStructured())
         if self.indices.dtype == torch.int16:  # written by an earlier version
             self._buffers["indices"] = self.indices[:, None].view(torch.uint8)
 
@@ -174,25 +197,30 @@ class SparseFactorModule(FactorModule):
             self._locate()
 
     def dense(self) -> Tensor:
-        flat = self.values.new_zeros(self.rows * self.columns)
-        return flat.scatter(0, self._locations(), self.values).reshape(self.rows, self.columns)
+        return operators.scattered(self.values, self.indices, self.indptr, self.columns)
 
-    def _locations(self) -> Tensor:
-        """Return the position of each value in the flattened matrix."""
-        indices = self._column_numbers().long()
-        nnz, begins = len(indices), self.indptr[1:-1]  # starts of all rows but the first
-        steps = indices.new_zeros(nnz + 1).scatter_add(0, begins, torch.ones_like(begins))
-        return indices + self.columns * steps[:nnz].cumsum(0)
-
-    def _column_numbers(self) -> Tensor:
-        """Return the column of each value."""
-        if self.indices.dtype != torch.uint8:
-            return self.indices
-        lower, upper = self.indices.int().unbind(1)  # a view as integers cannot be exported
-        return lower + 256 * upper
-
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dense())
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        itemsize = target.dtype.itemsize
+        storage = Storage("sparse", self.rows, self.columns, self.n_values, itemsize)
+        times = available(roads.times(storage, samples, itemsize), target)
+        if self.semi_structured.suits(self, target):
+            times["semi-structured"] = roads.semi_structured(storage, samples, itemsize)
+        return times
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        values = self.values
+        road = road_for(self, x, values)
+        if road == "semi-structured":
+            return self.semi_structured.apply(self, x)
+        if road == "torch":
+            return None
+        out = operators.sparse_linear(
+            x.reshape(-1, self.columns), values, self.mask, self.indices, self.indptr
+        )
+        return out.reshape(*x.shape[:-1], self.rows)
 
     @property
     def work(self) -> int:
@@ -208,13 +236,20 @@ class SparseFactorModule(FactorModule):
             indices = indices.view("<u2")[:, 0]
         return SparseFactor(self.stored.detach(), indices, indptr, self.columns)
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.semi_structured.remark
+
 
 class KroneckerFactorModule(FactorModule):
     """Butterfly, Monarch or block-diagonal factor."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.columns)
         return on_columns(self.values, samples.T).T.reshape(*x.shape[:-1], self.rows)
+
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        a, d, b, c = self.stored.shape
+        return available(roads.blocks((a, d, b, c), samples, target.dtype.itemsize), target)
 
     def has_gradient_kernel(self, x: Tensor) -> bool:
         samples = x.numel() // self.columns
@@ -228,6 +263,8 @@ class KroneckerFactorModule(FactorModule):
 def on_columns(values: Tensor, X: Tensor) -> Tensor:
     """Apply the Kronecker-sparse factor with the given values to the columns of `X`."""
     a, d, b, c = values.shape
+    if takes_blocks(values, X):
+        return operators.kronecker_linear(X.T, values).T
     blocks = X.reshape(a, c, d, X.shape[1]).transpose(1, 2)
     product = torch.matmul(values, blocks).transpose(1, 2)
     return product.reshape(a * b * d, X.shape[1])
@@ -252,7 +289,14 @@ class BlockFactorModule(FactorModule):
         super()._load_from_state_dict(state_dict, *args, **kwargs)
         self._read_spans()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        itemsize = target.dtype.itemsize
+        sides = ((r1 - r0, c1 - c0) for r0, r1, c0, c1 in self._blocks)
+        return {
+            "torch": sum(roads.dense(*side, samples, itemsize) + roads.LAUNCH for side in sides)
+        }
+
+    def _by_torch(self, x: Tensor) -> Tensor:
         out, start, values = None, 0, self.values
         for r0, r1, c0, c1 in self._blocks:
             stop = start + (r1 - r0) * (c1 - c0)
@@ -280,7 +324,11 @@ class SelectionFactorModule(FactorModule):
         self.register_buffer("values", tensor_of(factor.values, copy=True), persistent=False)
         self.register_buffer("index", torch.from_numpy(np.array(factor.index, dtype=np.int64)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
+        n_bytes = 2 * samples * (self.rows + self.columns) * target.dtype.itemsize
+        return {"torch": roads.seconds("dense", n_bytes, 0, 1, launches=3)}
+
+    def _by_torch(self, x: Tensor) -> Tensor:
         # Entries without a source read the zero appended after the last column.
         source = torch.where(self.index < 0, self.columns, self.index)
         return functional.pad(x, (0, 1)).index_select(-1, source)

@@ -16,6 +16,7 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
+from matfact.torch.layers._gpu import DTYPES, GpuRoads, Method, Target, method_for, predicted
 from matfact.torch.layers._in_place import InPlace
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
@@ -122,6 +123,15 @@ class FactorizedLinear(nn.Module):
             return self.inference == "dense"
         return sum(factor.work for factor in self.chain) >= self.in_features * self.out_features
 
+    def _method(self) -> Method:
+        return "dense" if self.keeps_product() else "factors"
+
+    def _method_for(self, x: Tensor, values: list[Tensor]) -> Method:
+        """Return what eval mode uses for samples `x`, on a GPU by prediction."""
+        if self.inference == "auto" and x.is_cuda:
+            return method_for(self.chain, x, values, self._method())
+        return self._method()
+
     def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
         """Apply the layer to the last axis of `input`."""
         x = input
@@ -146,11 +156,53 @@ class FactorizedLinear(nn.Module):
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
             return None if host is None else self._apply_on_host(host, x)
-        if self.keeps_product():
+        if self._method_for(x, values) == "dense":
             product = self._product.get(values, lambda _: self.weight.detach(), self.fixed())
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
+
+    def gpu_roads(
+        self,
+        batch_size: int,
+        *,
+        capability: tuple[int, int] | None = None,
+        in_graph: bool = False,
+    ) -> GpuRoads:
+        """Return how the layer is applied to a batch on a GPU in eval mode, with predicted times.
+
+        This runs nothing, and needs no GPU. The times are those of a fixed rule, whose constants
+        no GPU has verified yet.
+
+        Parameters
+        ----------
+        batch_size : int
+            Number of samples.
+        capability : tuple of int, optional
+            Compute capability of the GPU, on which 2:4 products depend. By default that of the
+            layer's GPU, or (9, 0) if it is on another device.
+        in_graph : bool, default=False
+            Whether kernels are replayed from a CUDA graph, so that the host takes no time. While a
+            graph is captured, no dense product can be cached and no kernel compiled: make the layer
+            with ``inference="factors"``, and call it once before with as many samples.
+
+        Examples
+        --------
+        >>> from matfact.torch import LowRankLinear
+        >>> LowRankLinear(4096, 4096, rank=64).gpu_roads(1).method
+        'factors'
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+        held = self.chain[0].values
+        if capability is None:
+            on_gpu = held.is_cuda
+            capability = torch.cuda.get_device_capability(held.device) if on_gpu else (9, 0)
+        if held.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
+        target = Target(held.dtype, capability)
+        return predicted(self.chain, batch_size, target, self._method(), in_graph)
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)

@@ -1,0 +1,1 @@
+"""Triton kernels for factors on CUDA, as operators of torch, and the rule that chooses them."""
