@@ -41,6 +41,7 @@ __all__ = [
     "make_permanent",
     "merge_adapters",
     "merge_update",
+    "output_harm",
     "output_sensitivity",
     "prunable_parameters",
     "prune_network",
@@ -92,6 +93,7 @@ from .pruning import (
     pruning_scores,
     to_torch_prune,
 )
+from .sensitivity.harm import output_harm
 from .sensitivity.outputs import output_sensitivity
 from .sensitivity.triples import exact_triple_scores, triple_scores
 from .tensor_decomposition import TensorTrain, tensor_train, tucker_svd

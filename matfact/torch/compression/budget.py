@@ -67,8 +67,8 @@ class Budget:
         inputs, FLOPs and seconds of a layer are multiplied by its number of calls, relative to the
         layer with the fewest calls.
     weights : mapping of str to float, optional
-        Weight of each layer's squared relative error, by default 1; see
-        :func:`output_sensitivity`.
+        Weight of each layer's squared relative error, by default 1; see :func:`output_harm`
+        and, with a loss, :func:`output_sensitivity`.
     densities : sequence of float
         Stored values ÷ entries at which every method is tried in every layer. Costs and errors in
         between are interpolated.

@@ -1,0 +1,86 @@
+"""Harm of errors in each layer's outputs to the output of the network."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from matfact.torch import output_harm, soft_cross_entropy  # noqa: E402
+
+
+class Network(nn.Module):
+    """Three layers, of which the last adds little to the output, and one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.much, self.little, self.unused = (nn.Linear(16, 16, bias=i > 0) for i in range(3))
+
+    def forward(self, x):
+        return self.much(x) + 0.01 * self.little(x)
+
+
+def batches(n=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 16, generator=generator) for _ in range(n)]
+
+
+def test_harm_is_the_squared_share_of_the_output():
+    found = output_harm(Network(), batches())
+    # The output is nearly that of `much`, so a relative error of its rows is one of the output.
+    assert found["much"] == pytest.approx(1.0, rel=0.4)
+    assert found["little"] == pytest.approx(1e-4, rel=0.5)
+    assert found["unused"] == 0.0
+
+
+def test_small_noise_gives_the_same_harm_of_a_linear_network():
+    one, other = (output_harm(Network(), batches(), noise=noise) for noise in (0.1, 0.001))
+    assert other["much"] == pytest.approx(one["much"], rel=1e-2)
+
+
+def test_it_repeats_and_leaves_random_numbers_and_the_network_alone():
+    model = Network().train()
+    state = torch.get_rng_state()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    first, second = (output_harm(model, batches()) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.training
+    assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_networks_that_draw_random_numbers_are_compared_with_the_same_ones():
+    class Noisy(Network):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    assert output_harm(Noisy(), batches())["little"] < 1e-3
+
+
+def test_a_distance_of_logits_is_zero_without_a_difference():
+    found = output_harm(Network(), batches(), "much|unused", distance=soft_cross_entropy(1.0))
+    assert found["much"] > 0.0
+    assert found["unused"] == 0.0
+    assert "little" not in found
+
+
+def test_convolutions_and_padding():
+    class Masked(Network):
+        def forward(self, x, attention_mask):
+            return super().forward(x)
+
+    mask = torch.ones(4, 8)
+    mask[:, 5:] = 0
+    x = torch.randn(4, 8, 16)
+    full = output_harm(Masked(), [{"x": x, "attention_mask": mask}], "much")["much"]
+    assert full == pytest.approx(1.0, rel=0.3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+    assert set(output_harm(model, [torch.randn(4, 3, 8, 8)])) == {"0", "2"}
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="noise must be positive and finite, got 0"):
+        output_harm(Network(), batches(), noise=0.0)
+    with pytest.raises(ValueError, match="noise in layer 'much', for batch 0"):
+        output_harm(Network(), [torch.full((2, 16), torch.inf)])
