@@ -189,6 +189,7 @@ def reselect(
     *,
     n_rounds: int = 2,
     damping: float = 0.0,
+    is_near: bool = False,
 ) -> FactorProduct:
     """Reduce ``E‖Wx − Ŵx‖²`` further by choosing the support of the output-side factor again.
 
@@ -207,6 +208,8 @@ def reselect(
         Number of times entries are chosen.
     damping : float
         As for :func:`finalize`.
+    is_near : bool
+        Whether `product` is the result for a similar damping. Values then need fewer refits.
 
     Returns
     -------
@@ -214,17 +217,17 @@ def reselect(
         A product with as many values; its error, including damping, is not larger.
     """
     moments = _Moments(second_moment, W.dtype, damping)
-    best = _refitted(product, W, moments, 1, REFIT_STEPS)
+    best = product if is_near else _refitted(product, W, moments, 1, REFIT_STEPS)
     least = _objective(best, W, moments)
     for _ in range(n_rounds if product.factors[0].nnz else 0):
         first, *others = best.factors
         found = FactorProduct([_reselected(first, _product(_dense(others)), W, moments), *others])
-        found = _refitted(found, W, moments, 2, REFIT_STEPS)
+        found = _refitted(found, W, moments, 1 if is_near else 2, REFIT_STEPS)
         error = _objective(found, W, moments)
         if error >= least:
             break
         best, least = found, error
-    return best
+    return _refitted(product, W, moments, 1, REFIT_STEPS) if best is product else best
 
 
 def _reselected(factor: Factor, right: Array | None, W: Array, moments: _Moments) -> Factor:

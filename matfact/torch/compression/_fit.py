@@ -200,13 +200,12 @@ def _adapted(
     if problem.aside is None:
         found = rule(product, target, inputs.gram, damping=caution(inputs))
         return Choice(found.rescaled(1.0))
-    if rule is reselect:
-        rule = functools.partial(reselect, n_rounds=1)
 
     def refits() -> Iterator[Choice]:
         present = product
-        for damping in REFIT_DAMPINGS:
-            present = rule(present, target, inputs.gram, damping=damping).rescaled(1.0)
+        for i, damping in enumerate(REFIT_DAMPINGS):
+            near = {"n_rounds": 1, "is_near": i > 0} if rule is reselect else {}
+            present = rule(present, target, inputs.gram, damping=damping, **near).rescaled(1.0)
             yield Choice(present)
 
     return problem.improved(Choice(product), refits())
