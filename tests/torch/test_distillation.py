@@ -19,7 +19,7 @@ def test_fresh_outputs_come_closer_and_the_report_tells():
     model, report = small(dense)
     before = distance(model, dense)
     support = [factor.nnz for factor in model.blocks[0].up.to_product().factors]
-    record = distill(model, dense, batches(40), report=report)
+    record = distill(model, dense, batches(40), learning_rate=0.01, report=report)
     assert distance(model, dense) < 0.8 * before
     assert record.scores[record.best_epoch - 1] > record.first_score
     assert report.metadata["steps"][-1].startswith("distilled in 32 steps (held-out error of")
@@ -141,3 +141,42 @@ def test_networks_that_cannot_be_trained_are_refused():
     frozen = small(dense)[0].requires_grad_(False)
     with pytest.raises(ValueError, match="must store values, biases or norms"):
         distill(frozen, dense, batches(4))
+
+
+def test_outputs_that_cannot_be_compared_are_refused():
+    class Other(Network):
+        def __init__(self, change):
+            super().__init__()
+            self.change = change
+
+        def forward(self, x):
+            return self.change(super().forward(x))
+
+    dense = Network()
+    model, _ = small(dense)
+    before = copy.deepcopy(model.state_dict())
+    wide = Other(lambda y: torch.cat([y, y], -1))
+    with pytest.raises(
+        ValueError, match=r"of shape \(4, 8, 4\) as model does, got \(4, 8, 8\) for"
+    ):
+        distill(model, wide, batches(4))
+    broken = batches(10)
+    broken[3] = broken[3] * torch.nan
+    with pytest.raises(ValueError, match="finite outputs, but does not for batch 3"):
+        distill(model, dense, broken)
+    for change in (lambda y: y.mean(), lambda y: y.argmax(-1)):
+        chosen = Other(change)
+        with pytest.raises(ValueError, match="must give outputs with an entry for each sample"):
+            distill(small(chosen)[0], chosen, batches(4))
+    kept = model.state_dict()
+    assert all(torch.isfinite(each).all() for each in kept.values())
+    assert kept.keys() == before.keys()
+
+
+def test_it_trains_without_gradients_around_it_and_with_empty_batches():
+    dense = Network()
+    first, second = (small(dense)[0] for _ in range(2))
+    distill(first, dense, batches(10))
+    with torch.no_grad():
+        distill(second, dense, [torch.empty(0, 8, 16), *batches(10)])
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch.calibration.statistics import layer_views
-from matfact.torch.running._batches import attended, checked, eval_mode, forward
+from matfact.torch.running._batches import attended, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing
-from matfact.torch.training._values import relative_errors, rows
+from matfact.torch.training._values import check_outputs, filled, relative_errors, rows
 from matfact.torch.training.finetune import Distance, output_tensor
 
 
@@ -51,7 +51,8 @@ def output_harm(
     Returns
     -------
     dict of str to float
-        Distance ÷ `noise`² of each layer, the mean over batches; 0 for layers not reached.
+        Distance ÷ `noise`² of each layer, the mean over batches. Layers that no batch reaches are
+        left out, such as those that attention reads without calling them.
 
     Raises
     ------
@@ -75,26 +76,26 @@ def output_harm(
     if not 0 < noise < math.inf:
         raise ValueError(f"noise must be positive and finite, got {noise}.")
     views = layer_views(model, layers)
-    totals, count = dict.fromkeys(views, 0.0), 0
+    found: dict[str, list[float]] = {name: [] for name in views}
     with eval_mode(model):
-        for batch, state in zip(checked(batches), batch_states(model), strict=False):
-            count += 1
+        for (number, batch), state in zip(filled(batches), batch_states(model), strict=False):
             wanted = _output(model, batch, state)
+            check_outputs(wanted, number)
             for name, view in views.items():
                 hook = _Noise(noise, state, has_bias=view.layer.bias is not None)
                 handle = view.layer.register_forward_hook(hook)
                 try:
-                    found = _output(model, batch, state)
+                    noisy = _output(model, batch, state)
                 finally:
                     handle.remove()
                 if hook.was_called:
-                    totals[name] += _distance(found, wanted, batch, model, distance) / noise**2
-                if not math.isfinite(totals[name]):
-                    raise ValueError(
-                        f"outputs must be finite, unlike those with noise in layer {name!r}, for "
-                        f"batch {count - 1}."
-                    )
-    return {name: total / count for name, total in totals.items()}
+                    found[name].append(_distance(noisy, wanted, batch, model, distance) / noise**2)
+                    if not math.isfinite(found[name][-1]):
+                        raise ValueError(
+                            f"outputs must be finite, unlike those with noise in layer {name!r}, "
+                            f"for batch {number}."
+                        )
+    return {name: math.fsum(each) / len(each) for name, each in found.items() if each}
 
 
 def _output(model: nn.Module, batch: Any, state: RandomState) -> Tensor:

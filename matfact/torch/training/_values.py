@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matfact.torch.layers._factors import FactorModule
-from matfact.torch.running._batches import attended
+from matfact.torch.running._batches import attended, checked
+from matfact.torch.running._tensors import tensors_in
 
 #: The least root mean square of a parameter that learning rates are relative to.
 SMALLEST = 1e-2
@@ -64,13 +65,37 @@ def relative_errors(output: Tensor, target: Tensor, batch: Any, model: nn.Module
     Padding does not count.
     """
     found, wanted = (rows(attended(each, batch, model)) for each in (output, target))
-    energy = wanted.square().sum(1)
-    return (found - wanted).square().sum(1) / (energy + FLOOR * energy.mean() + 1e-30)
+    energy = _energies(wanted)
+    return _energies(found - wanted) / (energy + FLOOR * energy.mean() + 1e-30)
+
+
+def _energies(outputs: Tensor) -> Tensor:
+    """Return the squared norm of each row, in single precision or better."""
+    numbers = torch.view_as_real(outputs).flatten(1) if outputs.is_complex() else outputs
+    return (numbers.float() if numbers.itemsize < 4 else numbers).square().sum(1)
 
 
 def rows(output: Tensor) -> Tensor:
     """Return outputs as rows: tokens, or else samples."""
+    if output.ndim <= 1:
+        return output.reshape(-1, 1)
     return output.flatten(0, -2) if output.ndim <= 3 else output.flatten(1)
+
+
+def check_outputs(output: Tensor, number: int) -> None:
+    """Raise ``ValueError`` if the output for a batch is none that errors can be measured of."""
+    if output.ndim == 0 or not (output.is_floating_point() or output.is_complex()):
+        raise ValueError(
+            f"model must give outputs with an entry for each sample, in floating point, got a "
+            f"{output.dtype} of shape {tuple(output.shape)} for batch {number}."
+        )
+
+
+def filled(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield the batches that hold samples, with their numbers; raise if there are none."""
+    for number, batch in enumerate(checked(batches)):
+        if any(tensor.numel() for tensor in tensors_in(batch)):
+            yield number, batch
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from matfact._progress import Bar
 from matfact.report import CompressionReport
 from matfact.torch.layers._factors import FactorModule
-from matfact.torch.running._batches import attended, checked, device_of, eval_mode, forward, moved
+from matfact.torch.running._batches import attended, device_of, eval_mode, forward, moved
 from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._random import RandomState, drawing, generators_of
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 from matfact.torch.training._loop import FineTuning, train
-from matfact.torch.training._values import adam, first_tensor, relative_errors, rows, stored_values
+from matfact.torch.training._values import (
+    adam,
+    check_outputs,
+    filled,
+    first_tensor,
+    relative_errors,
+    rows,
+    stored_values,
+)
 from matfact.torch.training.finetune import Distance, output_tensor
 
 #: Parts of a training; the network is measured after each.
@@ -35,7 +43,7 @@ def distill(
     batches: Iterable[Any],
     *,
     epochs: int = 1,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.003,
     distance: Distance | None = None,
     hidden: float = 0.3,
     report: CompressionReport | None = None,
@@ -59,7 +67,7 @@ def distill(
         Inputs of the network, as in :class:`Calibration`, at least two. All are kept in memory.
     epochs : int, default=1
         Number of passes over the batches.
-    learning_rate : float, default=0.01
+    learning_rate : float, default=0.003
         First step relative to the root mean square of each parameter. It falls to zero as a cosine.
     distance : callable, optional
         Distance between outputs and those of the teacher, with a row for each token or sample
@@ -99,18 +107,17 @@ def distill(
     True
     """
     bar = Bar(progress)
-    drawn = list(checked(batches))
+    drawn = list(filled(batches))
     parameters = _trained(model)
     _check(model, teacher, drawn, parameters, epochs=epochs, rate=learning_rate, hidden=hidden)
     step = max(EVERY, math.ceil(len(drawn) / MOST_ASIDE))
-    aside = drawn[1::step]
-    fitted = [batch for i, batch in enumerate(drawn) if i % step != 1]
+    aside, fitted = drawn[1::step], [each for i, each in enumerate(drawn) if i % step != 1]
     n_steps = epochs * len(fitted)
     parts = _Parts(fitted, n_steps)
     optimizer, schedule = adam(parameters, learning_rate, n_steps)
     with (
         eval_mode(teacher),
-        _Pair(model, teacher, distance, hidden) as pair,
+        _Pair(model, teacher, parts, distance, hidden) as pair,
         _only(model, parameters),
     ):
         record = train(
@@ -167,13 +174,21 @@ def _check(
 
 
 class _Parts:
-    """Batches over and over; each iteration goes on where the last one stopped."""
+    """Batches over and over; each iteration goes on where the last one stopped.
 
-    def __init__(self, batches: Sequence[Any], n_steps: int) -> None:
+    Attributes
+    ----------
+    number : int
+        That of the batch now in use, in the caller's order.
+    """
+
+    def __init__(self, batches: Sequence[tuple[int, Any]], n_steps: int) -> None:
         self._batches, self.size = itertools.cycle(batches), math.ceil(n_steps / PARTS)
+        self.number = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(self._batches, self.size)
+        for self.number, batch in itertools.islice(self._batches, self.size):  # noqa: B020
+            yield batch
 
 
 class _Pair(contextlib.ExitStack):
@@ -183,10 +198,16 @@ class _Pair(contextlib.ExitStack):
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, distance: Distance | None, hidden: float
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        parts: _Parts,
+        distance: Distance | None,
+        hidden: float,
     ) -> None:
         super().__init__()
-        self._model, self._teacher, self._distance, self._weight = model, teacher, distance, hidden
+        self._model, self._teacher, self._parts = model, teacher, parts
+        self._distance, self._weight = distance, hidden
         self._found: list[Tensor] = []
         self._wanted: list[Tensor] = []
         self._generators = generators_of(model, teacher)
@@ -210,8 +231,7 @@ class _Pair(contextlib.ExitStack):
         self._state = RandomState.now(device_of(self._model), self._generators)
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
-        target = self._target(batch)
-        loss = self._of(output_tensor(output), target, batch).mean()
+        loss = self._of(output_tensor(output), batch, self._parts.number).mean()
         pairs = [(a, b) for a, b in zip(self._found, self._wanted, strict=False)
                  if a.shape == b.shape]  # fmt: skip
         if not pairs:
@@ -220,23 +240,28 @@ class _Pair(contextlib.ExitStack):
         return loss + self._weight * torch.stack(errors).mean()
 
     @torch.no_grad()
-    def error(self, batches: Iterable[Any]) -> float:
+    def error(self, batches: Iterable[tuple[int, Any]]) -> float:
         """Return the distance of the outputs, or by default their relative error."""
         found = []
-        for batch in batches:
+        for number, batch in batches:
             batch = moved(batch, device_of(self._model))
             output = output_tensor(forward(self._model, batch))
-            found.append(self._of(output, self._target(batch), batch).double().flatten())
+            found.append(self._of(output, batch, number).double().flatten())
         mean = float(torch.cat(found).mean())
         return math.sqrt(mean) if self._distance is None else mean
 
-    @torch.no_grad()
-    def _target(self, batch: Any) -> Tensor:
-        """Return the teacher's output; it draws the same random numbers as the network."""
-        with drawing(self._state):
-            return output_tensor(forward(self._teacher, batch))
-
-    def _of(self, output: Tensor, target: Tensor, batch: Any) -> Tensor:
+    def _of(self, output: Tensor, batch: Any, number: int) -> Tensor:
+        """Return the distance from the teacher's output, which draws the same random numbers."""
+        with drawing(self._state), torch.no_grad():
+            target = output_tensor(forward(self._teacher, batch))
+        check_outputs(output, number)
+        if output.shape != target.shape:
+            raise ValueError(
+                f"teacher must give outputs of shape {tuple(output.shape)} as model does, got "
+                f"{tuple(target.shape)} for batch {number}."
+            )
+        if not bool(torch.isfinite(target).all()):
+            raise ValueError(f"teacher must give finite outputs, but does not for batch {number}.")
         if self._distance is None:
             return relative_errors(output, target, batch, self._model)
         each = (rows(attended(x, batch, self._model)) for x in (output, target))
