@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from pathlib import Path
 
 NAMES = (
     "projection",
@@ -34,14 +35,30 @@ THREAD_VARIABLES = (
 def main(arguments: list[str] | None = None) -> int:
     first = argparse.ArgumentParser(prog="benchmarks", description=__doc__, add_help=False)
     first.add_argument("benchmark", choices=NAMES)
-    first.add_argument("--threads", type=int, default=1, help="number of threads")
+    first.add_argument("--threads", type=_count, default=1, help="number of threads")
     known, _ = first.parse_known_args(arguments)
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(known.threads)
     module = importlib.import_module(f"benchmarks.{known.benchmark}")
     parser = argparse.ArgumentParser(description=module.__doc__, parents=[first])
     module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if file := _file_on_the_way(getattr(options, "output", None)):
+        parser.error(f"argument --output: must name a folder, but {file} is a file")
+    return module.run(options)
+
+
+def _count(text: str) -> int:
+    """Return a number of threads, of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return int(text)
+
+
+def _file_on_the_way(folder: Path | None) -> Path | None:
+    """Return what keeps a folder from being made, so that no run fails after hours."""
+    places = [folder, *folder.parents] if folder else []
+    return next((place for place in places if place.exists() and not place.is_dir()), None)
 
 
 if __name__ == "__main__":

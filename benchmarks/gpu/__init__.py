@@ -17,15 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from matfact._files import write_atomically
 
 Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--minutes", type=float, default=10, help="time after which nothing new is started")
+    add("--minutes", type=_minutes, default=10, help="time after which nothing new is started")
     add("--rehearse", action="store_true", help="go through all steps on the CPU, with tiny sizes")
     add("--output", type=Path, default=Path("build/benchmarks/gpu"), help="folder of results")
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not minutes > 0:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return minutes
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,5 +77,6 @@ def write(folder: Path, conditions: dict[str, Any], rows: list[Row]) -> None:
     from benchmarks.gpu import page
 
     content = {"conditions": conditions, "rows": rows}
-    (folder / "gpu.json").write_text(json.dumps(content, indent=1, default=str))
-    (folder / "gpu.md").write_text(page.markdown(conditions, rows))
+    # A run that is cut off while it writes keeps what it wrote before.
+    write_atomically(folder / "gpu.json", json.dumps(content, indent=1, default=str).encode())
+    write_atomically(folder / "gpu.md", page.markdown(conditions, rows).encode())

@@ -21,6 +21,7 @@ from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.factorizers._validation import check_calibration, check_matrix
 from matfact.operators import Factor, FactorProduct
+from matfact.operators._arithmetic import shared_namespace
 from matfact.solvers._callback import History
 from matfact.solvers.coding import coding_error
 
@@ -212,6 +213,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         check_is_fitted(self)
         W = backend.compute_array(self._check_input(W, "W", reset=False))
         operator = self.operator_
+        shared_namespace(W, "W", operator.factors[0].values, "the factors")
         if not backend.is_complex(operator.factors[0].values) or backend.is_complex(W):
             operator = operator.astype(W.dtype)
         errors = []

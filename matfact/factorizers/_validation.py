@@ -12,6 +12,7 @@ from matfact import backend
 from matfact.backend import Array
 from matfact.calibration import InputStatistics
 from matfact.metrics import UnsuitableMatrix
+from matfact.operators._arithmetic import shared_namespace
 
 #: Maximum number of sparse factors; each takes as much memory as a square matrix.
 MOST_FACTORS = 64
@@ -118,11 +119,7 @@ def check_calibration(calibration: Any, W: Array) -> InputStatistics:
             f"calibration must hold inputs with in_features={W.shape[1]} columns, got "
             f"{statistics.n_features}."
         )
-    places = [(backend.namespace(a).__name__, backend.device(a)) for a in (statistics.gram, W)]
-    if places[0] != places[1]:
-        raise ValueError(
-            f"calibration must have the library and device of W, {places[1]}, got {places[0]}."
-        )
+    shared_namespace(statistics.gram, "calibration", W, "W")
     return statistics
 
 

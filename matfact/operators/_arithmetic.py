@@ -195,6 +195,16 @@ def as_operand(X: Any) -> Array:
     return X if backend.is_array(X) else np.asarray(X)
 
 
+def shared_namespace(X: Array, name: str, other: Array, owner: str) -> Any:
+    """Return the Array API namespace of two arrays, which must share a device, too."""
+    given, needed = ((backend.namespace(a).__name__, backend.device(a)) for a in (X, other))
+    if given != needed:
+        raise ValueError(
+            f"{name} must have the library and device of {owner}, {needed}, got {given}."
+        )
+    return backend.namespace(X)
+
+
 def _described(other: Any) -> str:
     """Describe an object for messages: its class, and its shape if it has one."""
     shape = getattr(other, "shape", None)

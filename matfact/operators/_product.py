@@ -15,7 +15,7 @@ from matfact import backend
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _storage
-from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand
+from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand, shared_namespace
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import Displayed
@@ -211,7 +211,7 @@ class FactorProduct(ArrayLike, Displayed):
             )
         if plan and backend.is_numpy(X) and X.dtype in COMPUTED:
             return plan.apply(X)
-        xp = backend.namespace(X, self.factors[0].values)
+        xp = shared_namespace(X, "X", self.factors[0].values, "the factors")
         both_half = backend.is_half(X) and dtype_nbytes(self.factors[0].dtype) == 2
         result = backend.compute_array(X)
         result = xp.reshape(result, (X.shape[0], -1 if X.shape[0] else 1))

@@ -1,5 +1,6 @@
 """The benchmark of a GPU: what it does without one, and what it says of wrong results."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 # The benchmarks are not installed with the library.
+from benchmarks import __main__ as main  # noqa: E402
 from benchmarks import gpu  # noqa: E402
 from benchmarks.gpu import page, steps  # noqa: E402
 
@@ -81,3 +83,39 @@ def test_nothing_is_started_after_the_time_is_over(run):
 def test_lines_for_the_terminal():
     row = {"step": "layers", "structure": "Monarch", "batch": 16, "seconds": 2e-5}
     assert page.line(row) == "layers: structure Monarch, batch 16, µs 20"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "0"], "argument --minutes: must be above 0, got 0"),
+        (["--minutes=-1"], "argument --minutes: must be above 0, got -1"),
+        (["--minutes", "nan"], "argument --minutes: must be above 0, got nan"),
+        (["--threads", "0"], "argument --threads: must be an integer of at least 1, got 0"),
+        (["--output", "FILE"], "argument --output: must name a folder, but FILE is a file"),
+        (["--output", "FILE/in/it"], "argument --output: must name a folder, but FILE is a file"),
+    ],
+)
+def test_options_that_no_run_can_take_are_refused_in_a_sentence(
+    tmp_path, capsys, monkeypatch, options, message
+):
+    file = tmp_path / "results"
+    file.write_text("kept")
+    options = [option.replace("FILE", str(file)) for option in options]
+    for variable in main.THREAD_VARIABLES:  # which it sets
+        monkeypatch.setenv(variable, "1")
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["gpu", "--rehearse", *options])
+    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+    assert file.read_text() == "kept"
+
+
+def test_results_are_replaced_as_a_whole(run, tmp_path):
+    run(kernels=lambda device: [GOOD | {"error": 1e-4}])
+    kept = {name: (tmp_path / name).open() for name in ("gpu.json", "gpu.md")}
+    run(kernels=lambda device: [GOOD | {"error": 1e-4}] * 2)
+    assert len(json.load(kept["gpu.json"])["rows"]) == 1  # what a reader opened stays whole
+    assert "1 results compared" in kept["gpu.md"].read()
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 2
+    for file in kept.values():
+        file.close()

@@ -133,6 +133,18 @@ def test_scores_of_other_rows_are_found_there(place, W):
     assert clone(model).fit(given).score(given[:5, :]) == pytest.approx(expected, rel=1e-3)
 
 
+def test_arrays_of_another_library_are_refused_by_name(place, W, X):
+    there, here = (MonarchProjector().fit(V) for V in (place(W), W))
+    for model, put in ((there, np.asarray), (here, place)):
+        inputs, rows = put(X), put(W)
+        with pytest.raises(ValueError, match=r"^X must have the library and device of the factors"):
+            model.operator_ @ inputs.T
+        with pytest.raises(ValueError, match=r"^X must have the library and device of the factors"):
+            model.transform(inputs)
+        with pytest.raises(ValueError, match=r"^W must have the library and device of the factors"):
+            model.score(rows)
+
+
 @pytest.mark.parametrize("constraint", ALL, ids=repr)
 def test_projections_stay_there(constraint, place, rng):
     array = rng.integers(-3, 4, (4, 4)).astype(np.float32)  # with ties

@@ -186,8 +186,24 @@ def test_without_triton_nothing_changes(monkeypatch):
 def test_roads_of_what_no_kernel_takes_are_refused():
     with pytest.raises(ValueError, match=r"dtype float32, float16, bfloat16, got torch\.float64"):
         LowRankLinear(8, 8, rank=1, dtype=torch.float64).gpu_roads(1)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        LowRankLinear(8, 8, rank=1).gpu_roads(0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, 1.0, float("nan"), float("inf"), "3", None])
+def test_batch_sizes_that_are_no_numbers_of_samples_are_refused(batch_size):
+    message = rf"batch_size must be an integer of at least 1, got {batch_size!r}\."
+    with pytest.raises(ValueError, match=message):
+        LowRankLinear(8, 8, rank=1).gpu_roads(batch_size)
+
+
+@pytest.mark.parametrize("capability", [9, 9.0, "9.0", "90", (9,), (9, 0, 0), (9.5, 0), (None, 0)])
+def test_capabilities_that_are_not_two_integers_are_refused(capability):
+    with pytest.raises(ValueError, match=r"capability must be two integers such as .*, got"):
+        LowRankLinear(8, 8, rank=1).gpu_roads(1, capability=capability)
+
+
+def test_predictions_hold_plain_numbers():
+    roads = LowRankLinear(8, 8, rank=1).gpu_roads(np.int64(3))
+    assert list(map(type, roads)) == [int, tuple, float, float, str]
 
 
 def test_operators_choose_roads_and_compile_nothing_while_a_graph_is_captured(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,6 +28,15 @@ class Target(NamedTuple):
     def name(self) -> str:
         """Name of the dtype."""
         return str(self.dtype).removeprefix("torch.")
+
+
+def is_capability(given: Any) -> bool:
+    """Whether `given` is a compute capability, as torch gives it."""
+    return (
+        isinstance(given, tuple)
+        and len(given) == 2
+        and all(isinstance(number, Integral) for number in given)
+    )
 
 
 Method = Literal["factors", "dense"]

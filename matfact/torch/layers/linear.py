@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -16,7 +17,15 @@ from matfact.operators import FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
-from matfact.torch.layers._gpu import DTYPES, GpuRoads, Method, Target, method_for, predicted
+from matfact.torch.layers._gpu import (
+    DTYPES,
+    GpuRoads,
+    Method,
+    Target,
+    is_capability,
+    method_for,
+    predicted,
+)
 from matfact.torch.layers._in_place import InPlace
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
@@ -171,16 +180,16 @@ class FactorizedLinear(nn.Module):
     ) -> GpuRoads:
         """Return how the layer is applied to a batch on a GPU in eval mode, with predicted times.
 
-        This runs nothing, and needs no GPU. The times are those of a fixed rule, whose constants
-        no GPU has verified yet.
+        This runs nothing, and needs no GPU. Kernels are among the roads if Triton is installed.
+        The times are those of a fixed rule, whose constants no GPU has verified yet.
 
         Parameters
         ----------
         batch_size : int
             Number of samples.
         capability : tuple of int, optional
-            Compute capability of the GPU, on which 2:4 products depend. By default that of the
-            layer's GPU, or (9, 0) if it is on another device.
+            Compute capability of the GPU, on which kernels and 2:4 products depend. By default
+            that of the layer's GPU, or (9, 0) if it is on another device.
         in_graph : bool, default=False
             Whether kernels are replayed from a CUDA graph, so that the host takes no time. While a
             graph is captured, no dense product can be cached and no kernel compiled: make the layer
@@ -192,17 +201,19 @@ class FactorizedLinear(nn.Module):
         >>> LowRankLinear(4096, 4096, rank=64).gpu_roads(1).method
         'factors'
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         held = self.chain[0].values
         if capability is None:
             on_gpu = held.is_cuda
             capability = torch.cuda.get_device_capability(held.device) if on_gpu else (9, 0)
+        if not is_capability(capability):
+            raise ValueError(f"capability must be two integers such as (9, 0), got {capability!r}.")
         if held.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
         target = Target(held.dtype, capability)
-        return predicted(self.chain, batch_size, target, self._method(), in_graph)
+        return predicted(self.chain, int(batch_size), target, self._method(), in_graph)
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)
