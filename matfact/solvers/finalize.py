@@ -209,7 +209,7 @@ def reselect(
     damping : float
         As for :func:`finalize`.
     is_near : bool
-        Whether `product` is the result for a similar damping. Values then need fewer refits.
+        Whether `product` is the result for a similar damping, so that its values need no refit first.
 
     Returns
     -------
@@ -222,7 +222,7 @@ def reselect(
     for _ in range(n_rounds if product.factors[0].nnz else 0):
         first, *others = best.factors
         found = FactorProduct([_reselected(first, _product(_dense(others)), W, moments), *others])
-        found = _refitted(found, W, moments, 1 if is_near else 2, REFIT_STEPS)
+        found = _refitted(found, W, moments, 2, REFIT_STEPS)
         error = _objective(found, W, moments)
         if error >= least:
             break
