@@ -61,8 +61,8 @@ class Calibration:
         stored values, biases and norms, on fixed supports, to give the outputs that the block has
         in the dense network. Held-out batches decide how long, and never get worse. Needs
         sequential calibration with feedback; memory also holds the outputs of one block for all
-        batches. The report says what it gained: much with many batches, little with few. The network
-        need not gain as much as its blocks: measure it, and see :func:`distill`.
+        batches. The report says what it gained: much with many batches, little with few. The
+        network need not gain as much as its blocks: measure it, and see :func:`distill`.
     reestimate_batchnorm : bool, default=False
         Whether to re-estimate batch-normalization statistics on the batches at the end. The batches
         must be a collection that can be iterated twice. Comparisons should count this as training;

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from matfact.torch.calibration.statistics import layer_views
 from matfact.torch.running._batches import attended, checked, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing
-from matfact.torch.training._values import relative_errors, rows
-from matfact.torch.training.finetune import Distance, output_tensor
+from matfact.torch.running._traces import Traces
+from matfact.torch.training._values import output_tensor, relative_errors, rows
+from matfact.torch.training.finetune import Distance
 
 
 @torch.no_grad()
@@ -56,8 +57,8 @@ def output_harm(
     Raises
     ------
     ValueError
-        If `noise` is not positive and finite, or outputs are not finite; the message names the
-        layer.
+        If `noise` is not positive and finite or is lost in rounding, or outputs are not finite; the
+        message names the layer.
 
     Examples
     --------
@@ -74,17 +75,17 @@ def output_harm(
     """
     if not 0 < noise < math.inf:
         raise ValueError(f"noise must be positive and finite, got {noise}.")
-    views = layer_views(model, layers)
+    views, traces = layer_views(model, layers), Traces(model)
     totals, count = dict.fromkeys(views, 0.0), 0
     with eval_mode(model):
         for batch, state in zip(checked(batches), batch_states(model), strict=False):
             count += 1
-            wanted = _output(model, batch, state)
+            wanted = _output(model, batch, state, traces)
             for name, view in views.items():
                 hook = _Noise(noise, state, has_bias=view.layer.bias is not None)
-                handle = view.layer.register_forward_hook(hook)
+                handle = _giver(model, name).register_forward_hook(hook)
                 try:
-                    found = _output(model, batch, state)
+                    found = _output(model, batch, state, traces)
                 finally:
                     handle.remove()
                 if hook.was_called:
@@ -94,12 +95,22 @@ def output_harm(
                         f"outputs must be finite, unlike those with noise in layer {name!r}, for "
                         f"batch {count - 1}."
                     )
-    return {name: total / count for name, total in totals.items()}
+    return {name: max(total / count, 0.0) for name, total in totals.items()}
 
 
-def _output(model: nn.Module, batch: Any, state: RandomState) -> Tensor:
+def _giver(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that gives the outputs of a layer: itself, or its attention."""
+    outer = model.get_submodule(name.rpartition(".")[0])
+    is_projection = isinstance(outer, nn.MultiheadAttention) and name.endswith("out_proj")
+    return outer if is_projection else model.get_submodule(name)
+
+
+def _output(model: nn.Module, batch: Any, state: RandomState, traces: Traces) -> Tensor:
     with drawing(state):
-        return output_tensor(forward(model, batch))
+        try:
+            return output_tensor(forward(model, batch))
+        finally:
+            traces.restore()
 
 
 def _distance(
@@ -119,11 +130,20 @@ class _Noise:
         self._generator = torch.Generator()
         self._generator.set_state(state.host)
 
-    def __call__(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # of attention, with its weights
+            return self(layer, args, output[0]), *output[1:]
         self.was_called = True
+        if self._size < (eps := torch.finfo(output.dtype).eps):
+            raise ValueError(
+                f"noise must be at least {eps:.0e} for a layer whose outputs are {output.dtype}, "
+                f"got {self._size}."
+            )
         axis = 1 if hasattr(layer, "kernel_size") else -1
         others = [i for i in range(output.ndim) if i != axis % output.ndim]
-        around = output.mean(others, keepdim=True) if self._has_bias and others else 0
-        scale = self._size * (output - around).abs().square().mean().sqrt()
+        # Squares of half precision would overflow.
+        exact = output.to(torch.promote_types(output.dtype, torch.float32))
+        around = exact.mean(others, keepdim=True) if self._has_bias and others else 0
+        scale = self._size * (exact - around).abs().square().mean().sqrt()
         noise = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
-        return output + scale * noise.to(output.device, scale.dtype)
+        return (exact + scale * noise.to(output.device, scale.dtype)).to(output.dtype)
