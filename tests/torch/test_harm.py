@@ -145,3 +145,36 @@ def test_noise_that_rounding_would_lose_is_refused():
 def test_a_distance_below_that_without_noise_counts_as_none():
     found = output_harm(Network(), batches(1), distance=lambda a, b: -(a - b).square().mean())
     assert set(found.values()) == {0.0}
+
+
+def test_noise_is_relative_to_outputs_without_padding():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(20, 16)
+            self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+            with torch.no_grad():
+                self.embedding.weight[0] = 100
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(torch.tanh(self.inner(self.embedding(input_ids))))
+
+    ids = torch.randint(1, 20, (8, 6), generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros_like(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {
+        "input_ids": torch.cat([ids, padding], 1),
+        "attention_mask": torch.cat([torch.ones_like(ids), padding], 1),
+    }
+    plain, found = (output_harm(Tokens(), [each]) for each in (batch, padded))
+    assert found == pytest.approx(plain, rel=0.3)
+
+
+def test_harm_in_an_encoder_that_drops_padding_itself():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    found = output_harm(model, [{"src": torch.randn(3, 5, 16), "src_key_padding_mask": mask}])
+    assert all(harm > 0 for harm in found.values())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matfact.torch.calibration.statistics import layer_views
+from matfact.torch.layers._matricized import Matricized
 from matfact.torch.running._batches import attended, checked, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing
+from matfact.torch.running._tensors import samplewise
 from matfact.torch.running._traces import Traces
 from matfact.torch.training._values import output_tensor, relative_errors, rows
 from matfact.torch.training.finetune import Distance
@@ -42,8 +45,8 @@ def output_harm(
         A regular expression to search in names of linear or convolutional layers, or their names.
         All such layers by default.
     noise : float, default=0.1
-        Size of the noise, relative to the layer's outputs in a batch, without their mean if the
-        layer has a bias.
+        Size of the noise, relative to the layer's outputs in a batch without padding, and without
+        their mean if the layer has a bias.
     distance : callable, optional
         Distance between outputs and those without noise, with a row for each token or sample
         without padding; for logits see :func:`soft_cross_entropy`. By default the squared error
@@ -82,7 +85,9 @@ def output_harm(
             count += 1
             wanted = _output(model, batch, state, traces)
             for name, view in views.items():
-                hook = _Noise(noise, state, has_bias=view.layer.bias is not None)
+                hook = _Noise(
+                    noise, state, view, functools.partial(attended, batch=batch, model=model)
+                )
                 handle = _giver(model, name).register_forward_hook(hook)
                 try:
                     found = _output(model, batch, state, traces)
@@ -125,8 +130,10 @@ def _distance(
 class _Noise:
     """Forward hook that adds noise to the outputs of a layer, the same in each run."""
 
-    def __init__(self, size: float, state: RandomState, *, has_bias: bool) -> None:
-        self._size, self._has_bias, self.was_called = size, has_bias, False
+    def __init__(
+        self, size: float, state: RandomState, view: Matricized, kept: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._size, self._view, self._kept, self.was_called = size, view, kept, False
         self._generator = torch.Generator()
         self._generator.set_state(state.host)
 
@@ -139,11 +146,20 @@ class _Noise:
                 f"noise must be at least {eps:.0e} for a layer whose outputs are {output.dtype}, "
                 f"got {self._size}."
             )
-        axis = 1 if hasattr(layer, "kernel_size") else -1
-        others = [i for i in range(output.ndim) if i != axis % output.ndim]
+        scale = self._size * self._deviation(output)
+        return samplewise(lambda sample: self._added(sample, scale), output)
+
+    def _deviation(self, output: Tensor) -> Tensor:
+        """Return the root mean square of outputs without padding and, with a bias, their mean."""
+        output = self._kept(output) if self._view.by_rows else output
         # Squares of half precision would overflow.
         exact = output.to(torch.promote_types(output.dtype, torch.float32))
-        around = exact.mean(others, keepdim=True) if self._has_bias and others else 0
-        scale = self._size * (exact - around).abs().square().mean().sqrt()
+        axis = 1 if hasattr(self._view.layer, "kernel_size") else -1
+        others = [i for i in range(exact.ndim) if i != axis % exact.ndim]
+        has_mean = self._view.layer.bias is not None and others
+        around = exact.mean(others, keepdim=True) if has_mean else 0
+        return (exact - around).abs().square().mean().sqrt()
+
+    def _added(self, output: Tensor, scale: Tensor) -> Tensor:
         noise = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
-        return (exact + scale * noise.to(output.device, scale.dtype)).to(output.dtype)
+        return (output + scale * noise.to(output.device, scale.dtype)).to(output.dtype)
