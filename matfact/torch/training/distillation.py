@@ -100,7 +100,8 @@ def distill(
     ------
     ValueError
         If a parameter is invalid, no parameter can be trained, stored values are not in single or
-        double precision, or there are fewer than two batches.
+        double precision, there are fewer than two batches, or the teacher has other blocks or
+        gives outputs of other shapes.
 
     Examples
     --------
