@@ -53,6 +53,8 @@ class Journal:
         self.finished: dict[str, Shard] = {}
         self.is_complete = False
         self._held = contextlib.ExitStack()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} must be a folder, but is a file.")
         folder.mkdir(parents=True, exist_ok=True)
         with self._held:  # released here if anything fails
             try:

@@ -94,3 +94,97 @@ def test_bad_arguments_are_refused():
         output_harm(Network(), batches(), noise=0.0)
     with pytest.raises(ValueError, match="noise in layer 'much', for batch 0"):
         output_harm(Network(), [torch.full((2, 16), torch.inf)])
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1e-4, 1e3])
+def test_harm_in_half_precision_is_about_that_in_single(dtype, factor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    given = batches(2)
+    single = output_harm(model, given)
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter.mul_(factor)
+    found = output_harm(model.to(dtype), [batch.to(dtype) for batch in given])
+    assert found["2"] == pytest.approx(single["2"], rel=0.8)
+
+
+def test_harm_of_complex_networks_is_positive():
+    model = nn.Sequential(*(nn.Linear(16, 16, dtype=torch.complex64) for _ in range(2)))
+    found = output_harm(model, [torch.randn(32, 16, dtype=torch.complex64)])
+    assert all(0.5 < harm < 2 for harm in found.values())
+
+
+def test_harm_of_the_projection_of_attention_is_measured():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    found = output_harm(Attending(), list(torch.randn(2, 3, 5, 16)))
+    assert 0.5 < found["attention.out_proj"] < 2
+
+
+def test_passes_leave_nothing_behind_and_do_not_see_each_other():
+    class Remembering(Network):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("sum", torch.zeros(()))
+            self.last = None
+
+        def forward(self, x):
+            self.sum += 1
+            self.last = x
+            return self.sum * super().forward(x)
+
+    model = Remembering()
+    assert output_harm(model, batches()) == pytest.approx(output_harm(Network(), batches()))
+    assert model.sum == 0
+    assert model.last is None
+
+
+def test_noise_that_rounding_would_lose_is_refused():
+    with pytest.raises(ValueError, match=r"noise must be at least 1e-07 .* got 1e-12"):
+        output_harm(Network(), batches(), noise=1e-12)
+
+
+def test_a_distance_below_that_without_noise_counts_as_none():
+    found = output_harm(Network(), batches(1), distance=lambda a, b: -(a - b).square().mean())
+    assert set(found.values()) == {0.0}
+
+
+def test_noise_is_relative_to_outputs_without_padding():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(20, 16)
+            self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+            with torch.no_grad():
+                self.embedding.weight[0] = 100
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(torch.tanh(self.inner(self.embedding(input_ids))))
+
+    ids = torch.randint(1, 20, (8, 6), generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros_like(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {
+        "input_ids": torch.cat([ids, padding], 1),
+        "attention_mask": torch.cat([torch.ones_like(ids), padding], 1),
+    }
+    plain, found = (output_harm(Tokens(), [each]) for each in (batch, padded))
+    assert found == pytest.approx(plain, rel=0.3)
+
+
+def test_harm_in_an_encoder_that_drops_padding_itself():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    found = output_harm(model, [{"src": torch.randn(3, 5, 16), "src_key_padding_mask": mask}])
+    assert all(harm > 0 for harm in found.values())

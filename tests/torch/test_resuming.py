@@ -384,3 +384,11 @@ def test_a_single_batch_is_refused_also_with_a_budget():
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_a_file_is_refused_as_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("content")
+    with pytest.raises(ValueError, match="file must be a folder, but is a file"):
+        compress(torch.nn.Linear(8, 8), "magnitude", density=0.5, resume_folder=path)
+    assert path.read_text() == "content"

@@ -119,6 +119,14 @@ def _n_taken(model: nn.Module) -> int | None:
     return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network itself, without wrappers for several devices or compiled code."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    wrapped = getattr(model, "_orig_mod", None)
+    return unwrapped(wrapped) if isinstance(wrapped, nn.Module) else model
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter of `model`, where it is used."""
     for module in model.modules():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matfact.torch.calibration.statistics import layer_views
-from matfact.torch.running._batches import attended, eval_mode, forward
+from matfact.torch.layers._matricized import Matricized
+from matfact.torch.running._batches import attended, checked, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing
-from matfact.torch.training._values import check_outputs, filled, relative_errors, rows
-from matfact.torch.training.finetune import Distance, output_tensor
+from matfact.torch.running._tensors import samplewise
+from matfact.torch.running._traces import Traces
+from matfact.torch.training._values import output_tensor, relative_errors, rows
+from matfact.torch.training.finetune import Distance
 
 
 @torch.no_grad()
@@ -41,8 +45,8 @@ def output_harm(
         A regular expression to search in names of linear or convolutional layers, or their names.
         All such layers by default.
     noise : float, default=0.1
-        Size of the noise, relative to the layer's outputs in a batch, without their mean if the
-        layer has a bias.
+        Size of the noise, relative to the layer's outputs in a batch without padding, and without
+        their mean if the layer has a bias.
     distance : callable, optional
         Distance between outputs and those without noise, with a row for each token or sample
         without padding; for logits see :func:`soft_cross_entropy`. By default the squared error
@@ -57,8 +61,8 @@ def output_harm(
     Raises
     ------
     ValueError
-        If `noise` is not positive and finite, or outputs are not finite; the message names the
-        layer.
+        If `noise` is not positive and finite or is lost in rounding, or outputs are not finite; the
+        message names the layer.
 
     Examples
     --------
@@ -75,32 +79,44 @@ def output_harm(
     """
     if not 0 < noise < math.inf:
         raise ValueError(f"noise must be positive and finite, got {noise}.")
-    views = layer_views(model, layers)
-    found: dict[str, list[float]] = {name: [] for name in views}
+    views, traces = layer_views(model, layers), Traces(model)
+    totals, count = dict.fromkeys(views, 0.0), 0
     with eval_mode(model):
-        for (number, batch), state in zip(filled(batches), batch_states(model), strict=False):
-            wanted = _output(model, batch, state)
-            check_outputs(wanted, number)
+        for batch, state in zip(checked(batches), batch_states(model), strict=False):
+            count += 1
+            wanted = _output(model, batch, state, traces)
             for name, view in views.items():
-                hook = _Noise(noise, state, has_bias=view.layer.bias is not None)
-                handle = view.layer.register_forward_hook(hook)
+                hook = _Noise(
+                    noise, state, view, functools.partial(attended, batch=batch, model=model)
+                )
+                handle = _giver(model, name).register_forward_hook(hook)
                 try:
-                    noisy = _output(model, batch, state)
+                    found = _output(model, batch, state, traces)
                 finally:
                     handle.remove()
                 if hook.was_called:
-                    found[name].append(_distance(noisy, wanted, batch, model, distance) / noise**2)
-                    if not math.isfinite(found[name][-1]):
-                        raise ValueError(
-                            f"outputs must be finite, unlike those with noise in layer {name!r}, "
-                            f"for batch {number}."
-                        )
-    return {name: math.fsum(each) / len(each) for name, each in found.items() if each}
+                    totals[name] += _distance(found, wanted, batch, model, distance) / noise**2
+                if not math.isfinite(totals[name]):
+                    raise ValueError(
+                        f"outputs must be finite, unlike those with noise in layer {name!r}, for "
+                        f"batch {count - 1}."
+                    )
+    return {name: max(total / count, 0.0) for name, total in totals.items()}
 
 
-def _output(model: nn.Module, batch: Any, state: RandomState) -> Tensor:
+def _giver(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that gives the outputs of a layer: itself, or its attention."""
+    outer = model.get_submodule(name.rpartition(".")[0])
+    is_projection = isinstance(outer, nn.MultiheadAttention) and name.endswith("out_proj")
+    return outer if is_projection else model.get_submodule(name)
+
+
+def _output(model: nn.Module, batch: Any, state: RandomState, traces: Traces) -> Tensor:
     with drawing(state):
-        return output_tensor(forward(model, batch))
+        try:
+            return output_tensor(forward(model, batch))
+        finally:
+            traces.restore()
 
 
 def _distance(
@@ -115,16 +131,36 @@ def _distance(
 class _Noise:
     """Forward hook that adds noise to the outputs of a layer, the same in each run."""
 
-    def __init__(self, size: float, state: RandomState, *, has_bias: bool) -> None:
-        self._size, self._has_bias, self.was_called = size, has_bias, False
+    def __init__(
+        self, size: float, state: RandomState, view: Matricized, kept: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._size, self._view, self._kept, self.was_called = size, view, kept, False
         self._generator = torch.Generator()
         self._generator.set_state(state.host)
 
-    def __call__(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # of attention, with its weights
+            return self(layer, args, output[0]), *output[1:]
         self.was_called = True
-        axis = 1 if hasattr(layer, "kernel_size") else -1
-        others = [i for i in range(output.ndim) if i != axis % output.ndim]
-        around = output.mean(others, keepdim=True) if self._has_bias and others else 0
-        scale = self._size * (output - around).abs().square().mean().sqrt()
+        if self._size < (eps := torch.finfo(output.dtype).eps):
+            raise ValueError(
+                f"noise must be at least {eps:.0e} for a layer whose outputs are {output.dtype}, "
+                f"got {self._size}."
+            )
+        scale = self._size * self._deviation(output)
+        return samplewise(lambda sample: self._added(sample, scale), output)
+
+    def _deviation(self, output: Tensor) -> Tensor:
+        """Return the root mean square of outputs without padding and, with a bias, their mean."""
+        output = self._kept(output) if self._view.by_rows else output
+        # Squares of half precision would overflow.
+        exact = output.to(torch.promote_types(output.dtype, torch.float32))
+        axis = 1 if hasattr(self._view.layer, "kernel_size") else -1
+        others = [i for i in range(exact.ndim) if i != axis % exact.ndim]
+        has_mean = self._view.layer.bias is not None and others
+        around = exact.mean(others, keepdim=True) if has_mean else 0
+        return (exact - around).abs().square().mean().sqrt()
+
+    def _added(self, output: Tensor, scale: Tensor) -> Tensor:
         noise = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
-        return output + scale * noise.to(output.device, scale.dtype)
+        return (output + scale * noise.to(output.device, scale.dtype)).to(output.dtype)

@@ -64,7 +64,7 @@ def train(
     """
     result = FineTuning()
     bar.expect([("", epochs)], epochs)
-    with bar, torch.enable_grad(), eval_mode(model):  # which restores the mode of each module
+    with bar, eval_mode(model), torch.enable_grad():  # restores the mode of each module
         best = None if validate is None else _Best(model, validate, result)
         try:
             for epoch in range(1, epochs + 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,54 +62,59 @@ def adam(
 def relative_errors(output: Tensor, target: Tensor, batch: Any, model: nn.Module) -> Tensor:
     """Return the squared error of each output, a token or a sample, relative to its square.
 
-    Padding does not count.
+    Padding does not count. Squares of half precision would overflow, so single is the least.
     """
-    found, wanted = (rows(attended(each, batch, model)) for each in (output, target))
-    energy = _energies(wanted)
-    return _energies(found - wanted) / (energy + FLOOR * energy.mean() + 1e-30)
-
-
-def _energies(outputs: Tensor) -> Tensor:
-    """Return the squared norm of each row, in single precision or better."""
-    numbers = torch.view_as_real(outputs).flatten(1) if outputs.is_complex() else outputs
-    return (numbers.float() if numbers.itemsize < 4 else numbers).square().sum(1)
+    found, wanted = (_real(rows(attended(each, batch, model))) for each in (output, target))
+    energy = wanted.square().sum(1)
+    return (found - wanted).square().sum(1) / (energy + FLOOR * energy.mean() + 1e-30)
 
 
 def rows(output: Tensor) -> Tensor:
     """Return outputs as rows: tokens, or else samples."""
-    if output.ndim <= 1:
-        return output.reshape(-1, 1)
+    if output.ndim == 1:  # a number for each sample
+        return output[:, None]
     return output.flatten(0, -2) if output.ndim <= 3 else output.flatten(1)
 
 
-def check_outputs(output: Tensor, number: int) -> None:
-    """Raise ``ValueError`` if the output for a batch is none that errors can be measured of."""
-    if output.ndim == 0 or not (output.is_floating_point() or output.is_complex()):
-        raise ValueError(
-            f"model must give outputs with an entry for each sample, in floating point, got a "
-            f"{output.dtype} of shape {tuple(output.shape)} for batch {number}."
-        )
-
-
-def filled(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Yield the batches that hold samples, with their numbers; raise if there are none."""
-    for number, batch in enumerate(checked(batches)):
-        if any(tensor.numel() for tensor in tensors_in(batch)):
-            yield number, batch
+def _real(x: Tensor) -> Tensor:
+    """Return `x` in at least single precision, with the parts of complex numbers as two."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
 
 
 def first_tensor(output: Any) -> Tensor:
     """Return the first floating-point tensor of a module's output."""
-    found = next(_tensors(output), None)
+    found = next(_tensors(output, least=2), None)
     if found is None:
         raise TypeError(f"no tensor in a {type(output).__name__}")
     return found
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def output_tensor(output: Any) -> Tensor:
+    """Return the tensor in a network's output: logits, hidden states, or the first with samples.
+
+    A loss, which networks return first if they get labels, is not one.
+    """
+    for name in ("logits", "last_hidden_state"):
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(named, Tensor):
+            return named
+    found = next(_tensors(output, least=1), None)
+    if found is None:
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            "model must return a tensor of real or complex numbers with an axis of samples, but "
+            f"its output, a {kind}, holds none."
+        )
+    return found
+
+
+def _tensors(value: Any, least: int) -> Iterator[Tensor]:
+    """Yield the tensors in `value` of real or complex numbers with at least so many axes."""
     if isinstance(value, Tensor):
-        yield from [value] if value.is_floating_point() and value.ndim > 1 else []
+        is_number = value.is_floating_point() or value.is_complex()
+        yield from [value] if is_number and value.ndim >= least else []
     elif hasattr(value, "values") and callable(value.values):
-        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, tuple | list):
-        yield from itertools.chain.from_iterable(map(_tensors, value))
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        yield from itertools.chain.from_iterable(_tensors(each, least) for each in value)

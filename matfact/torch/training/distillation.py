@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,21 +15,29 @@ from torch import Tensor, nn
 from matfact._progress import Bar
 from matfact.report import CompressionReport
 from matfact.torch.layers._factors import FactorModule
-from matfact.torch.running._batches import attended, device_of, eval_mode, forward, moved
+from matfact.torch.running._batches import (
+    attended,
+    checked,
+    device_of,
+    eval_mode,
+    forward,
+    moved,
+    unwrapped,
+)
 from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._random import RandomState, drawing, generators_of
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
+from matfact.torch.running._traces import Traces
 from matfact.torch.training._loop import FineTuning, train
 from matfact.torch.training._values import (
     adam,
-    check_outputs,
-    filled,
     first_tensor,
+    output_tensor,
     relative_errors,
     rows,
     stored_values,
 )
-from matfact.torch.training.finetune import Distance, output_tensor
+from matfact.torch.training.finetune import Distance
 
 #: Parts of a training; the network is measured after each.
 PARTS = 8
@@ -91,7 +100,8 @@ def distill(
     ------
     ValueError
         If a parameter is invalid, no parameter can be trained, stored values are not in single or
-        double precision, or there are fewer than two batches.
+        double precision, there are fewer than two batches, or the teacher has other blocks or
+        gives outputs of other shapes.
 
     Examples
     --------
@@ -148,8 +158,8 @@ def _check(
     check_trainable(model)
     for network in (model, teacher):
         refuse_offloaded(network)
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}.")
+    if not isinstance(epochs, Integral) or epochs < 1:
+        raise ValueError(f"epochs must be an integer, at least 1, got {epochs!r}.")
     if not 0 < rate < 1:
         raise ValueError(f"learning_rate must lie between 0 and 1, got {rate}.")
     if not 0 <= hidden < math.inf:
@@ -211,9 +221,16 @@ class _Pair(contextlib.ExitStack):
         self._found: list[Tensor] = []
         self._wanted: list[Tensor] = []
         self._generators = generators_of(model, teacher)
+        known = dict(unwrapped(teacher).named_modules(remove_duplicate=False))
+        blocks = dict(_blocks(unwrapped(model))) if hidden else {}
+        if blocks and not blocks.keys() & known.keys():
+            raise ValueError(
+                "teacher must have blocks of the same names as model, such as "
+                f"{next(iter(blocks))!r}, but has none: use hidden=0 to compare only outputs."
+            )
         self.callback(model.register_forward_pre_hook(self._begin).remove)
-        known = dict(teacher.named_modules(remove_duplicate=False))
-        for name, block in _blocks(model) if hidden else ():
+        self.callback(Traces(teacher).restore)
+        for name, block in blocks.items():
             if name in known:
                 self._watch(block, self._found)
                 self._watch(known[name], self._wanted)
@@ -245,23 +262,25 @@ class _Pair(contextlib.ExitStack):
         found = []
         for number, batch in batches:
             batch = moved(batch, device_of(self._model))
-            output = output_tensor(forward(self._model, batch))
-            found.append(self._of(output, batch, number).double().flatten())
+            output, target = output_tensor(forward(self._model, batch)), self._target(batch)
+            if bool(attended(target, batch, self._model).isnan().any()):
+                raise ValueError("teacher must give numbers, but gives NaN for a held-out batch.")
+            found.append(self._of(output, target, batch).double().flatten())
         mean = float(torch.cat(found).mean())
         return math.sqrt(mean) if self._distance is None else mean
 
-    def _of(self, output: Tensor, batch: Any, number: int) -> Tensor:
-        """Return the distance from the teacher's output, which draws the same random numbers."""
-        with drawing(self._state), torch.no_grad():
-            target = output_tensor(forward(self._teacher, batch))
-        check_outputs(output, number)
+    @torch.no_grad()
+    def _target(self, batch: Any) -> Tensor:
+        """Return the teacher's output; it draws the same random numbers as the network."""
+        with drawing(self._state):
+            return output_tensor(forward(self._teacher, batch))
+
+    def _of(self, output: Tensor, target: Tensor, batch: Any) -> Tensor:
         if output.shape != target.shape:
             raise ValueError(
-                f"teacher must give outputs of shape {tuple(output.shape)} as model does, got "
-                f"{tuple(target.shape)} for batch {number}."
+                "teacher must give outputs of the same shape as model, "
+                f"{tuple(output.shape)}, got {tuple(target.shape)}."
             )
-        if not bool(torch.isfinite(target).all()):
-            raise ValueError(f"teacher must give finite outputs, but does not for batch {number}.")
         if self._distance is None:
             return relative_errors(output, target, batch, self._model)
         each = (rows(attended(x, batch, self._model)) for x in (output, target))
@@ -277,7 +296,10 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if any(name.startswith(f"{outer}.") for outer in chosen) or isinstance(module, lists):
             continue
         is_entry = bool(name) and isinstance(modules[name.rpartition(".")[0]], lists)
-        if is_entry and any(isinstance(each, FactorModule) for each in module.modules()):
+        holds = not isinstance(module, FactorModule) and any(
+            isinstance(each, FactorModule) for each in module.modules()
+        )
+        if is_entry and holds:
             chosen.append(name)
             yield name, module
 

@@ -18,6 +18,7 @@ from matfact.torch.running._batches import eval_mode, forward
 from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._tensors import check_trainable, outside_inference_mode
 from matfact.torch.training._loop import FineTuning, train
+from matfact.torch.training._values import output_tensor
 
 #: Distance between an output and the teacher's output, both tensors.
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -151,16 +152,6 @@ def soft_cross_entropy(temperature: float = 2.0) -> Distance:
         return temperature**2 * divergence.sum(-1).mean()
 
     return distance
-
-
-def output_tensor(output: Any) -> Tensor:
-    """Return the tensor in a network's output: logits, hidden states, or the first entry."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(getattr(output, name, None), Tensor):
-            return getattr(output, name)
-    return output_tensor(next(iter(output.values())) if hasattr(output, "values") else output[0])
 
 
 @outside_inference_mode
