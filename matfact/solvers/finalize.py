@@ -209,7 +209,8 @@ def reselect(
     damping : float
         As for :func:`finalize`.
     is_near : bool
-        Whether `product` is the result for a similar damping, so that its values need no refit first.
+        Whether `product` is the result for a similar damping, so that its values need no refit
+        first.
 
     Returns
     -------

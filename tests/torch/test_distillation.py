@@ -255,3 +255,11 @@ def test_what_the_teacher_counts_is_restored():
     distill(model, dense, batches(4))
     assert dense.calls == 0
     assert dense.last is None
+
+
+def test_empty_batches_do_not_count():
+    dense = Network()
+    first, second = (small(dense)[0] for _ in range(2))
+    distill(first, dense, batches(10))
+    distill(second, dense, [torch.empty(0, 8, 16), *batches(10)])
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))

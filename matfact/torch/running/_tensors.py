@@ -42,6 +42,11 @@ def samplewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     )
 
 
+def is_filled(batch: Any) -> bool:
+    """Whether a batch holds samples."""
+    return any(tensor.numel() for tensor in tensors_in(batch))
+
+
 def first_filled(batches: Iterable[Any]) -> Any:
     """Return the first non-empty batch; `batches` must be iterable more than once."""
     if isinstance(batches, Iterator):
@@ -50,7 +55,7 @@ def first_filled(batches: Iterable[Any]) -> Any:
             f"{type(batches).__name__}."
         )
     for batch in batches:
-        if any(tensor.numel() for tensor in tensors_in(batch)):
+        if is_filled(batch):
             return batch
     raise ValueError("batches must hold at least one batch with samples, got none.")
 

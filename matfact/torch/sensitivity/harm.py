@@ -14,7 +14,7 @@ from matfact.torch.calibration.statistics import layer_views
 from matfact.torch.layers._matricized import Matricized
 from matfact.torch.running._batches import attended, checked, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing
-from matfact.torch.running._tensors import samplewise
+from matfact.torch.running._tensors import is_filled, samplewise
 from matfact.torch.running._traces import Traces
 from matfact.torch.training._values import output_tensor, relative_errors, rows
 from matfact.torch.training.finetune import Distance
@@ -56,7 +56,7 @@ def output_harm(
     -------
     dict of str to float
         Distance ÷ `noise`² of each layer, the mean over batches. Layers that no batch reaches are
-        left out, such as those that attention reads without calling them.
+        left out, since a weight of 0 would let a budget take all of their values.
 
     Raises
     ------
@@ -80,9 +80,11 @@ def output_harm(
     if not 0 < noise < math.inf:
         raise ValueError(f"noise must be positive and finite, got {noise}.")
     views, traces = layer_views(model, layers), Traces(model)
-    totals, count = dict.fromkeys(views, 0.0), 0
+    totals, reached, count = dict.fromkeys(views, 0.0), set[str](), 0
     with eval_mode(model):
         for batch, state in zip(checked(batches), batch_states(model), strict=False):
+            if not is_filled(batch):
+                continue
             count += 1
             wanted = _output(model, batch, state, traces)
             for name, view in views.items():
@@ -95,13 +97,14 @@ def output_harm(
                 finally:
                     handle.remove()
                 if hook.was_called:
+                    reached.add(name)
                     totals[name] += _distance(found, wanted, batch, model, distance) / noise**2
                 if not math.isfinite(totals[name]):
                     raise ValueError(
                         f"outputs must be finite, unlike those with noise in layer {name!r}, for "
                         f"batch {count - 1}."
                     )
-    return {name: max(total / count, 0.0) for name, total in totals.items()}
+    return {name: max(total / count, 0.0) for name, total in totals.items() if name in reached}
 
 
 def _giver(model: nn.Module, name: str) -> nn.Module:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from matfact.torch.layers._factors import FactorModule
-from matfact.torch.running._batches import attended, checked
-from matfact.torch.running._tensors import tensors_in
+from matfact.torch.running._batches import attended
 
 #: The least root mean square of a parameter that learning rates are relative to.
 SMALLEST = 1e-2

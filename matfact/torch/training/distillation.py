@@ -26,7 +26,7 @@ from matfact.torch.running._batches import (
 )
 from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._random import RandomState, drawing, generators_of
-from matfact.torch.running._tensors import check_trainable, outside_inference_mode
+from matfact.torch.running._tensors import check_trainable, is_filled, outside_inference_mode
 from matfact.torch.running._traces import Traces
 from matfact.torch.training._loop import FineTuning, train
 from matfact.torch.training._values import (
@@ -117,17 +117,18 @@ def distill(
     True
     """
     bar = Bar(progress)
-    drawn = list(filled(batches))
+    drawn = [batch for batch in checked(batches) if is_filled(batch)]
     parameters = _trained(model)
     _check(model, teacher, drawn, parameters, epochs=epochs, rate=learning_rate, hidden=hidden)
     step = max(EVERY, math.ceil(len(drawn) / MOST_ASIDE))
-    aside, fitted = drawn[1::step], [each for i, each in enumerate(drawn) if i % step != 1]
+    aside = drawn[1::step]
+    fitted = [batch for i, batch in enumerate(drawn) if i % step != 1]
     n_steps = epochs * len(fitted)
     parts = _Parts(fitted, n_steps)
     optimizer, schedule = adam(parameters, learning_rate, n_steps)
     with (
         eval_mode(teacher),
-        _Pair(model, teacher, parts, distance, hidden) as pair,
+        _Pair(model, teacher, distance, hidden) as pair,
         _only(model, parameters),
     ):
         record = train(
@@ -184,21 +185,13 @@ def _check(
 
 
 class _Parts:
-    """Batches over and over; each iteration goes on where the last one stopped.
+    """Batches over and over; each iteration goes on where the last one stopped."""
 
-    Attributes
-    ----------
-    number : int
-        That of the batch now in use, in the caller's order.
-    """
-
-    def __init__(self, batches: Sequence[tuple[int, Any]], n_steps: int) -> None:
+    def __init__(self, batches: Sequence[Any], n_steps: int) -> None:
         self._batches, self.size = itertools.cycle(batches), math.ceil(n_steps / PARTS)
-        self.number = 0
 
     def __iter__(self) -> Iterator[Any]:
-        for self.number, batch in itertools.islice(self._batches, self.size):  # noqa: B020
-            yield batch
+        return itertools.islice(self._batches, self.size)
 
 
 class _Pair(contextlib.ExitStack):
@@ -208,16 +201,10 @@ class _Pair(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        teacher: nn.Module,
-        parts: _Parts,
-        distance: Distance | None,
-        hidden: float,
+        self, model: nn.Module, teacher: nn.Module, distance: Distance | None, hidden: float
     ) -> None:
         super().__init__()
-        self._model, self._teacher, self._parts = model, teacher, parts
-        self._distance, self._weight = distance, hidden
+        self._model, self._teacher, self._distance, self._weight = model, teacher, distance, hidden
         self._found: list[Tensor] = []
         self._wanted: list[Tensor] = []
         self._generators = generators_of(model, teacher)
@@ -248,7 +235,8 @@ class _Pair(contextlib.ExitStack):
         self._state = RandomState.now(device_of(self._model), self._generators)
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
-        loss = self._of(output_tensor(output), batch, self._parts.number).mean()
+        target = self._target(batch)
+        loss = self._of(output_tensor(output), target, batch).mean()
         pairs = [(a, b) for a, b in zip(self._found, self._wanted, strict=False)
                  if a.shape == b.shape]  # fmt: skip
         if not pairs:
@@ -257,10 +245,10 @@ class _Pair(contextlib.ExitStack):
         return loss + self._weight * torch.stack(errors).mean()
 
     @torch.no_grad()
-    def error(self, batches: Iterable[tuple[int, Any]]) -> float:
+    def error(self, batches: Iterable[Any]) -> float:
         """Return the distance of the outputs, or by default their relative error."""
         found = []
-        for number, batch in batches:
+        for batch in batches:
             batch = moved(batch, device_of(self._model))
             output, target = output_tensor(forward(self._model, batch)), self._target(batch)
             if bool(attended(target, batch, self._model).isnan().any()):
