@@ -25,6 +25,19 @@ def _decode(stored, scales, groups, row, before, length, unit, inside):
 
 
 @triton.jit
+def _write(
+    total, out, scales, groups, r, s, is_row, n, rows, unit, HAS_ROW_SCALES: tl.constexpr
+):  # fmt: skip
+    """Write the products of rows `r` with samples `s`, times the scales of rows that have one."""
+    if HAS_ROW_SCALES:
+        total = _scale_rows(total, scales, groups, r, is_row, unit)
+    tl.store(
+        out + s[None, :] * rows + r[:, None],
+        total.to(out.dtype.element_ty), mask=is_row[:, None] & (s < n)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
 def _scale_rows(total, scales, groups, r, is_row, unit):
     """Multiply by the scale of each row, where all values of a row share one."""
     group = tl.load(groups + r, mask=is_row, other=0)
@@ -126,11 +139,8 @@ def by_tiles(
             total += tile.to(tl.float32)[:, :, None] * samples.to(tl.float32)[None, :, :]
     if not USES_DOT:
         total = tl.sum(total, 1)
-    if IS_CODED and not IS_GROUPED:
-        total = _scale_rows(total, scales, groups, r, is_row, unit)
-    tl.store(
-        out + s[None, :] * rows + r[:, None],
-        total.to(out.dtype.element_ty), mask=is_row[:, None] & (s < n)[None, :],
+    _write(
+        total, out, scales, groups, r, s, is_row, n, rows, unit, IS_CODED and not IS_GROUPED
     )  # fmt: skip
 
 
@@ -169,10 +179,16 @@ def by_rows(
             mask=inside[:, :, None] & (s < n)[None, None, :], other=0,
         )  # fmt: skip
         total += value.to(tl.float32)[:, :, None] * samples.to(tl.float32)
-    product = tl.sum(total, 1)
-    if IS_CODED and not IS_GROUPED:
-        product = _scale_rows(product, scales, groups, r, is_row, unit)
-    tl.store(
-        out + s[None, :] * rows + r[:, None],
-        product.to(out.dtype.element_ty), mask=is_row[:, None] & (s < n)[None, :],
-    )  # fmt: skip
+    _write(
+        tl.sum(total, 1),
+        out,
+        scales,
+        groups,
+        r,
+        s,
+        is_row,
+        n,
+        rows,
+        unit,
+        IS_CODED and not IS_GROUPED,
+    )
