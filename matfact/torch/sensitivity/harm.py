@@ -80,7 +80,7 @@ def output_harm(
     if not 0 < noise < math.inf:
         raise ValueError(f"noise must be positive and finite, got {noise}.")
     views, traces = layer_views(model, layers), Traces(model)
-    totals, reached, count = dict.fromkeys(views, 0.0), set[str](), 0
+    totals, count = dict[str, float](), 0
     with eval_mode(model):
         for batch, state in zip(checked(batches), batch_states(model), strict=False):
             if not is_filled(batch):
@@ -96,15 +96,16 @@ def output_harm(
                     found = _output(model, batch, state, traces)
                 finally:
                     handle.remove()
-                if hook.was_called:
-                    reached.add(name)
-                    totals[name] += _distance(found, wanted, batch, model, distance) / noise**2
+                if not hook.was_called:
+                    continue
+                harm = _distance(found, wanted, batch, model, distance) / noise**2
+                totals[name] = totals.get(name, 0.0) + harm
                 if not math.isfinite(totals[name]):
                     raise ValueError(
                         f"outputs must be finite, unlike those with noise in layer {name!r}, for "
                         f"batch {count - 1}."
                     )
-    return {name: max(total / count, 0.0) for name, total in totals.items() if name in reached}
+    return {name: max(totals[name] / count, 0.0) for name in views if name in totals}
 
 
 def _giver(model: nn.Module, name: str) -> nn.Module:

@@ -171,13 +171,12 @@ def _check(
         )
     if not parameters:
         raise ValueError("model must store values, biases or norms with requires_grad=True.")
-    if shared := {id(p) for p in teacher.parameters()} & {id(p) for p in parameters}:
+    trained = {id(p) for p in parameters}
+    if shared := {id(p) for p in teacher.parameters()} & trained:
         name = next(name for name, p in model.named_parameters() if id(p) in shared)
         raise ValueError(f"teacher must have its own parameters, but shares {name!r} with model.")
     for name, parameter in model.named_parameters():
-        if parameter.dtype not in (torch.float32, torch.float64) and any(
-            parameter is each for each in parameters
-        ):
+        if id(parameter) in trained and parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"model must be in single or double precision to be trained, but {name!r} is "
                 f"{parameter.dtype}: use model.float()."
