@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
+from numba import types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.ccallback import CFunc
+from numba.np.numpy_support import from_dtype
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
@@ -28,6 +32,25 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
         return kernel
 
     return decorate
+
+
+def callback(function: Callable, dtype: Any) -> CFunc:
+    """Return a compiled function of C that does parts of some work.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(first, last, data)``: the parts, and a pointer typed by `dtype` to what they
+        need.
+    dtype : data-type
+        Selects the code.
+    """
+    pointer = types.CPointer(from_dtype(np.dtype(dtype)))
+    made: Any = CFunc(function, ((types.int64, types.int64, pointer), types.void), {}, {})
+    with contextlib.suppress(RuntimeError, OSError):  # no folder for it
+        made._cache = _Cache(function)
+    made.compile()
+    return made
 
 
 def _absolute(locator: Any) -> Any:

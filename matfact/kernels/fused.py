@@ -8,6 +8,7 @@ waits for a thread that never comes.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -228,7 +229,7 @@ def _read(job, values, indices, X):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _apply_panels(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
+def apply_to_panels(do, job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply all steps to panels, as a caller of a job or, with some patience, as a helper of any.
 
     With 0 pieces, each thread takes whole panels through all phases, so that activations stay in
@@ -304,7 +305,7 @@ def apply_to_vector(do, job, values, indices, X, out, scratch, state, call, kern
 @compiled()
 def apply_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply steps of numbers to panels."""
-    _apply_panels(
+    apply_to_panels(
         _panel_step, job, values, indices, X, out, scratch, state, call, kernel, patience
     )  # fmt: skip
 
@@ -320,7 +321,7 @@ def apply_vector(job, values, indices, X, out, scratch, state, call, kernel, pat
 @compiled()
 def apply_codes_to_panels(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
     """Apply steps of bytes to panels."""
-    _apply_panels(
+    apply_to_panels(
         coded.panel_step, job, values, indices, X, out, scratch, state, call, kernel, patience
     )  # fmt: skip
 
@@ -358,6 +359,10 @@ def run(
         Number of threads, including this one.
     """
     global _calls
+    if n_threads > 1 and threads.place.pool is not None:
+        call = functools.partial(kernel, job, *arrays, _state, 0, 0, 0)
+        threads.place.pool([call] * n_threads)
+        return
     if n_threads == 1 or not _turn.acquire(blocking=False):
         kernel(job, *arrays, _state, 0, 0, 0)
         return

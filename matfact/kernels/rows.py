@@ -1,22 +1,33 @@
-"""Products of matrices in compressed sparse rows, as they are stored, with a single column.
+"""Products of a matrix in compressed sparse rows, as it is stored, with samples.
 
 Rows of some length are multiplied nearly as fast as the slices of ``csr``, and need no rearranged
-copy, which takes memory and has to be kept up to date.
+copy, which takes memory and has to be kept up to date. Kernels are functions of C, which any pool
+of threads can call for parts of the work.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numba
+import numpy as np
+from numba import types
+from numba.extending import overload
 
 from matfact.kernels import fused
-from matfact.kernels.compilation import compiled
+from matfact.kernels.atomics import pointer
+from matfact.kernels.compilation import callback
 from matfact.kernels.gathers import gather
 from matfact.kernels.vectors import (
     add,
     first_lanes,
     fma,
+    load,
     load_values,
     prefetch,
+    spread,
+    store,
     total,
     value,
     width,
@@ -24,17 +35,36 @@ from matfact.kernels.vectors import (
 )  # fmt: skip
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "c4035ff481121fb3"
+SOURCES = "733815f6c324fc7b"
 
 _DOT = 64  #: bytes of the vectors of a dot product
 _AHEAD = 512  #: entries to prefetch ahead, as in ``csr``
 
 
-@compiled()
-def rows_vector(zero, values, columns, indptr, stored, first, last, source, target):  # type: ignore[no-untyped-def]
-    """Compute rows `first` to `last` of a matrix with `stored` values."""
+def _operand(values: Any) -> Any:
+    """Return an array of the dtype in which values are computed, for compiled code."""
+    raise NotImplementedError
+
+
+@overload(_operand)
+def _typed_operand(values):  # type: ignore[no-untyped-def]
+    dtype = types.float64 if values.dtype == types.float64 else types.float32
+    return lambda values: np.empty(0, dtype)
+
+
+@numba.njit(inline="always")
+def _matrix(step, values, indices, table):  # type: ignore[no-untyped-def]
+    """Return values, columns and row pointers of a factor."""
+    return values[step[fused.VALUES] :], indices[step[fused.COLUMNS] :], table[step[fused.TABLE] :]
+
+
+@numba.njit(inline="always")
+def _sample_step(step, values, indices, table, part, source, target):  # type: ignore[no-untyped-def]
+    """Compute some rows for a single sample."""
+    values, columns, indptr = _matrix(step, values, indices, table)
+    stored, zero = indptr[step[fused.ROWS]], zeros(source, _DOT)
     lanes = width(zero)
-    for row in range(first, last):
+    for row in range(part[0], part[1]):
         e, end = indptr[row], indptr[row + 1]
         a = b = zero
         while e + 2 * lanes <= end:
@@ -58,16 +88,63 @@ def rows_vector(zero, values, columns, indptr, stored, first, last, source, targ
 
 
 @numba.njit(inline="always")
-def _step(step, values, indices, table, part, source, target):  # type: ignore[no-untyped-def]
-    entries, columns = values[step[fused.VALUES] :], indices[step[fused.COLUMNS] :]
-    indptr, zero = table[step[fused.TABLE] :], zeros(source, _DOT)
-    stored = indptr[step[fused.ROWS]]
-    rows_vector(zero, entries, columns, indptr, stored, part[0], part[1], source, target)
+def _panel_step(zero, step, values, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute rows `first` to `last` for a panel as wide as the vector `zero`."""
+    values, columns, indptr = _matrix(step, values, indices, table)
+    for row in range(first, last):
+        e, end = indptr[row], indptr[row + 1]
+        a = b = zero
+        while e + 2 <= end:
+            prefetch(values, e + _AHEAD)
+            prefetch(columns, e + _AHEAD)
+            a = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), a)
+            e += 1
+            b = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), b)
+            e += 1
+        if e < end:
+            a = fma(spread(value(values, e, source), zero), load(source, columns[e], zero), a)
+        store(target, row, add(a, b))
 
 
-@compiled()
-def apply_rows(job, values, indices, X, out, scratch, state, call, kernel, patience):  # type: ignore[no-untyped-def]
-    """Apply steps of compressed sparse rows; arguments as for the kernels of ``fused``."""
+@numba.njit(inline="always")
+def _opened(data):  # type: ignore[no-untyped-def]
+    """Return the job at an address, with typed arrays for the kernels of ``fused``."""
+    values, columns = numba.carray(data, (1,)), np.empty(0, np.uint16)
+    job = numba.carray(pointer(values.ctypes.data, np.empty(0, np.int64)), (fused.COUNTERS,))
+    operand = _operand(values)
+    X = numba.carray(pointer(job[fused.X_DATA], operand), (1,))
+    out = numba.carray(pointer(job[fused.OUT_DATA], operand), (1,))
+    scratch = numba.carray(pointer(job[fused.SCRATCH], operand), (1,))
+    return job, values, columns, X, out, scratch
+
+
+def _join_sample(first, last, data):  # type: ignore[no-untyped-def]
+    """Help with the product of all factors with a single sample."""
+    job, values, columns, X, out, scratch = _opened(data)
     fused.apply_to_vector(
-        _step, job, values, indices, X, out, scratch, state, call, kernel, patience
+        _sample_step, job, values, columns, X, out, scratch, job, 0, 0, 0
     )  # fmt: skip
+
+
+def _join_panels(first, last, data):  # type: ignore[no-untyped-def]
+    """Help with the product of all factors with panels of samples."""
+    job, values, columns, X, out, scratch = _opened(data)
+    fused.apply_to_panels(
+        _panel_step, job, values, columns, X, out, scratch, job, 0, 0, 0
+    )  # fmt: skip
+
+
+@functools.cache
+def kernel(dtype: type, is_single: bool) -> Any:
+    """Return the compiled product of all factors with a single sample, or with panels.
+
+    It is called once by each thread, with the address of a job of ``fused``.
+
+    Parameters
+    ----------
+    dtype : type
+        Dtype of the values, or of the bits of halves.
+    is_single : bool
+        Whether there is a single sample.
+    """
+    return callback(_join_sample if is_single else _join_panels, dtype)

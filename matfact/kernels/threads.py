@@ -3,6 +3,9 @@
 Numba's own pools abort the process if two Python threads use them at once, or after a fork. Helpers
 of this pool sleep when idle. A caller never waits for a helper that does not come, but runs the
 calls that no helper has started.
+
+Threads of several pools compete for cores. Code that alternates with another library's parallel
+operations gives that library's pool in its place.
 """
 
 from __future__ import annotations
@@ -10,12 +13,35 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 _free: list[_Helper] = []  #: idle helpers
 _helpers: list[_Helper] = []  #: all helpers
 _starting = threading.Lock()
+
+
+Pool = Callable[[Sequence[Callable[[], object]]], None]  #: runs calls on several threads
+
+
+class _Place(threading.local):
+    """The pool for kernels called from this thread, None for the helpers."""
+
+    pool: Pool | None = None
+
+
+place = _Place()
+
+
+@contextmanager
+def on(pool: Pool) -> Iterator[None]:
+    """Let kernels called from this thread run on another pool."""
+    outside, place.pool = place.pool, pool
+    try:
+        yield
+    finally:
+        place.pool = outside
 
 
 class _Helper(threading.Thread):
@@ -82,6 +108,9 @@ def run(calls: Sequence[Callable[[], object]]) -> None:
     """Run all calls in this thread and on free helpers, and return when all are done."""
     if len(calls) == 1:  # fast path for small batches
         calls[0]()
+        return
+    if place.pool is not None:
+        place.pool(calls)
         return
     left = deque(calls)
     done: SimpleQueue[BaseException | None] = SimpleQueue()

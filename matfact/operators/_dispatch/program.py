@@ -245,30 +245,12 @@ class Program:
 
     def _prepared(self, batch: int, by_columns: bool, threads: int) -> _Call:
         job = self._job.copy()
-        job[fused.ROWS_IN], job[fused.BATCH] = self.columns, batch
-        job[fused.X_ROW], job[fused.X_COLUMN] = _strides(by_columns, self.columns, batch)
-        job[fused.OUT_ROW], job[fused.OUT_COLUMN] = _strides(by_columns, self.rows, batch)
+        sides = self.columns, self.rows, self._largest
+        shape = fit_job(job, sides, batch, by_columns, threads, self.dtype.itemsize)
         kernels = _KERNELS.get(self.stored, (fused.apply_vector, fused.apply_panels))
-        if batch == 1:
-            kernel, shape = kernels[0], (2, self._largest)
-            job[fused.PIECES] = vector_pieces(threads)
-        else:
-            kernel, shape = kernels[1], self._panels(job, batch, threads)
-        job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
-        operand = np.empty(0, self.dtype)
+        kernel, operand = kernels[batch > 1], np.empty(0, self.dtype)
         number = fused.enroll(kernel, (*self._arrays[1:3], operand, operand, operand))
         return _Call(job, kernel, number, math.prod(shape), threads)
-
-    def _panels(self, job: np.ndarray, batch: int, threads: int) -> tuple[int, int]:
-        """Split a batch into panels and return the shape of the scratch space."""
-        wide, narrow = (n // self.dtype.itemsize for n in (fused.WIDE, fused.NARROW))
-        n_wide = (batch + wide // 2 - 1) // wide  # the rest goes into narrow panels
-        n_panels = n_wide + max(0, -(-(batch - n_wide * wide) // narrow))
-        lanes = wide if n_wide else narrow
-        whole = threads == 1 or n_panels >= 2 * threads
-        job[fused.PANELS : fused.PIECES + 1] = n_panels, n_wide, 0 if whole else _PIECES * threads
-        rows = min(threads, n_panels) if whole else n_panels
-        return rows, 2 * self._largest * lanes
 
     def _scratch(self, size: int) -> np.ndarray:
         """Return uninitialized memory, valid in this thread until its next product."""
@@ -298,9 +280,52 @@ def threads_for_vector(values: int) -> int:
     return 1 + values // _DOT_SPEED // _HELP
 
 
-def vector_pieces(threads: int) -> int:
-    """Return the number of parts of a factor for a single column."""
-    return 1 if threads == 1 else _VECTOR_PIECES * threads
+def fit_job(
+    job: np.ndarray,
+    sides: tuple[int, int, int],
+    batch: int,
+    by_columns: bool,
+    threads: int,
+    itemsize: int,
+) -> tuple[int, int]:
+    """Write the sizes of operands to a job, and return the shape of its scratch space.
+
+    Parameters
+    ----------
+    job : ndarray of int64
+        The job of a program.
+    sides : tuple of int
+        Number of rows of the operand, of the result, and of the larger of both and of what
+        steps hand on.
+    batch : int
+        Number of columns.
+    by_columns : bool
+        Whether operands are stored by columns.
+    threads : int
+        Number of threads.
+    itemsize : int
+        Bytes of a number.
+    """
+    columns, rows, largest = sides
+    job[fused.ROWS_IN], job[fused.BATCH] = columns, batch
+    job[fused.X_ROW], job[fused.X_COLUMN] = _strides(by_columns, columns, batch)
+    job[fused.OUT_ROW], job[fused.OUT_COLUMN] = _strides(by_columns, rows, batch)
+    if batch == 1:
+        job[fused.PIECES] = 1 if threads == 1 else _VECTOR_PIECES * threads
+        shape = 2, largest
+    else:
+        wide, narrow = (n // itemsize for n in (fused.WIDE, fused.NARROW))
+        n_wide = (batch + wide // 2 - 1) // wide  # the rest goes into narrow panels
+        n_panels = n_wide + max(0, -(-(batch - n_wide * wide) // narrow))
+        whole = threads == 1 or n_panels >= 2 * threads
+        pieces = 0 if whole else _PIECES * threads
+        job[fused.PANELS : fused.PIECES + 1] = n_panels, n_wide, pieces
+        shape = (
+            min(threads, n_panels) if whole else n_panels,
+            2 * largest * (wide if n_wide else narrow),
+        )
+    job[fused.SCRATCH_ROWS], job[fused.SCRATCH_SIZE] = shape
+    return shape
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:

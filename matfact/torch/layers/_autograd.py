@@ -13,9 +13,9 @@ from torch import Tensor
 
 from matfact._threads import allowed_threads
 from matfact.kernels import gradients
-from matfact.kernels.threads import run
 from matfact.torch.layers._chain import apply_factors
 from matfact.torch.layers._factors import FactorModule, KroneckerFactorModule, SparseFactorModule
+from matfact.torch.layers._pool import run
 
 _WORK = 1 << 24  #: minimum work (values times samples) per thread
 

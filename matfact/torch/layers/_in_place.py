@@ -1,4 +1,4 @@
-"""Products of sparse factors with one sample, read from the memory of parameters and buffers.
+"""Products of sparse factors with samples, read from the memory of parameters and buffers.
 
 Nothing is derived from the values: no copy takes memory, none has to be compared with the values in
 every pass, and no write can be missed.
@@ -6,8 +6,11 @@ every pass, and no write can be missed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+import ctypes
+import math
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from matfact._threads import allowed_threads
 from matfact.operators._dispatch import cost
 from matfact.operators._dispatch.plan import SMALL
+from matfact.torch.layers import _pool
 from matfact.torch.layers._factors import SparseFactorModule
 
 #: Dtypes of values as NumPy has them, or their bits, and those computed in.
@@ -25,33 +29,58 @@ _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
     torch.float16: (np.uint16, torch.float32),
     torch.bfloat16: (np.int16, torch.float32),
 }
-#: Numbers that tell the state of a factor.
-_STATE = 6
-_Run = Callable[[np.ndarray, torch.Size], np.ndarray]
+_ENOUGH = 1 << 15  #: values times panels for each thread
+_KEPT = 64  #: sizes of batches for which something is prepared, at most
+_CACHE_LINE = 64
 
 
 class InPlace:
-    """Prepared products with one sample. Copies and pickles start empty."""
+    """Prepared products with samples. Copies and pickles start empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[int, ...], _Run | None] = (), None
+        self._held: list[_Held] = []
+        self._chain: _Chain | None = None
 
     def apply(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
-        """Return the product with the sample `x`, in the dtype it is computed in.
+        """Return the product with the samples `x`, in the dtype it is computed in.
 
-        None if the kernel cannot read the factors, which are given as modules, or is slower than
+        None if the kernels cannot read the factors, which are given as modules, or are slower than
         the dense matrix.
         """
-        addresses = _addresses(modules, x.dtype)
-        if addresses is None:
+        dtype, needs_gradient = x.dtype, torch.is_grad_enabled()
+        held = self._held
+        if len(held) != len(modules):
+            return self._renewed(modules, x)
+        # Every call does this, and it takes longer than a small product.
+        for (kept, value, columns, pointers, state), module in zip(held, modules, strict=True):
+            stored, buffers = module._parameters.get("values"), module._buffers
+            if (
+                module is not kept
+                or stored is not value
+                or buffers["indices"] is not columns
+                or buffers["indptr"] is not pointers
+                or state
+                != (
+                    value.data_ptr(), value.numel(), columns.data_ptr(), columns._version,
+                    pointers.data_ptr(), pointers._version,
+                )
+                or value.dtype is not dtype
+                or not value.is_contiguous()
+            ):  # fmt: skip
+                return self._renewed(modules, x)
+            if needs_gradient and value.requires_grad:
+                return None
+        return None if self._chain is None else self._chain.apply(x)
+
+    def _renewed(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
+        """Like `apply`, after anything has changed."""
+        self._held, self._chain = [], None
+        if not all(_is_readable(module, x.dtype) for module in modules):
             return None
-        if self._kept[0] != addresses:
-            self._kept = addresses, _prepared(list(modules), addresses)
-        _, run = self._kept
-        if run is None:
-            return None
-        sample = x.to(_READ[x.dtype][1]).numpy(force=True).reshape(-1)
-        return torch.from_numpy(run(sample, x.shape))
+        self._held = [_Held.of(module) for module in modules]
+        self._chain = _prepared(list(modules), [held.state for held in self._held])
+        needs_gradient = torch.is_grad_enabled() and any(h.value.requires_grad for h in self._held)
+        return None if needs_gradient or self._chain is None else self._chain.apply(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace:
         return InPlace()
@@ -60,84 +89,181 @@ class InPlace:
         return InPlace, ()
 
 
-def _addresses(modules: Iterable[Any], dtype: torch.dtype) -> tuple[int, ...] | None:
-    """Return where values, columns and row pointers are, their state, and the dtype.
+class _Held(NamedTuple):
+    """What a module held when its product was prepared, and the state of that."""
 
-    None if any are not plain parameters and buffers of the host, with values of the given dtype.
-    """
-    if dtype not in _READ:
-        return None
-    needs_gradient, found = torch.is_grad_enabled(), [id(dtype)]
-    for module in modules:
-        if type(module) is not SparseFactorModule:
-            return None
-        value, held = module._parameters.get("values"), module._buffers
-        columns: Any = held["indices"]
-        if (
-            type(value) is not nn.Parameter
-            or value.dtype is not dtype
-            or not (value.is_cpu and value.is_contiguous())
-            or (needs_gradient and value.requires_grad)
-            or columns.dtype is not torch.uint8
-        ):
-            return None
-        pointers: Any = held["indptr"]
-        if columns.is_inference() or pointers.is_inference():  # whose writes are not counted
-            return None
-        found += value.data_ptr(), columns.data_ptr(), pointers.data_ptr(), value.numel()
-        found += columns._version, pointers._version
-    return tuple(found)
+    module: Any
+    value: Tensor
+    columns: Tensor
+    pointers: Tensor
+    state: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: Any) -> _Held:
+        value, columns, pointers = module.values, module.indices, module.indptr
+        state = (
+            value.data_ptr(), value.numel(), columns.data_ptr(), columns._version,
+            pointers.data_ptr(), pointers._version,
+        )  # fmt: skip
+        return cls(module, value, columns, pointers, state)
 
 
-def _prepared(chain: list[Any], addresses: tuple[int, ...]) -> _Run | None:
-    """Return a function from a sample, and the shape it had, to the product.
+def _is_readable(module: Any, dtype: torch.dtype) -> bool:
+    """Whether all a module holds are plain parameters and buffers of the host, of a dtype."""
+    if type(module) is not SparseFactorModule or dtype not in _READ:
+        return False
+    value, columns, pointers = module._parameters.get("values"), module.indices, module.indptr
+    return (
+        type(value) is nn.Parameter
+        and value.dtype is dtype
+        and value.is_cpu
+        and value.is_contiguous()
+        and columns.dtype is torch.uint8
+        and not (columns.is_inference() or pointers.is_inference())  # whose writes are not counted
+    )
 
-    None if positions lie outside of the factors, or they are slower than the dense matrix by the
-    fixed rule of products. Values of 16 bits take as long as those of 32, but their dense matrix
-    half as long.
-    """
-    values = [module.values for module in chain]
-    shape, stored = (chain[0].rows, chain[-1].columns), sum(value.numel() for value in values)
-    sides = [*shape, *(module.rows for module in chain)]
-    counts = {"csr": stored * (4 // min(4, values[0].itemsize)), "row": sum(shape)}
-    if max(sides) <= SMALL or not cost.factors_pay(counts, shape, 1):
-        return None
-    # Imported late, so that small layers do not load the compiler.
-    from matfact.kernels import fused, rows
-    from matfact.operators._dispatch.program import threads_for_vector, vector_pieces
 
-    read, computed = _READ[values[0].dtype]
-    dtype = np.dtype(str(computed).removeprefix("torch."))
-    n, kinds = len(chain), (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
-    groups = [addresses[i::_STATE] for i in (1, 2, 3)]
-    if not all(map(_is_sound, chain)):
-        return None
+def _prepared(modules: list[Any], states: Sequence[tuple[int, ...]]) -> _Chain | None:
+    """Return factors that are ready to be applied, None if positions lie outside of them."""
+    read, _ = _READ[modules[0].values.dtype]
+    kinds = (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
+    groups = [[state[i] for state in states] for i in (0, 2, 4)]
     if any(a % kind.itemsize for group, kind in zip(groups, kinds, strict=True) for a in group):
         return None
-    size = fused.COUNTERS + 2 * fused.SPACING * n
-    table = np.zeros(size + n * fused.STEP_FIELDS, np.int64)
-    steps = table[size:].reshape(n, -1)  # in memory that lives as long as the table
-    steps[:, fused.ROWS] = steps[:, fused.VECTOR_UNITS] = [module.rows for module in chain[::-1]]
-    table[fused.STEPS], table[fused.N_STEPS] = steps.ctypes.data, n
+    if not all(map(_is_sound, modules)):
+        return None
+    # Imported late, so that small layers do not load the compiler.
+    from matfact.kernels import fused
+
+    steps = np.zeros((len(modules), fused.STEP_FIELDS), np.int64)
+    steps[:, fused.ROWS] = [module.rows for module in modules[::-1]]
+    steps[:, fused.VECTOR_UNITS] = steps[:, fused.PANEL_UNITS] = steps[:, fused.ROWS]
+    job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(modules) + 2), np.int64)
+    job[fused.STEPS], job[fused.N_STEPS] = steps.ctypes.data, len(steps)
     fields = (fused.VALUES, fused.COLUMNS, fused.TABLE)
     bases = (fused.VALUE_DATA, fused.INDEX_DATA, fused.TABLE_DATA)
     for group, kind, field, data in zip(groups, kinds, fields, bases, strict=True):
-        table[data] = min(group)
+        job[data] = min(group)
         steps[:, field] = [(address - min(group)) // kind.itemsize for address in group[::-1]]
-    table[fused.SCRATCH_ROWS], table[fused.SCRATCH_SIZE] = 2, max(sides)
-    empty = (np.empty(0, read), np.empty(0, np.uint16))
-    number = fused.enroll(rows.apply_rows, (*empty, *[np.empty(0, dtype)] * 3))
-    worth, largest, rows_out = threads_for_vector(stored), max(sides), shape[0]
+    return _Chain(steps, job, modules)
 
-    def run(sample: np.ndarray, shape: torch.Size) -> np.ndarray:
-        threads = 1 if worth == 1 else min(worth, allowed_threads(), torch.get_num_threads())
-        job, out = table[:size].copy(), np.empty((*shape[:-1], rows_out), dtype)
-        job[fused.PIECES] = vector_pieces(threads)
-        arrays = (*empty, sample, out.reshape(-1), np.empty(2 * largest, dtype))
-        fused.run(rows.apply_rows, number, job, arrays, threads)
+
+class _Chain:
+    """Factors that are ready to be applied.
+
+    Parameters
+    ----------
+    steps, job : ndarray of int64
+        The table of steps of ``fused``, and a job that lacks operands.
+    modules : list of SparseFactorModule
+        The factors.
+    """
+
+    def __init__(self, steps: np.ndarray, job: np.ndarray, modules: list[Any]) -> None:
+        self._steps, self._job = steps, job  # the job holds the address of the steps
+        stored = modules[0].values.dtype
+        self._read, self._dtype = _READ[stored]
+        self._is_half = stored is not self._dtype
+        self._n_values = sum(module.values.numel() for module in modules)
+        columns, rows = modules[-1].columns, modules[0].rows
+        self._sides = columns, rows, max(columns, *(module.rows for module in modules))
+        self._calls: dict[tuple[int, int], _Call | None] = {}
+
+    def apply(self, x: Tensor) -> Tensor | None:
+        """Return the products with samples, or None if the dense matrix is faster."""
+        columns, rows = self._sides[:2]
+        key = x.numel() // columns, min(allowed_threads(), torch.get_num_threads())
+        call = self._calls[key] if key in self._calls else self._called(*key)
+        if call is None:
+            return None
+        if self._is_half:
+            x = x.to(self._dtype)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], rows), dtype=self._dtype)
+        call.run(call.job(x.data_ptr(), out.data_ptr()))
         return out
 
-    return run
+    def _called(self, n_samples: int, threads: int) -> _Call | None:
+        """Prepare and keep what applies the factors to so many samples."""
+        if len(self._calls) >= _KEPT:
+            self._calls.clear()
+        call = self._prepared(n_samples, threads) if self._pays(n_samples) else None
+        self._calls[n_samples, threads] = call
+        return call
+
+    def _pays(self, n_samples: int) -> bool:
+        """Whether the factors are faster than the dense matrix, by the fixed rule of products.
+
+        Values of 16 bits take as long as those of 32. Their dense matrix takes half as long with
+        one sample, and less with several.
+        """
+        columns, rows, largest = self._sides
+        if largest <= SMALL or (self._is_half and n_samples > 1):
+            return False
+        counts = {"csr": self._n_values * (1 + self._is_half), "row": rows + columns}
+        return cost.factors_pay(counts, (rows, columns), n_samples)
+
+    def _prepared(self, n_samples: int, threads: int) -> _Call:
+        # Imported late, so that small layers do not load the compiler.
+        from matfact.kernels import fused, rows
+        from matfact.operators._dispatch.program import fit_job
+
+        itemsize = self._dtype.itemsize
+        panels = -(-n_samples * itemsize // fused.NARROW)
+        threads = min(threads, 1 + self._n_values * panels // _ENOUGH)
+        job = self._job.copy()
+        scratch = fit_job(job, self._sides, n_samples, True, threads, itemsize)
+        places = fused.X_DATA, fused.OUT_DATA, fused.SCRATCH
+        kernel = rows.kernel(self._read, n_samples == 1)
+        run = _pool.runner(kernel, threads)
+        return _Call(run, job.tobytes(), places, math.prod(scratch) * itemsize)
+
+
+class _Call(NamedTuple):
+    """What applies factors to samples of some number.
+
+    Attributes
+    ----------
+    run : callable
+        Runs a job.
+    content : bytes
+        A job that lacks operands.
+    places : tuple of int
+        Where the addresses of operands, results and scratch space belong in it.
+    scratch : int
+        Bytes of scratch space.
+    """
+
+    run: Callable[[Any], None]
+    content: bytes
+    places: tuple[int, int, int]
+    scratch: int
+
+    def job(self, x: int, out: int) -> ctypes.Array[ctypes.c_int64]:
+        """Return the job for operands and results at these addresses."""
+        job = (ctypes.c_int64 * (len(self.content) // 8)).from_buffer_copy(self.content)
+        job[self.places[0]], job[self.places[1]] = x, out
+        job[self.places[2]] = _scratch(self.scratch)
+        return job
+
+
+class _Memory(threading.local):
+    """Scratch space of a thread, valid until its next product."""
+
+    address = size = 0
+
+
+_memory = _Memory()
+
+
+def _scratch(size: int) -> int:
+    """Return the address of as many bytes, at the beginning of a cache line."""
+    if _memory.size < size:
+        _memory.held = np.empty(size + _CACHE_LINE, np.uint8)
+        start = _memory.held.ctypes.data
+        _memory.address, _memory.size = start + -start % _CACHE_LINE, size
+    return _memory.address
 
 
 def _is_sound(module: Any) -> bool:

@@ -27,6 +27,7 @@ from matfact.torch.layers._gpu import (
     predicted,
 )
 from matfact.torch.layers._in_place import InPlace
+from matfact.torch.layers._pool import on_torch_threads
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
 
@@ -157,10 +158,13 @@ class FactorizedLinear(nn.Module):
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """Return the output computed from the cache for inference, or None if it cannot be used."""
-        if self._is_single(x):
-            out = self._in_place.apply(self.factors._modules.values(), x)
+        if self._is_on_host(x):
+            factors: Any = self._modules["factors"]  # faster than by name
+            out = self._in_place.apply(factors._modules.values(), x)
             if out is not None:
-                return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+                bias = self.bias
+                out = out if bias is None else out.add_(bias)
+                return out if out.dtype is x.dtype else out.to(x.dtype)
         values = self.values()
         if self.inference == "auto" and self._has_kernels(x, values):
             host = self._host.get(values, self._to_host, self.fixed())
@@ -220,7 +224,8 @@ class FactorizedLinear(nn.Module):
         if host.operator.method_for(len(samples)) == "dense":
             # With torch: the thread pools of NumPy and torch would wait for each other.
             return functional.linear(x, host.product, self.bias)
-        columns = torch.from_numpy(host.operator @ samples.T.numpy())
+        with on_torch_threads():
+            columns = torch.from_numpy(host.operator @ samples.T.numpy())
         out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -245,10 +250,11 @@ class FactorizedLinear(nn.Module):
         factors = [cast(FactorModule, module) for module in self.factors._modules.values()]
         return [cast(Tensor, f._buffers[name]) for f in factors for name in f.fixed]
 
-    def _is_single(self, x: Tensor) -> bool:
-        """Whether `x` holds one sample to which a kernel may apply the factors as stored."""
+    def _is_on_host(self, x: Tensor) -> bool:
+        """Whether `x` holds samples to which a kernel may apply the factors as stored."""
         return (
-            x.numel() == self.in_features
+            x.numel() > 0
+            and x.shape[-1] == self.in_features
             and x.is_cpu
             and self.inference == "auto"
             and not torch.is_autocast_enabled("cpu")

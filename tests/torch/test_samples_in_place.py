@@ -1,4 +1,4 @@
-"""A single sample goes through sparse factors as they are stored."""
+"""Samples go through sparse factors as they are stored, on torch's threads."""
 
 import copy
 import pickle
@@ -11,11 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact._threads import limited_kernels  # noqa: E402
 from matfact.kernels import gathers  # noqa: E402
 from matfact.kernels.vectors import store_values, zeros  # noqa: E402
 from matfact.operators import FactorProduct, SparseFactor  # noqa: E402
-from matfact.torch import FactorizedLinear, SparseProductLinear  # noqa: E402
+from matfact.torch import FactorizedLinear, MonarchLinear, SparseProductLinear  # noqa: E402
+from matfact.torch.layers import _pool  # noqa: E402
 
 DTYPES = {
     torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2,
@@ -84,33 +84,88 @@ def test_infinity_reaches_only_rows_that_store_its_column():
         assert torch.equal(layer(x).isfinite(), ~stored)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_samples", [2, 7, 16, 33, 100, 300])
 @torch.no_grad()
-def test_bits_do_not_depend_on_threads():
-    layer = SparseProductLinear(1024, 1024, density=0.25, random_state=0).eval()
-    x, found = torch.ones(1024), []
-    before = torch.get_num_threads()
-    for count in (1, 2):
+def test_several_samples_are_multiplied_by_the_product(n_samples, dtype):
+    layer = layer_of(sparse(200, 150, 0.05), sparse(150, 300, 0.05, 1)).to(dtype)
+    x = torch.randn(300, n_samples, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = nn.functional.linear(x.T.double(), layer.weight.double(), layer.bias.double())
+    for samples in (x.T, x.T.contiguous(), x.T.reshape(1, n_samples, 300)):
+        found = layer(samples).reshape(n_samples, 200)
+        assert torch.linalg.norm(found - expected) <= DTYPES[dtype] * torch.linalg.norm(expected)
+    assert keeps_nothing(layer)
+
+
+@pytest.mark.parametrize("n_samples", [1, 3, 64, 500])
+@torch.no_grad()
+def test_bits_do_not_depend_on_threads(n_samples):
+    layer = SparseProductLinear(1024, 1024, density=0.1, random_state=0).eval()
+    generator, found = torch.Generator().manual_seed(0), []
+    x, before = torch.randn(n_samples, 1024, generator=generator), torch.get_num_threads()
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
-        with limited_kernels(count):
-            found.append(layer(x))
+        found.append(layer(x))
     torch.set_num_threads(before)
     assert keeps_nothing(layer)
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
-@torch.no_grad()
-def test_no_thread_helps_if_torch_may_use_only_one(monkeypatch):
-    layer = SparseProductLinear(1024, 1024, density=0.25, random_state=0).eval()
-    lent = []
-    monkeypatch.setattr("matfact.kernels.threads.lend", lambda *args, **kwargs: lent.append(args))
-    monkeypatch.setattr("matfact.torch.layers._in_place.allowed_threads", lambda: 2)
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Two threads of torch, and no other pool."""
+
+    def fail(*_, **__):
+        raise AssertionError("a second pool of threads was woken")
+
+    monkeypatch.setattr("matfact.kernels.threads.lend", fail)
     before, running = torch.get_num_threads(), threading.active_count()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        layer(torch.ones(1024))
-        assert len(lent) == count - 1
+    torch.set_num_threads(2)
+    yield
     torch.set_num_threads(before)
     assert threading.active_count() == running
+
+
+LAYERS = {
+    "sparse": lambda: SparseProductLinear(1024, 1024, density=0.25, random_state=0),
+    "Monarch": lambda: MonarchLinear(1024, 1024, random_state=0),
+    "codes": lambda: FactorizedLinear(
+        SparseProductLinear(1024, 1024, density=0.25, random_state=0).to_product().quantized(8)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("n_samples", [1, 64, 1000])
+def test_layers_use_no_threads_but_torchs(kind, n_samples, two_threads):
+    layer = LAYERS[kind]().eval()
+    x = torch.randn(n_samples, 1024, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = layer(x)
+    torch.testing.assert_close(found, layer.to_dense()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_training_uses_no_threads_but_torchs(two_threads):
+    layer = LAYERS["sparse"]()
+    x = torch.randn(1000, 1024, generator=torch.Generator().manual_seed(0))
+    layer(x).sum().backward()
+    expected = layer.factors[0].values.grad.clone()
+    torch.set_num_threads(1)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.factors[0].values.grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_errors_on_torchs_threads_are_raised(is_old, monkeypatch):
+    if is_old:
+        monkeypatch.setattr(_pool, "_parallel_for", lambda: None)
+    done = []
+    _pool.run([lambda: done.append(0), lambda: done.append(1)])
+    assert sorted(done) == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        _pool.run([lambda: 1 / 0, lambda: None])
 
 
 @torch.no_grad()
