@@ -62,7 +62,7 @@ class FactorizedLinear(nn.Module):
         dense product wherever that class would use it too. On other devices, where torch has no
         fast kernel for scattered values, "auto" caches the dense product if the factors take more
         work. The values are compared with a copy in every pass to detect changes, see
-        :func:`keep_unchecked`; a single sample goes through sparse factors as they are stored.
+        :func:`keep_unchecked`, unless the CPU reads sparse factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
@@ -253,8 +253,9 @@ class FactorizedLinear(nn.Module):
     def _is_on_host(self, x: Tensor) -> bool:
         """Whether `x` holds samples to which a kernel may apply the factors as stored."""
         return (
-            x.numel() > 0
-            and x.shape[-1] == self.in_features
+            x.shape[-1] == self.in_features
+            # Unchecked layers keep what is faster for several.
+            and (x.numel() == self.in_features or (self._host.is_checked and x.numel() > 0))
             and x.is_cpu
             and self.inference == "auto"
             and not torch.is_autocast_enabled("cpu")
