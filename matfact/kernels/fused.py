@@ -47,7 +47,7 @@ STATE_SIZE = 24
 
 WIDE, NARROW, DOT = 256, 64, 64  #: bytes of a panel's rows, and of the vectors of a dot product
 SPACING = 8  #: distance of counters, so that each has its own cache line
-_SPIN = 200  #: reads of a counter before yielding to other threads
+_SPIN = 100_000  #: reads of a counter before yielding: a busy core takes long to give a thread back
 _FAR = 1 << 60  #: placeholder size of arrays with bounds known otherwise
 _PATIENCE = 2_000  #: polls for another job before a helper sleeps, about half a millisecond
 

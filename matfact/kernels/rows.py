@@ -35,7 +35,7 @@ from matfact.kernels.vectors import (
 )  # fmt: skip
 
 #: Digest of the modules inlined here. Numba compiles anew when this file changes, and only then.
-SOURCES = "733815f6c324fc7b"
+SOURCES = "7f272d76ff446567"
 
 _DOT = 64  #: bytes of the vectors of a dot product
 _AHEAD = 512  #: entries to prefetch ahead, as in ``csr``
