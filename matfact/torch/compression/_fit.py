@@ -26,7 +26,7 @@ from matfact.torch.calibration.options import Adaptation
 from matfact.torch.compression._problem import Choice, Problem
 
 #: Dampings of refits, most cautious first; tried as long as the error on held-out inputs falls.
-REFIT_DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.0)
+REFIT_DAMPINGS = (1.0, 0.2, 0.0)
 #: Dampings for factorizers that use inputs themselves, boldest first.
 CALIBRATION_DAMPINGS = (0.0, 0.3, 3.0)
 
