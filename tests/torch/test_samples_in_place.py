@@ -97,6 +97,15 @@ def test_several_samples_are_multiplied_by_the_product(n_samples, dtype):
     assert keeps_nothing(layer)
 
 
+@pytest.mark.parametrize("n_samples", [1, 20])
+@torch.no_grad()
+def test_samples_that_are_negated_lazily(n_samples):
+    layer = layer_of(sparse(200, 150, 0.05), bias=False)
+    x = torch.randn(n_samples, 150, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(layer(x), x @ layer.weight.T)
+
+
 @pytest.mark.parametrize("n_samples", [1, 3, 64, 500])
 @torch.no_grad()
 def test_bits_do_not_depend_on_threads(n_samples):

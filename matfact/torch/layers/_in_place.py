@@ -118,6 +118,7 @@ def _is_readable(module: Any, dtype: torch.dtype) -> bool:
         and value.dtype is dtype
         and value.is_cpu
         and value.is_contiguous()
+        and not value.is_neg()
         and columns.dtype is torch.uint8
         and not (columns.is_inference() or pointers.is_inference())  # whose writes are not counted
     )
@@ -178,6 +179,8 @@ class _Chain:
             return None
         if self._is_half:
             x = x.to(self._dtype)
+        if x.is_neg():  # negated lazily
+            x = x.resolve_neg()
         if not x.is_contiguous():
             x = x.contiguous()
         out = torch.empty((*x.shape[:-1], rows), dtype=self._dtype)
