@@ -1,8 +1,10 @@
 """Samples go through sparse factors as they are stored, on torch's threads."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import numba
 import numpy as np
@@ -202,6 +204,17 @@ def test_gather_instructions_and_scalar_loads_find_the_same(dtype, monkeypatch):
         out = np.empty(64 // source.itemsize, dtype)
         gathered(source, indices, out)
         np.testing.assert_array_equal(out, source[indices[3:]])
+
+
+@torch.no_grad()
+def test_values_that_a_layer_lets_go_are_freed():
+    layer = layer_of(sparse(200, 150, 0.1))
+    layer(torch.ones(150, dtype=torch.float64))
+    held = weakref.ref(layer.factors[0].values)
+    layer.factors[0].values = nn.Parameter(torch.zeros_like(layer.factors[0].values))
+    gc.collect()
+    assert held() is None
+    assert torch.equal(layer(torch.ones(150, dtype=torch.float64)), layer.bias)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -38,8 +39,7 @@ class InPlace:
     """Prepared products with samples. Copies and pickles start empty."""
 
     def __init__(self) -> None:
-        self._held: list[_Held] = []
-        self._chain: _Chain | None = None
+        self._kept: tuple[list[_Held], _Chain | None] = [], None
 
     def apply(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
         """Return the product with the samples `x`, in the dtype it is computed in.
@@ -47,18 +47,20 @@ class InPlace:
         None if the kernels cannot read the factors, which are given as modules, or are slower than
         the dense matrix.
         """
-        dtype, needs_gradient = x.dtype, torch.is_grad_enabled()
-        held = self._held
+        held, chain = self._kept
         if len(held) != len(modules):
-            return self._renewed(modules, x)
+            held, chain = self._renewed(modules, x.dtype)
+        dtype, needs_gradient = x.dtype, torch.is_grad_enabled()
         # Every call does this, and it takes longer than a small product.
-        for (kept, value, columns, pointers, state), module in zip(held, modules, strict=True):
-            stored, buffers = module._parameters.get("values"), module._buffers
+        for (kept, stored, indices, indptr, state), module in zip(held, modules, strict=False):
+            buffers = module._buffers
+            value: Any = module._parameters.get("values")
+            columns, pointers = buffers.get("indices"), buffers.get("indptr")
             if (
-                module is not kept
-                or stored is not value
-                or buffers["indices"] is not columns
-                or buffers["indptr"] is not pointers
+                kept() is not module
+                or stored() is not value
+                or indices() is not columns
+                or indptr() is not pointers
                 or state
                 != (
                     value.data_ptr(), value.numel(), columns.data_ptr(), columns._version,
@@ -67,20 +69,22 @@ class InPlace:
                 or value.dtype is not dtype
                 or not value.is_contiguous()
             ):  # fmt: skip
-                return self._renewed(modules, x)
-            if needs_gradient and value.requires_grad:
-                return None
-        return None if self._chain is None else self._chain.apply(x)
-
-    def _renewed(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
-        """Like `apply`, after anything has changed."""
-        self._held, self._chain = [], None
-        if not all(_is_readable(module, x.dtype) for module in modules):
+                chain = self._renewed(modules, dtype)[1]
+                break
+        if chain is None or (needs_gradient and _need_gradient(modules)):
             return None
-        self._held = [_Held.of(module) for module in modules]
-        self._chain = _prepared(list(modules), [held.state for held in self._held])
-        needs_gradient = torch.is_grad_enabled() and any(h.value.requires_grad for h in self._held)
-        return None if needs_gradient or self._chain is None else self._chain.apply(x)
+        return chain.apply(x)
+
+    def _renewed(
+        self, modules: Collection[Any], dtype: torch.dtype
+    ) -> tuple[list[_Held], _Chain | None]:
+        """Prepare the product again, after anything has changed."""
+        kept: tuple[list[_Held], _Chain | None] = [], None
+        if all(_is_readable(module, dtype) for module in modules):
+            held = [_Held.of(module) for module in modules]
+            kept = held, _prepared(list(modules), [each.state for each in held])
+        self._kept = kept
+        return kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace:
         return InPlace()
@@ -90,12 +94,15 @@ class InPlace:
 
 
 class _Held(NamedTuple):
-    """What a module held when its product was prepared, and the state of that."""
+    """What a module held when its product was prepared, and the state of that.
 
-    module: Any
-    value: Tensor
-    columns: Tensor
-    pointers: Tensor
+    Weak references, so that no weights stay in memory that a network has let go.
+    """
+
+    module: Callable[[], Any]
+    value: Callable[[], Any]
+    columns: Callable[[], Any]
+    pointers: Callable[[], Any]
     state: tuple[int, ...]
 
     @classmethod
@@ -105,7 +112,8 @@ class _Held(NamedTuple):
             value.data_ptr(), value.numel(), columns.data_ptr(), columns._version,
             pointers.data_ptr(), pointers._version,
         )  # fmt: skip
-        return cls(module, value, columns, pointers, state)
+        weak = weakref.ref
+        return cls(weak(module), weak(value), weak(columns), weak(pointers), state)
 
 
 def _is_readable(module: Any, dtype: torch.dtype) -> bool:
@@ -122,6 +130,10 @@ def _is_readable(module: Any, dtype: torch.dtype) -> bool:
         and columns.dtype is torch.uint8
         and not (columns.is_inference() or pointers.is_inference())  # whose writes are not counted
     )
+
+
+def _need_gradient(modules: Collection[Any]) -> bool:
+    return any(module._parameters["values"].requires_grad for module in modules)
 
 
 def _prepared(modules: list[Any], states: Sequence[tuple[int, ...]]) -> _Chain | None:

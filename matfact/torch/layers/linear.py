@@ -253,7 +253,7 @@ class FactorizedLinear(nn.Module):
     def _is_on_host(self, x: Tensor) -> bool:
         """Whether `x` holds samples to which a kernel may apply the factors as stored."""
         return (
-            x.shape[-1] == self.in_features
+            x.shape[-1:] == (self.in_features,)
             # Unchecked layers keep what is faster for several.
             and (x.numel() == self.in_features or (self._host.is_checked and x.numel() > 0))
             and x.is_cpu
