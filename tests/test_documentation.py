@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 
 import matfact
+from tests import cupy_double
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +45,22 @@ def test_examples_of_the_documentation_run(page, tmp_path, monkeypatch):
     namespace = {}
     for code in PAGES[page]:
         exec(code, namespace)
+
+
+def test_the_example_with_cupy_runs_on_its_stand_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "how-to" / "gpu.md").read_text()
+    (code,) = [
+        block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "cupy" in block
+    ]
+    # Its random numbers: those of the stand-in would be NumPy's.
+    code = code.replace("cupy.random.standard_normal((256, 256), dtype=cupy.float32)", "matrix")
+    with cupy_double.installed() as cupy:
+        matrix = cupy.asarray(np.random.default_rng(0).standard_normal((256, 256), np.float32))
+        namespace = {"matrix": matrix}
+        exec(code, namespace)
+        product = namespace["product"] @ np.ones(256, np.float32)
+        np.testing.assert_allclose(product, namespace["y"].get(), rtol=1e-4, atol=1e-4)
 
 
 def test_links_and_pictures_of_the_readme_exist():
