@@ -14,7 +14,7 @@ _TITLES = {
     "layers": "Layers in eval mode, called from Python and in a graph",
     "training": "A step of training",
     "methods": "Fits against the host in double precision",
-    "network": "A network of random weights",
+    "network": "Networks from end to end, by samples or tokens",
 }
 _COLUMNS = {
     "structure": "structure", "road": "road", "dtype": "dtype", "size": "size", "batch": "batch",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import matfact
+from benchmarks import generate
 from benchmarks.gpu.device import Device
 from matfact import backend
 from matfact.metrics import relative_error
@@ -299,23 +300,42 @@ def methods(device: Device) -> Iterator[Row]:
 
 
 def network(device: Device) -> Iterator[Row]:
-    """Time a decoder-like stack of layers from end to end, with random weights."""
-    from matfact.torch import compress
-
+    """Time networks from end to end: a stack of large layers, and pretrained ones."""
     width = device.pick(4096, 32)
-    dtype = torch.float16 if not device.rehearses else torch.float32
-    dense: Any = nn.Sequential(*(
+    stack = nn.Sequential(*(
         each for _ in range(device.pick(4, 1))
         for each in (nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    )).to(device.name).eval()  # fmt: skip
-    small, _ = compress(copy.deepcopy(dense), "monarch")
+    ))  # fmt: skip
+    batches = device.pick((1, 16, 4096), (1, 16))
+    samples = [(batch, device.randn(batch, width)) for batch in batches]
+    yield from _end_to_end(device, "random stack", stack, ".*", samples)
+    # Samples and tokens of each.
+    sizes = device.pick({"encoder": [(1, 24), (32, 24)], "smollm2": [(1, 1), (1, 512)]}, {})
+    for name, shapes in sizes.items():
+        model = generate.network(name)
+        if model is None:
+            yield {"structure": name, "failure": "its package is not installed"}
+            continue
+        tokens = [(n * k, torch.ones(n, k, dtype=torch.long)) for n, k in shapes]
+        yield from _end_to_end(device, name, model, generate.LAYERS[name], tokens)
+
+
+def _end_to_end(
+    device: Device, name: str, model: Any, layers: str, samples: list[tuple[int, Tensor]]
+) -> Iterator[Row]:
+    """Time a network, dense and with Monarch layers."""
+    from matfact.torch import compress
+
+    model = model.to(device.name).eval()
+    small, _ = compress(copy.deepcopy(model), "monarch", layers=layers)
     keep_unchecked(small).eval()
-    for name, model in {"dense": dense, "Monarch": small}.items():
-        model.to(dtype).requires_grad_(False)
-        for batch in device.pick((1, 16, 4096), (1, 16)):
-            x = device.randn(batch, width, dtype=dtype)
-            seconds = device.seconds([functools.partial(model, x)] * 3, replays=False)
-            yield {"structure": f"{name}, network", "batch": batch, "seconds": seconds}
+    dtype = torch.float32 if device.rehearses else torch.float16
+    for form, network in {"dense": model, "Monarch": small}.items():
+        network.to(dtype).requires_grad_(False)
+        for batch, x in samples:
+            x = x.to(device.name, dtype if x.is_floating_point() else x.dtype)
+            seconds = device.seconds([functools.partial(network, x)] * 3, replays=False)
+            yield {"structure": f"{name}, {form}", "batch": batch, "seconds": seconds}
 
 
 STEPS: dict[str, Callable[[Device], Iterator[Row]]] = {
