@@ -23,7 +23,7 @@ from matfact.torch.pruning._masks import (
 )
 from matfact.torch.running._batches import device_of, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing, generators_of
-from matfact.torch.running._tensors import first_filled
+from matfact.torch.running._tensors import first_filled, output_tensor
 
 Method = Literal["random", "magnitude", "snip", "grasp", "synflow"]
 #: Loss of an output and its batch.
@@ -262,7 +262,7 @@ class _SynFlow:
             copied.mask.copy_(parameter.mask)
             copied.original.requires_grad_(True)
         with torch.enable_grad(), drawing(self._state):
-            flow = _first_tensor(forward(self._copy, self._batch)).sum()
+            flow = output_tensor(forward(self._copy, self._batch)).sum()
             gradients = torch.autograd.grad(
                 flow, originals, allow_unused=True, materialize_grads=True
             )
@@ -284,13 +284,3 @@ def _ones(batch: Any) -> Any:
     if hasattr(batch, "keys"):
         return {key: _ones(batch[key]) for key in batch.keys()}  # noqa: SIM118
     return [_ones(item) for item in batch] if isinstance(batch, (list, tuple)) else batch
-
-
-def _first_tensor(output: Any) -> Tensor:
-    """Return the output itself, or the logits or first tensor of several outputs."""
-    if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "logits"):
-        return output.logits
-    values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if isinstance(value, Tensor))

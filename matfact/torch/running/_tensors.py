@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -80,3 +81,33 @@ def check_trainable(model: nn.Module) -> None:
             f"model must be created outside torch.inference_mode(), but {made!r} was created "
             "inside and cannot be trained: copy the network outside, with copy.deepcopy."
         )
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Return the tensor in a network's output: logits, hidden states, or the first with samples.
+
+    A loss, which networks return first if they get labels, is not one.
+    """
+    for name in ("logits", "last_hidden_state"):
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(named, Tensor):
+            return named
+    found = next(numeric_tensors(output, least=1), None)
+    if found is None:
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            "model must return a tensor of real or complex numbers with an axis of samples, but "
+            f"its output, a {kind}, holds none."
+        )
+    return found
+
+
+def numeric_tensors(value: Any, least: int) -> Iterator[Tensor]:
+    """Yield the tensors in `value` of real or complex numbers with at least so many axes."""
+    if isinstance(value, Tensor):
+        is_number = value.is_floating_point() or value.is_complex()
+        yield from [value] if is_number and value.ndim >= least else []
+    elif hasattr(value, "values") and callable(value.values):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        yield from itertools.chain.from_iterable(numeric_tensors(each, least) for each in value)

@@ -14,9 +14,9 @@ from matfact.torch.calibration.statistics import layer_views
 from matfact.torch.layers._matricized import Matricized
 from matfact.torch.running._batches import attended, checked, eval_mode, forward
 from matfact.torch.running._random import RandomState, batch_states, drawing
-from matfact.torch.running._tensors import is_filled, samplewise
+from matfact.torch.running._tensors import is_filled, output_tensor, samplewise
 from matfact.torch.running._traces import Traces
-from matfact.torch.training._values import output_tensor, relative_errors, rows
+from matfact.torch.training._values import relative_errors, rows
 from matfact.torch.training.finetune import Distance
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from matfact.torch.layers._factors import FactorModule
 from matfact.torch.running._batches import attended
+from matfact.torch.running._tensors import numeric_tensors
 
 #: The least root mean square of a parameter that learning rates are relative to.
 SMALLEST = 1e-2
@@ -83,37 +83,7 @@ def _real(x: Tensor) -> Tensor:
 
 def first_tensor(output: Any) -> Tensor:
     """Return the first floating-point tensor of a module's output."""
-    found = next(_tensors(output, least=2), None)
+    found = next(numeric_tensors(output, least=2), None)
     if found is None:
         raise TypeError(f"no tensor in a {type(output).__name__}")
     return found
-
-
-def output_tensor(output: Any) -> Tensor:
-    """Return the tensor in a network's output: logits, hidden states, or the first with samples.
-
-    A loss, which networks return first if they get labels, is not one.
-    """
-    for name in ("logits", "last_hidden_state"):
-        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(named, Tensor):
-            return named
-    found = next(_tensors(output, least=1), None)
-    if found is None:
-        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            "model must return a tensor of real or complex numbers with an axis of samples, but "
-            f"its output, a {kind}, holds none."
-        )
-    return found
-
-
-def _tensors(value: Any, least: int) -> Iterator[Tensor]:
-    """Yield the tensors in `value` of real or complex numbers with at least so many axes."""
-    if isinstance(value, Tensor):
-        is_number = value.is_floating_point() or value.is_complex()
-        yield from [value] if is_number and value.ndim >= least else []
-    elif hasattr(value, "values") and callable(value.values):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        yield from itertools.chain.from_iterable(_tensors(each, least) for each in value)

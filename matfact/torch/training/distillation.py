@@ -26,13 +26,17 @@ from matfact.torch.running._batches import (
 )
 from matfact.torch.running._offloaded import refuse_offloaded
 from matfact.torch.running._random import RandomState, drawing, generators_of
-from matfact.torch.running._tensors import check_trainable, is_filled, outside_inference_mode
+from matfact.torch.running._tensors import (
+    check_trainable,
+    is_filled,
+    output_tensor,
+    outside_inference_mode,
+)
 from matfact.torch.running._traces import Traces
 from matfact.torch.training._loop import FineTuning, train
 from matfact.torch.training._values import (
     adam,
     first_tensor,
-    output_tensor,
     relative_errors,
     rows,
     stored_values,

@@ -16,9 +16,8 @@ from matfact.torch.layers._coded import refuse_codes
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._batches import eval_mode, forward
 from matfact.torch.running._offloaded import refuse_offloaded
-from matfact.torch.running._tensors import check_trainable, outside_inference_mode
+from matfact.torch.running._tensors import check_trainable, output_tensor, outside_inference_mode
 from matfact.torch.training._loop import FineTuning, train
-from matfact.torch.training._values import output_tensor
 
 #: Distance between an output and the teacher's output, both tensors.
 Distance = Callable[[Tensor, Tensor], Tensor]
