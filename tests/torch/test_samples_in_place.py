@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import os
 import pickle
+import signal
 import threading
 import weakref
 
@@ -166,6 +168,20 @@ def test_training_uses_no_threads_but_torchs(two_threads):
     layer.zero_grad()
     layer(x).sum().backward()
     torch.testing.assert_close(layer.factors[0].values.grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_single_samples_work_in_forked_processes(kind, two_threads):
+    layer, x = LAYERS[kind]().eval(), torch.randn(1, 1024)
+    layer(torch.randn(64, 1024))  # torch's threads run
+    expected = layer(x).numpy()
+    child = os.fork()
+    if not child:
+        signal.alarm(30)  # ends a process that hangs, as torch's parallel operations do there
+        os._exit(not np.array_equal(layer(x).numpy(), expected))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("is_old", [False, True])

@@ -9,8 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +32,14 @@ _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
 _ENOUGH = 1 << 15  #: values times panels for each thread
 _KEPT = 64  #: sizes of batches for which something is prepared, at most
 _CACHE_LINE = 64
+_State = tuple[int, ...]
 
 
 class InPlace:
     """Prepared products with samples. Copies and pickles start empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[_Held], _Chain | None] = [], None
+        self._kept: tuple[list[_State | None], _Chain | None] = [], None
 
     def apply(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
         """Return the product with the samples `x`, in the dtype it is computed in.
@@ -47,44 +47,15 @@ class InPlace:
         None if the kernels cannot read the factors, which are given as modules, or are slower than
         the dense matrix.
         """
-        held, chain = self._kept
-        if len(held) != len(modules):
-            held, chain = self._renewed(modules, x.dtype)
-        dtype, needs_gradient = x.dtype, torch.is_grad_enabled()
-        # Every call does this, and it takes longer than a small product.
-        for (kept, stored, indices, indptr, state), module in zip(held, modules, strict=False):
-            buffers = module._buffers
-            value: Any = module._parameters.get("values")
-            columns, pointers = buffers.get("indices"), buffers.get("indptr")
-            if (
-                kept() is not module
-                or stored() is not value
-                or indices() is not columns
-                or indptr() is not pointers
-                or state
-                != (
-                    value.data_ptr(), value.numel(), columns.data_ptr(), columns._version,
-                    pointers.data_ptr(), pointers._version,
-                )
-                or value.dtype is not dtype
-                or not value.is_contiguous()
-            ):  # fmt: skip
-                chain = self._renewed(modules, dtype)[1]
-                break
-        if chain is None or (needs_gradient and _need_gradient(modules)):
+        dtype = x.dtype
+        states = [_state(module, dtype) for module in modules]
+        kept, chain = self._kept
+        if states != kept:
+            chain = None if None in states else _prepared(list(modules), states)  # type: ignore[arg-type]
+            self._kept = states, chain
+        if chain is None or (torch.is_grad_enabled() and _need_gradient(modules)):
             return None
         return chain.apply(x)
-
-    def _renewed(
-        self, modules: Collection[Any], dtype: torch.dtype
-    ) -> tuple[list[_Held], _Chain | None]:
-        """Prepare the product again, after anything has changed."""
-        kept: tuple[list[_Held], _Chain | None] = [], None
-        if all(_is_readable(module, dtype) for module in modules):
-            held = [_Held.of(module) for module in modules]
-            kept = held, _prepared(list(modules), [each.state for each in held])
-        self._kept = kept
-        return kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace:
         return InPlace()
@@ -93,57 +64,44 @@ class InPlace:
         return InPlace, ()
 
 
-class _Held(NamedTuple):
-    """What a module held when its product was prepared, and the state of that.
+def _state(module: Any, dtype: torch.dtype) -> _State | None:
+    """Return where values, columns and row pointers of a module are, and what tells of changes.
 
-    Weak references, so that no weights stay in memory that a network has let go.
+    None if they are not plain, or the values not of a dtype. Every call needs this, and it takes
+    longer than a small product. No reference is kept, so that no weights stay in memory that a
+    network has let go, and tensors can be swapped.
     """
-
-    module: Callable[[], Any]
-    value: Callable[[], Any]
-    columns: Callable[[], Any]
-    pointers: Callable[[], Any]
-    state: tuple[int, ...]
-
-    @classmethod
-    def of(cls, module: Any) -> _Held:
-        value, columns, pointers = module.values, module.indices, module.indptr
-        state = (
-            value.data_ptr(), value.numel(), columns.data_ptr(), columns._version,
-            pointers.data_ptr(), pointers._version,
-        )  # fmt: skip
-        weak = weakref.ref
-        return cls(weak(module), weak(value), weak(columns), weak(pointers), state)
-
-
-def _is_readable(module: Any, dtype: torch.dtype) -> bool:
-    """Whether all a module holds are plain parameters and buffers of the host, of a dtype."""
-    if type(module) is not SparseFactorModule or dtype not in _READ:
-        return False
-    value, columns, pointers = module._parameters.get("values"), module.indices, module.indptr
+    if type(module) is not SparseFactorModule:
+        return None
+    value, buffers = module._parameters.get("values"), module._buffers
+    columns: Any = buffers["indices"]
+    pointers: Any = buffers["indptr"]
+    if (
+        type(value) is not nn.Parameter
+        or value.dtype is not dtype
+        or not value.is_contiguous()
+        or columns.is_inference()  # whose writes are not counted
+        or pointers.is_inference()
+    ):
+        return None
     return (
-        type(value) is nn.Parameter
-        and value.dtype is dtype
-        and value.is_cpu
-        and value.is_contiguous()
-        and not value.is_neg()
-        and columns.dtype is torch.uint8
-        and not (columns.is_inference() or pointers.is_inference())  # whose writes are not counted
-    )
+        value.data_ptr(), columns.data_ptr(), pointers.data_ptr(), value.numel(), columns._version,
+        pointers._version, id(module), id(value), module.rows, module.columns,
+    )  # fmt: skip
 
 
 def _need_gradient(modules: Collection[Any]) -> bool:
     return any(module._parameters["values"].requires_grad for module in modules)
 
 
-def _prepared(modules: list[Any], states: Sequence[tuple[int, ...]]) -> _Chain | None:
-    """Return factors that are ready to be applied, None if positions lie outside of them."""
+def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
+    """Return factors that are ready to be applied, None if kernels could not read them."""
+    if not all(map(_is_readable, modules)):
+        return None
     read, _ = _READ[modules[0].values.dtype]
     kinds = (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
-    groups = [[state[i] for state in states] for i in (0, 2, 4)]
+    groups = [[state[i] for state in states] for i in range(3)]
     if any(a % kind.itemsize for group, kind in zip(groups, kinds, strict=True) for a in group):
-        return None
-    if not all(map(_is_sound, modules)):
         return None
     # Imported late, so that small layers do not load the compiler.
     from matfact.kernels import fused
@@ -281,8 +239,13 @@ def _scratch(size: int) -> int:
     return _memory.address
 
 
-def _is_sound(module: Any) -> bool:
-    """Whether the kernel would read values and samples only where there are some."""
+def _is_readable(module: Any) -> bool:
+    """Whether a module is on the host, and kernels would read only where there is something."""
+    value, indices = module.values, module.indices
+    if not value.is_cpu or value.is_neg() or value.dtype not in _READ:
+        return False
+    if indices.dtype is not torch.uint8:
+        return False
     columns = module.indices.numpy(force=True).reshape(-1).view("<u2")
     pointers, n = module.indptr.numpy(force=True), module.values.numel()
     return bool(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from matfact._threads import allowed_threads, limited_kernels
 from matfact.kernels import threads
 
+_is_forked = False  #: whether this process has lost the threads of the one it was forked from
 _NAMES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
 
 
@@ -48,7 +50,7 @@ def on_torch_threads() -> Iterator[None]:
 
 def run(calls: Sequence[Callable[[], object]]) -> None:
     """Run calls on this thread and torch's, or one after the other if torch is too old for it."""
-    parallel_for = _parallel_for() if len(calls) > 1 else None
+    parallel_for = _parallel_for() if len(calls) > 1 and not _is_forked else None
     errors: list[BaseException] = []
 
     def work(first: int, last: int, _: object) -> None:
@@ -78,13 +80,13 @@ def runner(kernel: Any, n_threads: int) -> Callable[[Any], None]:
         Number of threads.
     """
     address = kernel.address
-    parallel_for = _parallel_for() if n_threads > 1 else None
-    if parallel_for is None:
-        alone = _Callback(address)
-        return lambda job: alone(0, 1, job)
+    parallel_for, alone = _parallel_for() if n_threads > 1 else None, _Callback(address)
 
     def run(job: Any) -> None:
-        _check(parallel_for(0, n_threads, 1, address, job))
+        if parallel_for is None or _is_forked:
+            alone(0, 1, job)
+        else:
+            _check(parallel_for(0, n_threads, 1, address, job))
 
     return run
 
@@ -92,3 +94,12 @@ def runner(kernel: Any, n_threads: int) -> Callable[[Any], None]:
 def _check(error: int) -> None:
     if error:
         raise RuntimeError("torch could not run a kernel on its threads.")
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True  # torch's own parallel operations hang here, if it ran any before
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
