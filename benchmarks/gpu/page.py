@@ -17,9 +17,10 @@ _TITLES = {
     "network": "Networks from end to end, by samples or tokens",
 }
 _COLUMNS = {
-    "structure": "structure", "road": "road", "dtype": "dtype", "size": "size", "batch": "batch",
-    "seconds": "µs", "predicted": "predicted µs", "dense": "dense µs", "error": "error",
-    "limit": "at most", "share": "share of the rate", "rate": "TFLOP/s", "failure": "failure",
+    "structure": "structure", "weights": "weights", "road": "road", "dtype": "dtype",
+    "size": "size", "batch": "batch", "seconds": "µs", "predicted": "predicted µs",
+    "dense": "dense µs", "error": "error", "limit": "at most", "share": "share of the rate",
+    "rate": "TFLOP/s", "failure": "failure",
 }  # fmt: skip
 
 

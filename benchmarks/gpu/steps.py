@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import matfact
-from benchmarks import generate
 from benchmarks.gpu.device import Device
 from matfact import backend
 from matfact.metrics import relative_error
@@ -308,16 +307,30 @@ def network(device: Device) -> Iterator[Row]:
     ))  # fmt: skip
     batches = device.pick((1, 16, 4096), (1, 16))
     samples = [(batch, device.randn(batch, width)) for batch in batches]
-    yield from _end_to_end(device, "random stack", stack, ".*", samples)
+    for row in _end_to_end(device, "stack", stack, ".*", samples):
+        yield row | {"weights": "random"}
     # Samples and tokens of each.
     sizes = device.pick({"encoder": [(1, 24), (32, 24)], "smollm2": [(1, 1), (1, 512)]}, {})
     for name, shapes in sizes.items():
+        for row in _from_package(device, name, shapes):
+            yield row | {"weights": "pretrained"}
+
+
+def _from_package(device: Device, name: str, shapes: list[tuple[int, int]]) -> Iterator[Row]:
+    """Time a network of another package on tokens, or say that something is not installed."""
+    try:
+        # Imported late: it needs matplotlib and more, which a machine with a GPU may lack.
+        from benchmarks import generate
+
         model = generate.network(name)
-        if model is None:
-            yield {"structure": name, "failure": "its package is not installed"}
-            continue
-        tokens = [(n * k, torch.ones(n, k, dtype=torch.long)) for n, k in shapes]
-        yield from _end_to_end(device, name, model, generate.LAYERS[name], tokens)
+    except ImportError as error:
+        yield {"structure": name, "failure": f"{name} is left out: {error}"}
+        return
+    if model is None:
+        yield {"structure": name, "failure": f"{name} is left out: its package is not installed"}
+        return
+    tokens = [(n * k, torch.ones(n, k, dtype=torch.long)) for n, k in shapes]
+    yield from _end_to_end(device, name, model, generate.LAYERS[name], tokens)
 
 
 def _end_to_end(

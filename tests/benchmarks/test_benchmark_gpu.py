@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from benchmarks import __main__ as main  # noqa: E402
 from benchmarks import gpu  # noqa: E402
 from benchmarks.gpu import page, steps  # noqa: E402
+from benchmarks.gpu.device import Device  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"structure": "signs", "road": "tiles", "dtype": "float16", "size": (3, 4), "limit": 1e-3}
@@ -119,3 +120,36 @@ def test_results_are_replaced_as_a_whole(run, tmp_path):
     assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 2
     for file in kept.values():
         file.close()
+
+
+def test_what_only_networks_need_may_be_missing():
+    code = """
+import sys
+sys.modules["matplotlib"] = None  # as if it were not installed
+from benchmarks.gpu import steps
+from benchmarks.gpu.device import Device
+for row in steps._from_package(Device(True), "encoder", [(1, 4)]):
+    print(row["failure"])
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("encoder is left out:")
+    assert "matplotlib" in done.stdout
+
+
+def test_networks_of_other_packages_are_timed_dense_and_compressed():
+    pytest.importorskip("transformers")
+    rows = list(steps._from_package(Device(True), "tiny", [(1, 4)]))
+    assert [row["structure"] for row in rows] == ["tiny, dense", "tiny, Monarch"]
+    assert [row["batch"] for row in rows] == [4, 4]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_page_says_which_weights_networks_have(run):
+    kinds = {"stack": "random", "e": "pretrained"}
+    rows = [{"structure": name, "weights": kind} for name, kind in kinds.items()]
+    status, text = run(network=lambda device: rows)
+    assert status == 0
+    assert "| stack | random |" in text
+    assert "| e | pretrained |" in text
