@@ -65,7 +65,10 @@ def test_sigterm_while_compressing_ends_workers_and_leaves_work_that_goes_on(sou
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)  # idle workers would hold the pipe for minutes
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert output.strip() == "Stopped; every file is complete or as it was."
+    told, *rest = output.strip().splitlines()
+    assert told == "Stopped; every file is complete or as it was."
+    # On a busy machine joblib's own tracker sometimes adds that it cleaned up after a worker.
+    assert not rest or "resource_tracker.py" in rest[0], output
     assert not (out / "manifest.json").exists()
     assert not list(out.glob(".*"))
     finished = {path: path.stat().st_ino for path in out.glob("0*.safetensors")}
