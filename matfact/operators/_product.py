@@ -15,7 +15,13 @@ from matfact import backend
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _storage
-from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand, shared_namespace
+from matfact.operators._arithmetic import (
+    ArrayLike,
+    LinearOperator,
+    as_operand,
+    library,
+    shared_namespace,
+)
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import Displayed
@@ -231,9 +237,9 @@ class FactorProduct(ArrayLike, Displayed):
                 f"products must chain, but one of shape {self.shape} is followed by one of shape "
                 f"{other.shape}."
             )
-        libraries = [backend.namespace(p.factors[0].values) for p in (self, other)]
-        if libraries[0] is not libraries[1]:
-            names = " and ".join(library.__name__ for library in libraries)
+        libraries = [library(p.factors[0].values) for p in (self, other)]
+        if libraries[0] != libraries[1]:
+            names = " and ".join(libraries)
             raise TypeError(f"products must have the same array library, got {names}.")
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
