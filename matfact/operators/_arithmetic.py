@@ -200,6 +200,13 @@ def library(array: Array) -> str:
     return backend.namespace(array).__name__.removeprefix("array_api_compat.")
 
 
+def check_same_library(left: Array, right: Array) -> None:
+    """Raise ``TypeError`` if the values of two products are of different libraries."""
+    names = library(left), library(right)
+    if names[0] != names[1]:
+        raise TypeError(f"products must have the same array library, got {' and '.join(names)}.")
+
+
 def shared_namespace(X: Array, name: str, other: Array, owner: str) -> Any:
     """Return the Array API namespace of two arrays, which must share a device, too."""
     given, needed = (f"{library(a)} on {backend.device(a)}" for a in (X, other))

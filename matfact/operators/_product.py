@@ -19,7 +19,7 @@ from matfact.operators._arithmetic import (
     ArrayLike,
     LinearOperator,
     as_operand,
-    library,
+    check_same_library,
     shared_namespace,
 )
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
@@ -237,10 +237,7 @@ class FactorProduct(ArrayLike, Displayed):
                 f"products must chain, but one of shape {self.shape} is followed by one of shape "
                 f"{other.shape}."
             )
-        libraries = [library(p.factors[0].values) for p in (self, other)]
-        if libraries[0] != libraries[1]:
-            names = " and ".join(libraries)
-            raise TypeError(f"products must have the same array library, got {names}.")
+        check_same_library(self.factors[0].values, other.factors[0].values)
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
 
