@@ -14,14 +14,8 @@ import numpy as np
 from matfact import backend
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
-from matfact.operators import _storage
-from matfact.operators._arithmetic import (
-    ArrayLike,
-    LinearOperator,
-    as_operand,
-    check_same_library,
-    shared_namespace,
-)
+from matfact.operators import _arithmetic, _storage
+from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand, shared_namespace
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
 from matfact.operators._display import Displayed
@@ -237,7 +231,7 @@ class FactorProduct(ArrayLike, Displayed):
                 f"products must chain, but one of shape {self.shape} is followed by one of shape "
                 f"{other.shape}."
             )
-        check_same_library(self.factors[0].values, other.factors[0].values)
+        _arithmetic.check_same_library(self.factors[0].values, other.factors[0].values)
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
 
