@@ -109,13 +109,12 @@ def measure_products(products: Sequence[FactorProduct], batch_size: int, turns: 
     All are in memory, factors and dense matrices, so that each comes from there as in a network: a
     single product that is applied again and again is found in the processor's cache.
     """
-    layers = _Layers([FactorizedLinear(product, copy=False) for product in products])
-    kinds = [layer.chain[0].values.dtype for layer in layers]
+    layers = [FactorizedLinear(product, copy=False) for product in products]
     samples = [
-        torch.ones(batch_size, layer.in_features, dtype=kind)
-        for layer, kind in zip(layers, kinds, strict=True)
+        torch.ones(batch_size, each.in_features, dtype=each.chain[0].values.dtype)
+        for each in layers
     ]
-    return measure_speed(layers, lambda network: network(samples), turns=turns)
+    return measure_speed(_Layers(layers), lambda network: network(samples), turns=turns)
 
 
 class _Layers(nn.ModuleList):
