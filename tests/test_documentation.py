@@ -72,3 +72,10 @@ def test_estimators_named_in_the_readme_are_public():
     named = set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE))
     assert named <= set(matfact.__all__)
     assert {"DoubleSparseFactorizer", "Palm4MSA", "ButterflyFit"} <= named
+
+
+def test_no_marks_of_sphinx_are_left():
+    marks = re.compile(r":(?:class|func|meth|mod|attr|data):`|\[\d\]_|^ *\.\. \[\d\]", re.MULTILINE)
+    for folder, suffix in (("matfact", "*.py"), ("benchmarks", "*.py"), ("docs", "*.md")):
+        for file in sorted((ROOT / folder).rglob(suffix)):
+            assert not marks.search(file.read_text()), file

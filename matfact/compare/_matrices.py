@@ -52,7 +52,7 @@ def cut_matrices(
     Parameters
     ----------
     weights : mapping of str to ndarray or StoredMatrix
-        Matrices by layer name, as :func:`load_weights` returns them.
+        Matrices by layer name, as `load_weights` returns them.
     sizes : sequence of int, optional
         Sides of the windows. None means 64, 128, 256 and 384, if the layers are large enough.
     per_size : int, default=4
