@@ -11,8 +11,8 @@ import numpy as np
 
 from matfact.compare._stored import StoredMatrix
 
-#: Default sizes.
 DEFAULT_SIZES = (64, 128, 256, 384)
+"""Sides of the square matrices that `cut_matrices` cuts by default."""
 
 #: A matrix in memory, or in a file.
 M = TypeVar("M", np.ndarray, StoredMatrix)

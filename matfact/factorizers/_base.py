@@ -25,8 +25,8 @@ from matfact.operators._arithmetic import shared_namespace
 from matfact.solvers._callback import History
 from matfact.solvers.coding import coding_error
 
-#: Allowed values of the `density` parameter.
 DENSITY = [Interval(Real, 0, 1, closed="right"), None]
+"""Allowed values of the `density` parameter, for ``_parameter_constraints``."""
 
 
 @dataclasses.dataclass(frozen=True)
