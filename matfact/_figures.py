@@ -87,9 +87,8 @@ def label_directly(axes: Axes, entries: Iterable[tuple[float, str, dict[str, str
     wanted = np.array([to_panel((1.0, value))[1] for value, _, _ in ordered])
     step = min(_LINE, 1.0 / max(1, len(ordered)))
     offsets = step * np.arange(len(ordered))
-    # Least squares with gaps of at least `step`: an isotonic regression of what is wanted.
-    heights = _isotonic(np.clip(wanted, 0.0, 1.0) - offsets) + offsets
-    heights += min(0.0, 1.0 - heights.max(initial=0.0)) - min(0.0, heights.min(initial=0.0))
+    # Least squares with gaps of at least `step`: a bounded isotonic regression of what is wanted.
+    heights = np.clip(_isotonic(wanted - offsets), 0.0, 1.0 - offsets.max(initial=0.0)) + offsets
     for height, (_, name, look) in zip(heights, ordered, strict=True):
         axes.scatter(
             [1.03], [height], s=40, color=look["color"], marker=look["marker"],
