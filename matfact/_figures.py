@@ -82,6 +82,7 @@ def label_directly(axes: Axes, entries: Iterable[tuple[float, str, dict[str, str
     entries : iterable of (float, str, dict)
         Value on the vertical axis, name, and colour and marker as of `marked`.
     """
+    axes.autoscale_view()  # what is drawn may still have to set the limits
     ordered = sorted(entries, key=lambda entry: entry[0])
     to_panel = (axes.transScale + axes.transLimits).transform
     wanted = np.array([to_panel((1.0, value))[1] for value, _, _ in ordered])
