@@ -14,7 +14,7 @@ import numpy as np
 from matfact import backend
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
-from matfact.operators import _storage
+from matfact.operators import _arithmetic, _storage
 from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand, shared_namespace
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
@@ -231,10 +231,7 @@ class FactorProduct(ArrayLike, Displayed):
                 f"products must chain, but one of shape {self.shape} is followed by one of shape "
                 f"{other.shape}."
             )
-        libraries = [backend.namespace(p.factors[0].values) for p in (self, other)]
-        if libraries[0] is not libraries[1]:
-            names = " and ".join(library.__name__ for library in libraries)
-            raise TypeError(f"products must have the same array library, got {names}.")
+        _arithmetic.check_same_library(self.factors[0].values, other.factors[0].values)
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
 
