@@ -15,14 +15,14 @@ then shows the first row that fits its own ``where``. A column without ``where``
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import summary
+from benchmarks.datafiles import PageError, fits, read, save, take
 from benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -51,12 +51,13 @@ def run(options: argparse.Namespace) -> int:
     return int(options.check and bool(stale))
 
 
-class PageError(ValueError):
-    """A page asks for what is not there, or a data file is not as it must be."""
-
-
 def update(root: Path, *, write: bool) -> Iterator[Path]:
-    """Yield the pages that differ from the data files, and write them."""
+    """Yield the pages that differ from the data files, and write them; first the summary."""
+    target = root / "docs" / "data" / "networks.json"
+    if target.is_file() and read(target) != (content := summary.networks(target.parent)):
+        if write:
+            save(target, content)
+        yield target
     for page in pages(root):
         text = page.read_text(encoding="utf-8")
         rendered = render(text, root / "docs" / "data", str(page.relative_to(root)))
@@ -92,7 +93,7 @@ def load(path: Path, name: str, page: str) -> str:
     """Return a table of a data file as Markdown."""
     if not path.is_file():
         raise PageError(f"{page}: there is no docs/data/{path.name}.")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read(path)
     if name not in content["tables"]:
         known = ", ".join(content["tables"])
         raise PageError(f"{page}: no table '{name}' in docs/data/{path.name}; it has {known}.")
@@ -104,7 +105,7 @@ def load(path: Path, name: str, page: str) -> str:
 
 def shown(table: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return rows as a Markdown table."""
-    rows = [row for row in rows if _fits(row, table.get("where", {}))]
+    rows = [row for row in rows if fits(row, table.get("where", {}))]
     lines: dict[Any, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows):
         line = tuple(map(row.get, table["line"])) if "line" in table else number
@@ -117,63 +118,12 @@ def shown(table: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return markdown_table(list(columns), body)
 
 
-def _fits(row: dict[str, Any], where: dict[str, Any]) -> bool:
-    """Return whether each field has the value asked for, or one of them."""
-    return all(
-        row.get(field) in (value if isinstance(value, list) else [value])
-        for field, value in where.items()
-    )
-
-
 def _cell(rows: list[dict[str, Any]], cell: Any, where: dict[str, Any] | None = None) -> str:
     """Return the parts of a cell of which every number is known."""
-    row = next((row for row in rows if _fits(row, where or {})), {})
+    row = next((row for row in rows if fits(row, where or {})), {})
     text = ""
     for part in [cell] if isinstance(cell, str) else cell:
         fields = [field for _, field, _, _ in string.Formatter().parse(part) if field]
         if all(row.get(field) is not None for field in fields):
             text += part.format_map(row)
     return text or "–"
-
-
-def take(results: Path, data: Path, target: str) -> None:
-    """Replace a set of rows by those of a file that a benchmark wrote."""
-    name, _, group = target.partition(":")
-    path = data / f"{name}.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = json.loads(results.read_text(encoding="utf-8"))
-    if not group or not isinstance(found.get("rows"), list):
-        raise PageError(f"--take needs a file with rows and --into FILE:SET, got {target}.")
-    measured = {key: value for key, value in found.items() if key not in ("rows", "curves")}
-    rows = [_flat(row) for row in found["rows"]]
-    content.setdefault("sets", {})[group] = {"measured": measured, "rows": rows}
-    content.setdefault("tables", {})
-    save(path, content)
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a cell and its results, means and deviations, side by side."""
-    flat: dict[str, Any] = {}
-    for field, value in {**row, **row.get("cell", {}), **row.get("results", {})}.items():
-        if isinstance(value, dict) and "mean" in value:
-            flat |= {field: value["mean"], f"{field} ±": value["deviation"]}
-            flat["count"] = value["count"]
-        elif field not in ("cell", "results"):
-            flat[field] = value
-    return flat
-
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a data file with a row a line, so that changes are easy to see."""
-    dump = functools.partial(json.dumps, ensure_ascii=False)
-    sets = ",\n".join(
-        f'{dump(name)}: {{"measured": {dump(group["measured"])},\n"rows": [\n'
-        + ",\n".join(map(dump, group["rows"]))
-        + "\n]}"
-        for name, group in content["sets"].items()
-    )
-    tables = ",\n".join(
-        f"{dump(name)}: {dump(table, indent=1)}" for name, table in content["tables"].items()
-    )
-    text = f'{{"sets": {{\n{sets}\n}},\n"tables": {{\n{tables}\n}}}}\n'
-    path.write_text(text, encoding="utf-8")
