@@ -15,8 +15,8 @@ from benchmarks.datafiles import PageError, fits, read
 
 Row = dict[str, Any]
 NOTE = (
-    "Bytes and FLOPs are those of the compressed layers ÷ dense float32; those of bfloat16 and int8 "
-    "follow from their bits. Speed is the median ratio to dense float32 on two cores with two "
+    "Bytes and FLOPs are those of the compressed layers ÷ dense float32; those of bfloat16 and "
+    "int8 follow from their bits. Speed is the median ratio to dense float32 on two cores with two "
     "threads: one input is a sentence, an image or a token of the answer, many are 32 sentences or "
     "images or a prompt of 512 tokens. Minutes are CPU minutes of one thread, with calibration."
 )
