@@ -10,7 +10,9 @@ import pytest
 from benchmarks import pages
 
 ROOT = Path(__file__).parents[2]
-MEASURED = [p for kind in ("benchmark-", "study-", "scaling") for p in (ROOT / "docs").glob(f"{kind}*.md")]
+MEASURED = [
+    p for kind in ("benchmark-", "study-", "scaling") for p in (ROOT / "docs").glob(f"{kind}*.md")
+]
 ROWS = [
     {"method": "DSF", "bits": 2.5, "error": 0.24021, "seconds": 14.8},
     {"method": "DSF", "bits": 4, "error": 0.1},
