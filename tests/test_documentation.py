@@ -44,6 +44,10 @@ def test_every_example_of_the_readme_shows_its_output():
     assert all(shown for _, shown in EXAMPLES)
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 120
+
+
 def test_another_output_than_the_one_shown_is_noticed():
     run([("print(1.23)", "1...\n")])
     with pytest.raises(AssertionError, match="False"):
