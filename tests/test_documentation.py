@@ -16,6 +16,7 @@ from tests import cupy_double
 same_output = OutputChecker().check_output
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 DOCS = ROOT / "docs"
 # A block, and what it prints where this is shown. Blocks marked ``py`` need what tests have not: a
 # cluster, a GPU, weights of another's, hours.
@@ -81,6 +82,13 @@ def test_the_example_with_cupy_runs_on_its_stand_in(tmp_path, monkeypatch):
         exec(code, namespace)
         product = namespace["product"] @ np.ones(256, np.float32)
         np.testing.assert_allclose(product, namespace["y"].get(), rtol=1e-4, atol=1e-4)
+
+
+def test_version_and_date_agree_in_package_changelog_and_citation():
+    version, date = re.search(r"^## ([\d.]+) \((.*)\)$", CHANGELOG, re.MULTILINE).groups()
+    assert version == matfact.__version__
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"version: {version}", f"date-released: {date}"} <= set(citation)
 
 
 def test_links_and_pictures_of_the_readme_exist():
