@@ -25,6 +25,7 @@ NAMES = (
     "synthetic",
     "writers",
     "cluster",
+    "pages",
 )
 #: Read by numerical libraries when they are loaded, so set before any import.
 THREAD_VARIABLES = (

@@ -53,7 +53,9 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The figure needs matplotlib: pip install 'matfact[plots]'.") from error
+        from matfact._text import extra
+
+        raise ImportError(f"The figure needs matplotlib: {extra('plots')}.") from error
     except OSError as error:  # matplotlib needs a writable folder, at least a temporary one
         raise ImportError(f"The figure needs matplotlib, but: {error}") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=dpi)

@@ -273,9 +273,7 @@ class SafetensorsFile:
             return self.location(name).read()
         location = self.location(name)
         location.check_dtype()
-        content = self._bytes(name)
-        is_aligned = location.begin % location.spec.itemsize == 0
-        return as_array(location.spec, content if is_aligned else content.copy())
+        return as_array(location.spec, self._bytes(name))
 
     def _bytes(self, name: str) -> np.ndarray:
         assert self._content is not None

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import re
+from doctest import ELLIPSIS, OutputChecker
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,39 +15,59 @@ import pytest
 import matfact
 from tests import cupy_double
 
+same_output = OutputChecker().check_output
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 DOCS = ROOT / "docs"
-# Blocks marked ``py`` need what tests have not: a cluster, a GPU, weights of another's.
+# A block, and what it prints where this is shown. Blocks marked ``py`` need what tests have not: a
+# cluster, a GPU, weights of another's, hours.
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+EXAMPLES = BLOCK.findall(README)
 PAGES = {
-    str(page.relative_to(DOCS)): re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    str(page.relative_to(DOCS)): BLOCK.findall(page.read_text())
     for page in sorted(DOCS.rglob("*.md"))
     if "generated" not in page.parts
 }
 
 
+def run(blocks):
+    """Run blocks in turn, as a reader does, and compare what they print with what is shown."""
+    namespace = {}
+    for code, shown in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        if shown:
+            assert same_output(shown, printed.getvalue(), ELLIPSIS), printed.getvalue()
+
+
 def test_every_example_of_the_readme_shows_its_output():
     assert EXAMPLES
-    assert README.count("```python") == len(EXAMPLES)
+    assert all(shown for _, shown in EXAMPLES)
 
 
-@pytest.mark.parametrize(("code", "expected"), EXAMPLES)
-def test_readme_prints_what_is_shown(code, expected, tmp_path, monkeypatch):
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 120
+
+
+def test_another_output_than_the_one_shown_is_noticed():
+    run([("print(1.23)", "1...\n")])
+    with pytest.raises(AssertionError, match="False"):
+        run([("print(1.23)", "1.24\n")])
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_readme_prints_what_is_shown(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    assert printed.getvalue() == expected
+    run([block])
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in PAGES.items() if blocks])
 def test_examples_of_the_documentation_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mpl.use("agg")
-    namespace = {}
-    for code in PAGES[page]:
-        exec(code, namespace)
+    run(PAGES[page])
 
 
 def test_the_example_with_cupy_runs_on_its_stand_in(tmp_path, monkeypatch):
@@ -63,6 +84,13 @@ def test_the_example_with_cupy_runs_on_its_stand_in(tmp_path, monkeypatch):
         exec(code, namespace)
         product = namespace["product"] @ np.ones(256, np.float32)
         np.testing.assert_allclose(product, namespace["y"].get(), rtol=1e-4, atol=1e-4)
+
+
+def test_version_and_date_agree_in_package_changelog_and_citation():
+    version, date = re.search(r"^## ([\d.]+) \((.*)\)$", CHANGELOG, re.MULTILINE).groups()
+    assert version == matfact.__version__
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"version: {version}", f"date-released: {date}"} <= set(citation)
 
 
 def test_links_and_pictures_of_the_readme_exist():

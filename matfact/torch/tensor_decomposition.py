@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from matfact._text import extra
 from matfact.backend import to_numpy
 from matfact.metrics import part_of
 from matfact.torch.compression._tasks import check_names, is_selected
@@ -357,8 +358,5 @@ def _tensorly() -> ModuleType:
         import tensorly
         import tensorly.decomposition
     except ImportError as error:
-        raise ImportError(
-            "tensor decompositions need tensorly: install the extra with pip install "
-            "'matfact[tensor]'."
-        ) from error
+        raise ImportError(f"tensor decompositions need tensorly: {extra('tensor')}.") from error
     return tensorly
