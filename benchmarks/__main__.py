@@ -26,6 +26,7 @@ NAMES = (
     "writers",
     "cluster",
     "pages",
+    "figures",
 )
 #: Read by numerical libraries when they are loaded, so set before any import.
 THREAD_VARIABLES = (

@@ -105,12 +105,12 @@ def label_lines(axes: Axes) -> None:
     entries = []
     for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
         line: Any = handle[0] if isinstance(handle, tuple) else handle  # one with error bars
-        heights = np.asarray(line.get_ydata(), float)
-        heights = heights[np.isfinite(heights)]
-        if heights.size:
+        points = np.array([line.get_xdata(), line.get_ydata()], float).T
+        points = points[np.isfinite(points).all(1)]
+        if len(points):
             marker = line.get_marker()
             look = {"color": line.get_color(), "marker": "_" if marker in ("None", "") else marker}
-            entries.append((float(heights[-1]), name, look))
+            entries.append((float(points[points[:, 0].argmax(), 1]), name, look))
     label_directly(axes, entries)
 
 
