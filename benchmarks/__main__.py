@@ -26,6 +26,7 @@ NAMES = (
     "writers",
     "cluster",
     "pages",
+    "history",
 )
 #: Read by numerical libraries when they are loaded, so set before any import.
 THREAD_VARIABLES = (
