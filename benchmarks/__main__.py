@@ -27,6 +27,7 @@ NAMES = (
     "cluster",
     "pages",
     "figures",
+    "history",
 )
 #: Read by numerical libraries when they are loaded, so set before any import.
 THREAD_VARIABLES = (
