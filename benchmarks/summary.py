@@ -71,7 +71,10 @@ class _Finder:
 
     def condition(self, file: str, group: str, name: str) -> Any:
         """Return one of the conditions of a measurement."""
-        return read(self.data / f"{file}.json")["sets"][group]["measured"][name]
+        measured = read(self.data / f"{file}.json")["sets"].get(group, {}).get("measured", {})
+        if name not in measured:
+            raise PageError(f"docs/data/{file}.json: '{group}' does not say its {name}.")
+        return measured[name]
 
     def speed(self, network: str, form: str) -> Row:
         """Return the ratios to dense float32 with two threads, of one input and of many."""

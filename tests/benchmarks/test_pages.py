@@ -141,7 +141,7 @@ def test_take_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     write(tmp_path, columns={})
     (tmp_path / "results.json").write_text("{}")
-    for into in ("bits:all", None):
-        options = argparse.Namespace(check=True, take=tmp_path / "results.json", into=into)
+    for file, into in (("results", "bits:all"), ("absent", "bits:all"), ("results", None)):
+        options = argparse.Namespace(check=True, take=tmp_path / f"{file}.json", into=into)
         with pytest.raises(SystemExit, match="--take"):
             pages.run(options)
