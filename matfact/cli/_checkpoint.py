@@ -243,16 +243,20 @@ def print_totals(checkpoint: Checkpoint) -> None:
 
 def _speed(checkpoint: Checkpoint, batch_size: int) -> str:
     """Return a sentence on the times of all products and of their dense matrices."""
-    from matfact.operators._dispatch.advice import total
+    try:
+        from matfact.torch.speed import measure_products
+    except ImportError as error:
+        raise ImportError("--batch-size needs torch, the extra 'torch' of matfact.") from error
 
     names = [name for name, tensor in checkpoint.tensors.items() if tensor.is_product]
     if not names:
         return "No tensor is factorized, so there is nothing to time."
-    used, dense = total((checkpoint.product(name) for name in names), batch_size)
+    speed = measure_products([checkpoint.product(name) for name in names], batch_size)
     return (
         f"{len(names)} products with {batch_size} sample{'s' * (batch_size > 1)}: "
-        f"{1e3 * used:.3g} ms here, {1e3 * dense:.3g} ms if dense, × {dense / used:.2f}. The rest "
-        "of a network takes as long as before; matfact.torch.measure_speed runs all of it."
+        f"{1e3 * speed.seconds:.3g} ms here, {1e3 * speed.dense_seconds:.3g} ms if dense, "
+        f"× {speed.speedup:.2f}. The rest of a network takes as long as before; "
+        "matfact.torch.measure_speed runs all of it."
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from matfact.operators import FactorProduct
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
 from matfact.torch.running._batches import device_of, eval_mode, forward
@@ -100,6 +101,27 @@ def measure_speed(
     ours, theirs = zip(*times, strict=True)
     ratio = statistics.median(long / short for short, long in times)
     return Speed(statistics.median(ours), statistics.median(theirs), ratio, share)
+
+
+def measure_products(products: Sequence[FactorProduct], batch_size: int, turns: int = 7) -> Speed:
+    """Measure the products of a network one after the other, each on samples of its own.
+
+    All are in memory, factors and dense matrices, so that each comes from there as in a network: a
+    single product that is applied again and again is found in the processor's cache.
+    """
+    layers = _Layers([FactorizedLinear(product, copy=False) for product in products])
+    kinds = [layer.chain[0].values.dtype for layer in layers]
+    samples = [
+        torch.ones(batch_size, layer.in_features, dtype=kind)
+        for layer, kind in zip(layers, kinds, strict=True)
+    ]
+    return measure_speed(layers, lambda network: network(samples), turns=turns)
+
+
+class _Layers(nn.ModuleList):
+    def forward(self, samples: Sequence[Tensor]) -> None:
+        for layer, each in zip(self, samples, strict=True):
+            layer(each)
 
 
 def _dense_twin(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:

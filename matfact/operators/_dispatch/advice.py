@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -79,17 +79,6 @@ def measure(
 ) -> Advice:
     """Time both ways to apply a product to `X`."""
     return Advice(int(X.shape[1]), _fastest(by_factors, X), _fastest(by_dense, X))
-
-
-def total(products: Iterable[Any], batch_size: int) -> tuple[float, float]:
-    """Return the time of all products as ``@`` applies them, and that of their dense matrices."""
-    used, dense = 0.0, 0.0
-    for product in products:
-        advice = product.advise(batch_size)
-        by_factors = product.method_for(batch_size) == "factors"
-        used += advice.factors_seconds if by_factors else advice.dense_seconds
-        dense += advice.dense_seconds
-    return used, dense
 
 
 def _fastest(call: Callable[[Array], Any], X: Array) -> float:
