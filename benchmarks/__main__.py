@@ -25,6 +25,9 @@ NAMES = (
     "synthetic",
     "writers",
     "cluster",
+    "pages",
+    "figures",
+    "history",
 )
 #: Read by numerical libraries when they are loaded, so set before any import.
 THREAD_VARIABLES = (

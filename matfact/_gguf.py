@@ -20,6 +20,7 @@ import numpy as np
 from matfact._regular import open_regular
 from matfact._safetensors import ITEMSIZES, TensorSpec
 from matfact._safetensors_file import FileState, TensorLocation, hash_bytes
+from matfact._text import extra
 
 SUFFIX = ".gguf"
 #: Maximum size of a header, in bytes.
@@ -216,7 +217,7 @@ class _Head:
         self._file.seek(count, 1)
 
     def number(self, code: str) -> Any:
-        """Return the next number, of a type of :mod:`struct`."""
+        """Return the next number, of a type of `struct`."""
         size = struct.calcsize(f"<{code}")
         return struct.unpack(f"<{code}", self.bytes(size).ljust(size, b"\0"))[0]
 
@@ -339,6 +340,6 @@ def _package(path: Path) -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"Reading {path} needs: pip install 'matfact[gguf]'.") from error
+        raise ImportError(f"Reading {path} needs {extra('gguf')}.") from error
     module: ModuleType = gguf
     return module

@@ -8,6 +8,8 @@ from typing import Any
 
 import joblib
 
+from matfact._text import extra
+
 
 @contextmanager
 def results(n_jobs: int | None, calls: Sequence[Any]) -> Iterator[Iterator[Any]]:
@@ -60,7 +62,7 @@ def on_cluster(scheduler: str | None) -> Iterator[None]:
         from distributed import Client
     except ImportError as error:
         raise ImportError(
-            "A cluster needs Dask: pip install 'matfact[distributed]', here and on all workers."
+            f"A cluster needs Dask, here and on all workers: {extra('distributed')}."
         ) from error
     # On a busy machine, workers may take longer to start than the 10 s that joblib waits.
     pool = {"backend": "dask", "wait_for_workers_timeout": 60}

@@ -130,12 +130,16 @@ def is_known_to_numpy(dtype: str) -> bool:
 
 
 def as_array(spec: TensorSpec, content: np.ndarray) -> np.ndarray:
-    """Return bytes as an array, without a copy if NumPy has the dtype."""
+    """Return bytes as an array, without a copy if NumPy has the dtype and they are aligned.
+
+    Kernels for aligned values, which give the same sums in any process, need this.
+    """
     if spec.dtype == "BF16":
         return from_bfloat16(content.view("<u2")).reshape(spec.shape)
     if spec.dtype == "BOOL":
         return (content != 0).reshape(spec.shape)
-    return content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+    array = content.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+    return np.require(array, requirements="A")
 
 
 def stored(array: np.ndarray, dtype: str | None = None) -> Stored:

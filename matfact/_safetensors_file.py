@@ -166,7 +166,7 @@ class SafetensorsFile:
     """File in the safetensors format, read one tensor at a time.
 
     The file is reopened for each tensor. What is read is checked against checksums once
-    :attr:`sha256` has been computed, and against the file's size and time before.
+    `sha256` has been computed, and against the file's size and time before.
 
     Parameters
     ----------
@@ -273,9 +273,7 @@ class SafetensorsFile:
             return self.location(name).read()
         location = self.location(name)
         location.check_dtype()
-        content = self._bytes(name)
-        is_aligned = location.begin % location.spec.itemsize == 0
-        return as_array(location.spec, content if is_aligned else content.copy())
+        return as_array(location.spec, self._bytes(name))
 
     def _bytes(self, name: str) -> np.ndarray:
         assert self._content is not None

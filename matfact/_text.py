@@ -1,4 +1,4 @@
-"""Output of untrusted names and of tables."""
+"""Output of untrusted names, of tables and of what to install."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def printable(text: object) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
+def extra(name: str) -> str:
+    """Return how to install an extra, for errors. No registry has the package yet."""
+    return f"the extra '{name}' of matfact (in a clone of it: pip install -e '.[{name}]')"
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

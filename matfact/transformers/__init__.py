@@ -6,11 +6,13 @@ reads what ``save_pretrained`` has written of a compressed network.
 
 from typing import TYPE_CHECKING, Any
 
+from matfact._text import extra
+
 try:
     import transformers as _transformers  # noqa: F401
 except ImportError as _error:
     raise ImportError(
-        "matfact.transformers needs transformers 5: pip install 'matfact[transformers]'."
+        f"matfact.transformers needs transformers 5 or {extra('transformers')}."
     ) from _error
 
 from matfact.transformers._config import MatfactConfig
@@ -31,6 +33,6 @@ def __getattr__(name: str) -> Any:
         if error.name != "peft":
             raise
         raise ImportError(
-            "matfact.transformers.lora_config needs peft: pip install 'matfact[peft]'."
+            f"matfact.transformers.lora_config needs peft or {extra('peft')}."
         ) from error
     return lora_config

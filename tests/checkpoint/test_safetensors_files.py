@@ -158,3 +158,13 @@ def test_dtypes_without_a_counterpart_are_refused_by_name(tmp_path):
         SafetensorsFile(path).read("w")
     with pytest.raises(ValueError, match="complex128"):
         stored(np.zeros(2, np.complex128))
+
+
+@pytest.mark.parametrize("shift", range(4))  # the address of the file's first byte
+def test_values_are_aligned_wherever_a_file_lies_in_memory(shift):
+    # Unaligned ones take other kernels, whose sums differ in the last bits.
+    values = np.arange(5.0, dtype=np.float32)
+    content = bytes(shift) + safetensors.numpy.save({"values": values})
+    read = SafetensorsFile.of_bytes(np.frombuffer(content, np.uint8)[shift:], "it").read("values")
+    assert read.flags.aligned
+    np.testing.assert_array_equal(read, values)

@@ -42,7 +42,7 @@ class FactorizedConv(InferenceModule):
     kernels : sequence of FactorizedLinear
         One per group, without bias, from the patches of the group to its output channels.
     inference : {"auto", "dense", "factors"}, default="auto"
-        As in :class:`FactorizedLinear`.
+        As in `FactorizedLinear`.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class FactorizedConv(InferenceModule):
         conv : torch.nn.Conv1d, torch.nn.Conv2d or torch.nn.Conv3d
             Provides the geometry and the bias.
         layer : type
-            One of the layers to train from scratch, such as :class:`LowRankLinear`.
+            One of the layers to train from scratch, such as `LowRankLinear`.
         **structure
             Its parameters, such as ``rank=4``.
         """

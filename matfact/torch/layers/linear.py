@@ -40,7 +40,7 @@ _DTYPES = (torch.float32, torch.float64)  #: dtypes of the kernels
 
 
 class FactorizedLinear(InferenceModule):
-    """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of :class:`torch.nn.Linear`.
+    """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of `torch.nn.Linear`.
 
     Values are parameters and positions are buffers, so any optimizer trains the values on a fixed
     support. Of quantized values the scales are parameters, and the codes, one byte each, are
@@ -58,11 +58,11 @@ class FactorizedLinear(InferenceModule):
         How the layer is applied in eval mode if no gradient is needed. "dense" caches the dense
         product, which is as fast and as large as the original layer. "factors" caches nothing.
         "auto" takes the fastest. On the CPU these are the kernels of
-        :class:`~matfact.operators.FactorProduct`, which cache reordered values, or torch with the
+        `matfact.operators.FactorProduct`, which cache reordered values, or torch with the
         dense product wherever that class would use it too. On other devices, where torch has no
         fast kernel for scattered values, "auto" caches the dense product if the factors take more
         work. The values are compared with a copy in every pass to detect changes, see
-        :func:`keep_unchecked`, unless the CPU reads sparse factors as they are stored.
+        `keep_unchecked`, unless the CPU reads sparse factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
@@ -183,7 +183,7 @@ class FactorizedLinear(InferenceModule):
     def tune(self, batch_size: int) -> Advice:
         """Time factors and dense product on the layer's GPU, and use the faster for such batches.
 
-        Until then a fixed rule predicts it, see :meth:`gpu_roads`. Only this object is tuned, in
+        Until then a fixed rule predicts it, see `gpu_roads`. Only this object is tuned, in
         eval mode and with ``inference="auto"``; copies keep the choice, files do not.
 
         Parameters
