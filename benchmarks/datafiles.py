@@ -32,10 +32,14 @@ def take(results: Path, data: Path, target: str) -> None:
     name, _, group = target.partition(":")
     path = data / f"{name}.json"
     content = read(path)
-    found = json.loads(results.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PageError(f"--take: {results} cannot be read as JSON: {error}") from None
     if not group or not isinstance(found.get("rows"), list):
         raise PageError(f"--take needs a file with rows and --into FILE:SET, got {target}.")
     measured = {key: value for key, value in found.items() if key not in ("rows", "curves")}
+    measured.get("options", {}).pop("output", None)  # a folder of this machine
     rows = [_flat(row) for row in found["rows"]]
     content["sets"][group] = {"measured": measured, "rows": rows}
     save(path, content)

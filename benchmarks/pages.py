@@ -7,9 +7,10 @@ In a page, a table stands between ``<!-- table NAME from data/FILE.json -->`` an
      "tables": {"NAME": {"set": "SET", "where": {"bits": [2.5, 4]}, "line": ["method"],
                          "columns": {"HEADER": {"cell": "{error:.3f}", "where": {...}}}}}}
 
-``where`` selects rows. A cell is a format string or a list of them; a part whose number is missing
-is left out. Each row is a line, or with ``line`` all rows that agree in these fields are: a column
-then shows the first row that fits its own ``where``. A column without ``where`` may be just a cell.
+``where`` selects rows. A cell is a format string, with a factor for another unit as in
+``{seconds * 1e6:.4g}``, or a list of them; a part whose number is missing is left out. Each row is
+a line, or with ``line`` all rows that agree in these fields are: a column then shows the first row
+that fits its own ``where``. A column without ``where`` may be just a cell.
 """
 
 from __future__ import annotations
@@ -123,7 +124,19 @@ def _cell(rows: list[dict[str, Any]], cell: Any, where: dict[str, Any] | None = 
     row = next((row for row in rows if fits(row, where or {})), {})
     text = ""
     for part in [cell] if isinstance(cell, str) else cell:
-        fields = [field for _, field, _, _ in string.Formatter().parse(part) if field]
+        fields = [field.partition(" * ")[0] for _, field, _, _ in _FORMATTER.parse(part) if field]
         if all(row.get(field) is not None for field in fields):
-            text += part.format_map(row)
+            text += _FORMATTER.vformat(part, (), row)
     return text or "–"
+
+
+class _Formatter(string.Formatter):
+    """Formats numbers in another unit, as in ``{seconds * 1e6:.4g} µs``."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        """Return a field of the row, times the factor."""
+        name, _, factor = field_name.partition(" * ")
+        return kwargs[name] * float(factor) if factor else kwargs[name], name
+
+
+_FORMATTER = _Formatter()

@@ -71,27 +71,30 @@ class _Finder:
 
     def condition(self, file: str, group: str, name: str) -> Any:
         """Return one of the conditions of a measurement."""
-        return read(self.data / f"{file}.json")["sets"][group]["measured"][name]
+        measured = read(self.data / f"{file}.json")["sets"].get(group, {}).get("measured", {})
+        if name not in measured:
+            raise PageError(f"docs/data/{file}.json: '{group}' does not say its {name}.")
+        return measured[name]
 
-    def speed(self, group: str, form: str) -> Row:
+    def speed(self, network: str, form: str) -> Row:
         """Return the ratios to dense float32 with two threads, of one input and of many."""
         few, many = {"batch": 1}, {"batch": 32}
-        if group == "language-model":
-            few, many = {"phase": "decoding"}, {"phase": "prompt"}
+        if network == "smollm2":
+            few, many = {"batch": 1, "phase": "decoding"}, {"batch": 1, "phase": "prompt"}
         return {
-            name: self("generate", group, form=form, threads=2, **where)["speedup"]
-            for name, where in (("one", few), ("many", many))
+            name: self("generate", "forms", network=network, form=form, threads=2, **w)["speedup"]
+            for name, w in (("one", few), ("many", many))
         }
 
 
-def _dense(find: _Finder, network: str, group: str, **quality: float) -> list[Row]:
+def _dense(find: _Finder, network: str, short: str, **quality: float) -> list[Row]:
     """Return the dense forms, whose sizes follow from their bits."""
-    sizes = {"dense float32": 1.0, "dense bfloat16": 0.5, "dense int8": 0.25}
+    sizes = {"dense 32 bits": 1.0, "dense bfloat16": 0.5, "dense int8": 0.25}
     rows = [
-        {"network": network, "form": form, "bytes": size, "flops": 1.0, **find.speed(group, form)}
+        {"network": network, "form": form, "bytes": size, "flops": 1.0, **find.speed(short, form)}
         for form, size in sizes.items()
     ]
-    rows[0] |= quality
+    rows[0] |= {"form": "dense float32", **quality}
     return rows
 
 
@@ -100,9 +103,9 @@ def _encoder(find: _Finder) -> list[Row]:
     rows = _dense(find, name, "encoder", cosine=1.0)
     for method, bits in (("GPTQ", 4.0), ("GPTQ", 2.5), ("DSF", 4.0), ("DSF", 2.5)):
         rows.append(_at_bits(find, name, method, bits))
-        rows[-1]["cosine"] = 1 - rows[-1].pop("measure")
+        rows[-1]["cosine"] = 1 - rows[-1].pop("1 − cosine")
     for density in (50, 25):
-        form = f"{density / 100}, 32 bits"
+        form = f"{density / 100} 32 bits"
         fitted = find("encoder", "networks", density=density, method="DSF", form="full")
         rows.append({
             "network": name, "form": f"DSF, {density} %, float32", "bytes": fitted["bytes"],
@@ -111,7 +114,7 @@ def _encoder(find: _Finder) -> list[Row]:
         })  # fmt: skip
     rows.append({
         "network": name, "form": "DSF, 25 %, bfloat16", "flops": 0.25,
-        **find.speed("encoder", "0.25, 16 bits"),
+        **find.speed("encoder", "0.25 16 bits"),
     })  # fmt: skip
     few = find("calibration", "networks", network=name, density=50, samples=256)
     rows.append({
@@ -123,14 +126,12 @@ def _encoder(find: _Finder) -> list[Row]:
 
 def _language_model(find: _Finder) -> list[Row]:
     name = "language model"
-    rows = _dense(find, name, "language-model", perplexity=1.0)
+    rows = _dense(find, name, "smollm2", perplexity=1.0)
     loss = find.condition("bits", "networks", "loss_dense")[name]
     for method in ("GPTQ", "DSF"):
-        row = _at_bits(find, name, method, 2.5)
-        del row["measure"]
-        row["form"] += ", 35 of 210 layers"
-        measured = find("bits", "networks", network=name, method=method, bits=2.5)["loss"]
-        rows.append({**row, "perplexity": math.exp(measured - loss)})
+        rows.append(_at_bits(find, name, method, 2.5))
+        rows[-1]["form"] += ", 35 of 210 layers"
+        rows[-1]["perplexity"] = math.exp(rows[-1].pop("loss") - loss)
     dense = find.condition("language-model", "published", "perplexity_dense")
     for density, source, suffix, text in (
         (50, "published", "", "4,096 tokens"),
@@ -145,11 +146,11 @@ def _language_model(find: _Finder) -> list[Row]:
             "minutes": minutes * 210 / 100,
         })  # fmt: skip
         if density == 50:
-            rows[-1] |= find.speed("language-model", "0.5, 32 bits")
+            rows[-1] |= find.speed("smollm2", "0.5 32 bits")
     for density, bits in ((50, 16), (25, 32), (25, 16)):
-        form = f"{density / 100}, {bits} bits"
+        form = f"{density / 100} {bits} bits"
         rows.append({
-            "network": name, "flops": density / 100, **find.speed("language-model", form),
+            "network": name, "flops": density / 100, **find.speed("smollm2", form),
             "form": f"DSF, {density} %, {'float32' if bits == 32 else 'bfloat16'}",
         })  # fmt: skip
     return rows
@@ -168,7 +169,7 @@ def _cnn(find: _Finder) -> list[Row]:
             }  # fmt: skip
             if method == "dense":
                 rows.append({**row, "form": "dense float32"})
-                rows[-1] |= find.speed("resnet20", "dense float32")
+                rows[-1] |= find.speed("resnet20", "dense 32 bits")
                 continue
             short = "DSF" if method.startswith("DSF") else method
             if short == "DSF":
@@ -177,7 +178,7 @@ def _cnn(find: _Finder) -> list[Row]:
             rows.append(row)
     rows.append({
         "network": name, "form": "DSF, 25 %, float32", "flops": 0.25,
-        **find.speed("resnet20", "0.25, 32 bits"),
+        **find.speed("resnet20", "0.25 32 bits"),
     })  # fmt: skip
     return rows
 
@@ -188,6 +189,7 @@ def _at_bits(find: _Finder, network: str, method: str, bits: float) -> Row:
     samples = find.condition("bits", "networks", "samples")
     return {
         "network": network, "form": f"{method}, {found['stored']:.1f} bits a weight",
-        "bytes": found["stored"] / 32, "flops": found["flops"], "measure": found["measure"],
+        "bytes": found["stored"] / 32, "flops": found["flops"],
+        **{name: found[name] for name in ("1 − cosine", "loss") if name in found},
         "calibration": f"{samples} samples", "minutes": found["seconds"] / 60,
     }  # fmt: skip

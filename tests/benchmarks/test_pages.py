@@ -3,11 +3,12 @@
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import pages, summary
 
 ROOT = Path(__file__).parents[2]
 MEASURED = [
@@ -57,14 +58,14 @@ def test_a_table_outside_is_found():
 
 
 def test_a_table_shows_selected_rows_and_columns(tmp_path):
-    columns = {"how": "{method}", "error": ["{error:.3f}", " ({seconds:.0f} s)"]}
+    columns = {"how": "{method}", "error": ["{error:.3f}", " ({seconds * 1e3:.0f} ms)"]}
     write(tmp_path, columns=columns, where={"bits": 2.5})
     assert list(pages.update(tmp_path, write=False)) == [tmp_path / "docs" / "bits.md"]
     assert "old" in (tmp_path / "docs" / "bits.md").read_text()
     assert list(pages.update(tmp_path, write=True)) == [tmp_path / "docs" / "bits.md"]
     assert list(pages.update(tmp_path, write=False)) == []
     assert (tmp_path / "docs" / "bits.md").read_text() == PAGE.replace(
-        "old", "| how | error |\n|---|---|\n| DSF | 0.240 (15 s) |\n| RTN | 0.310 |"
+        "old", "| how | error |\n|---|---|\n| DSF | 0.240 (14800 ms) |\n| RTN | 0.310 |"
     )
 
 
@@ -113,11 +114,34 @@ def test_rows_of_a_benchmark_replace_those_of_a_set(tmp_path, monkeypatch):
     assert measured["measured"] == {"conditions": {"cpu": "x"}}
 
 
+def test_the_summary_takes_figures_from_the_other_files(tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "docs" / "data", data)
+    content = pages.read(data / "bits.json")
+    (row,) = (
+        row
+        for row in content["sets"]["networks"]["rows"]
+        if (row["network"], row["bits"], row["method"]) == ("sentence encoder", 4.0, "DSF")
+    )
+    row |= {"1 − cosine": 0.25, "stored": 8, "seconds": 600}
+    pages.save(data / "bits.json", content)
+    form = "DSF, 8.0 bits a weight"
+    rows = summary.networks(data)["sets"]["networks"]["rows"]
+    (found,) = (row for row in rows if row["form"] == form)
+    assert (found["cosine"], found["bytes"], found["minutes"]) == (0.75, 0.25, 10)
+    (dense,) = (r for r in rows if r["form"] == "dense int8" and r["network"] == found["network"])
+    assert "cosine" not in dense  # not measured
+    content["sets"]["networks"]["rows"].remove(row)
+    pages.save(data / "bits.json", content)
+    with pytest.raises(pages.PageError, match=r"bits\.json: 0 rows of 'networks' fit"):
+        summary.networks(data)
+
+
 def test_take_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     write(tmp_path, columns={})
     (tmp_path / "results.json").write_text("{}")
-    for into in ("bits:all", None):
-        options = argparse.Namespace(check=True, take=tmp_path / "results.json", into=into)
+    for file, into in (("results", "bits:all"), ("absent", "bits:all"), ("results", None)):
+        options = argparse.Namespace(check=True, take=tmp_path / f"{file}.json", into=into)
         with pytest.raises(SystemExit, match="--take"):
             pages.run(options)
