@@ -26,6 +26,7 @@ NAMES = (
     "writers",
     "cluster",
     "pages",
+    "figures",
     "history",
 )
 #: Read by numerical libraries when they are loaded, so set before any import.

@@ -52,7 +52,7 @@ class Row:
     cell : dict
         Parameters, without the seed.
     results : dict
-        For each result a :class:`Spread` where it is a number, a dict of such where it is a
+        For each result a `Spread` where it is a number, a dict of such where it is a
         dict, and otherwise what it was for the first seed.
     """
 

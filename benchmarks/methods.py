@@ -70,7 +70,7 @@ def is_hadamard(W: np.ndarray) -> bool:
 def ours(name: str, family: str, estimator: str, **options: Any) -> Method:
     """Return the entry of the estimator class called `estimator`, which need not exist yet.
 
-    Fields of :class:`Method` among `options` are set there; the rest goes to the estimator,
+    Fields of `Method` among `options` are set there; the rest goes to the estimator,
     functions being called with the matrix first.
     """
     fields = {f.name for f in dataclasses.fields(Method)} & set(options)

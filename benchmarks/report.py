@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks import figures
 from benchmarks.tables import markdown_table
+from matfact._figures import marked
 
 _console = Console(highlight=False)
 _EXACT = 1e-6  #: relative errors below are shown as such: normalized ones say little there
@@ -52,7 +53,7 @@ def write(
     table = markdown(options, conditions, absent, rows) + speedups(curves)
     target.with_suffix(".md").write_text(table)
     if curves:
-        draw(curves, target.with_suffix(".png"))
+        figures.save(lambda: draw(curves), target.with_suffix(".svg"))
     _console.print(f"Written to {options.output}", markup=False)
 
 
@@ -142,14 +143,14 @@ def speedups(curves: list[dict[str, Any]], reference: str = "published DSF") -> 
     return "\n".join([*head, *lines, ""]) if lines else ""
 
 
-def draw(curves: list[dict[str, Any]], path: Path) -> None:
+def draw(curves: list[dict[str, Any]]) -> Figure:
     """Draw error against seconds.
 
     Markers are finished fits with increasing iterations. Thin lines are the progress of one fit
     with default settings; its annealing makes early errors larger.
     """
     methods = list(dict.fromkeys(row["method"] for curve in curves for row in curve["rows"]))
-    colours = dict(zip(methods, _COLOURS * math.ceil(len(methods) / len(_COLOURS)), strict=False))
+    looks = {method: marked(i) for i, method in enumerate(methods)}
     figure = Figure(figsize=(6.0 * len(curves), 4.4), layout="constrained", dpi=200)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for curve, axes in zip(curves, panels, strict=True):
@@ -157,16 +158,11 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
             rows = [r for r in curve["rows"] if r["method"] == method and r["status"] == "ok"]
             points = sorted((r["median_seconds"], r["relative_error"]) for r in rows)
             if points:
-                axes.plot(*zip(*points, strict=True), "o--", color=colours[method], label=method)
+                axes.plot(*zip(*points, strict=True), "--", **looks[method], label=method)
             if curve["traces"].get(method):
                 trace = zip(*curve["traces"][method], strict=True)
-                axes.plot(*trace, color=colours[method], linewidth=1, alpha=0.6)
+                color = looks[method]["color"]
+                axes.plot(*trace, color=color, marker="", linewidth=1, alpha=0.6)
         axes.set(xscale="log", xlabel="seconds", ylabel="relative error", title=curve["matrix"])
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].plot([], [], color="0.4", linewidth=1, label="progress of one fit")
-    panels[0].legend(frameon=False)
-    figure.savefig(path)
-
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+        figures.label_lines(axes)
+    return figure

@@ -1,7 +1,7 @@
 """Run or resume one of the papers' experiments.
 
 Every finished cell is a line of ``cells.jsonl`` in the output folder and is not run again. At the
-end, ``table.md``, ``figure.png`` and ``results.json`` are written.
+end, ``table.md``, ``figure.svg`` and ``results.json`` are written.
 """
 
 from __future__ import annotations

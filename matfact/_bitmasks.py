@@ -143,7 +143,7 @@ def locate(
     name : str
         The weight.
     parts : mapping of str to str
-        Names of its parts, from :func:`dense_names`.
+        Names of its parts, from `dense_names`.
     location : callable
         Returns the location of a stored tensor.
 

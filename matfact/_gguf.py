@@ -217,7 +217,7 @@ class _Head:
         self._file.seek(count, 1)
 
     def number(self, code: str) -> Any:
-        """Return the next number, of a type of :mod:`struct`."""
+        """Return the next number, of a type of `struct`."""
         size = struct.calcsize(f"<{code}")
         return struct.unpack(f"<{code}", self.bytes(size).ljust(size, b"\0"))[0]
 

@@ -1,8 +1,8 @@
 """Selection of the weights to factorize, and the record of each layer.
 
-One rule, :func:`reason_to_keep`, decides from the known properties of a weight. A file has only
+One rule, `reason_to_keep`, decides from the known properties of a weight. A file has only
 names, shapes and dtypes; of a network in memory, more is known
-(:mod:`matfact.torch.layers._matricized`).
+(`matfact.torch.layers._matricized`).
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def kept_tensors(
     """Return the tensors of a network that are not factorized, and why.
 
     Weights of linear layers and of 1-D to 3-D convolutions are factorized, as in
-    :func:`matfact.torch.compress`: tensors named ``weight``, floating-point or complex, with two to
+    `matfact.torch.compress`: tensors named ``weight``, floating-point or complex, with two to
     five axes, in a layer with no other tensor except a bias.
 
     Parameters

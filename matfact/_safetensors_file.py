@@ -166,7 +166,7 @@ class SafetensorsFile:
     """File in the safetensors format, read one tensor at a time.
 
     The file is reopened for each tensor. What is read is checked against checksums once
-    :attr:`sha256` has been computed, and against the file's size and time before.
+    `sha256` has been computed, and against the file's size and time before.
 
     Parameters
     ----------

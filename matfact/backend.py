@@ -234,7 +234,7 @@ def norm(array: Array) -> float:
 def squared_norm(array: Array) -> Array:
     """Return the squared Frobenius norm: a float in NumPy, and elsewhere not read yet.
 
-    Unlike :func:`norm`, it does not tell numbers whose squares overflow or underflow elsewhere.
+    Unlike `norm`, it does not tell numbers whose squares overflow or underflow elsewhere.
     """
     if is_numpy(array):
         return norm(array) ** 2
@@ -265,7 +265,7 @@ def _plain_norm(array: Array) -> float:
 def inner(a: Array, b: Array) -> Array:
     """Return the inner product of two real arrays of the same shape.
 
-    It is a float in NumPy, and elsewhere an array on the device: reading it, by :func:`numbers`,
+    It is a float in NumPy, and elsewhere an array on the device: reading it, by `numbers`,
     makes the host wait.
     """
     if is_numpy(a):

@@ -331,7 +331,7 @@ class OutputStatistics:
 class MapStatistics:
     """Statistics of inputs and of their outputs under a linear map.
 
-    Equivalent to :class:`OutputStatistics`, but holds the map instead of sums over outputs.
+    Equivalent to `OutputStatistics`, but holds the map instead of sums over outputs.
 
     Parameters
     ----------
@@ -363,6 +363,6 @@ class MapStatistics:
         )
 
     def centered(self, about: MapStatistics | None = None) -> MapStatistics:
-        """Return the statistics of the deviations, like :class:`OutputStatistics`."""
+        """Return the statistics of the deviations, like `OutputStatistics`."""
         inputs = self.inputs.centered(None if about is None else about.inputs)
         return MapStatistics(inputs, self.W)

@@ -120,7 +120,7 @@ def magnitude_error(W: Array, nnz: int) -> float:
     """Return the relative error of keeping the `nnz` largest entries of `W`.
 
     This is the smallest error of any matrix with `nnz` nonzeros, and the denominator of
-    :func:`normalized_error`.
+    `normalized_error`.
     """
     xp, W = backend.namespace(W), backend.compute_array(W)
     magnitudes = xp.reshape(xp.abs(W), (-1,))

@@ -134,7 +134,7 @@ class CompressionReport(Sequence[LayerReport]):
 
     @classmethod
     def from_content(cls, content: Any) -> CompressionReport:
-        """Rebuild a report from its :meth:`content`. Raise ``ValueError`` if it is invalid."""
+        """Rebuild a report from its `content`. Raise ``ValueError`` if it is invalid."""
         return cls(*report_rows(content, LayerReport))
 
     def to_json(self, path: str | Path) -> None:
@@ -144,7 +144,7 @@ class CompressionReport(Sequence[LayerReport]):
 
     @classmethod
     def from_json(cls, path: str | Path) -> CompressionReport:
-        """Read a report written by :meth:`to_json`. Raise ``ValueError`` if it is invalid."""
+        """Read a report written by `to_json`. Raise ``ValueError`` if it is invalid."""
         return cls(*read_report(path, LayerReport))
 
     def to_html(self, path: str | Path) -> None:

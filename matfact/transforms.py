@@ -89,10 +89,10 @@ def dft(n: int, *, norm: Norm = "backward", dtype: Any = np.complex128) -> Facto
 
     References
     ----------
-    .. [1] J. W. Cooley, J. W. Tukey, "An algorithm for the machine calculation of complex Fourier
-       series", Math. Comp. 19, 1965.
-    .. [2] L. Bluestein, "A linear filtering approach to the computation of discrete Fourier
-       transform", IEEE Trans. Audio Electroacoustics 18(4), 1970.
+    - J. W. Cooley, J. W. Tukey, "An algorithm for the machine calculation of complex Fourier
+      series", Math. Comp. 19, 1965.
+    - L. Bluestein, "A linear filtering approach to the computation of discrete Fourier
+      transform", IEEE Trans. Audio Electroacoustics 18(4), 1970.
 
     Examples
     --------
@@ -133,8 +133,8 @@ def dct(
 
     References
     ----------
-    .. [1] J. Makhoul, "A fast cosine transform in one and two dimensions", IEEE Trans. ASSP
-       28(1), 1980.
+    - J. Makhoul, "A fast cosine transform in one and two dimensions", IEEE Trans. ASSP
+      28(1), 1980.
 
     Examples
     --------
@@ -171,7 +171,7 @@ def dst(
     Returns
     -------
     FactorProduct
-        The transform, at the cost of :func:`dct`.
+        The transform, at the cost of `dct`.
 
     Examples
     --------

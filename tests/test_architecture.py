@@ -29,7 +29,7 @@ FLOORS = (
     {"torch.pruning", "torch.training"},
     {"torch.calibration"},
     {"torch.checkpoint", "torch.compression", "torch.neurons", "torch.sensitivity"},
-    {"torch.tensor_decomposition"},
+    {"torch.tensor_decomposition", "torch.speed"},
     {"transformers"},
     {"cli"},
 )

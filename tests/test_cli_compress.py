@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -266,3 +267,17 @@ def test_without_the_demo_a_clear_error_says_what_to_install(tmp_path, monkeypat
     assert result.exit_code == 2
     assert "pip install -e '.[demo]'" in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_times_the_products(tmp_path):
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    weights = {f"{i}.weight": rng.standard_normal((64, 64), np.float32) for i in range(2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    invoke("compress", tmp_path / "model.safetensors", tmp_path / "out", "--density", "0.25")
+    shown = " ".join(invoke("inspect", tmp_path / "out", "--batch-size", "4").output.split())
+    used, dense, ratio = map(float, re.search(
+        r"2 products with 4 samples: (\S+) ms here, (\S+) ms if dense, × (\S+)\. ", shown
+    ).groups())  # fmt: skip
+    assert ratio == pytest.approx(dense / used, rel=0.9)  # a median of ratios
+    assert invoke("inspect", tmp_path / "out", "--batch-size", "0").exit_code == 2

@@ -1,6 +1,8 @@
 """The code in README and documentation runs and gives the stated output."""
 
 import contextlib
+import importlib
+import inspect
 import io
 import re
 from doctest import ELLIPSIS, OutputChecker
@@ -100,3 +102,41 @@ def test_estimators_named_in_the_readme_are_public():
     named = set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE))
     assert named <= set(matfact.__all__)
     assert {"DoubleSparseFactorizer", "Palm4MSA", "ButterflyFit"} <= named
+
+
+def test_no_marks_of_sphinx_are_left():
+    marks = re.compile(r":(?:class|func|meth|mod|attr|data):`|\[\d\]_|^ *\.\. \[\d\]", re.MULTILINE)
+    for folder, suffix in (("matfact", "*.py"), ("benchmarks", "*.py"), ("docs", "*.md")):
+        for file in sorted((ROOT / folder).rglob(suffix)):
+            assert not marks.search(file.read_text()), file
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = {}
+    for page in (DOCS / "api").glob("*/index.md"):
+        module = re.search(r"^# .*: `(.*)`$", page.read_text(), re.MULTILINE)[1]
+        names = re.findall(r"^- `(\w+)`$", page.read_text(), re.MULTILINE)
+        assert len(set(names)) == len(names), page
+        listed[importlib.import_module(module)] = names
+    objects = {id(getattr(module, name)) for module, names in listed.items() for name in names}
+
+    def public(module):
+        if hasattr(module, "__all__"):
+            # A module is a page of its own.
+            return [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
+        return [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+        ]
+
+    # Names that a package repeats are where they come from.
+    assert [
+        f"{module.__name__}.{name}"
+        for module in listed
+        for name in public(module)
+        if id(getattr(module, name)) not in objects
+    ] == []
+    modules = {getattr(matfact, name) for name in matfact.__all__}
+    assert {module for module in modules if inspect.ismodule(module)} <= set(listed)
+    assert {matfact, matfact.torch, matfact.transformers} <= set(listed)

@@ -22,6 +22,7 @@ from sklearn.base import clone
 from torch import nn
 
 from benchmarks import machine, study
+from benchmarks.figures import label_lines
 from benchmarks.harness import Row
 from benchmarks.networks import fresh
 from benchmarks.networks.subjects import subject
@@ -156,10 +157,9 @@ def figure(rows: list[Row]) -> Figure:
             chosen = [row for row in rows if (row["network"], row["method"]) == (network, method)]
             points = sorted((row["stored"].mean, _value(row)) for row in chosen)
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=method)
+                axes.plot(*zip(*points, strict=True), label=method)
         axes.set(title=network, xlabel="bits a weight", ylabel=name, yscale="log")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        label_lines(axes)
     return drawn
 
 

@@ -239,7 +239,6 @@ def figure(rows: list[Row]) -> Figure:
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{network}, {density:.0%}")
     axes.axhline(WORSE, color="black", linewidth=0.8)
     axes.set(xlabel="calibration samples", ylabel="DSF ÷ best other", xscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
     drawn.legend(frameon=False, loc="outside right upper", fontsize="small")
     return drawn
 

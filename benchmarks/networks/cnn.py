@@ -212,7 +212,6 @@ def figure(rows: list[Row]) -> Figure:
                 axes.bar(*zip(*points, strict=True), width=0.4, label=name.replace("_", "-"))
         axes.set_xticks(range(len(chosen)), [row["method"] for row in chosen], rotation=60)
         axes.set(title=f"{network[0]}, {network[1]}, density {lowest:g}", ylim=(0, 1))
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     return drawn
 

@@ -22,6 +22,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from benchmarks import machine, study
+from benchmarks.figures import label_lines
 from benchmarks.harness import Row
 from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
@@ -215,10 +216,9 @@ def figure(rows: list[Row]) -> Figure:
         chosen = [row for row in rows if row["method"] == method and row["form"] == "full"]
         points = sorted((row["density"], 1 - row["cosine"].mean) for row in chosen)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+            axes.plot(*zip(*points, strict=True), label=method)
     axes.set(xlabel="density", ylabel="1 − cosine", yscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    label_lines(axes)
     return drawn
 
 

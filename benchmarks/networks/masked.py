@@ -1,7 +1,7 @@
 """Networks that predict masked parts of images and text, trained here in a minute or two.
 
-:class:`MaskedAutoencoder` draws a new mask in every forward pass, even in eval mode;
-:class:`SharedEncoder` applies one block many times, like ALBERT.
+`MaskedAutoencoder` draws a new mask in every forward pass, even in eval mode;
+`SharedEncoder` applies one block many times, like ALBERT.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def trained(name: str, dataset: str, seed: int = 0, **changes: Any) -> nn.Module
         Seed of the initial values and the order of batches.
     **changes
         Changes of the default recipe: ``width`` of the network, ``n_images`` (train on the first
-        ones), and parameters of :func:`train`.
+        ones), and parameters of `train`.
     """
     images, labels, _, _ = load(dataset)
     image_size = images.shape[-1]
@@ -77,7 +77,7 @@ def kept(
 
 
 def _recipe(n_images: int) -> dict[str, Any]:
-    """Return the parameters of :func:`train` for a number of images: more epochs for small sets."""
+    """Return the parameters of `train` for a number of images: more epochs for small sets."""
     return {"epochs": 3 if n_images > 10_000 else 12 if n_images > 2_000 else 30}
 
 

@@ -9,5 +9,5 @@ A study is a module ``benchmarks/studies/some_name.py`` with
   seed, which is added as ``cell["seed"]``, except where a cell fixes its own;
 - ``run(cell)``, which returns a dict of results: numbers, strings, or dicts of such;
 - ``table(rows)``, which returns Markdown, and ``figure(rows)``, which returns a matplotlib figure,
-  from one :class:`Row` per cell, averaged over seeds. Both must work with incomplete rows.
+  from one `Row` per cell, averaged over seeds. Both must work with incomplete rows.
 """

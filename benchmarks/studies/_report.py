@@ -1,4 +1,4 @@
-"""Output of a study: ``results.json``, ``table.md`` and ``figure.png``."""
+"""Output of a study: ``results.json``, ``table.md`` and ``figure.svg``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.harness import Record, Row
 
 
@@ -23,7 +24,7 @@ def write(
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1, default=str))
     (folder / "table.md").write_text(f"{describe(content)}\n\n{study.table(rows)}")
-    study.figure(rows).savefig(folder / "figure.png")
+    figures.save(lambda: study.figure(rows), folder / "figure.svg")
 
 
 def describe(content: dict[str, Any]) -> str:

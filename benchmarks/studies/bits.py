@@ -110,7 +110,5 @@ def figure(rows: list[Row]) -> Figure:
         axes[0].set(ylabel=f"relative error, {group}", yscale="log")
     for panel, name in zip(panels[-1], ("bits a weight", "FLOPs ÷ dense"), strict=True):
         panel.set_xlabel(name)
-    for panel in panels.ravel():
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(frameon=False)
     return drawn

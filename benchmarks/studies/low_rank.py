@@ -312,7 +312,6 @@ def figure(rows: Sequence[Row]) -> Figure:
             axes.axhline(chosen[0]["dense"].mean, color="0.6", linewidth=1)
             axes.set(xlabel="sparsity, %", title=f"{name}\nblocking: {blocking}")
             axes.title.set_fontsize(9)
-            axes.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("accuracy")
         line[0].legend(frameon=False, fontsize=7)
     return result

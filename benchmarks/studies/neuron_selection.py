@@ -319,7 +319,6 @@ def figure(rows: Sequence[Row]) -> Figure:
         axes.set(yscale="log", ylim=(1e-4, 1.5), ylabel="relative error of the outputs")
     for axes in (synthetic, networks, accuracies):
         axes.set(xscale="log", xlabel="units kept")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     return result
 

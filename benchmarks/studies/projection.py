@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.figures import label_lines
 from benchmarks.harness import Row, Spread
 from benchmarks.methods import BASELINES, OURS, Factors, Method
 from benchmarks.peers import PEERS
@@ -199,14 +200,13 @@ def figure(rows: Sequence[Row]) -> Figure:
         for label in dict.fromkeys(row[name] for row in chosen):
             line = sorted((row[axis], *_bar(row)) for row in chosen if row[name] == label)
             x, y, deviation = zip(*line, strict=True)
-            axes.errorbar(x, y, deviation, fmt="o-", capsize=2, markersize=4, label=label)
+            axes.errorbar(x, y, deviation, capsize=2, markersize=4, label=label)
         if axis == "size":
             axes.set_xscale("log", base=2)
         axes.axhline(1.0, color="0.6", linewidth=1)
         axes.set(title=title, ylabel="error ÷ magnitude pruning")
         axes.set_xlabel("density of the first factor" if axis == "first" else "side of the matrix")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        label_lines(axes)
     return result
 
 

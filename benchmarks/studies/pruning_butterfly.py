@@ -298,8 +298,5 @@ def figure(rows: list[Row]) -> Figure:
         left.set(title=name, xlabel="k, keep $10^{-k}$", ylabel="accuracy")
         middle.set(xlabel="k", ylabel="FLOP sparsity", title="dashed: butterfly head")
         right.set(xlabel="layer", ylabel="FLOP sparsity", title="layers at $10^{-0.5}$")
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(frameon=False)
     return drawing

@@ -252,8 +252,6 @@ def figure(rows: list[Row]) -> Figure:
         left.set(xscale="log", xlabel="weights stored", ylabel="accuracy", title=name)
         right.set(xlabel="layer", ylabel="relative error", ylim=(0, 1))
     for axes in panels.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=6)
     return drawing

@@ -104,7 +104,6 @@ def figure(rows: Sequence[Row]) -> Figure:
                 )  # fmt: skip
         axes.axhline(1.0, color="0.6", linewidth=1)
         axes.set(title=f"batch {batch}", xlabel="stored values, %", yscale="log")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time ÷ dense")
     panels[0].legend(frameon=False, fontsize=7)
     return result

@@ -15,12 +15,12 @@ methods = ["dsf", "palm4msa", "lowrank"]
 densities = [0.1, 0.15, 0.25, 0.4, 0.6]
 table = compare_projections(matrices, methods, densities=densities)
 
+figure, axes = plt.subplots(layout="constrained")
 for method in methods:
     errors = [row.normalized_error for row in table if row.method == method]
-    plt.plot(densities, errors, "o-", label=METHODS[method].label)
-plt.axhline(1, color="gray", linestyle="--", label="Magnitude pruning")
-plt.xlabel("density")
-plt.ylabel("error ÷ error of magnitude pruning")
-plt.ylim(bottom=0)
-plt.legend()
+    axes.plot(densities, errors)
+    axes.annotate(f"  {METHODS[method].label}", (densities[-1], errors[-1]), va="center")
+axes.axhline(1, color="gray", linestyle="--")
+axes.annotate("magnitude pruning", (0.45, 1), (0, 4), textcoords="offset points")
+axes.set(xlabel="density", ylabel="error ÷ error of magnitude pruning", ylim=(0, None))
 plt.show()

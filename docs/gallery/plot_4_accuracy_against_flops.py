@@ -36,18 +36,18 @@ def accuracy(network):
         return (network(X_test).argmax(1) == y_test).float().mean().item()
 
 
-densities = [0.05, 0.1, 0.2, 0.3, 0.5]
-for method, label in {"dsf": "Double sparse", "magnitude": "Magnitude pruning"}.items():
+figure, axes = plt.subplots(layout="constrained")
+for method, label in {"dsf": "double sparse", "magnitude": "magnitude pruning"}.items():
     shares, scores = [], []
-    for density in densities:
+    for density in [0.05, 0.1, 0.2, 0.3, 0.5]:
         small, report = compress(
             model, method, density=density, layers=["0", "2"], calibration=[X[:500]]
         )
         shares.append(sum(r.flops for r in report) / sum(r.dense_flops for r in report))
         scores.append(accuracy(small))
-    plt.plot(shares, scores, "o-", label=label)
-plt.axhline(accuracy(model), color="gray", linestyle="--", label="Dense")
-plt.xlabel("FLOPs ÷ dense, hidden layers")
-plt.ylabel("test accuracy, not fine-tuned")
-plt.legend()
+    axes.plot(shares, scores)
+    axes.annotate(label, (shares[0], scores[0]), (8, -3), textcoords="offset points")
+axes.axhline(accuracy(model), color="gray", linestyle="--")
+axes.annotate("dense", (0.15, accuracy(model)), (0, -13), textcoords="offset points")
+axes.set(xlabel="FLOPs ÷ dense, hidden layers", ylabel="test accuracy, not fine-tuned")
 plt.show()

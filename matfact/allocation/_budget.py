@@ -63,7 +63,7 @@ def allocate(
     Parameters
     ----------
     layers : mapping of str to sequence of Option
-        Options of each layer, of any methods: see :func:`measure_options` and :func:`interpolate`.
+        Options of each layer, of any methods: see `measure_options` and `interpolate`.
     budget : float
         Maximum total cost, by the costs of the options.
     cost : {"nbytes", "flops", "seconds"}, default="nbytes"
@@ -112,7 +112,7 @@ def allocate_uniformly(
     Parameters
     ----------
     layers, budget, cost, weights
-        As in :func:`allocate`.
+        As in `allocate`.
     method : str
         The method. All layers need options for it at a common density, with floating-point values.
 

@@ -77,7 +77,7 @@ def measure_options(
     gram : array of shape (in_features, in_features), optional
         ``XᵀX`` of the layer's inputs, for errors of its outputs.
     latency : callable, optional
-        Returns the seconds of an operator, such as :func:`apply_seconds`.
+        Returns the seconds of an operator, such as `apply_seconds`.
 
     Returns
     -------

@@ -23,7 +23,7 @@ _FEW_STATES = 1 << 8
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Result of :func:`select`.
+    """Result of `select`.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ def select(
 
     References
     ----------
-    .. [1] H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
+    - H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
 
     Examples
     --------

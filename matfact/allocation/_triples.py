@@ -88,7 +88,7 @@ def rank_triples(
 
     References
     ----------
-    .. [1] Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
+    - Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def truncated_blocks(
     W : array of shape (out_features, in_features)
         The matrix, real and finite.
     kept : sequence of array-like of int
-        Positions of the triples in each block, from :func:`rank_triples`.
+        Positions of the triples in each block, from `rank_triples`.
     grid : tuple of int, default=(1, 1)
         Numbers of row strips and column strips.
 
@@ -201,15 +201,15 @@ def alds_ranks(
 ) -> tuple[dict[str, StripRanks], float]:
     """Choose strips and ranks of all layers to minimize the largest relative error.
 
-    Two steps alternate, from several starts [1]_: given the numbers of strips, bisection finds the
-    smallest error that fits the budget; given the resulting budget of each layer, the number of
-    strips with the smallest error is chosen.
+    Two steps alternate, from several starts (Liebenwein et al., 2021): given the numbers of strips,
+    bisection finds the smallest error that fits the budget; given the resulting budget of each
+    layer, the number of strips with the smallest error is chosen.
 
     Parameters
     ----------
     errors : mapping of str to mapping of int to ndarray
         For each layer and number of strips, the errors of rank 0, 1, …: see
-        :func:`strip_spectra`.
+        `strip_spectra`.
     shapes : mapping of str to tuple of int
         out_features and in_features of each layer. A rank costs ``k · out + in`` values.
     budget : int
@@ -235,8 +235,8 @@ def alds_ranks(
 
     References
     ----------
-    .. [1] L. Liebenwein, A. Maalouf, O. Gal, D. Feldman, D. Rus, "Compressing neural networks:
-       towards determining the optimal layer-wise decomposition", NeurIPS 2021.
+    - L. Liebenwein, A. Maalouf, O. Gal, D. Feldman, D. Rus, "Compressing neural networks:
+      towards determining the optimal layer-wise decomposition", NeurIPS 2021.
 
     Examples
     --------

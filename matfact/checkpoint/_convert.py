@@ -34,14 +34,14 @@ def convert(
 ) -> Checkpoint:
     """Store weights with many zeros as sparse factors, exactly, and write a checkpoint.
 
-    Each weight becomes one factor with the entries that are not zero. :func:`to_dense` gives back
+    Each weight becomes one factor with the entries that are not zero. `to_dense` gives back
     every bit. Tensors are read one at a time. If the work is stopped or killed, the same call
     resumes it.
 
     Parameters
     ----------
     source : str or Path
-        Anything that :func:`compress` reads: dense weights with zeros, or weights in the formats
+        Anything that `compress` reads: dense weights with zeros, or weights in the formats
         ``sparse-bitmask`` and ``sparse-24-bitmask`` of compressed-tensors. The ``config.json`` of a
         folder must not describe quantized weights; with one, the checkpoint too is a repository
         that ``from_pretrained`` reads after ``import matfact.transformers``.
@@ -51,7 +51,7 @@ def convert(
         Whether to store negative zeros like other values. Weights that were multiplied by a mask
         have many. Without them, they come back as positive zeros; all products stay the same.
     n_jobs, progress
-        As in :func:`compress`.
+        As in `compress`.
 
     Returns
     -------

@@ -34,7 +34,7 @@ def to_dense(source: str | Path, output: str | Path) -> None:
     Parameters
     ----------
     source : str or Path
-        A checkpoint, or anything that :func:`convert` reads.
+        A checkpoint, or anything that `convert` reads.
     output : str or Path
         A name that ends in ``.safetensors`` for a file; an existing one stays intact until the new
         one is complete. Otherwise a new or empty folder: it gets ``model.safetensors`` and, if

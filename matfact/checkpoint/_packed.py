@@ -1,6 +1,6 @@
 """The products of a layer as one tensor of bytes, as repositories of transformers hold them.
 
-The bytes are a file as :mod:`matfact.operators._storage` writes it, with the factors of all groups
+The bytes are a file as `matfact.operators._storage` writes it, with the factors of all groups
 of a convolution one after the other.
 """
 
@@ -79,7 +79,7 @@ def unpacked(
     name : str
         The tensor, for errors.
     factors : sequence of sequences
-        What :func:`described` must tell about the factors of each product.
+        What `described` must tell about the factors of each product.
 
     Raises
     ------

@@ -142,7 +142,7 @@ class Checkpoint(Mapping[str, "FactorProduct | np.ndarray"]):
         return self._shards[name].nbytes if tensor.is_product else tensor.spec.nbytes
 
     def bits_per_weight(self, name: str) -> float:
-        """Return the bits of :meth:`tensor_nbytes` ÷ entries of tensor `name`."""
+        """Return the bits of `tensor_nbytes` ÷ entries of tensor `name`."""
         return 8 * self.tensor_nbytes(name) / max(1, math.prod(self.tensors[name].spec.shape))
 
     def product(self, name: str) -> FactorProduct:

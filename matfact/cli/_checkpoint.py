@@ -110,6 +110,10 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Also time factors and dense matrices here, for so many samples.", min=1),
+    ] = None,
 ) -> None:
     """Verify a checkpoint and show its contents.
 
@@ -137,6 +141,8 @@ def inspect(
         show(console := Console(), _table(checkpoint))
         _print_kept(console, checkpoint)
         print_totals(checkpoint)
+        if batch_size is not None:
+            typer.echo(_speed(checkpoint, batch_size))
 
 
 def decompress(
@@ -232,6 +238,25 @@ def print_totals(checkpoint: Checkpoint) -> None:
         f"{checkpoint.path}: {len(checkpoint)} tensors, {factorized} of them factorized{by}; "
         f"{checkpoint.nbytes:,} bytes of {checkpoint.dense_nbytes:,} "
         f"({checkpoint.nbytes / max(1, checkpoint.dense_nbytes):.1%})"
+    )
+
+
+def _speed(checkpoint: Checkpoint, batch_size: int) -> str:
+    """Return a sentence on the times of all products and of their dense matrices."""
+    try:
+        from matfact.torch.speed import measure_products
+    except ImportError as error:
+        raise ImportError("--batch-size needs torch, the extra 'torch' of matfact.") from error
+
+    names = [name for name, tensor in checkpoint.tensors.items() if tensor.is_product]
+    if not names:
+        return "No tensor is factorized, so there is nothing to time."
+    speed = measure_products([checkpoint.product(name) for name in names], batch_size)
+    return (
+        f"{len(names)} products with {batch_size} sample{'s' * (batch_size > 1)}: "
+        f"{1e3 * speed.seconds:.3g} ms here, {1e3 * speed.dense_seconds:.3g} ms if dense, "
+        f"× {speed.speedup:.2f}. The rest of a network takes as long as before; "
+        "matfact.torch.measure_speed runs all of it."
     )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from matfact.compare._stored import StoredMatrix
 
-#: Default sizes.
 DEFAULT_SIZES = (64, 128, 256, 384)
+"""Sides of the square matrices that `cut_matrices` cuts by default."""
 
 #: A matrix in memory, or in a file.
 M = TypeVar("M", np.ndarray, StoredMatrix)
@@ -52,7 +52,7 @@ def cut_matrices(
     Parameters
     ----------
     weights : mapping of str to ndarray or StoredMatrix
-        Matrices by layer name, as :func:`load_weights` returns them.
+        Matrices by layer name, as `load_weights` returns them.
     sizes : sequence of int, optional
         Sides of the windows. None means 64, 128, 256 and 384, if the layers are large enough.
     per_size : int, default=4

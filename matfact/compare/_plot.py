@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matfact._figures import new_figure
+from matfact._figures import GREY, label_directly, label_lines, marked, new_figure, plain
 from matfact._files import write_atomically
 from matfact.compare._rows import ComparisonRow
 from matfact.factorizers._registry import label
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 
     from matfact.factorizers import BaseFactorizer
 
-# The colour-blind safe palette of Okabe and Ito, each colour with its own marker.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "P"),
-    ("#4D4D4D", "X"),
-    ("#8C6D1F", "<"),
-)
 _GROUP_WIDTH = 0.72  # of the distance between two sizes
 _BASELINE = "magnitude"  # its normalized error is 1 by definition
 
@@ -74,9 +63,28 @@ def plot_comparison(comparison: Sequence[ComparisonRow]) -> Figure:
     # Last, since the shared range would not adapt to later plots.
     panels[0].set_ylim(bottom=0.0)
     panels[0].set_ylabel("error ÷ error of magnitude pruning")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, labelspacing=0.9)
+    label_directly(panels[-1], _last_means(comparison, methods))
     return figure
+
+
+def _last_means(
+    rows: Sequence[ComparisonRow], methods: Sequence[str]
+) -> list[tuple[float, str, dict[str, str]]]:
+    """Return what labels each method: its mean at the largest size of the highest density."""
+    entries = [(1.0, label(_BASELINE), {"color": GREY, "marker": "_"})]
+    order = sorted(rows, key=lambda r: (r.requested_density or 0.0, r.rows * r.columns))
+    for i, method in enumerate(methods):
+        last = [row for row in order if row.method == method and _is_drawn(row)]
+        if last:
+            key = (last[-1].requested_density, last[-1].size)
+            group = [r for r in last if (r.requested_density, r.size) == key]
+            mean = float(np.mean([row.normalized_error for row in group]))
+            entries.append((mean, label(method), marked(i)))
+    return entries
+
+
+def _is_drawn(row: ComparisonRow) -> bool:
+    return row.normalized_error is not None and math.isfinite(row.normalized_error)
 
 
 def _plot_bits(comparison: Sequence[ComparisonRow]) -> Figure:
@@ -91,8 +99,7 @@ def _plot_bits(comparison: Sequence[ComparisonRow]) -> Figure:
             rows = [row for row in ok if (row.size, row.method) == (size, method)]
             goals = sorted({row.requested_bits or 0.0 for row in rows})
             points = [_mean_point(rows, bits) for bits in goals]
-            color, marker = _style(i)
-            style = {"color": color, "marker": marker, "label": label(method)}
+            style: dict[str, Any] = {**marked(i), "label": label(method)}
             for axes, place in ((left, 0), (right, 1)):
                 axes.plot([p[place] for p in points], [p[2] for p in points], **style)
         left.set_ylabel(f"relative error, {size}")
@@ -100,10 +107,9 @@ def _plot_bits(comparison: Sequence[ComparisonRow]) -> Figure:
     for axes, name in zip(panels[-1], ("bits a weight", "FLOPs ÷ dense"), strict=True):
         axes.set_xlabel(name)
     for axes in panels.ravel():
-        axes.grid(color="#E0E0E0", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+        plain(axes)
+    for axes in panels[:, 1]:
+        label_lines(axes)
     return figure
 
 
@@ -136,24 +142,17 @@ def plot_history(fits: Mapping[str, BaseFactorizer]) -> Figure:
     figure = new_figure(6.4, 4.0, dpi=200)
     axes = figure.subplots()
     for i, (name, estimator) in enumerate(fits.items()):
-        color, marker = _style(i)
-        history = estimator.history_
+        history, look = estimator.history_, marked(i)
         axes.plot(
-            history["seconds"], history["objective"], color=color, marker=marker, markersize=4,
-            label=name,
+            history["seconds"], history["objective"], color=look["color"], marker=look["marker"],
+            markersize=4, label=name,
         )  # fmt: skip
     axes.set_yscale(**_scale([line.get_ydata() for line in axes.get_lines()]))
     axes.set_xlabel("seconds")
     axes.set_ylabel("objective")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
+    label_lines(axes)
     return figure
-
-
-def _style(i: int) -> tuple[str, str]:
-    """Return the colour and marker of the `i`-th method or fit; 64 pairs are distinct."""
-    turns, place = divmod(i, len(_STYLES))
-    return _STYLES[place][0], _STYLES[(place + turns) % len(_STYLES)][1]
 
 
 def _scale(drawn: Sequence[Any]) -> dict[str, Any]:
@@ -165,19 +164,22 @@ def _scale(drawn: Sequence[Any]) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write `figure` to a PNG file, atomically."""
+    """Write `figure` to a PNG file, or an SVG file if `path` ends in ``.svg``, atomically."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    if Path(path).suffix == ".svg":
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    else:
+        figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
 
 
 def _draw_panel(
     axes: Axes, rows: Sequence[ComparisonRow], sizes: Sequence[str], methods: Sequence[str]
 ) -> None:
-    axes.axhline(1.0, color="#808080", linestyle="--", linewidth=1.2, label=label(_BASELINE))
+    axes.axhline(1.0, color=GREY, linestyle="--", linewidth=1.2, label=label(_BASELINE))
     step = _GROUP_WIDTH / max(1, len(methods))
     for i, method in enumerate(methods):
-        color, marker = _style(i)
+        look = marked(i)
         offset = (i - (len(methods) - 1) / 2) * step
         groups = {
             place + offset: errors
@@ -186,22 +188,21 @@ def _draw_panel(
         }
         dots = [(place, error) for place, errors in groups.items() for error in errors]
         axes.plot(
-            *np.reshape(dots, (-1, 2)).T, ".", color=color, markersize=6,
+            *np.reshape(dots, (-1, 2)).T, ".", color=look["color"], markersize=6,
             markeredgecolor="white", markeredgewidth=0.5, zorder=3,  # in front of the mean
         )  # fmt: skip
         axes.plot(
-            list(groups), [float(np.mean(errors)) for errors in groups.values()], marker,
-            color=color, alpha=0.6, markersize=11, markeredgewidth=0, label=label(method),
+            list(groups), [float(np.mean(errors)) for errors in groups.values()],
+            look["marker"], color=look["color"], alpha=0.6, markersize=11, markeredgewidth=0,
+            label=label(method),
         )  # fmt: skip
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.5, len(sizes) - 0.5)
     axes.set_xlabel("matrix size")
-    axes.grid(axis="y", color="#E0E0E0", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, "y")
 
 
 def _errors(rows: Sequence[ComparisonRow], method: str, size: str) -> list[float]:
     """Return the finite normalized errors of a method at a size."""
-    errors = (r.normalized_error for r in rows if (r.method, r.size) == (method, size))
-    return [error for error in errors if error is not None and math.isfinite(error)]
+    chosen = (row for row in rows if (row.method, row.size) == (method, size) and _is_drawn(row))
+    return [float(row.normalized_error or 0.0) for row in chosen]

@@ -90,11 +90,11 @@ class SummaryRow:
     Attributes
     ----------
     method, size, requested_density, requested_bits
-        As in :class:`ComparisonRow`.
+        As in `ComparisonRow`.
     n_ok, n_failed : int
         Numbers of successful and failed fits.
     mean, std : dict of str to float
-        Mean and sample standard deviation (0 for one fit) of every measure in :data:`MEASURES` over
+        Mean and sample standard deviation (0 for one fit) of every measure in `MEASURES` over
         the successful fits; empty if there are none.
     """
 

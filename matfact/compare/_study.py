@@ -52,14 +52,14 @@ def compare_projections(
 ) -> Comparison:
     """Approximate every matrix by every method at every density, and measure the errors.
 
-    Source: Section 5.3 and Fig. 3 of [1]_. Each fit runs on one thread, so the results, except
-    times, do not depend on `n_jobs` or on the number of cores.
+    Source: Section 5.3 and Fig. 3 of Boža & Macko (2025). Each fit runs on one thread, so the
+    results, except times, do not depend on `n_jobs` or on the number of cores.
 
     Parameters
     ----------
     matrices : mapping of str to array or StoredMatrix, or sequence of such
         Matrices of shape (out_features, in_features), by name; in a sequence, by position. Layers
-        not used by :func:`cut_matrices` are recorded in the metadata.
+        not used by `cut_matrices` are recorded in the metadata.
     methods : sequence of str or (str, estimator), optional
         Names in ``matfact.compare.METHODS``, or pairs of any name and an unfitted estimator, which
         is cloned and set to each density if it has this parameter. None means all registered
@@ -93,8 +93,8 @@ def compare_projections(
 
     References
     ----------
-    .. [1] V. Boža, V. Macko, "Two Sparse Matrices are Better than One: Sparsifying Neural
-       Networks with Double Sparse Factorization", ICLR 2025.
+    - V. Boža, V. Macko, "Two Sparse Matrices are Better than One: Sparsifying Neural
+      Networks with Double Sparse Factorization", ICLR 2025.
 
     Examples
     --------

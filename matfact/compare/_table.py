@@ -67,7 +67,7 @@ class Comparison(Sequence[ComparisonRow]):
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
-        """Read a comparison written by :meth:`to_json`. Raise ``ValueError`` if it is invalid."""
+        """Read a comparison written by `to_json`. Raise ``ValueError`` if it is invalid."""
         return cls(*read_report(path, ComparisonRow))
 
     def to_pandas(self) -> Any:

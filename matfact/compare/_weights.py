@@ -55,7 +55,7 @@ def load_weights(path: str | Path | None = None, *, stored: bool = False) -> Wei
         transformer of the extra ``demo`` if it is installed, and otherwise trains a small network
         on scikit-learn's digits.
     stored : bool, default=False
-        Whether to return a :class:`StoredMatrix` for each matrix of a safetensors file, to be read
+        Whether to return a `StoredMatrix` for each matrix of a safetensors file, to be read
         by the workers of a cluster. Other files are read in any case.
 
     Returns

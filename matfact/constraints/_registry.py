@@ -36,6 +36,7 @@ CONSTRAINTS: dict[str, type[Constraint]] = {
     "triangular": Triangular,
     "unit_norm_columns": UnitNormColumns,
 }
+"""Classes of constraints by name."""
 
 
 def get_constraint(name: str, **parameters: Any) -> Constraint:

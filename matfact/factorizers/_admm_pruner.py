@@ -24,8 +24,8 @@ class ADMMPruner(BasePruner):
     """Prune a matrix and refit the kept values to minimize the change in the layer's outputs.
 
     Solves the sparse regression of the outputs on the inputs by the alternating direction method
-    of multipliers (ADMM) [1]_, with a growing penalty. The output error is never above that of
-    magnitude pruning or Wanda with refit values. Without calibration, inputs count as
+    of multipliers (ADMM) (Boža, 2024), with a growing penalty. The output error is never above that
+    of magnitude pruning or Wanda with refit values. Without calibration, inputs count as
     uncorrelated and of equal norm, and the result is that of magnitude pruning.
 
     Parameters
@@ -37,7 +37,7 @@ class ADMMPruner(BasePruner):
     constraint : Constraint or str, default="global_sparsity"
         Which entries may be kept. "global_sparsity" puts no limit on where they are;
         "row_sparsity" and "column_sparsity" keep the same number in every row (output) or column
-        (input). Any sparsity or support of :mod:`matfact.constraints` also works, such as
+        (input). Any sparsity or support of `matfact.constraints` also works, such as
         ``NMSparsity(2, 4)``.
     damping : float or "auto", default="auto"
         Added to the diagonal of the Gram matrix of the inputs, scaled to unit norm. Larger
@@ -83,8 +83,8 @@ class ADMMPruner(BasePruner):
 
     References
     ----------
-    .. [1] V. Boža, "Fast and effective weight update for pruned large language models", TMLR,
-       2024.
+    - V. Boža, "Fast and effective weight update for pruned large language models", TMLR,
+      2024.
 
     Examples
     --------

@@ -47,7 +47,7 @@ def fit_at_bits(
         Bits of all that is stored ÷ entries of the matrix.
     calibration : InputStatistics, optional
         The layer's inputs. With them the error of outputs is what counts, and factorizers that
-        cannot use inputs have theirs taken into account by :class:`Quantized`.
+        cannot use inputs have theirs taken into account by `Quantized`.
 
     Returns
     -------

@@ -25,8 +25,8 @@ from matfact.operators._arithmetic import shared_namespace
 from matfact.solvers._callback import History
 from matfact.solvers.coding import coding_error
 
-#: Allowed values of the `density` parameter.
 DENSITY = [Interval(Real, 0, 1, closed="right"), None]
+"""Allowed values of the `density` parameter, for ``_parameter_constraints``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Factorization:
 class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Base class of estimators that factorize a matrix.
 
-    Subclasses implement :meth:`_factorize`; this class sets all fitted attributes.
+    Subclasses implement `_factorize`; this class sets all fitted attributes.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
@@ -98,7 +98,7 @@ class BaseFactorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     ) -> Factorization:
         """Return factors of `W` fitted to the layer's inputs.
 
-        Like :meth:`_factorize`; overridden by factorizers that use calibration inputs.
+        Like `_factorize`; overridden by factorizers that use calibration inputs.
         """
         raise ValueError(
             f"calibration must be None: {type(self).__name__} does not use the layer's inputs."

@@ -32,8 +32,8 @@ class BlockSVD(BaseFactorizer):
     """Block-wise truncated SVD, with ranks chosen under one budget.
 
     `W` is cut into a grid of blocks, and the singular triples of all blocks are ranked together,
-    so that more important blocks get a higher rank [1]_. With ``fit(W, calibration=X)`` the error
-    of the outputs is minimized instead.
+    so that more important blocks get a higher rank (Liu et al., 2022). With
+    ``fit(W, calibration=X)`` the error of the outputs is minimized instead.
 
     Parameters
     ----------
@@ -44,16 +44,16 @@ class BlockSVD(BaseFactorizer):
         How to cut `W`: "whole" not at all, "strips" into four column strips, "square" into the
         largest nearly square blocks, and a tuple into that many row and column strips. "auto"
         tries grids up to 16×16 and keeps the best. These include the whole matrix, so the error
-        is at most that of :class:`LowRank`.
+        is at most that of `LowRank`.
     ranking : {"energy", "magnitude", "relative_error", "output_perturbation", \
 "output_variance"}, default="energy"
         How to rank the triples. "energy", the squared error saved per stored value (of the
-        outputs, with calibration inputs), gives the smallest errors. The others come from [1]_
-        and use the plain singular triples: "magnitude" is the singular value; "relative_error"
-        divides it by the norm of `W`, which does not change the order within a single matrix;
-        "output_perturbation" and "output_variance" are the mean square and the variance of the
-        triple's contribution to the outputs, and need calibration inputs. For several layers see
-        :func:`~matfact.allocation.rank_triples`.
+        outputs, with calibration inputs), gives the smallest errors. The others come from Liu et
+        al. (2022) and use the plain singular triples: "magnitude" is the singular value;
+        "relative_error" divides it by the norm of `W`, which does not change the order within a
+        single matrix; "output_perturbation" and "output_variance" are the mean square and the
+        variance of the triple's contribution to the outputs, and need calibration inputs. For
+        several layers see `matfact.allocation.rank_triples`.
     permute : bool, default=False
         Whether to permute rows and columns so that the blocks are closer to low rank. This takes
         seconds for a thousand rows and helps if related rows and columns are scattered.
@@ -94,7 +94,7 @@ class BlockSVD(BaseFactorizer):
 
     References
     ----------
-    .. [1] Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
+    - Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
 
     Examples
     --------

@@ -39,19 +39,19 @@ class ButterflyFit(BaseFactorizer):
     """Product of Kronecker-sparse factors, such as butterfly and Monarch matrices.
 
     The supports are fixed in advance, so a layer with n inputs takes O(n log n) operations and
-    stores no indices. The factors are found by hierarchical identification [1]_, [2]_, with one
-    batch of small singular value decompositions per factor, and then improved by sweeps of
-    alternating least squares. Exact butterflies, including Hadamard, Fourier and cosine
-    transforms, are recovered to rounding. `W` may have any shape: sides with a prime factor
-    above 5 are padded with zeros, and values stored for the padding count.
+    stores no indices. The factors are found by hierarchical identification (Le et al., 2022; Zheng
+    et al., 2023), with one batch of small singular value decompositions per factor, and then
+    improved by sweeps of alternating least squares. Exact butterflies, including Hadamard, Fourier
+    and cosine transforms, are recovered to rounding. `W` may have any shape: sides with a prime
+    factor above 5 are padded with zeros, and values stored for the padding count.
 
     Parameters
     ----------
     method : {"hierarchical", "gradient"}, default="hierarchical"
         "hierarchical" finds the factors as described above; "gradient" continues with gradient
-        descent on all factors jointly [3]_. Sweeps usually reach the same error in less time, so
-        try descent only when more sweeps stop helping. For products that need descent see
-        :class:`KaleidoscopeFit`.
+        descent on all factors jointly (Dao et al., 2019). Sweeps usually reach the same error in
+        less time, so try descent only when more sweeps stop helping. For products that need descent
+        see `KaleidoscopeFit`.
     chain : {"auto", "square_dyadic", "monarch"} or list of (a, b, c, d), default="auto"
         Supports ``I_a ⊗ 1_{b×c} ⊗ I_d`` of the factors, from left to right. "square_dyadic"
         uses one factor per prime factor of the sides, radix 2 for powers of two; "monarch" uses
@@ -110,12 +110,12 @@ int of shape (in_features,), default="identity"
 
     References
     ----------
-    .. [1] Q.-T. Le, L. Zheng, E. Riccietti, R. Gribonval, "Fast learning of fast transforms, with
-       guarantees", ICASSP 2022.
-    .. [2] L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
-       matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023.
-    .. [3] T. Dao, A. Gu, M. Eichhorn, A. Rudra, C. Ré, "Learning fast algorithms for linear
-       transforms using butterfly factorizations", ICML 2019.
+    - Q.-T. Le, L. Zheng, E. Riccietti, R. Gribonval, "Fast learning of fast transforms, with
+      guarantees", ICASSP 2022.
+    - L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
+      matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023.
+    - T. Dao, A. Gu, M. Eichhorn, A. Rudra, C. Ré, "Learning fast algorithms for linear
+      transforms using butterfly factorizations", ICML 2019.
 
     Examples
     --------

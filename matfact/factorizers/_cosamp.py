@@ -32,10 +32,10 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
     """Select the hidden units that best reconstruct a block's outputs, and refit their weights.
 
     For a block ``U = H W₂ᵀ`` with activations `H`, find the columns `S` of `H` and the output
-    weights `W` that minimize ``‖U − H_S Wᵀ‖_F`` [1]_ [2]_ [3]_. `U` may be any outputs: those of
-    gated or normalized blocks, of other activation functions, or regression targets. Only second
-    moments are used, so activations can be streamed through
-    :class:`~matfact.calibration.OutputStatistics`.
+    weights `W` that minimize ``‖U − H_S Wᵀ‖_F`` (Walia et al., 2022; Wolfe & Kyrillidis, 2022;
+    Needell & Tropp, 2009). `U` may be any outputs: those of gated or normalized blocks, of other
+    activation functions, or regression targets. Only second moments are used, so activations can be
+    streamed through `matfact.calibration.OutputStatistics`.
 
     Parameters
     ----------
@@ -43,10 +43,11 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
         Hidden units to keep: a number, or a fraction in (0, 1] (rounded down, at least one).
         None keeps half of them, or as few as `max_error` allows.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
-        "least_squares" solves for the weights in closed form in every iteration. "gradient" [1]_
-        and "ispasp" [2]_ are the published procedures: the first takes gradient steps, the second
-        keeps the weights of the dense block and suits non-negative activations. The error of
-        "least_squares" is at most that of "ispasp" and rarely above that of "gradient".
+        "least_squares" solves for the weights in closed form in every iteration. "gradient" (Walia
+        et al., 2022) and "ispasp" (Wolfe & Kyrillidis, 2022) are the published procedures: the
+        first takes gradient steps, the second keeps the weights of the dense block and suits
+        non-negative activations. The error of "least_squares" is at most that of "ispasp" and
+        rarely above that of "gradient".
     max_iter : int, default=50
         Maximum number of iterations. "least_squares" uses up to this many from each starting
         point, and stops earlier when no exchange of units helps.
@@ -79,12 +80,12 @@ class CoSaMPNeuronSelector(SelectorMixin, BaseEstimator):
 
     References
     ----------
-    .. [1] A. Walia, H. K. Jayakumar, S. B. Koride, "Optimized structured neural pruning with
-       auxiliary training", 2022.
-    .. [2] C. R. Wolfe, A. Kyrillidis, "i-SpaSP: structured neural pruning via sparse signal
-       recovery", L4DC 2022.
-    .. [3] D. Needell, J. A. Tropp, "CoSaMP: iterative signal recovery from incomplete and
-       inaccurate samples", Applied and Computational Harmonic Analysis 26, 2009.
+    - A. Walia, H. K. Jayakumar, S. B. Koride, "Optimized structured neural pruning with
+      auxiliary training", 2022.
+    - C. R. Wolfe, A. Kyrillidis, "i-SpaSP: structured neural pruning via sparse signal
+      recovery", L4DC 2022.
+    - D. Needell, J. A. Tropp, "CoSaMP: iterative signal recovery from incomplete and
+      inaccurate samples", Applied and Computational Harmonic Analysis 26, 2009.
 
     Examples
     --------

@@ -27,9 +27,9 @@ DEFAULT_BITS = 2.0
 class DoubleBinaryFactorizer(BaseFactorizer):
     """Two matrices of signs between diagonal scales, ``W ≈ diag(a) S diag(m) T diag(b)``.
 
-    Double binary factorization [1]_. An entry of `S` or `T` takes one bit, and applying them takes
-    additions alone. Below about three bits a weight this is more accurate than rounding the
-    weights; the inner dimension follows from the bits.
+    Double binary factorization (Boža & Macko, 2025). An entry of `S` or `T` takes one bit, and
+    applying them takes additions alone. Below about three bits a weight this is more accurate than
+    rounding the weights; the inner dimension follows from the bits.
 
     Parameters
     ----------
@@ -76,8 +76,8 @@ class DoubleBinaryFactorizer(BaseFactorizer):
 
     References
     ----------
-    .. [1] V. Boža, V. Macko, "Addition is almost all you need: compressing neural networks with
-       double binary factorization", arXiv:2505.11076, 2025.
+    - V. Boža, V. Macko, "Addition is almost all you need: compressing neural networks with
+      double binary factorization", arXiv:2505.11076, 2025.
 
     Examples
     --------

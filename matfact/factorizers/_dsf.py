@@ -36,9 +36,10 @@ NEARLY_EXACT = 0.1
 class DoubleSparseFactorizer(BaseFactorizer):
     """Product of two sparse matrices, ``W ≈ A B``, or of more.
 
-    Double sparse factorization [1]_ alternates sparse regressions by ADMM. Penalties and numbers
-    of nonzeros follow a schedule that finds better supports in fewer sweeps. Nonzeros may be
-    anywhere, which makes this the most accurate factorization for a given number of values.
+    Double sparse factorization (Boža & Macko, 2025) alternates sparse regressions by ADMM.
+    Penalties and numbers of nonzeros follow a schedule that finds better supports in fewer sweeps.
+    Nonzeros may be anywhere, which makes this the most accurate factorization for a given number of
+    values.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         the budget in proportion to the square root of the factors' lengths, so equally for a
         square `W`.
     constraints : sequence of Constraint, str or None, of length 2, or None, default=None
-        Where `A` and `B` may be nonzero: any sparsity or support of :mod:`matfact.constraints`,
+        Where `A` and `B` may be nonzero: any sparsity or support of `matfact.constraints`,
         such as ``NMSparsity(2, 4)``, ``BlockSparsity(k)``, ``RowSparsity(k)`` or
         ``FixedSupport.random(shape, k, seed)``, or the name of one without parameters. A factor
         with None is unstructured and gets the part of `density` that the other leaves: at least
@@ -59,7 +60,7 @@ class DoubleSparseFactorizer(BaseFactorizer):
         constraints, `density` must be None.
     n_factors : int, default=2
         Number of factors, at most 64. Factors beyond two are split off one at a time and all are
-        refined together by the solver of :class:`Palm4MSA`; `first_factor_density` and
+        refined together by the solver of `Palm4MSA`; `first_factor_density` and
         `constraints` must then keep their defaults. More than two factors rarely lower the error.
     max_iter : int, default=100
         Number of sweeps over both factors. The schedule stretches over them, so more sweeps find
@@ -94,8 +95,8 @@ class DoubleSparseFactorizer(BaseFactorizer):
 
     References
     ----------
-    .. [1] V. Boža, V. Macko, "Two sparse matrices are better than one: sparsifying neural
-       networks with double sparse factorization", ICLR 2025.
+    - V. Boža, V. Macko, "Two sparse matrices are better than one: sparsifying neural
+      networks with double sparse factorization", ICLR 2025.
 
     Examples
     --------

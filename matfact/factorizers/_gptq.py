@@ -19,7 +19,7 @@ class GPTQ(BaseQuantizer):
     """Keep every entry, rounded so that the layer's outputs change least.
 
     Entries are rounded input by input, and what each loses is made up for by the entries of the
-    inputs that follow [1]_. Without calibration it is :class:`RoundToNearest`.
+    inputs that follow Frantar et al. (2023). Without calibration it is `RoundToNearest`.
 
     Parameters
     ----------
@@ -75,8 +75,8 @@ class GPTQ(BaseQuantizer):
 
     References
     ----------
-    .. [1] E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate post-training
-       quantization for generative pre-trained transformers", ICLR 2023.
+    - E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate post-training
+      quantization for generative pre-trained transformers", ICLR 2023.
 
     Examples
     --------

@@ -23,9 +23,9 @@ class KaleidoscopeFit(BaseFactorizer):
     """Product of butterflies and reversed butterflies (kaleidoscope matrix).
 
     With a suitable width and expansion, ``(B B*)ʷ`` represents all structured matrices of
-    practical use [1]_. Butterflies, circulant and Toeplitz matrices are recovered to rounding.
-    The factors have no closed form; they are found jointly by gradient descent from the nearest
-    butterfly or circulant matrix.
+    practical use (Dao et al., 2020). Butterflies, circulant and Toeplitz matrices are recovered to
+    rounding. The factors have no closed form; they are found jointly by gradient descent from the
+    nearest butterfly or circulant matrix.
 
     Parameters
     ----------
@@ -74,9 +74,9 @@ class KaleidoscopeFit(BaseFactorizer):
 
     References
     ----------
-    .. [1] T. Dao, N. Sohoni, A. Gu, M. Eichhorn, A. Blonder, M. Leszczynski, A. Rudra, C. Ré,
-       "Kaleidoscope: an efficient, learnable representation for all structured linear maps",
-       ICLR 2020.
+    - T. Dao, N. Sohoni, A. Gu, M. Eichhorn, A. Blonder, M. Leszczynski, A. Rudra, C. Ré,
+      "Kaleidoscope: an efficient, learnable representation for all structured linear maps",
+      ICLR 2020.
 
     Examples
     --------

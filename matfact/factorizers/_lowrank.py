@@ -20,9 +20,9 @@ class LowRank(BaseFactorizer):
     """Low-rank approximation by two dense factors.
 
     Without calibration inputs this is the truncated singular value decomposition, the best
-    approximation of its rank in the Frobenius norm [1]_. With ``fit(W, calibration=X)`` it
-    minimizes the error of the layer's outputs, ``‖XWᵀ − XŴᵀ‖_F`` [2]_; the inputs need not span
-    the whole space.
+    approximation of its rank in the Frobenius norm (Eckart & Young, 1936). With
+    ``fit(W, calibration=X)`` it minimizes the error of the layer's outputs, ``‖XWᵀ − XŴᵀ‖_F`` (Wang
+    et al., 2025); the inputs need not span the whole space.
 
     Parameters
     ----------
@@ -63,10 +63,10 @@ class LowRank(BaseFactorizer):
 
     References
     ----------
-    .. [1] C. Eckart, G. Young, "The approximation of one matrix by another of lower rank",
-       Psychometrika 1, 1936.
-    .. [2] X. Wang, Y. Zheng, Z. Wan, M. Zhang, "SVD-LLM: truncation-aware singular value
-       decomposition for large language model compression", ICLR 2025.
+    - C. Eckart, G. Young, "The approximation of one matrix by another of lower rank",
+      Psychometrika 1, 1936.
+    - X. Wang, Y. Zheng, Z. Wan, M. Zhang, "SVD-LLM: truncation-aware singular value
+      decomposition for large language model compression", ICLR 2025.
 
     Examples
     --------

@@ -9,8 +9,8 @@ from matfact.factorizers._pruner import BasePruner
 class MagnitudePruner(BasePruner):
     """Keep the entries of largest magnitude.
 
-    This is the exact projection onto matrices with a given number of nonzeros [1]_, and the
-    baseline of ``normalized_err_``.
+    This is the exact projection onto matrices with a given number of nonzeros (Han et al., 2015),
+    and the baseline of ``normalized_err_``.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ class MagnitudePruner(BasePruner):
     constraint : Constraint or str, default="global_sparsity"
         Which entries may be kept. "global_sparsity" puts no limit on where they are;
         "row_sparsity" and "column_sparsity" keep the same number in every row or column. Any
-        sparsity or support of :mod:`matfact.constraints` also works, such as ``NMSparsity(2, 4)``.
+        sparsity or support of `matfact.constraints` also works, such as ``NMSparsity(2, 4)``.
 
     Attributes
     ----------
@@ -51,8 +51,8 @@ class MagnitudePruner(BasePruner):
 
     References
     ----------
-    .. [1] S. Han, J. Pool, J. Tran, W. Dally, "Learning both weights and connections for
-       efficient neural networks", NeurIPS 2015.
+    - S. Han, J. Pool, J. Tran, W. Dally, "Learning both weights and connections for
+      efficient neural networks", NeurIPS 2015.
 
     Examples
     --------

@@ -26,9 +26,9 @@ class MonarchProjector(BaseFactorizer):
     A Monarch matrix is ``P L Pᵀ R`` with L and R block-diagonal. Equivalently, the rows with the
     same remainder modulo the number of blocks of L and the columns in the same block of R form a
     block of low rank. The nearest Monarch matrix therefore takes one truncated singular value
-    decomposition per block [1]_. The matrix may have any shape and the blocks any rank; sides
-    that the blocks do not divide are padded with zeros, and values stored for the padding count.
-    With ``fit(W, calibration=X)`` the error of the outputs is minimized instead.
+    decomposition per block (Dao et al., 2022). The matrix may have any shape and the blocks any
+    rank; sides that the blocks do not divide are padded with zeros, and values stored for the
+    padding count. With ``fit(W, calibration=X)`` the error of the outputs is minimized instead.
 
     Parameters
     ----------
@@ -82,9 +82,9 @@ class MonarchProjector(BaseFactorizer):
 
     References
     ----------
-    .. [1] T. Dao, B. Chen, N. Sohoni, A. Desai, M. Poli, J. Grogan, A. Liu, A. Rao, A. Rudra,
-       C. Ré, "Monarch: expressive structured matrices for efficient and accurate training",
-       ICML 2022.
+    - T. Dao, B. Chen, N. Sohoni, A. Desai, M. Poli, J. Grogan, A. Liu, A. Rao, A. Rudra,
+      C. Ré, "Monarch: expressive structured matrices for efficient and accurate training",
+      ICML 2022.
 
     Examples
     --------

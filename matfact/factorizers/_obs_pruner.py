@@ -21,11 +21,11 @@ from matfact.solvers.obs import obs_prune
 class OBSPruner(BasePruner):
     """Drop one entry after the other, all others of its row making up for each.
 
-    Exact Optimal Brain Compression [1]_: of every row the entry goes next by which the outputs
-    change least, the others being least squares. It is among the best supports known, in time
-    that grows with the cube of the inputs, for every row: seconds for 384 × 384, minutes for
-    384 × 1536. :class:`ADMMPruner` comes as near in a fraction of that. It runs on the processor
-    wherever `W` is. Without calibration it is magnitude pruning.
+    Exact Optimal Brain Compression (Frantar & Alistarh, 2022): of every row the entry goes next by
+    which the outputs change least, the others being least squares. It is among the best supports
+    known, in time that grows with the cube of the inputs, for every row: seconds for 384 × 384,
+    minutes for 384 × 1536. `ADMMPruner` comes as near in a fraction of that. It runs on the
+    processor wherever `W` is. Without calibration it is magnitude pruning.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class OBSPruner(BasePruner):
         Which entries may stay: with "global_sparsity" as many as `density` allows, the removals
         that cost least of all rows, with "row_sparsity" the same number in every row (output); or
         ``GlobalSparsity(k)``, ``RowSparsity(k)`` or ``NMSparsity(n, m)`` of
-        :mod:`matfact.constraints`.
+        `matfact.constraints`.
     damping : float, default=0.01
         What is added to the diagonal of the Gram matrix of the inputs, relative to its mean.
 
@@ -77,8 +77,8 @@ class OBSPruner(BasePruner):
 
     References
     ----------
-    .. [1] E. Frantar, D. Alistarh, "Optimal brain compression: A framework for accurate
-       post-training quantization and pruning", NeurIPS 2022.
+    - E. Frantar, D. Alistarh, "Optimal brain compression: A framework for accurate
+      post-training quantization and pruning", NeurIPS 2022.
 
     Examples
     --------

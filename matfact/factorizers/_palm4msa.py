@@ -42,8 +42,9 @@ class Palm4MSA(BaseFactorizer):
     """Product of any number of factors, each in its own constraint set.
 
     PALM4MSA stands for proximal alternating linearized minimization for multi-layer sparse
-    approximation [1]_. Here the step size follows the local curvature and is at first longer than
-    descent permits, which finds better supports. By default two sparse factors share the density.
+    approximation (Le Magoarou & Gribonval, 2016). Here the step size follows the local curvature
+    and is at first longer than descent permits, which finds better supports. By default two sparse
+    factors share the density.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ class Palm4MSA(BaseFactorizer):
         `constraints`.
     constraints : sequence of Constraint or str, or None, default=None
         One constraint per factor, in the order of the product: any object of
-        :mod:`matfact.constraints`, or the name of one without parameters. None means as many
+        `matfact.constraints`, or the name of one without parameters. None means as many
         nonzeros as `density` allows. Required for complex `W`.
     residual_constraints : sequence of Constraint or str, or None, default=None
         Constraints on the residuals of the hierarchical algorithm, two fewer than `constraints`.
@@ -68,7 +69,7 @@ class Palm4MSA(BaseFactorizer):
         Split off one factor at a time, from this side, and refine all factors after each split,
         instead of fitting all at once. Recovers fast transforms exactly.
     init : {"dsf", "svd"}, FactorProduct, sequence of array or None, default=None
-        Initial factors. "dsf" starts from the result of :class:`DoubleSparseFactorizer` and
+        Initial factors. "dsf" starts from the result of `DoubleSparseFactorizer` and
         usually gives the lowest error; "svd" starts from the singular value decomposition and is
         better still if `W` is of low rank up to noise (both for two factors). A product, such as
         ``operator_`` of a fitted factorizer, or a list of arrays is a warm start; its factors
@@ -109,8 +110,8 @@ class Palm4MSA(BaseFactorizer):
 
     References
     ----------
-    .. [1] L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
-       and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
+    - L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
+      and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
 
     Examples
     --------

@@ -47,7 +47,6 @@ class Method:
 
 
 # With chain="auto" a butterfly of density 0.25 would have two factors and be a Monarch matrix.
-#: All methods, in the order of tables and figures.
 METHODS: dict[str, Method] = {
     "dsf": Method("Double sparse (DSF)", DoubleSparseFactorizer()),
     "double_binary": Method("Double binary (DBF)", DoubleBinaryFactorizer()),
@@ -64,12 +63,14 @@ METHODS: dict[str, Method] = {
     "rtn": Method("Rounding to nearest", RoundToNearest()),
     "gptq": Method("GPTQ", GPTQ(), needs_inputs=True),
 }
+"""All methods by name, in the order of tables and figures."""
+
 #: Methods that can be compared without calibration inputs, at the same number of bits.
 COMPARED_BY_BITS = {name: method for name, method in METHODS.items() if not method.needs_inputs}
-#: Those that can be compared at the same number of stored values.
 COMPARED = {
     name: method for name, method in COMPARED_BY_BITS.items() if method.estimator.has_density
 }
+"""Methods that can be compared without calibration inputs, at the same number of stored values."""
 
 
 def label(method: str) -> str:

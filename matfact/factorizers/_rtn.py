@@ -19,7 +19,7 @@ class RoundToNearest(BaseQuantizer):
     What factors of few values have to beat at the same number of bytes. Levels and scales are
     fitted, so that rounding loses a fifth to a third less than with the usual even levels between
     the extremes of each group. With calibration errors count by the mean square of the input they
-    are multiplied by, and rounding is still to the nearest level; :class:`GPTQ` loses far less of
+    are multiplied by, and rounding is still to the nearest level; `GPTQ` loses far less of
     the outputs then.
 
     Parameters
@@ -68,8 +68,8 @@ class RoundToNearest(BaseQuantizer):
 
     References
     ----------
-    .. [1] S. P. Lloyd, "Least squares quantization in PCM", IEEE Transactions on Information
-       Theory, 1982.
+    - S. P. Lloyd, "Least squares quantization in PCM", IEEE Transactions on Information
+      Theory, 1982.
 
     Examples
     --------

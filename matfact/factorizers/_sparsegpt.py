@@ -20,9 +20,10 @@ from matfact.solvers.sparsegpt import sparsegpt
 class SparseGPT(BasePruner):
     """Drop entries input by input, what each costs made up for by the inputs that follow.
 
-    The published baseline [1]_, in a few products of matrices. Entries that have been passed stay
-    as they are; :class:`ADMMPruner` and :class:`OBSPruner` refit all of them, and lose far less
-    where inputs are strongly correlated. Without calibration it is magnitude pruning.
+    The published baseline (Frantar & Alistarh, 2023), in a few products of matrices. Entries that
+    have been passed stay as they are; `ADMMPruner` and `OBSPruner` refit all of them,
+    and lose far less where inputs are strongly correlated. Without calibration it is magnitude
+    pruning.
 
     Parameters
     ----------
@@ -34,8 +35,8 @@ class SparseGPT(BasePruner):
         Which entries may stay: with "global_sparsity", as published, the same share of every 128
         consecutive inputs, with "row_sparsity" also in every row (output), with
         "column_sparsity" in every column (input); or any sparsity or support of
-        :mod:`matfact.constraints`, such as ``NMSparsity(2, 4)``. Sets that cannot be chosen a few
-        inputs at a time are chosen as by :class:`WandaPruner`.
+        `matfact.constraints`, such as ``NMSparsity(2, 4)``. Sets that cannot be chosen a few
+        inputs at a time are chosen as by `WandaPruner`.
     damping : float, default=0.01
         What is added to the diagonal of the Gram matrix of the inputs, relative to its mean.
 
@@ -75,8 +76,8 @@ class SparseGPT(BasePruner):
 
     References
     ----------
-    .. [1] E. Frantar, D. Alistarh, "SparseGPT: Massive language models can be accurately pruned in
-       one-shot", ICML 2023.
+    - E. Frantar, D. Alistarh, "SparseGPT: Massive language models can be accurately pruned in
+      one-shot", ICML 2023.
 
     Examples
     --------

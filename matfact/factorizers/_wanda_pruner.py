@@ -15,10 +15,10 @@ from matfact.solvers.layerwise import input_norms
 class WandaPruner(BasePruner):
     """Keep the entries with the largest product of magnitude and input norm.
 
-    Pruning by weights and activations (Wanda) [1]_ is as fast as magnitude pruning, keeps the
-    values unchanged, and is better if the inputs of a layer differ in size. :class:`ADMMPruner`
-    also uses their correlations and updates the values. Without calibration, all inputs count
-    equally, which gives magnitude pruning within each row.
+    Pruning by weights and activations (Wanda) (Sun et al., 2024) is as fast as magnitude pruning,
+    keeps the values unchanged, and is better if the inputs of a layer differ in size.
+    `ADMMPruner` also uses their correlations and updates the values. Without calibration,
+    all inputs count equally, which gives magnitude pruning within each row.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class WandaPruner(BasePruner):
     constraint : Constraint or str, default="row_sparsity"
         Which entries may be kept. "row_sparsity", as published, and "column_sparsity" keep the
         same number in every row (output) or column (input); "global_sparsity" puts no limit on
-        where they are. Any sparsity or support of :mod:`matfact.constraints` also works, such as
+        where they are. Any sparsity or support of `matfact.constraints` also works, such as
         ``NMSparsity(2, 4)``.
 
     Attributes
@@ -66,8 +66,8 @@ class WandaPruner(BasePruner):
 
     References
     ----------
-    .. [1] M. Sun, Z. Liu, A. Bair, J. Z. Kolter, "A simple and effective pruning approach for
-       large language models", ICLR 2024.
+    - M. Sun, Z. Liu, A. Bair, J. Z. Kolter, "A simple and effective pruning approach for
+      large language models", ICLR 2024.
 
     Examples
     --------

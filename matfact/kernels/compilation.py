@@ -21,7 +21,7 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
     Parameters
     ----------
     **options : dict
-        Options of :func:`numba.njit` except ``cache``. Compiled code is cached if Numba finds a
+        Options of `numba.njit` except ``cache``. Compiled code is cached if Numba finds a
         folder for it; losing the folder only costs time.
     """
 

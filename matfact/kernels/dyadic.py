@@ -1,6 +1,6 @@
 """Compiled identification of butterflies with 2×2 blocks.
 
-Blocks are those of :mod:`matfact.solvers.butterfly` with two rows each. Their singular vectors
+Blocks are those of `matfact.solvers.butterfly` with two rows each. Their singular vectors
 have a closed form, and a pass reads and writes every entry once. Sums are in double precision.
 """
 

@@ -45,7 +45,7 @@ def normal_equations(values: Array, support: Array, W: Array) -> tuple[Array, Ar
 def supported_inner(values: Array, support: Array, other: Array) -> Array:
     """Return the inner product of `values` and `other` over `support`, not read yet.
 
-    As :func:`matfact.backend.inner` does.
+    As `matfact.backend.inner` does.
     """
     if backend.is_numpy(values):
         return float(_supported_inner(values, support, other))

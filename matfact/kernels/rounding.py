@@ -79,7 +79,7 @@ def round_rows(codes, scales, levels, thresholds, indices, indptr, gradient, gra
     levels : ndarray of shape (n_levels,)
         Increasing levels.
     thresholds : ndarray
-        What parts values by their nearest level, as for :func:`nearest_level`.
+        What parts values by their nearest level, as for `nearest_level`.
     indices, indptr : ndarray
         Where the values stand, in compressed sparse rows.
     gradient : ndarray of shape (rows, k)

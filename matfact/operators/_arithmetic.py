@@ -195,9 +195,21 @@ def as_operand(X: Any) -> Array:
     return X if backend.is_array(X) else np.asarray(X)
 
 
+def library(array: Array) -> str:
+    """Return the name of the library that an array is of."""
+    return backend.namespace(array).__name__.removeprefix("array_api_compat.")
+
+
+def check_same_library(left: Array, right: Array) -> None:
+    """Raise ``TypeError`` if the values of two products are of different libraries."""
+    names = library(left), library(right)
+    if names[0] != names[1]:
+        raise TypeError(f"products must have the same array library, got {' and '.join(names)}.")
+
+
 def shared_namespace(X: Array, name: str, other: Array, owner: str) -> Any:
     """Return the Array API namespace of two arrays, which must share a device, too."""
-    given, needed = ((backend.namespace(a).__name__, backend.device(a)) for a in (X, other))
+    given, needed = (f"{library(a)} on {backend.device(a)}" for a in (X, other))
     if given != needed:
         raise ValueError(
             f"{name} must have the library and device of {owner}, {needed}, got {given}."

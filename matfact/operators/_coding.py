@@ -91,7 +91,7 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpacked(content: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return the `count` codes that :func:`packed` packed."""
+    """Return the `count` codes that `packed` packed."""
     need(content.dtype == np.uint8, "codes are not bytes")
     need(content.shape == (-(-count * bits // 8),), f"{count} codes have another number of bytes")
     beyond = -count * bits % 8

@@ -83,7 +83,7 @@ class SparseFactor(Factor):
 
     @functools.cached_property
     def bits(self) -> np.ndarray:
-        """Mask of stored entries, one bit per entry, as packed by :func:`numpy.packbits`."""
+        """Mask of stored entries, one bit per entry, as packed by `numpy.packbits`."""
         mask = np.zeros(self.shape[0] * self.shape[1], dtype=np.bool_)
         mask[self.locations] = True
         return np.packbits(mask)

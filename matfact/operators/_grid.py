@@ -77,7 +77,7 @@ def min_max_grid(values: np.ndarray, bounds: np.ndarray, bits: int) -> Grid:
 def fit_levels(
     values: np.ndarray, bounds: np.ndarray, bits: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the levels of :func:`fit_grid`."""
+    """Return the levels of `fit_grid`."""
     if bits == 8:
         return np.arange(-LARGEST, LARGEST + 1).astype(np.int8)
     values, bounds, weights = _sampled(values, bounds, weights)

@@ -14,7 +14,7 @@ import numpy as np
 from matfact import backend
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
-from matfact.operators import _storage
+from matfact.operators import _arithmetic, _storage
 from matfact.operators._arithmetic import ArrayLike, LinearOperator, as_operand, shared_namespace
 from matfact.operators._dispatch.advice import Advice, Method, measure, operand
 from matfact.operators._dispatch.plan import COMPUTED, Plan, versions
@@ -34,7 +34,7 @@ class FactorProduct(ArrayLike, Displayed):
 
     Products are array-like. ``np.asarray`` returns the dense matrix, and numbers scale the product.
     ``@`` with another product chains the factors of both; with arrays it returns an array.
-    :func:`scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers accept a product.
+    `scipy.sparse.linalg.aslinearoperator` and SciPy's iterative solvers accept a product.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ class FactorProduct(ArrayLike, Displayed):
             How scattered nonzeros are located: column indices, one bit an entry, whichever of
             the two is smaller for each factor, not at all (every entry of every factor is
             stored). Structured factors need few positions or none in the first three.
-            ``"stored"`` counts all bytes of the file that :meth:`save` writes, its header too.
+            ``"stored"`` counts all bytes of the file that `save` writes, its header too.
         """
         if format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}.")
@@ -145,7 +145,7 @@ class FactorProduct(ArrayLike, Displayed):
     def quantized(self, bits: int, group_size: int | None = 64) -> FactorProduct:
         """Return the product with each value rounded to one of ``2**bits`` levels.
 
-        :class:`~matfact.Quantized` loses less: it knows the matrix, and possibly the inputs.
+        `matfact.Quantized` loses less: it knows the matrix, and possibly the inputs.
         Factors that store no values stay as they are.
 
         Parameters
@@ -231,10 +231,7 @@ class FactorProduct(ArrayLike, Displayed):
                 f"products must chain, but one of shape {self.shape} is followed by one of shape "
                 f"{other.shape}."
             )
-        libraries = [backend.namespace(p.factors[0].values) for p in (self, other)]
-        if libraries[0] is not libraries[1]:
-            names = " and ".join(library.__name__ for library in libraries)
-            raise TypeError(f"products must have the same array library, got {names}.")
+        _arithmetic.check_same_library(self.factors[0].values, other.factors[0].values)
         product = FactorProduct([*self.factors, *other.factors])
         return product.astype(product.dtype)
 
@@ -276,7 +273,7 @@ class FactorProduct(ArrayLike, Displayed):
         Returns
         -------
         {"factors", "dense"}
-            The result of :meth:`tune` for this batch size, or else of a fixed rule.
+            The result of `tune` for this batch size, or else of a fixed rule.
         """
         batch_size = _checked(batch_size)
         return self._plan.method(batch_size, self._plan.dtype) if self._plan else "factors"
@@ -287,7 +284,7 @@ class FactorProduct(ArrayLike, Displayed):
         Every call times both again, on this machine and possibly with weights in the cache;
         nothing is stored. ``product @ X`` is not affected: its method depends only on shapes and
         stored values, so that results are bit-reproducible. If the dense matrix is faster, use
-        ``product.toarray()`` or :meth:`tune` the product.
+        ``product.toarray()`` or `tune` the product.
 
         Parameters
         ----------
@@ -323,7 +320,7 @@ class FactorProduct(ArrayLike, Displayed):
         Advice
             Seconds of both methods in the product's dtype, the method of the rule, and whether
             tuning ``changed`` it. The dense matrix is applied by the kernels of ``@``, whose
-            results do not depend on the number of threads; :meth:`advise` times the array library's
+            results do not depend on the number of threads; `advise` times the array library's
             product.
 
         Raises
@@ -377,7 +374,7 @@ class FactorProduct(ArrayLike, Displayed):
 
     @classmethod
     def load(cls, path: str | Path) -> FactorProduct:
-        """Read a product written by :meth:`save`, with NumPy values."""
+        """Read a product written by `save`, with NumPy values."""
         return cls(_storage.load(SafetensorsFile(path, in_memory=True)))
 
     def __len__(self) -> int:

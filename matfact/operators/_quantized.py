@@ -30,7 +30,7 @@ class QuantizedFactor(Factor):
     """A factor of any storage whose values take few bits each.
 
     Each value is one of at most ``2**bits`` levels, integers from −127 to 127, times the scale of
-    its group. Groups are consecutive values of a row; see :func:`group_bounds`.
+    its group. Groups are consecutive values of a row; see `group_bounds`.
 
     Parameters
     ----------

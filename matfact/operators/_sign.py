@@ -26,7 +26,7 @@ class SignFactor(Factor):
     values : array of shape (0,)
         Empty: it only carries the library, device and dtype.
     bits : ndarray of uint8
-        One bit an entry, row after row, as :func:`numpy.packbits` packs them: 1 stands for 1 and
+        One bit an entry, row after row, as `numpy.packbits` packs them: 1 stands for 1 and
         0 for −1.
     dimensions : tuple of int
         Rows and columns of the matrix.

@@ -47,7 +47,7 @@ def _storage_name(entry: dict[str, Any]) -> str:
 
 
 def load(file: SafetensorsFile) -> list[Factor]:
-    """Read factors written by :func:`save`; bfloat16 values become float32.
+    """Read factors written by `save`; bfloat16 values become float32.
 
     Raises
     ------

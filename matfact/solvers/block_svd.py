@@ -138,7 +138,7 @@ def blocking_error(
     ranking: Ranking = "energy",
     calibration: InputStatistics | None = None,
 ) -> float:
-    """Return the error of :func:`block_svd` with the same arguments.
+    """Return the error of `block_svd` with the same arguments.
 
     Without calibration it is ``‖W − Ŵ‖_F² / ‖W‖_F²``, from singular values alone; with it, the
     squared layer error.

@@ -23,13 +23,13 @@ def butterfly(
 ) -> tuple[list[Array], int]:
     """Approximate `W` by a product of Kronecker-sparse factors.
 
-    Hierarchical identification [1]_ peels off the factors from the left; each consists of the
-    leading singular vectors of all blocks of its cut. Their columns are orthonormal, so the errors
-    of the cuts add up: the squared error is ``‖W‖² − ‖last factor‖²``, at most L − 1 times the
-    optimum, as for tensor trains [2]_. Sweeps of alternating least squares then reduce it. The best
-    factor l, given orthonormal factors before it and any factors after it, takes one product with
-    the factors after it and is orthonormalized on the way. Residuals shrink geometrically along
-    the chain, so the total cost is a few passes over `W`.
+    Hierarchical identification (Zheng et al., 2023) peels off the factors from the left; each
+    consists of the leading singular vectors of all blocks of its cut. Their columns are
+    orthonormal, so the errors of the cuts add up: the squared error is ``‖W‖² − ‖last factor‖²``,
+    at most L − 1 times the optimum, as for tensor trains (Oseledets, 2011). Sweeps of alternating
+    least squares then reduce it. The best factor l, given orthonormal factors before it and any
+    factors after it, takes one product with the factors after it and is orthonormalized on the way.
+    Residuals shrink geometrically along the chain, so the total cost is a few passes over `W`.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ def butterfly(
 
     References
     ----------
-    .. [1] L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
-       matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023.
-    .. [2] I. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33(5), 2011.
+    - L. Zheng, E. Riccietti, R. Gribonval, "Efficient identification of butterfly sparse
+      matrix factorizations", SIAM J. Math. Data Sci. 5(1), 2023.
+    - I. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33(5), 2011.
     """
     energy = backend.norm(W) ** 2
     xp = backend.namespace(W)

@@ -19,7 +19,7 @@ from matfact.solvers._callback import Callback
 from matfact.solvers.exchange import Tableau, exchange, largest, shrink
 from matfact.solvers.quadratic import Quadratic, Selection, quadratic
 
-#: Gradient steps per iteration of :func:`gradient` (`m` in Walia et al., Algorithm 1).
+#: Gradient steps per iteration of `gradient` (`m` in Walia et al., Algorithm 1).
 _GRADIENT_STEPS = 5
 #: Relative difference below which the errors of two starting points agree.
 _AGREEMENT = 1e-3
@@ -39,7 +39,7 @@ def least_squares(
     exchanged when an iteration does not help, down to one. It starts from no units and from all
     units. If these starts end in different local optima, or worse than the supports of the
     published procedures, it also starts from those. The best selection is returned; its error is
-    never above that of :func:`ispasp`.
+    never above that of `ispasp`.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def selection_path(
     callback : callable, optional
         Called after each iteration with its number and the lowest error of the current run.
     width : int, default=1
-        As for :func:`least_squares`.
+        As for `least_squares`.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def smallest_selection(
 ) -> Selection:
     """Find the smallest selection with an error of at most `max_error`, by bisection.
 
-    Parameters as in :func:`least_squares`; `max_error` bounds ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
+    Parameters as in `least_squares`; `max_error` bounds ``‖U − H_S W_S‖_F² / ‖U‖_F²``.
 
     Raises
     ------
@@ -202,7 +202,7 @@ def gradient(
 ) -> Selection:
     """Select units by Walia et al., Algorithm 1, with exact line searches.
 
-    Unlike in the paper, the best iterate is returned. Parameters as in :func:`least_squares`.
+    Unlike in the paper, the best iterate is returned. Parameters as in `least_squares`.
     """
     problem = quadratic(statistics, width)
     xp = backend.namespace(problem.gram)
@@ -257,7 +257,7 @@ def ispasp(
 
     Units are ranked by signed sums over the batch, as published, which suits non-negative
     activations. Weights are those of the least-squares fit to `U` with all units. The best iterate
-    is returned. Parameters as in :func:`least_squares`.
+    is returned. Parameters as in `least_squares`.
     """
     problem = quadratic(statistics, width)
     xp = backend.namespace(problem.gram)

@@ -18,7 +18,7 @@ SETTLE = 1.0
 #: Share of the sweeps after which penalties stay as they end.
 ANNEALED = 0.97
 #: Share of the diagonal added to Gram matrices. Ridge regression shrinks what is uncertain, and
-#: its signs are chosen late: more of it than :mod:`~matfact.solvers.admm` has finds better ones.
+#: its signs are chosen late: more of it than `matfact.solvers.admm` has finds better ones.
 DAMPING = 0.1
 #: Rounds of single flips and of scales that end a fit, and passes over the signs in each.
 ROUNDS, PASSES = 4, 4
@@ -223,7 +223,7 @@ def refine(product: BinaryProduct, W: Array, metric: Array | None = None) -> Non
     W : array of shape (rows, columns)
         The matrix it approximates.
     metric : array of shape (columns, columns), optional
-        As for :func:`double_binary`.
+        As for `double_binary`.
     """
     best, least = dataclasses.replace(product), np.inf
     for _ in range(ROUNDS):

@@ -116,7 +116,7 @@ def _refitted(state: SparseState, other: SparseState, target: Array) -> SparseSt
 def pruned(W: Array, n_values: int) -> tuple[Array, Array]:
     """Return a diagonal that selects rows, and the largest entries of `W` in these rows.
 
-    This simplest product of two sparse matrices is better than :func:`dsf` at densities of a few
+    This simplest product of two sparse matrices is better than `dsf` at densities of a few
     percent.
 
     Parameters

@@ -1,15 +1,16 @@
 """Weights settled input by input, what each loses made up for by the inputs that follow.
 
-The sweep of GPTQ [1]_ and SparseGPT [2]_, in the equal form that needs no inverse (LDLQ) [3]_.
+The sweep of GPTQ (Frantar et al., 2023) and SparseGPT (Frantar & Alistarh, 2023), in the equal form
+that needs no inverse (LDLQ) (Chee et al., 2023).
 
 References
 ----------
-.. [1] E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate post-training quantization
-   for generative pre-trained transformers", ICLR 2023.
-.. [2] E. Frantar, D. Alistarh, "SparseGPT: Massive language models can be accurately pruned in
-   one-shot", ICML 2023.
-.. [3] J. Chee, Y. Cai, V. Kuleshov, C. De Sa, "QuIP: 2-bit quantization of large language models
-   with guarantees", NeurIPS 2023.
+- E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate post-training quantization
+  for generative pre-trained transformers", ICLR 2023.
+- E. Frantar, D. Alistarh, "SparseGPT: Massive language models can be accurately pruned in
+  one-shot", ICML 2023.
+- J. Chee, Y. Cai, V. Kuleshov, C. De Sa, "QuIP: 2-bit quantization of large language models
+  with guarantees", NeurIPS 2023.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Feedback:
 
 
 def feedback(gram: Array, damping: float) -> Feedback:
-    """Decompose a Gram matrix, damped as by :func:`damped_factor`."""
+    """Decompose a Gram matrix, damped as by `damped_factor`."""
     xp = backend.namespace(gram)
     _, factor = damped_factor(xp.flip(gram, axis=(0, 1)), damping)
     upper = xp.flip(factor, axis=(0, 1))  # upper · upperᵀ is the damped Gram matrix

@@ -168,7 +168,7 @@ def _refitted(
     n_steps: int,
     n_factors: int | None = None,
 ) -> FactorProduct:
-    """Like :func:`finalize`, with second moments that are already damped."""
+    """Like `finalize`, with second moments that are already damped."""
     factors = list(product.factors)
     xp = backend.namespace(W)
     dense = [xp.asarray(array, copy=True) for array in _dense(factors)]  # overwritten
@@ -194,7 +194,7 @@ def reselect(
     """Reduce ``E‖Wx − Ŵx‖²`` further by choosing the support of the output-side factor again.
 
     The number of entries stays the same. They are chosen by sparse regression with the full second
-    moments, where :func:`~matfact.solvers.dsf.dsf` used only the sizes of inputs. All values are
+    moments, where `matfact.solvers.dsf.dsf` used only the sizes of inputs. All values are
     refit before and after in few steps, since the next round continues. A few percent of the
     entries change, which lowers the output error by about 8 %.
 
@@ -203,11 +203,11 @@ def reselect(
     product : FactorProduct
         Initial product with a sparse first factor; not modified.
     W, second_moment : array
-        As for :func:`finalize`.
+        As for `finalize`.
     n_rounds : int
         Number of times entries are chosen.
     damping : float
-        As for :func:`finalize`.
+        As for `finalize`.
     is_near : bool
         Whether `product` is the result for a similar damping, so that its values need no refit
         first.

@@ -1,6 +1,6 @@
 """Fourier transforms and convolutions as chains of Kronecker-sparse factors.
 
-Values have the shape (a, d, b, c) of :class:`~matfact.operators.KroneckerSparseFactor`. They are
+Values have the shape (a, d, b, c) of `matfact.operators.KroneckerSparseFactor`. They are
 computed on the host, in double precision.
 """
 

@@ -45,7 +45,7 @@ def round_to_nearest(
     Parameters
     ----------
     W, bounds, bits, min_max
-        As for :func:`gptq`.
+        As for `gptq`.
     weights : ndarray of shape (columns,), optional
         Weight of the squared errors of each column when levels and scales are fitted.
     """
@@ -75,7 +75,8 @@ def gptq(
 ) -> Rounded:
     """Lower ``‖X (W − Ŵ)ᵀ‖_F²`` over matrices `Ŵ` of few levels times scales.
 
-    Source: [1]_; with `act_order` and scales known from the start as in its authors' code.
+    Source: Frantar et al. (2023); with `act_order` and scales known from the start as in its
+    authors' code.
 
     Parameters
     ----------
@@ -98,8 +99,8 @@ def gptq(
 
     References
     ----------
-    .. [1] E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate post-training
-       quantization for generative pre-trained transformers", ICLR 2023.
+    - E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate post-training
+      quantization for generative pre-trained transformers", ICLR 2023.
     """
     orders = (False, True) if act_order == "auto" else (bool(act_order),)
     found = [_sweep(W, gram, bounds, bits, damping, each, min_max) for each in orders]

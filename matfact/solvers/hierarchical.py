@@ -25,9 +25,9 @@ def hierarchical_palm4msa(
 ) -> tuple[list[Array], float, int]:
     """Approximate `W` by a product of factors, split off one after the other.
 
-    Each level splits the residual into a factor and a new residual by :func:`palm4msa`, then
-    refines all factors and the residual against `W`, unless their product is already exact. Source:
-    [1]_, Fig. 3.
+    Each level splits the residual into a factor and a new residual by `palm4msa`, then
+    refines all factors and the residual against `W`, unless their product is already exact.
+    Source: Le Magoarou & Gribonval (2016), Fig. 3.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def hierarchical_palm4msa(
     max_iter : int
         Maximum number of sweeps of each split and each refinement.
     tol : float
-        As in :func:`palm4msa`.
+        As in `palm4msa`.
     callback : callable, optional
         Called with the running number of every sweep over all factors found so far, and the
         objective.
@@ -59,8 +59,8 @@ def hierarchical_palm4msa(
 
     References
     ----------
-    .. [1] L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
-       and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
+    - L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
+      and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
     """
     factors: list[Array] = [W]
     sets: list[Constraint] = []

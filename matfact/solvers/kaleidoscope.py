@@ -45,7 +45,7 @@ def kaleidoscope(
     complex_pairs : bool, default=False
         Whether the factors of a real `W` represent complex numbers by 2×2 blocks.
     max_iter, tol : int, float
-        As in :func:`~matfact.solvers.descent.descend`.
+        As in `matfact.solvers.descent.descend`.
     callback : Callback
         Called with 0 before the first step, and after each step.
 

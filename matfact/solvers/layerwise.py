@@ -85,7 +85,7 @@ def caution(inputs: InputStatistics) -> float:
 
 
 def corrections(W: Array, wanted: OutputStatistics, dampings: Sequence[float]) -> Iterator[Array]:
-    """Yield the result of :func:`corrected` for each of `dampings`."""
+    """Yield the result of `corrected` for each of `dampings`."""
     xp = backend.namespace(W)
     gram, wide = wanted.inputs.gram, backend.wide(xp.matrix_transpose(W))
     norms = _absolute_norms(gram)
@@ -120,9 +120,9 @@ def admm_prune(
 ) -> Array:
     """Minimize ``‖X (W − Ŵ)ᵀ‖_F²`` over `Ŵ` in a set of sparse matrices, by ADMM.
 
-    Source: [1]_, with inputs scaled to unit norm. Unlike there, the number of nonzeros is fixed
-    and the penalty grows, so that supports change freely at first and then settle. The values are
-    refit at the end.
+    Source: Boža (2024), with inputs scaled to unit norm. Unlike there, the number of nonzeros is
+    fixed and the penalty grows, so that supports change freely at first and then settle. The values
+    are refit at the end.
 
     Parameters
     ----------
@@ -148,8 +148,8 @@ def admm_prune(
 
     References
     ----------
-    .. [1] V. Boža, "Fast and effective weight update for pruned large language models", TMLR,
-       2024.
+    - V. Boža, "Fast and effective weight update for pruned large language models", TMLR,
+      2024.
     """
     xp = backend.namespace(W)
     norms = input_norms(gram)

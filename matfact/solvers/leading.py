@@ -39,7 +39,7 @@ def improved_range(blocks: Array, basis: Array) -> Array:
     """Return `basis` after a step of the power method.
 
     This restores directions with singular values below the square root of the precision, which the
-    Gram matrices of :func:`leading_range` lose. Blocks of low rank are then spanned to rounding.
+    Gram matrices of `leading_range` lose. Blocks of low rank are then spanned to rounding.
     """
     xp = backend.namespace(blocks)
     return orthonormal(xp.matmul(blocks, xp.matmul(adjoint(blocks), basis)))

@@ -33,7 +33,7 @@ def monarch(
     moment : array of shape (columns, columns), optional
         Average of ``x xᵀ`` over the inputs of a real `W`, in double precision. With it, slices keep
         the directions in which their outputs have most energy, like
-        :func:`~matfact.solvers.svd.whitened_svd` for the whole matrix.
+        `matfact.solvers.svd.whitened_svd` for the whole matrix.
     callback : Callback, optional
         Called once, with the squared error.
 
@@ -63,7 +63,7 @@ def monarch(
 
 
 def monarch_loss(W: Array, chain: Chain, *, n_slices: int | None = None) -> float:
-    """Return the squared error of :func:`monarch`, to about 1e-13 of ``‖W‖²``.
+    """Return the squared error of `monarch`, to about 1e-13 of ``‖W‖²``.
 
     With `n_slices` it is estimated from at most that many slices.
     """

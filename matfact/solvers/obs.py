@@ -18,9 +18,9 @@ def obs_prune(
 ) -> tuple[np.ndarray, float]:
     """Lower ``‖X (W − Ŵ)ᵀ‖_F²`` over sparse matrices `Ŵ` by removing one weight at a time.
 
-    Source: [1]_ ("ExactOBS"). Each row loses the weight that raises its error least, the others
-    being least squares of the outputs, until no more may go. Of the removals of all rows those
-    that cost most are then taken back until `total` weights are left.
+    Source: Frantar & Alistarh (2022) ("ExactOBS"). Each row loses the weight that raises its error
+    least, the others being least squares of the outputs, until no more may go. Of the removals of
+    all rows those that cost most are then taken back until `total` weights are left.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ def obs_prune(
 
     References
     ----------
-    .. [1] E. Frantar, D. Alistarh, "Optimal brain compression: A framework for accurate
-       post-training quantization and pruning", NeurIPS 2022.
+    - E. Frantar, D. Alistarh, "Optimal brain compression: A framework for accurate
+      post-training quantization and pruning", NeurIPS 2022.
     """
     damped, _ = damped_factor(gram, damping)
     inverse = backend.spd_inverse(damped)

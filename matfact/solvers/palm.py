@@ -42,13 +42,13 @@ def palm4msa(
 ) -> tuple[list[Array], float, int]:
     """Approximate `W` by a product of factors, each in its constraint set.
 
-    Source: [1]_, Fig. 2: a block proximal gradient method on one factor after the other. Three
-    things differ. The step size follows the curvature along the step instead of the product of
-    spectral norms, which only bounds it. Where the constraint allows it, a diagonal preconditioner
-    normalizes the columns left and the rows right of a factor. The first steps are longer than
-    descent permits, so that supports keep changing; once supports settle and the objective falls
-    fast, and late in any case, steps are short enough to descend. The best iterate is returned,
-    which is never worse than the start.
+    Source: Le Magoarou & Gribonval (2016), Fig. 2: a block proximal gradient method on one factor
+    after the other. Three things differ. The step size follows the curvature along the step instead
+    of the product of spectral norms, which only bounds it. Where the constraint allows it, a
+    diagonal preconditioner normalizes the columns left and the rows right of a factor. The first
+    steps are longer than descent permits, so that supports keep changing; once supports settle and
+    the objective falls fast, and late in any case, steps are short enough to descend. The best
+    iterate is returned, which is never worse than the start.
 
     Parameters
     ----------
@@ -80,8 +80,8 @@ def palm4msa(
 
     References
     ----------
-    .. [1] L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
-       and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
+    - L. Le Magoarou, R. Gribonval, "Flexible multilayer sparse approximations of matrices
+      and applications", IEEE J. Sel. Topics Signal Process. 10(4), 2016.
     """
     factors = [c.project(f) for c, f in zip(constraints, factors, strict=True)]
     product = functools.reduce(backend.namespace(W).matmul, factors)
@@ -187,7 +187,7 @@ def identity_start(
     """Return identities and the projection of `W` as initial factors, and `backward`.
 
     All factors but the one at the longer side are square with the shorter side. `backward` makes
-    :func:`palm4msa` begin with an identity, since it would not move from the projection. For a
+    `palm4msa` begin with an identity, since it would not move from the projection. For a
     square `W` it is as given.
     """
     xp = backend.namespace(W)

@@ -46,7 +46,7 @@ def quantize(
     W : array of shape (out_features, in_features)
         What they approximate.
     bits, group_size : int
-        As for :meth:`FactorProduct.quantized`.
+        As for `FactorProduct.quantized`.
     second_moment : array of shape (in_features, in_features), optional
         Average of ``x xᵀ`` over inputs whose outputs count; without it all entries of `W` count
         alike.

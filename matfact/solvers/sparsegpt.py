@@ -26,9 +26,9 @@ def sparsegpt(
 ) -> tuple[Array, float]:
     """Lower ``‖X (W − Ŵ)ᵀ‖_F²`` over `Ŵ` in a set of sparse matrices.
 
-    Source: [1]_. Entries are chosen for 128 inputs at a time, once errors before them are made up
-    for, and for each group of an N:M sparsity. A set that is none of those named there is chosen
-    by weights and norms of inputs before the sweep begins.
+    Source: Frantar & Alistarh (2023). Entries are chosen for 128 inputs at a time, once errors
+    before them are made up for, and for each group of an N:M sparsity. A set that is none of those
+    named there is chosen by weights and norms of inputs before the sweep begins.
 
     Parameters
     ----------
@@ -50,8 +50,8 @@ def sparsegpt(
 
     References
     ----------
-    .. [1] E. Frantar, D. Alistarh, "SparseGPT: Massive language models can be accurately pruned in
-       one-shot", ICML 2023.
+    - E. Frantar, D. Alistarh, "SparseGPT: Massive language models can be accurately pruned in
+      one-shot", ICML 2023.
     """
     xp = backend.namespace(W)
     found = feedback(gram, damping).astype(W.dtype)

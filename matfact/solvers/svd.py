@@ -57,7 +57,7 @@ def whitened_svd(W: Array, rank: int, second_moment: Array) -> tuple[Array, Arra
     Returns
     -------
     left, right : array
-        As in :func:`truncated_svd`, in the dtype of `W`.
+        As in `truncated_svd`, in the dtype of `W`.
     """
     xp = backend.namespace(W)
     precise = backend.wide(W)
@@ -83,7 +83,7 @@ def psd_root(matrix: Array) -> Array:
 
 
 def whitening_root(moment: Array) -> Array:
-    """Return :func:`psd_root` of `moment`, with directions without inputs ranked last.
+    """Return `psd_root` of `moment`, with directions without inputs ranked last.
 
     A small multiple of the identity is added to the second moment for them.
     """

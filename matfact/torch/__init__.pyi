@@ -23,6 +23,7 @@ __all__ = [
     "PrunedBlock",
     "PruningReport",
     "SparseProductLinear",
+    "Speed",
     "TensorTrain",
     "add_adapters",
     "balance_factors",
@@ -39,6 +40,7 @@ __all__ = [
     "layer_options",
     "load_network",
     "make_permanent",
+    "measure_speed",
     "merge_adapters",
     "merge_update",
     "output_harm",
@@ -96,6 +98,7 @@ from .pruning import (
 from .sensitivity.harm import output_harm
 from .sensitivity.outputs import output_sensitivity
 from .sensitivity.triples import exact_triple_scores, triple_scores
+from .speed import Speed, measure_speed
 from .tensor_decomposition import TensorTrain, tensor_train, tucker_svd
 from .training.adapters import add_adapters, merge_adapters
 from .training.distillation import distill

@@ -35,16 +35,17 @@ def tucker_svd(
 ) -> nn.Module:
     """Decompose convolutions by Tucker decomposition, and linear layers by truncated SVD.
 
-    A convolution becomes three, of which the first and last have size one (Kim et al. 2016 [1]_),
-    and a linear layer becomes two. Layers that would store more values are not changed.
+    A convolution becomes three, of which the first and last have size one (Kim et al., 2016), and a
+    linear layer becomes two. Layers that would store more values are not changed.
 
     Parameters
     ----------
     model : torch.nn.Module
         The trained network.
     ranks : "vbmf" or float, default="vbmf"
-        Ranks of convolutions: chosen by variational Bayes from the noise in the unfoldings [2]_, or
-        the smallest that hold this share of the squared singular values, in (0, 1].
+        Ranks of convolutions: chosen by variational Bayes from the noise in the unfoldings
+        (Nakajima et al., 2013), or the smallest that hold this share of the squared singular
+        values, in (0, 1].
     singular_values : float, default=0.2
         Share of the singular values to keep in linear layers, in (0, 1].
     layers : str or collection of str, optional
@@ -61,10 +62,10 @@ def tucker_svd(
 
     References
     ----------
-    .. [1] Y.-D. Kim, E. Park, S. Yoo, T. Choi, L. Yang, D. Shin, "Compression of deep
-       convolutional neural networks for fast and low power mobile applications", ICLR 2016.
-    .. [2] S. Nakajima, M. Sugiyama, S. D. Babacan, R. Tomioka, "Global analytic solution of
-       fully-observed variational Bayesian matrix factorization", JMLR 14, 2013.
+    - Y.-D. Kim, E. Park, S. Yoo, T. Choi, L. Yang, D. Shin, "Compression of deep
+      convolutional neural networks for fast and low power mobile applications", ICLR 2016.
+    - S. Nakajima, M. Sugiyama, S. D. Babacan, R. Tomioka, "Global analytic solution of
+      fully-observed variational Bayesian matrix factorization", JMLR 14, 2013.
     """
     if ranks != "vbmf" and not (isinstance(ranks, (int, float)) and 0.0 < ranks <= 1.0):
         raise ValueError(f"ranks must be 'vbmf' or a number in (0, 1], got {ranks!r}.")
@@ -113,7 +114,7 @@ def tensor_train(
     n_cores : int, default=4
         Number of cores per weight.
     layers, inplace
-        As in :func:`tucker_svd`.
+        As in `tucker_svd`.
 
     Returns
     -------
@@ -141,7 +142,7 @@ class TensorTrain(nn.Module):
     shape : sequence of int
         Shape of the weight, outputs first.
     max_rank, n_cores : int
-        As in :func:`tensor_train`.
+        As in `tensor_train`.
     """
 
     def __init__(self, shape: Sequence[int], max_rank: int, n_cores: int) -> None:

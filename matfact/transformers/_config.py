@@ -32,7 +32,7 @@ Factors = list[list[dict[str, Any]]]
 class MatfactConfig(QuantizationConfigMixin):
     """Entry ``quantization_config`` of the configuration of a compressed network.
 
-    It is made by :func:`attach` and completed by ``save_pretrained``; nothing needs to be set.
+    It is made by `attach` and completed by ``save_pretrained``; nothing needs to be set.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ class PackedLayer(nn.Module):
     layer : torch.nn.Module
         The layer of the architecture, on the meta device.
     entry : mapping
-        The layer in :attr:`MatfactConfig.layers`.
+        The layer in `MatfactConfig.layers`.
     is_stored : bool
         Whether products are of the weight as the layer stores it, not of its matrices.
     """

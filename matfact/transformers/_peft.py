@@ -29,7 +29,7 @@ def lora_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Make a configuration of `peft` adapt the factorized linear layers of a network.
 
     Layers of floating-point values get adapters on their supports, as those of
-    :func:`matfact.torch.add_adapters`: a pair ``A``, ``B`` holds a part for each factor, side by
+    `matfact.torch.add_adapters`: a pair ``A``, ``B`` holds a part for each factor, side by
     side, and only entries of its products on the support of that factor are added. Merging is
     lossless. Layers that store codes of few bits get an ordinary adapter beside them, which cannot
     be merged.
@@ -52,7 +52,7 @@ def lora_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     ------
     ValueError
         If `config` asks for a variant of LoRA that needs a dense weight, or `model` has adapters of
-        :func:`matfact.torch.add_adapters`.
+        `matfact.torch.add_adapters`.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 class LoraFactorizedLinear(nn.Module, LoraLayer):
-    """Factorized linear layer with adapters, made by `peft` (see :func:`lora_config`).
+    """Factorized linear layer with adapters, made by `peft` (see `lora_config`).
 
     ``lora_A`` and ``lora_B`` of an adapter hold the parts of all factors side by side, so that what
     `peft` does with the pair of a dense layer (saving, initializing, weighted sums) holds here too.

@@ -137,8 +137,8 @@ class MatfactQuantizer(HfQuantizer):
 def attach(model: nn.Module) -> nn.Module:
     """Let ``save_pretrained`` of a network write its factorized layers.
 
-    :func:`matfact.torch.compress`, :func:`~matfact.torch.prune_neurons` and
-    :func:`~matfact.torch.load_network` do it by themselves. It is needed only for networks with
+    `matfact.torch.compress`, `matfact.torch.prune_neurons` and
+    `matfact.torch.load_network` do it by themselves. It is needed only for networks with
     layers of matfact put in by hand.
 
     Parameters

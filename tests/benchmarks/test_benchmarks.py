@@ -42,7 +42,7 @@ def test_table_and_figure_are_written(result):
     folder, content = result
     table = (folder / "projection.md").read_text()
     assert all(row["method"] in table for row in content["rows"])
-    assert (folder / "projection.png").stat().st_size > 10_000
+    assert (folder / "projection.svg").stat().st_size > 10_000
     assert content["conditions"]["threads"] == 1
 
 

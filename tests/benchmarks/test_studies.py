@@ -82,7 +82,7 @@ def test_results_are_averaged_over_seeds(monkeypatch, tmp_path):
         "mean": 6.5, "deviation": pytest.approx(12.5**0.5), "count": 2,
     }  # fmt: skip
     assert content["rows"][1]["results"]["parts"]["a"]["mean"] == 0.5
-    assert (tmp_path / "figure.png").exists()
+    assert (tmp_path / "figure.svg").exists()
 
 
 def test_cells_are_chosen_and_reported_as_far_as_they_are(monkeypatch, tmp_path):
@@ -110,6 +110,6 @@ def test_quick_form_runs(name, tmp_path, monkeypatch):
     options = {"name": name, "output": tmp_path, "quick": True}
     module = study.load(name)
     assert run_toy(monkeypatch, tmp_path, module, **options) == 0
-    expected = {"cells.jsonl", "results.json", "table.md", "figure.png"}
+    expected = {"cells.jsonl", "results.json", "table.md", "figure.svg"}
     assert {file.name for file in tmp_path.iterdir()} >= expected
-    assert (tmp_path / "figure.png").stat().st_size > 5_000
+    assert (tmp_path / "figure.svg").stat().st_size > 5_000

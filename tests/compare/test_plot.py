@@ -83,5 +83,18 @@ def test_an_empty_comparison_is_drawn(tmp_path):
 
 def test_matplotlib_is_named_where_it_is_missing(table, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matfact\[plots\]"):
+    with pytest.raises(ImportError, match="extra 'plots'"):
         plot_comparison(table)
+
+
+def test_labels_stand_at_the_last_points_without_overlap():
+    rows = [
+        ComparisonRow("w", 8, 8, "8", method, 0.25, "ok", normalized_error=error)
+        for method, error in (("dsf", 0.5), ("lowrank", 1.5), ("monarch", 1.5), ("blocksvd", 1.51))
+    ]
+    axes = plot_comparison(Comparison(rows)).axes[0]
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert np.diff(sorted(heights.values())).min() >= 0.05
+    for name, error in (("Double sparse (DSF)", 0.5), ("Magnitude pruning", 1.0)):
+        np.testing.assert_allclose(heights[name], error / axes.get_ylim()[1])
+    assert abs(heights["Monarch, best blocks"] - 1.5 / axes.get_ylim()[1]) < 0.1

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from matfact.operators import (  # noqa: E402
+    Advice,
     DenseFactor,
     FactorProduct,
     KroneckerSparseFactor,
@@ -24,6 +25,7 @@ from matfact.torch import (  # noqa: E402
     LowRankLinear,
     MonarchLinear,
     SparseProductLinear,
+    keep_unchecked,
 )
 from matfact.torch.kernels import operators, roads  # noqa: E402
 from matfact.torch.layers import _gpu, _semi_structured  # noqa: E402
@@ -162,25 +164,68 @@ def test_layers_take_factors_only_where_they_are_faster_than_the_dense_product(m
     assert many.factors_seconds > many.dense_seconds
 
 
-def test_factors_of_less_work_than_the_dense_product_are_never_made_dense(monkeypatch):
+def test_comparing_copies_counts_for_the_dense_product(monkeypatch):
     monkeypatch.setattr(operators, "HAS_TRITON", True)
     layer = MonarchLinear(1024, 1024)
-    assert layer.gpu_roads(1).factors_seconds > layer.gpu_roads(1).dense_seconds
-    assert layer.gpu_roads(1).method == "factors"
+    checked, unchecked = layer.gpu_roads(1), keep_unchecked(layer).gpu_roads(1)
+    assert checked.factors_seconds == unchecked.factors_seconds
+    assert checked.dense_seconds > unchecked.dense_seconds
+    assert unchecked.method == "dense"  # the host starts one kernel in place of two
+
+
+@pytest.mark.parametrize("samples", [1, 16, 256, 4096])
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MonarchLinear(256, 256),
+        lambda: LowRankLinear(4096, 4096, rank=64),
+        lambda: SparseProductLinear(512, 512, density=0.25),
+    ],
+)
+def test_no_layer_takes_longer_than_its_dense_product(make, in_graph, samples):
+    roads = make().gpu_roads(samples, in_graph=in_graph)
+    fastest = min(roads.factors_seconds, roads.dense_seconds)
+    assert {"factors": roads.factors_seconds, "dense": roads.dense_seconds}[roads.method] == fastest
 
 
 def test_the_time_of_the_host_counts_outside_of_graphs(monkeypatch):
     monkeypatch.setattr(operators, "HAS_TRITON", True)
-    assert large_layer().gpu_roads(1).method == "dense"
+    assert keep_unchecked(large_layer()).gpu_roads(1).method == "dense"
 
 
 def test_without_triton_nothing_changes(monkeypatch):
     monkeypatch.setattr(operators, "HAS_TRITON", False)
     layer = SparseProductLinear(1024, 1024, density=0.01, random_state=0, dtype=torch.float16)
     assert layer.gpu_roads(1).factors == ("torch", "torch")
-    assert layer.gpu_roads(1).method == "dense"
+    assert keep_unchecked(layer).gpu_roads(1).method == "dense"
     assert LowRankLinear(64, 64, rank=2).gpu_roads(1).method == "factors"
     assert MonarchLinear(4096, 4096).gpu_roads(1).method == "factors"
+
+
+def test_tuning_replaces_the_rule_for_a_number_of_samples(monkeypatch):
+    layer = MonarchLinear(4096, 4096, random_state=0, dtype=torch.float16)
+    monkeypatch.setattr(_gpu, "is_untransformed", lambda x: True)
+    monkeypatch.setattr(roads, "HOST", dict.fromkeys(roads.HOST, 0.0))
+    monkeypatch.setattr(
+        _gpu, "measure", lambda factors, dense, X: (factors(X), dense(X)) and Advice(1, 2.0, 1.0)
+    )
+    with fake_gpu(layer, monkeypatch), torch.no_grad():
+        x = torch.empty(1, 4096, device="cuda", dtype=torch.float16)
+        product = torch.empty(4096, 4096, device="cuda", dtype=torch.float16)
+        monkeypatch.setattr(layer._product, "get", lambda *state: product)
+        advice = layer.train().tune(1)
+        assert (layer.training, layer.inference) == (True, "auto")
+        assert (advice.rule, advice.method, advice.changed) == ("factors", "dense", True)
+        assert layer.eval()._method_for(x, layer.values()) == "dense"
+        assert layer._method_for(x.expand(2, -1), layer.values()) == "factors"
+
+
+def test_layers_on_the_cpu_are_not_tuned():
+    with pytest.raises(TypeError, match="needs a layer on a GPU, this one is on cpu"):
+        LowRankLinear(8, 8, rank=1).tune(1)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        LowRankLinear(8, 8, rank=1).tune(0)
 
 
 def test_roads_of_what_no_kernel_takes_are_refused():

@@ -14,6 +14,7 @@ from matfact.operators import DenseFactor, FactorProduct  # noqa: E402
 from matfact.torch import (  # noqa: E402
     BlockLowRankLinear,
     ButterflyLinear,
+    FactorizedConv,
     FactorizedLinear,
     LowRankLinear,
     MonarchLinear,
@@ -314,3 +315,21 @@ def test_values_that_cannot_be_written_to_are_copied(recwarn):
     np.testing.assert_array_equal(product.toarray(), W)
     np.testing.assert_allclose(layer.weight.detach(), W + 1)
     assert not [each for each in recwarn if "not writable" in str(each.message)]
+
+
+def test_inference_is_checked_whenever_it_is_set():
+    layer = LowRankLinear(8, 8, rank=1)
+    layer.inference = "dense"
+    conv = FactorizedConv.from_scratch(torch.nn.Conv2d(2, 4, 3), LowRankLinear, rank=1)
+    for module in (layer, conv):
+        with pytest.raises(ValueError, match="must be 'auto', 'dense' or 'factors', got 'bad'"):
+            module.inference = "bad"
+    assert layer.inference == "dense"
+
+
+def test_inputs_that_are_no_tensors_are_refused_by_name():
+    layer = LowRankLinear(8, 8, rank=1)
+    conv = FactorizedConv.from_scratch(torch.nn.Conv1d(2, 4, 3), LowRankLinear, rank=1)
+    for module in (layer, conv):
+        with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got ndarray"):
+            module(np.ones((3, 8), np.float32))

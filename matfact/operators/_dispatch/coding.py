@@ -99,7 +99,7 @@ def _grouped(
 def sign_words(bits: np.ndarray, shape: tuple[int, int], itemsize: int) -> tuple[np.ndarray, int]:
     """Return the words of a matrix of signs as ``kernels.signs`` reads them, and those of a row.
 
-    `bits` are those of :func:`numpy.packbits`; words are as long as numbers of `itemsize` bytes.
+    `bits` are those of `numpy.packbits`; words are as long as numbers of `itemsize` bytes.
     """
     rows, columns = shape
     lanes, (per_code, n_codes) = signs.VECTOR // itemsize, signs.layout(itemsize)

@@ -115,7 +115,7 @@ class Program:
         self._add(coded.QUANTIZED, factor.shape[0], n, n, _bytes(found.integers), place)
 
     def add_signs(self, bits: np.ndarray, shape: tuple[int, int]) -> None:
-        """Add a matrix of signs, packed as :func:`numpy.packbits` does it."""
+        """Add a matrix of signs, packed as `numpy.packbits` does it."""
         words, n_words = coding.sign_words(bits, shape, self.dtype.itemsize)
         self.counts["signs"] += words.nbytes
         place, n = {"A": n_words, "B": shape[1]}, -(-shape[0] * self.dtype.itemsize // _CACHE_LINE)

@@ -135,7 +135,7 @@ class Pass:
         views : dict of str to Matricized
             Layers in that module, or the module itself.
         visitor : callable
-            Called for each layer that is reached; may raise :class:`Stopped`.
+            Called for each layer that is reached; may raise `Stopped`.
         """
         assert self._call is not None
         if (name := self._call.name) in views:
@@ -264,7 +264,7 @@ class WholePass:
     Parameters
     ----------
     model, batch, draws
-        As in :class:`Pass`.
+        As in `Pass`.
     traces : Traces
         State that passes may leave in the network; restored after each.
     """
@@ -276,7 +276,7 @@ class WholePass:
         self.batch = batch
 
     def visit(self, views: dict[str, Matricized], visitor: Visitor) -> None:
-        """Run the batch through the network, like :meth:`Pass.visit` through a module."""
+        """Run the batch through the network, like `Pass.visit` through a module."""
         with _visiting(views, visitor), drawing(self._draws), torch.no_grad():
             try:
                 forward(self._model, self.batch)
@@ -288,7 +288,7 @@ class WholePass:
 def _visiting(views: dict[str, Matricized], visitor: Visitor) -> Iterator[None]:
     """Call `visitor` with the name and input of each called layer, until it raises.
 
-    Its exception ends the run and is raised, except :class:`Stopped`, even if the network handles
+    Its exception ends the run and is raised, except `Stopped`, even if the network handles
     exceptions.
     """
     raised: list[BaseException] = []

@@ -13,7 +13,7 @@ Adaptation = Literal["none", "scale", "finalize_one", "finalize"]
 
 
 class CalibrationOptions(TypedDict, total=False):
-    """Fields of :class:`Calibration` except the batches."""
+    """Fields of `Calibration` except the batches."""
 
     sequential: bool
     adapt: Adaptation
@@ -45,10 +45,10 @@ class Calibration:
     adapt : {"finalize", "finalize_one", "scale", "none"}, default="finalize"
         How to use inputs for factorizers that do not use them themselves. Columns of the weight are
         scaled by the size of their inputs; after the fit, "finalize" refits the values of all
-        factors to the inputs and "finalize_one" those of the output-side factor [1]_. With
-        "finalize", double sparse factorization also reselects the support of that factor. "scale"
-        refits nothing, and "none" only reports the error of the outputs. Codes of few bits are
-        never scaled or refit.
+        factors to the inputs and "finalize_one" those of the output-side factor (Boža & Macko,
+        2025). With "finalize", double sparse factorization also reselects the support of that
+        factor. "scale" refits nothing, and "none" only reports the error of the outputs. Codes of
+        few bits are never scaled or refit.
     feedback : bool, default=True
         Whether each layer also corrects errors of the layers before it, with sequential
         calibration. The matrix to factorize is then the one that best reproduces the outputs in the
@@ -62,7 +62,7 @@ class Calibration:
         in the dense network. Held-out batches decide how long, and never get worse. Needs
         sequential calibration with feedback; memory also holds the outputs of one block for all
         batches. The report says what it gained: much with many batches, little with few. The
-        network need not gain as much as its blocks: measure it, and see :func:`distill`.
+        network need not gain as much as its blocks: measure it, and see `distill`.
     reestimate_batchnorm : bool, default=False
         Whether to re-estimate batch-normalization statistics on the batches at the end. The batches
         must be a collection that can be iterated twice. Comparisons should count this as training;
@@ -79,8 +79,8 @@ class Calibration:
 
     References
     ----------
-    .. [1] V. Boža, V. Macko, "Two sparse matrices are better than one: sparsifying neural networks
-       with double sparse factorization", ICLR 2025, Section 4.3.
+    - V. Boža, V. Macko, "Two sparse matrices are better than one: sparsifying neural networks
+      with double sparse factorization", ICLR 2025, Section 4.3.
     """
 
     batches: Iterable[Any]

@@ -78,7 +78,7 @@ def sequential_statistics(
         Names of linear or convolutional layers. If batches wait before different blocks, the order
         of `layers` decides which block comes first.
     batches : iterable
-        As in :func:`input_statistics`.
+        As in `input_statistics`.
     paired : bool, default=False
         Whether each batch also passes through the original layers, so that inputs come in pairs
         with those in the dense network.

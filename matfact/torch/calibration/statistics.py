@@ -64,7 +64,7 @@ def captured(
     model : torch.nn.Module
         The network.
     batches : iterable
-        As in :func:`input_statistics`.
+        As in `input_statistics`.
     views : mapping of str to Matricized
         The layers.
     split : bool, default=True

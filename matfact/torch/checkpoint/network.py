@@ -1,4 +1,4 @@
-"""Saving and loading of factorized networks, in the format of :mod:`matfact.checkpoint`."""
+"""Saving and loading of factorized networks, in the format of `matfact.checkpoint`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def save_network(
     path : str or Path
         The folder, which must be new or empty. It is written completely or not at all.
     report : CompressionReport, optional
-        Report of :func:`compress`, available later as
+        Report of `compress`, available later as
         ``matfact.checkpoint.Checkpoint(path).report``.
     settings : mapping, optional
         How the network was made; any values that JSON can represent.
@@ -135,7 +135,7 @@ def load_network(
         network, which is faster and takes less memory, since dense weights are never allocated.
         Values are copied, so the files may be removed afterwards.
     path : str or Path
-        A folder written by :func:`save_network` or by ``matfact compress``.
+        A folder written by `save_network` or by ``matfact compress``.
     strict : bool, default=True
         Whether the checkpoint must hold exactly the tensors of the network, as in
         ``load_state_dict``. One name is enough for shared tensors, and extra tensors may match
@@ -145,7 +145,7 @@ def load_network(
     -------
     torch.nn.Module
         `model`, or the network built. Layers pruned by masks have sparse factors. Layers pruned by
-        :func:`prune_neurons` are narrower; no other layer is resized.
+        `prune_neurons` are narrower; no other layer is resized.
 
     Raises
     ------

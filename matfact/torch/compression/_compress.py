@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class CompressOptions(CalibrationOptions, total=False):
-    """Further keywords of :func:`compress`."""
+    """Further keywords of `compress`."""
 
     value_bits: int | None
 
@@ -68,7 +68,7 @@ def compress(
 ) -> Compressed:
     """Factorize the linear layers and convolutions of a trained network.
 
-    Works on any :class:`torch.nn.Module`. Layers are found by class and replaced by name; hooks
+    Works on any `torch.nn.Module`. Layers are found by class and replaced by name; hooks
     record their inputs while the network runs its own code. A layer is compressed if it computes
     what its torch class does, with a floating or complex weight. If hooks or parametrizations
     compute the weight, the computed weight is factorized. Other linear layers and convolutions are
@@ -86,7 +86,7 @@ def compress(
         be None for factorizers without a density, such as "double_binary".
     budget : float or Budget, optional
         Maximum total cost of the selected layers, including kept ones: bytes of values and
-        positions in files, or a share of the dense bytes if at most 1. Use :class:`Budget` to bound
+        positions in files, or a share of the dense bytes if at most 1. Use `Budget` to bound
         FLOPs or measured time, or to try values of fewer bits. Each method is first tried on each
         layer at several densities or bits, so that sensitive layers get more.
     layers : str, collection of str or callable, optional
@@ -100,7 +100,7 @@ def compress(
     keep : sequence of {"first", "last"}, default=()
         Keep the first or the last of the selected layers.
     calibration : iterable or Calibration, optional
-        Batches of inputs, see :class:`Calibration`. Errors of layer outputs are then reduced and
+        Batches of inputs, see `Calibration`. Errors of layer outputs are then reduced and
         reported.
     n_jobs : int, default=1
         Number of layers fitted in parallel with joblib; −1 for all cores. Sequential calibration
@@ -122,8 +122,8 @@ def compress(
         and the number of layers.
     **options
         ``value_bits``, from 2 to 8, quantizes the values of all factors, see
-        :class:`matfact.Quantized`; it does not apply to methods with bits of their own in
-        `overrides`. All others are fields of :class:`Calibration`, such as ``feedback=False``, if
+        `matfact.Quantized`; it does not apply to methods with bits of their own in
+        `overrides`. All others are fields of `Calibration`, such as ``feedback=False``, if
         `calibration` is a plain iterable.
 
     Returns

@@ -43,7 +43,7 @@ from matfact.torch.running._traces import OF_ALL_MODULES
 
 #: Message of layers that are kept on request.
 AS_REQUESTED = "as requested"
-#: A factorizer, or its name in :data:`matfact.factorizers.METHODS`.
+#: A factorizer, or its name in `matfact.factorizers.METHODS`.
 Method = str | BaseFactorizer
 #: Selection of layers: a regular expression, names, or a function of name and module.
 Layers = str | Collection[str] | Callable[[str, nn.Module], bool]

@@ -55,7 +55,7 @@ _Work = tuple[str, Task, Sequence[_Trial]]
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Maximum total cost of the selected layers, for :func:`compress`.
+    """Maximum total cost of the selected layers, for `compress`.
 
     Attributes
     ----------
@@ -67,8 +67,8 @@ class Budget:
         inputs, FLOPs and seconds of a layer are multiplied by its number of calls, relative to the
         layer with the fewest calls.
     weights : mapping of str to float, optional
-        Weight of each layer's squared relative error, by default 1; see :func:`output_harm`
-        and, with a loss, :func:`output_sensitivity`.
+        Weight of each layer's squared relative error, by default 1; see `output_harm`
+        and, with a loss, `output_sensitivity`.
     densities : sequence of float
         Stored values ÷ entries at which every method is tried in every layer. Costs and errors in
         between are interpolated.
@@ -222,21 +222,21 @@ def layer_options(
     model : torch.nn.Module
         The network, which is not changed.
     methods : sequence of str or BaseFactorizer
-        Methods to try in addition to keeping the layer: names as in :func:`compress`, or
+        Methods to try in addition to keeping the layer: names as in `compress`, or
         factorizers, which have the name of their class.
     densities : sequence of float
-        Stored values ÷ entries, each in (0, 1]. Use :func:`matfact.allocation.interpolate` to add
+        Stored values ÷ entries, each in (0, 1]. Use `matfact.allocation.interpolate` to add
         more.
     layers : str, collection of str or callable, optional
-        As in :func:`compress`.
+        As in `compress`.
     calibration : iterable, optional
         Batches of inputs. Errors are then those of layer outputs.
     latency : callable, optional
-        Returns the seconds of an operator, such as :func:`matfact.allocation.apply_seconds`.
+        Returns the seconds of an operator, such as `matfact.allocation.apply_seconds`.
     n_jobs : int, default=1
         Number of parallel fits.
     value_bits, bits : sequence
-        As in :class:`Budget`.
+        As in `Budget`.
 
     Returns
     -------

@@ -65,7 +65,7 @@ def compress_gradually(
     model : torch.nn.Module
         The network.
     method : str or BaseFactorizer, default="dsf"
-        As in :func:`compress`.
+        As in `compress`.
     density : float
         Final density of each layer.
     train : callable
@@ -74,11 +74,11 @@ def compress_gradually(
     n_stages : int, default=4
         Number of compressions.
     initial_density : float, default=1.0
-        Density before the first stage, see :func:`cubic_densities`.
+        Density before the first stage, see `cubic_densities`.
     inplace : bool, default=False
         Whether to change `model` instead of a copy.
     **options
-        Further parameters of :func:`compress`, except `resume_folder`.
+        Further parameters of `compress`, except `resume_folder`.
 
     Returns
     -------

@@ -94,7 +94,7 @@ def by_tiles(
 ):  # fmt: skip
     """Write ``x @ A.T``, decoding tiles of `R` rows and `C` columns of `A`.
 
-    `bits` has one bit an entry, row after row as :func:`numpy.packbits` packs them: signs, or where
+    `bits` has one bit an entry, row after row as `numpy.packbits` packs them: signs, or where
     there are values. A program counts the bits of its rows on its way to the right.
     """
     n_blocks = tl.cdiv(rows, R)

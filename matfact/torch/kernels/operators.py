@@ -44,7 +44,7 @@ def coded_linear(
     x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, unit: int, is_grouped: bool,
     mask: Tensor | None, indices: Tensor | None, indptr: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return ``x @ A.T`` for codes, scattered as in :func:`sparse_linear` or dense without a mask.
+    """Return ``x @ A.T`` for codes, scattered as in `sparse_linear` or dense without a mask.
 
     Values are levels times the scales of their groups ÷ `unit`. `groups` has the number of the
     first group of each row, and that of all groups at its end. Where rows are not grouped, none has
@@ -67,7 +67,7 @@ def kronecker_linear(x: Tensor, values: Tensor) -> Tensor:
 
 @custom_op("matfact::kronecker_gradient", mutates_args=(), device_types="cpu")
 def kronecker_gradient(x: Tensor, grad: Tensor, shape: list[int]) -> Tensor:
-    """Return the gradient of the values of :func:`kronecker_linear`, of the given shape."""
+    """Return the gradient of the values of `kronecker_linear`, of the given shape."""
     return _gradient(x, grad, shape)
 
 

@@ -25,6 +25,8 @@ LAUNCH = 4e-6  #: seconds of each kernel on the device
 HOST: dict[Road, float] = {
     "tiles": 5e-5, "rows": 6e-5, "semi-structured": 3e-5, "cusparse": 1e-4, "torch": 1e-5,
 }  # fmt: skip
+#: Seconds to compare a tensor with its copy, for which the host waits.
+COMPARING = 3e-5
 #: Multiplications and additions per second by tensor cores, by bytes of a number.
 RATE = {2: 6e14, 4: 4e13}
 INSTRUCTIONS = 2e13  #: instructions per second, each of one lane

@@ -41,7 +41,7 @@ class FactorModule(nn.Module):
 
     #: Name of the parameter; "" if there is none.
     trained = "values"
-    #: Name of what is :attr:`stored`.
+    #: Name of what is `stored`.
     held = "values"
     #: Names of the buffers that the matrix depends on.
     fixed: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class FactorModule(nn.Module):
 
     @property
     def work(self) -> int:
-        """Multiplications per sample in :meth:`forward`."""
+        """Multiplications per sample in `forward`."""
         return self.n_values
 
     def has_gradient_kernel(self, x: Tensor) -> bool:

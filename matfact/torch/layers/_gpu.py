@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from matfact.operators import Advice
+from matfact.operators._dispatch.advice import Method, measure
 from matfact.torch.kernels import operators, roads
 from matfact.torch.kernels.roads import Road
 from matfact.torch.layers._derived import is_untransformed
@@ -39,7 +42,21 @@ def is_capability(given: Any) -> bool:
     )
 
 
-Method = Literal["factors", "dense"]
+def checked_samples(batch_size: Any) -> int:
+    """Return a number of samples, or raise ``ValueError``."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    return int(batch_size)
+
+
+def measured(layer: Any, x: Tensor) -> Advice:
+    """Return the times of a layer for samples `x` by its factors and by its dense product."""
+
+    def by(method: Method, columns: Tensor) -> Any:
+        layer.inference = method
+        return layer(columns.T)
+
+    return measure(functools.partial(by, "factors"), functools.partial(by, "dense"), x.T)
 
 
 class GpuRoads(NamedTuple):
@@ -57,8 +74,7 @@ class GpuRoads(NamedTuple):
     factors_seconds, dense_seconds : float
         Predicted time of the factors, and of the cached dense product.
     method : {"factors", "dense"}
-        What the layer takes: the factors if they are less work than the dense product, or if they
-        are predicted faster on roads other than torch.
+        The faster of the two, which the layer takes unless it has been tuned.
     """
 
     batch_size: int
@@ -122,26 +138,30 @@ def takes_blocks(values: Tensor, X: Tensor) -> bool:
 
 
 def predicted(
-    chain: Sequence[Any], samples: int, target: Target, usual: Method, in_graph: bool = False
+    chain: Sequence[Any], samples: int, target: Target, checked: int, in_graph: bool = False
 ) -> GpuRoads:
-    """Return the roads of a chain of factors, which may replace its `usual` dense product."""
+    """Return the roads of a chain of factors, and whether its cached dense product is faster.
+
+    To use that product, `checked` tensors are compared with their copies first.
+    """
     times = [factor.gpu_times(samples, target) for factor in chain]
     taken = tuple(map(roads.quickest, times))
     by_factors = sum(time[road] for time, road in zip(times, taken, strict=True))
     dense = roads.dense(chain[0].rows, chain[-1].columns, samples, target.dtype.itemsize)
     if not in_graph:
         by_factors = max(by_factors, sum(roads.HOST[road] for road in taken))
-        dense = max(dense, roads.HOST["torch"])
-    if any(road != "torch" for road in taken) and by_factors < dense:
-        usual = "factors"
-    return GpuRoads(samples, taken, by_factors, dense, usual)
+        dense = max(dense, roads.HOST["torch"]) + checked * roads.COMPARING
+    method: Method = "factors" if by_factors <= dense else "dense"
+    return GpuRoads(samples, taken, by_factors, dense, method)
 
 
-def method_for(chain: Sequence[Any], x: Tensor, values: Sequence[Tensor], usual: Method) -> Method:
+def method_for(
+    chain: Sequence[Any], x: Tensor, values: Sequence[Tensor], usual: Method, checked: int
+) -> Method:
     """Return how a chain of factors is applied to samples `x` on their GPU in eval mode.
 
-    Factors that take less work than the dense product are never replaced by it, which is larger.
+    Where no road is known, that is the `usual` method.
     """
-    if usual == "factors" or not takes_kernels(x, *values) or needs_gradient(x, *values):
+    if not takes_kernels(x, *values) or needs_gradient(x, *values):
         return usual
-    return predicted(chain, x.numel() // x.shape[-1], target_of(x), usual).method
+    return predicted(chain, x.numel() // x.shape[-1], target_of(x), checked).method

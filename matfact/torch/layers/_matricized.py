@@ -211,7 +211,7 @@ def other_matrices(model: nn.Module) -> dict[str, float]:
     """Return the parameters with two or more axes outside of linear layers and convolutions.
 
     Examples are embeddings, the weights of recurrent layers, and the joint projection of queries,
-    keys and values in :class:`torch.nn.MultiheadAttention`.
+    keys and values in `torch.nn.MultiheadAttention`.
 
     Returns
     -------

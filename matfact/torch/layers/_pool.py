@@ -74,7 +74,7 @@ def runner(kernel: Any, n_threads: int) -> Callable[[Any], None]:
     Parameters
     ----------
     kernel : CFunc
-        Result of :func:`matfact.kernels.compilation.callback`, called once by each thread with a
+        Result of `matfact.kernels.compilation.callback`, called once by each thread with a
         job: a ctypes array.
     n_threads : int
         Number of threads.

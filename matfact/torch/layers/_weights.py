@@ -35,7 +35,7 @@ def is_computing(hook: Any) -> bool:
 def effective(layer: Any, name: str) -> Any:
     """Return the tensor `name` that `layer` uses in eval mode.
 
-    Hooks that compute it, such as those of :mod:`torch.nn.utils.prune`, only set the attribute when
+    Hooks that compute it, such as those of `torch.nn.utils.prune`, only set the attribute when
     the layer is called; until then it is outdated.
     """
     for hook in layer._forward_pre_hooks.values():

@@ -13,7 +13,8 @@ from torch.nn import functional
 from matfact.operators import FactorProduct
 from matfact.torch.layers._derived import Derived
 from matfact.torch.layers._factors import DenseFactorModule, SparseFactorModule
-from matfact.torch.layers.linear import FactorizedLinear, Inference, filled
+from matfact.torch.layers._inference import Inference, InferenceModule, check_tensor
+from matfact.torch.layers.linear import FactorizedLinear, filled
 from matfact.torch.running._offloaded import fetched
 
 #: Factors that can be used as filters of a convolution.
@@ -25,7 +26,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
-class FactorizedConv(nn.Module):
+class FactorizedConv(InferenceModule):
     """1-D to 3-D convolution with a factorized kernel, a drop-in replacement of the dense layer.
 
     The kernel of each group, of shape (out, in, *kernel), is the product of shape (out, in ·
@@ -41,7 +42,7 @@ class FactorizedConv(nn.Module):
     kernels : sequence of FactorizedLinear
         One per group, without bias, from the patches of the group to its output channels.
     inference : {"auto", "dense", "factors"}, default="auto"
-        As in :class:`FactorizedLinear`.
+        As in `FactorizedLinear`.
 
     Attributes
     ----------
@@ -104,7 +105,7 @@ class FactorizedConv(nn.Module):
         conv : torch.nn.Conv1d, torch.nn.Conv2d or torch.nn.Conv3d
             Provides the geometry and the bias.
         layer : type
-            One of the layers to train from scratch, such as :class:`LowRankLinear`.
+            One of the layers to train from scratch, such as `LowRankLinear`.
         **structure
             Its parameters, such as ``rank=4``.
         """
@@ -152,6 +153,7 @@ class FactorizedConv(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # torch's name, for keyword calls
         """Convolve `input`, of shape (batch, channels, *size) or without the batch."""
         x = input
+        check_tensor(x)
         batched = x if x.ndim == len(self.kernel_size) + 2 else x[None]
         out = self._convolve(pad(batched, self))
         return out if batched is x else out[0]

@@ -21,8 +21,8 @@ def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module
     """Initialize the values of all factorized layers in `model`, keeping their supports.
 
     The first factor of a product follows He et al., the others Glorot and Bengio, with the number
-    of connections of each neuron in the support instead of the width [1]_. Outputs then have about
-    the variance of a dense layer initialized by He et al. Biases are set to zero.
+    of connections of each neuron in the support instead of the width (Giffon et al., 2021). Outputs
+    then have about the variance of a dense layer initialized by He et al. Biases are set to zero.
 
     Parameters
     ----------
@@ -38,8 +38,8 @@ def reset_parameters(model: nn.Module, *, random_state: Any = None) -> nn.Module
 
     References
     ----------
-    .. [1] L. Giffon, S. Ayache, H. Kadri, T. Artières, R. Sicre, "PSM-nets: compressing neural
-       networks with product of sparse matrices", IJCNN 2021.
+    - L. Giffon, S. Ayache, H. Kadri, T. Artières, R. Sicre, "PSM-nets: compressing neural
+      networks with product of sparse matrices", IJCNN 2021.
     """
     refuse_codes(model, "to be initialized")
     refuse_offloaded(model)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from matfact.backend import to_numpy
-from matfact.operators import FactorProduct
+from matfact.operators import Advice, FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
 from matfact.torch.layers._derived import Copy, Derived, is_plain, is_untransformed
 from matfact.torch.layers._factors import DenseFactorModule, FactorModule
@@ -22,11 +21,14 @@ from matfact.torch.layers._gpu import (
     GpuRoads,
     Method,
     Target,
+    checked_samples,
     is_capability,
+    measured,
     method_for,
     predicted,
 )
 from matfact.torch.layers._in_place import InPlace
+from matfact.torch.layers._inference import Inference, InferenceModule, check_tensor
 from matfact.torch.layers._pool import on_torch_threads
 from matfact.torch.layers._pretrained import refuse_unattached
 from matfact.torch.running._offloaded import fetched
@@ -34,13 +36,11 @@ from matfact.torch.running._offloaded import fetched
 if TYPE_CHECKING:
     from matfact.factorizers import BaseFactorizer
 
-#: How a layer is applied if no gradient is needed.
-Inference = Literal["auto", "dense", "factors"]
 _DTYPES = (torch.float32, torch.float64)  #: dtypes of the kernels
 
 
-class FactorizedLinear(nn.Module):
-    """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of :class:`torch.nn.Linear`.
+class FactorizedLinear(InferenceModule):
+    """Linear layer ``x ↦ x (F_1 F_2 … F_Q)ᵀ + bias``, a replacement of `torch.nn.Linear`.
 
     Values are parameters and positions are buffers, so any optimizer trains the values on a fixed
     support. Of quantized values the scales are parameters, and the codes, one byte each, are
@@ -58,11 +58,11 @@ class FactorizedLinear(nn.Module):
         How the layer is applied in eval mode if no gradient is needed. "dense" caches the dense
         product, which is as fast and as large as the original layer. "factors" caches nothing.
         "auto" takes the fastest. On the CPU these are the kernels of
-        :class:`~matfact.operators.FactorProduct`, which cache reordered values, or torch with the
+        `matfact.operators.FactorProduct`, which cache reordered values, or torch with the
         dense product wherever that class would use it too. On other devices, where torch has no
         fast kernel for scattered values, "auto" caches the dense product if the factors take more
         work. The values are compared with a copy in every pass to detect changes, see
-        :func:`keep_unchecked`, unless the CPU reads sparse factors as they are stored.
+        `keep_unchecked`, unless the CPU reads sparse factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
@@ -85,8 +85,6 @@ class FactorizedLinear(nn.Module):
         copy: bool = True,
     ) -> None:
         super().__init__()
-        if inference not in ("auto", "dense", "factors"):
-            raise ValueError(f"inference must be 'auto', 'dense' or 'factors', got {inference!r}.")
         self.out_features, self.in_features = product.shape
         self.factors = nn.ModuleList(factor_module(factor, copy) for factor in product.factors)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -94,6 +92,7 @@ class FactorizedLinear(nn.Module):
         self._product: Derived[Tensor] = Derived()
         self._host: Derived[_Host] = Derived()
         self._in_place = InPlace()
+        self._tuned: dict[int, Method] = {}  # by number of samples
 
     @classmethod
     def from_linear(
@@ -139,12 +138,18 @@ class FactorizedLinear(nn.Module):
     def _method_for(self, x: Tensor, values: list[Tensor]) -> Method:
         """Return what eval mode uses for samples `x`, on a GPU by prediction."""
         if self.inference == "auto" and x.is_cuda:
-            return method_for(self.chain, x, values, self._method())
+            tuned = self._tuned.get(x.numel() // self.in_features)
+            return tuned or method_for(self.chain, x, values, self._method(), self._checked())
         return self._method()
+
+    def _checked(self) -> int:
+        """Tensors that are compared with their copies before the cached product is used."""
+        return len(self.values()) + len(self.fixed()) if self._product.is_checked else 0
 
     def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
         """Apply the layer to the last axis of `input`."""
         x = input
+        check_tensor(x)
         if x.is_nested:
             samples = [self(sample) for sample in x.unbind()]
             return torch.nested.as_nested_tensor(samples, layout=x.layout)
@@ -174,6 +179,44 @@ class FactorizedLinear(nn.Module):
             if product is not None:
                 return functional.linear(x, product, self.bias)
         return None
+
+    def tune(self, batch_size: int) -> Advice:
+        """Time factors and dense product on the layer's GPU, and use the faster for such batches.
+
+        Until then a fixed rule predicts it, see `gpu_roads`. Only this object is tuned, in
+        eval mode and with ``inference="auto"``; copies keep the choice, files do not.
+
+        Parameters
+        ----------
+        batch_size : int
+            Number of samples, at least 1.
+
+        Returns
+        -------
+        Advice
+            Seconds of both, with the time of the host, and whether tuning ``changed`` the method.
+
+        Raises
+        ------
+        TypeError
+            If the layer is not on a GPU. On the CPU its kernels follow a rule of their own.
+        """
+        n_samples = checked_samples(batch_size)
+        held = self.chain[0].values
+        if not held.is_cuda:
+            raise TypeError(f"tune needs a layer on a GPU, this one is on {held.device}.")
+        x = torch.zeros(n_samples, self.in_features, dtype=held.dtype, device=held.device)
+        chosen, was_training = self.inference, self.training
+        with torch.no_grad():
+            try:
+                self.eval()
+                rule = method_for(self.chain, x, self.values(), self._method(), self._checked())
+                advice = measured(self, x)._replace(rule=rule)
+            finally:
+                self.inference = chosen
+                self.train(was_training)
+        self._tuned[n_samples] = advice.method
+        return advice
 
     def gpu_roads(
         self,
@@ -205,8 +248,7 @@ class FactorizedLinear(nn.Module):
         >>> LowRankLinear(4096, 4096, rank=64).gpu_roads(1).method
         'factors'
         """
-        if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        n_samples = checked_samples(batch_size)
         held = self.chain[0].values
         if capability is None:
             on_gpu = held.is_cuda
@@ -217,7 +259,7 @@ class FactorizedLinear(nn.Module):
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
         target = Target(held.dtype, capability)
-        return predicted(self.chain, int(batch_size), target, self._method(), in_graph)
+        return predicted(self.chain, n_samples, target, self._checked(), in_graph)
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)

@@ -60,7 +60,7 @@ class SparseProductLinear(_StructuredLinear):
     random_state : int, RandomState or None, default=None
         Seed of supports and values.
     device, dtype
-        As in :class:`torch.nn.Linear`.
+        As in `torch.nn.Linear`.
 
     Examples
     --------
@@ -117,7 +117,7 @@ class ButterflyLinear(_StructuredLinear):
     random_state : int, RandomState or None, default=None
         Seed of the values.
     device, dtype
-        As in :class:`torch.nn.Linear`.
+        As in `torch.nn.Linear`.
 
     Examples
     --------
@@ -148,7 +148,9 @@ class ButterflyLinear(_StructuredLinear):
 
 
 class KaleidoscopeLinear(_StructuredLinear):
-    """Linear layer with a kaleidoscope matrix: butterflies times reversed butterflies [1]_.
+    """Linear layer with a kaleidoscope matrix: butterflies times reversed butterflies.
+
+    Source: Dao et al. (2020).
 
     Parameters
     ----------
@@ -163,13 +165,13 @@ class KaleidoscopeLinear(_StructuredLinear):
     random_state : int, RandomState or None, default=None
         Seed of the values.
     device, dtype
-        As in :class:`torch.nn.Linear`.
+        As in `torch.nn.Linear`.
 
     References
     ----------
-    .. [1] T. Dao, N. Sohoni, A. Gu, M. Eichhorn, A. Blonder, M. Leszczynski, A. Rudra, C. Ré,
-       "Kaleidoscope: an efficient, learnable representation for all structured linear maps",
-       ICLR 2020.
+    - T. Dao, N. Sohoni, A. Gu, M. Eichhorn, A. Blonder, M. Leszczynski, A. Rudra, C. Ré,
+      "Kaleidoscope: an efficient, learnable representation for all structured linear maps",
+      ICLR 2020.
 
     Examples
     --------
@@ -227,7 +229,7 @@ class MonarchLinear(_StructuredLinear):
     random_state : int, RandomState or None, default=None
         Seed of the values.
     device, dtype
-        As in :class:`torch.nn.Linear`.
+        As in `torch.nn.Linear`.
 
     Examples
     --------
@@ -274,7 +276,7 @@ class BlockLowRankLinear(_StructuredLinear):
     random_state : int, RandomState or None, default=None
         Seed of the values.
     device, dtype
-        As in :class:`torch.nn.Linear`.
+        As in `torch.nn.Linear`.
 
     Examples
     --------
@@ -330,7 +332,7 @@ class LowRankLinear(_StructuredLinear):
     random_state : int, RandomState or None, default=None
         Seed of the values.
     device, dtype
-        As in :class:`torch.nn.Linear`.
+        As in `torch.nn.Linear`.
 
     Examples
     --------

@@ -114,10 +114,10 @@ def prune_neurons(
         Upper bound on the ``error`` of each block, in [0, 1), instead of `n_neurons`. Only for
         "least_squares". If errors of earlier blocks make it unreachable, all units are kept.
     blocks : sequence of NeuronBlock, optional
-        Blocks to prune, in the order of calls; by default those of :func:`find_blocks`. Given
+        Blocks to prune, in the order of calls; by default those of `find_blocks`. Given
         blocks are verified in the same way.
     method : {"least_squares", "gradient", "ispasp"}, default="least_squares"
-        As in :class:`~matfact.CoSaMPNeuronSelector`. "least_squares" also refits biases.
+        As in `matfact.CoSaMPNeuronSelector`. "least_squares" also refits biases.
     max_iter : int, default=50
         Maximum number of iterations of the selection.
     inplace : bool, default=False

@@ -68,7 +68,7 @@ def count_flops(model: nn.Module, batch: Any, prunable: Predicate | None = None)
     batch : tensor, tuple or mapping
         Input of the network.
     prunable : callable, optional
-        Parameters to count instead of all weights, see :func:`prunable_parameters`. Layers with a
+        Parameters to count instead of all weights, see `prunable_parameters`. Layers with a
         custom forward count like others. Parameters of other modules are assumed to be applied once
         to every row of the first input.
 

@@ -17,7 +17,7 @@ from matfact.torch.pruning._prune import Scope, _check, prune_lowest_magnitudes
 class GradualMagnitude:
     """Prune gradually during training: fast at first, slowly at the end.
 
-    The share of kept weights falls from 1 to `keep` along the cubic schedule of Zhu & Gupta [1]_.
+    The share of kept weights falls from 1 to `keep` along the cubic schedule of Zhu & Gupta (2018).
 
     Parameters
     ----------
@@ -35,12 +35,12 @@ class GradualMagnitude:
     scope : {"layer", "global"}, default="layer"
         Whether each layer keeps the same share, as published, or weights of all layers compete.
     prunable : callable, optional
-        See :func:`prunable_parameters`.
+        See `prunable_parameters`.
 
     References
     ----------
-    .. [1] M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
-       model compression", ICLR workshop 2018.
+    - M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
+      model compression", ICLR workshop 2018.
 
     Examples
     --------

@@ -1,10 +1,10 @@
 """Masks on parameters.
 
 A masked ``weight`` is computed on every read from the parameter ``weight_orig`` and the buffer
-``weight_mask``. State dicts are compatible with :mod:`torch.nn.utils.prune`, which uses the same
+``weight_mask``. State dicts are compatible with `torch.nn.utils.prune`, which uses the same
 names. Unlike the hooks of that module, masks also apply if a parameter is read outside the
 ``forward`` of its module, as in attention and factorized convolutions. Unlike
-:mod:`torch.nn.utils.parametrize`, masked modules can be pickled.
+`torch.nn.utils.parametrize`, masked modules can be pickled.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _masked_value(name: str) -> property:
 
 
 class _Masked:
-    """Marker of the classes made by :func:`_masked_class`."""
+    """Marker of the classes made by `_masked_class`."""
 
     _unmasked: type
     _names: tuple[str, ...]
@@ -106,7 +106,7 @@ class Prunable:
 
     @property
     def masked(self) -> bool:
-        """Whether it has a mask of this package or of :mod:`torch.nn.utils.prune`."""
+        """Whether it has a mask of this package or of `torch.nn.utils.prune`."""
         return f"{self.name}_orig" in self.module._parameters
 
     @property
@@ -180,7 +180,7 @@ def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
 
 
 def _drop_hook(module: nn.Module, name: str) -> None:
-    """Take over a mask of :mod:`torch.nn.utils.prune`."""
+    """Take over a mask of `torch.nn.utils.prune`."""
     hooks = module._forward_pre_hooks
     for key, hook in list(hooks.items()):
         if getattr(hook, "_tensor_name", None) == name:
@@ -324,7 +324,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 @outside_inference_mode
 def to_torch_prune(model: nn.Module) -> nn.Module:
-    """Convert all masks to those of :mod:`torch.nn.utils.prune`, for tools that expect them.
+    """Convert all masks to those of `torch.nn.utils.prune`, for tools that expect them.
 
     Parameters
     ----------

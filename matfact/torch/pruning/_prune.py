@@ -76,11 +76,11 @@ def prune_network(
     ----------
     model : torch.nn.Module
         The network, changed in place. A pruned ``weight`` is computed from the parameter
-        ``weight_orig`` and the mask ``weight_mask``, until :func:`make_permanent`. Values of
+        ``weight_orig`` and the mask ``weight_mask``, until `make_permanent`. Values of
         factorized layers are pruned like weights. Existing masks, including those of
-        :mod:`torch.nn.utils.prune`, are kept. Nothing is changed if scores fail.
+        `torch.nn.utils.prune`, are kept. Nothing is changed if scores fail.
     method : {"random", "magnitude", "snip", "grasp", "synflow"}, default="synflow"
-        Score of the weights, see :func:`pruning_scores`.
+        Score of the weights, see `pruning_scores`.
     keep : float, default=0.1
         Maximum share of prunable weights to keep, in (0, 1].
     batches : iterable, default=()
@@ -97,7 +97,7 @@ def prune_network(
         the scores of the remaining weights, and the share kept falls exponentially to `keep`.
         SynFlow uses more rounds if one would remove all flow through a layer.
     prunable : callable, optional
-        See :func:`prunable_parameters`.
+        See `prunable_parameters`.
     random_state : int, RandomState or None, default=None
         Seed of random scores.
 

@@ -55,13 +55,13 @@ def pruning_scores(
     model : torch.nn.Module
         The network. Masks are created if it has none.
     method : {"random", "magnitude", "snip", "grasp", "synflow"}
-        "snip" is ``|g ⊙ θ|`` with the gradient `g` of the loss [1]_. "grasp" is ``θ ⊙ Hg`` with the
-        Hessian `H`; it is high if removing the weight would weaken the gradient [2]_ (the paper
-        uses the opposite sign). "synflow" is ``|θ| ⊙ ∂R/∂|θ|`` in double precision [3]_. `R` is the
-        sum of the network's outputs for inputs of ones, with absolute weights and without biases,
-        normalizations and activation modules.
+        "snip" is ``|g ⊙ θ|`` with the gradient `g` of the loss (Lee et al., 2019). "grasp" is
+        ``θ ⊙ Hg`` with the Hessian `H`; it is high if removing the weight would weaken the gradient
+        (Wang et al., 2020) (the paper uses the opposite sign). "synflow" is ``|θ| ⊙ ∂R/∂|θ|`` in
+        double precision (Tanaka et al., 2020). `R` is the sum of the network's outputs for inputs
+        of ones, with absolute weights and without biases, normalizations and activation modules.
     batches, loss, prunable, random_state
-        As in :func:`prune_network`.
+        As in `prune_network`.
 
     Returns
     -------
@@ -75,12 +75,12 @@ def pruning_scores(
 
     References
     ----------
-    .. [1] N. Lee, T. Ajanthan, P. Torr, "SNIP: single-shot network pruning based on connection
-       sensitivity", ICLR 2019.
-    .. [2] C. Wang, G. Zhang, R. Grosse, "Picking winning tickets before training by preserving
-       gradient flow", ICLR 2020.
-    .. [3] H. Tanaka, D. Kunin, D. Yamins, S. Ganguli, "Pruning neural networks without any data
-       by iteratively conserving synaptic flow", NeurIPS 2020.
+    - N. Lee, T. Ajanthan, P. Torr, "SNIP: single-shot network pruning based on connection
+      sensitivity", ICLR 2019.
+    - C. Wang, G. Zhang, R. Grosse, "Picking winning tickets before training by preserving
+      gradient flow", ICLR 2020.
+    - H. Tanaka, D. Kunin, D. Yamins, S. Ganguli, "Pruning neural networks without any data
+      by iteratively conserving synaptic flow", NeurIPS 2020.
     """
     parameters = prunable_parameters(model, prunable)
     check_weights(parameters)

@@ -23,7 +23,7 @@ def is_worth_a_file(tensor: Tensor) -> bool:
 def written(tensor: Tensor, folder: Path) -> tuple[Tensor, mmap.mmap]:
     """Return the tensor stored in an unnamed file, and the file's mapping.
 
-    Its pages take no memory until they are used, or after :func:`page_out`.
+    Its pages take no memory until they are used, or after `page_out`.
     """
     with tempfile.TemporaryFile(dir=folder, prefix="matfact-") as file:
         # Not through the mapping, where a full disk would crash the process.

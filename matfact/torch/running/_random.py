@@ -23,7 +23,7 @@ _DRAWING = threading.RLock()
 
 @dataclasses.dataclass(frozen=True)
 class RandomState:
-    """Snapshot of the global generators of torch, NumPy and :mod:`random`.
+    """Snapshot of the global generators of torch, NumPy and `random`.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class RandomState:
     accelerators : list of Tensor
         States of torch's generators on accelerators.
     numpy, python : tuple
-        States of the generators of NumPy and :mod:`random`.
+        States of the generators of NumPy and `random`.
     own : list of tuple
         Generators held by modules of a network, with their states.
     """

@@ -32,7 +32,7 @@ def output_harm(
     """Measure how much an error in each layer's outputs changes the output of the network.
 
     The network runs once for each batch and layer, with random noise added to the layer's outputs.
-    No labels are needed. Use the result as the weights of :class:`Budget`: layers whose errors
+    No labels are needed. Use the result as the weights of `Budget`: layers whose errors
     matter then get more of it.
 
     Parameters
@@ -40,7 +40,7 @@ def output_harm(
     model : torch.nn.Module
         The network, run in eval mode.
     batches : iterable
-        Inputs of the network, as in :class:`Calibration`; a few are enough.
+        Inputs of the network, as in `Calibration`; a few are enough.
     layers : str or sequence of str, optional
         A regular expression to search in names of linear or convolutional layers, or their names.
         All such layers by default.
@@ -49,7 +49,7 @@ def output_harm(
         their mean if the layer has a bias.
     distance : callable, optional
         Distance between outputs and those without noise, with a row for each token or sample
-        without padding; for logits see :func:`soft_cross_entropy`. By default the squared error
+        without padding; for logits see `soft_cross_entropy`. By default the squared error
         of each row relative to its square.
 
     Returns

@@ -24,14 +24,14 @@ def output_sensitivity(
 
     This is the mean square of the first-order change of the loss for random perturbations, divided
     by their squared relative size. Use it as the weight of a layer's squared error in
-    :func:`matfact.allocation.allocate`.
+    `matfact.allocation.allocate`.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, run in eval mode.
     batches : iterable
-        Inputs of the network, as in :func:`input_statistics`.
+        Inputs of the network, as in `input_statistics`.
     loss : callable
         Returns the loss of an output and its batch.
     layers : str or sequence of str, optional

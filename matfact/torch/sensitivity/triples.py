@@ -34,17 +34,17 @@ def triple_scores(
 ) -> Scores:
     """Score the singular triples of all layers by the first-order change of the outputs.
 
-    Removing a triple changes the outputs, to first order, by their derivative along it [1]_. One
-    forward pass, and one backward pass per output or per random combination of outputs (at most
-    `n_probes`), give the derivatives along all triples. :func:`exact_triple_scores` needs one pass
-    per triple.
+    Removing a triple changes the outputs, to first order, by their derivative along it (Liu et al.,
+    2022). One forward pass, and one backward pass per output or per random combination of outputs
+    (at most `n_probes`), give the derivatives along all triples. `exact_triple_scores` needs
+    one pass per triple.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, run in eval mode; its output is a tensor with one row per sample.
     batches : iterable
-        Inputs of the network, as in :func:`~matfact.torch.input_statistics`.
+        Inputs of the network, as in `matfact.torch.input_statistics`.
     layers : str or sequence of str, optional
         A regular expression to search in names of linear layers or ungrouped 2-D convolutions, or
         their names. All such layers by default.
@@ -61,11 +61,11 @@ def triple_scores(
     -------
     dict of str to list of ndarray
         For each layer, the scores of the triples of each block, for
-        :func:`~matfact.allocation.rank_triples`.
+        `matfact.allocation.rank_triples`.
 
     References
     ----------
-    .. [1] Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
+    - Y. Liu, S. Joshi, B. Mirzasoleiman, "Low rank pruning via output perturbation", 2022.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def exact_triple_scores(
 ) -> Scores:
     """Score the singular triples of all layers by removing them one at a time.
 
-    Parameters and result as in :func:`triple_scores`; `batches` are kept in memory.
+    Parameters and result as in `triple_scores`; `batches` are kept in memory.
     """
     views = _checked_views(model, layers, grids, statistic)
     batches = list(checked(batches))
@@ -176,7 +176,7 @@ class _Triples:
     def changes(self, inner: Tensor, slope: Tensor) -> Tensor:
         """Return the change of a probe of the outputs with each triple, per sample.
 
-        `inner` is the result of :meth:`project`, `slope` the derivative of the probe with respect
+        `inner` is the result of `project`, `slope` the derivative of the probe with respect
         to the outputs of the layer.
         """
         if isinstance(self.layer, nn.Conv2d):

@@ -53,7 +53,7 @@ def train(
     bar: Bar,
     training: bool = True,
 ) -> FineTuning:
-    """Train a network, and keep its best epoch; see :func:`fine_tune`.
+    """Train a network, and keep its best epoch; see `fine_tune`.
 
     Parameters
     ----------

@@ -64,9 +64,9 @@ _CLASSES: dict[type[FactorModule], type[_Adapted]] = {
 def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> list[nn.Parameter]:
     """Add a low-rank adapter to every factor of every compressed layer.
 
-    LoRA [1]_ on a support: the part of a low-rank update outside of the support, usually most of
-    it, could not be merged into a sparse matrix, so only entries on the support are added. The
-    network's outputs do not change until training.
+    LoRA (Hu et al., 2022) on a support: the part of a low-rank update outside of the support,
+    usually most of it, could not be merged into a sparse matrix, so only entries on the support are
+    added. The network's outputs do not change until training.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
 
     References
     ----------
-    .. [1] E. J. Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
+    - E. J. Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def add_adapters(model: nn.Module, rank: int, *, random_state: Any = None) -> li
 
 @outside_inference_mode
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Add the adapters of :func:`add_adapters` to the values, and remove them.
+    """Add the adapters of `add_adapters` to the values, and remove them.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def _thaw(model: nn.Module) -> None:
-    """Unfreeze the parameters that were trainable before :func:`_freeze`."""
+    """Unfreeze the parameters that were trainable before `_freeze`."""
     for module in model.modules():
         frozen = vars(module).pop(_FROZEN, ())
         for name, parameter in module.named_parameters(recurse=False):

@@ -77,14 +77,14 @@ def distill(
     teacher : torch.nn.Module
         The dense network, with blocks of the same names.
     batches : iterable
-        Inputs of the network, as in :class:`Calibration`, at least two. All are kept in memory.
+        Inputs of the network, as in `Calibration`, at least two. All are kept in memory.
     epochs : int, default=1
         Number of passes over the batches.
     learning_rate : float, default=0.003
         First step relative to the root mean square of each parameter. It falls to zero as a cosine.
     distance : callable, optional
         Distance between outputs and those of the teacher, with a row for each token or sample
-        without padding; for logits see :func:`soft_cross_entropy`. By default the squared error
+        without padding; for logits see `soft_cross_entropy`. By default the squared error
         of each row relative to its square.
     hidden : float, default=0.3
         Weight of the mean relative error of the blocks' outputs. Blocks whose outputs have other
@@ -92,7 +92,7 @@ def distill(
     report : CompressionReport, optional
         Its steps then tell what this has gained.
     progress : bool or callable, default=False
-        As in :func:`fine_tune`; an "epoch" is an eighth of the training.
+        As in `fine_tune`; an "epoch" is an eighth of the training.
 
     Returns
     -------

@@ -61,7 +61,7 @@ def fine_tune(
     teacher : torch.nn.Module, optional
         Network with the target outputs, usually the dense one.
     distance : callable, default=torch.nn.functional.mse_loss
-        Distance between outputs, as tensors; for logits see :func:`soft_cross_entropy`.
+        Distance between outputs, as tensors; for logits see `soft_cross_entropy`.
     distillation : float, default=0.5
         Weight of `distance` relative to `loss`; 1 without a loss.
     validate : callable, optional
@@ -176,7 +176,7 @@ def merge_update(layer: FactorizedLinear, update: Tensor) -> FactorizedLinear:
     """Add a dense update, such as that of a low-rank adapter, to the values of `layer`.
 
     Supports do not change, so the part of the update outside of them is lost; for sparse supports
-    this is most of it. Adapters trained with :func:`add_adapters` lose nothing.
+    this is most of it. Adapters trained with `add_adapters` lose nothing.
 
     Parameters
     ----------
