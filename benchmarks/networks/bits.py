@@ -9,6 +9,7 @@ form takes two layers of the encoder.
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from sklearn.base import clone
 from torch import nn
@@ -25,7 +27,7 @@ from benchmarks import machine, study
 from benchmarks.figures import label_lines
 from benchmarks.harness import Row
 from benchmarks.networks import fresh
-from benchmarks.networks.subjects import subject
+from benchmarks.networks.subjects import Subject, subject
 from benchmarks.tables import markdown_table
 from matfact import (
     GPTQ,
@@ -50,6 +52,8 @@ METHODS: dict[str, BaseFactorizer] = {
     "DBF": DoubleBinaryFactorizer(max_iter=100),
     "ADMM": ADMMPruner(),
 }
+#: What torch offers for the whole network, and its bits a weight.
+OF_TORCH = {"bfloat16": 16.0, "dynamic int8": 8.0, "dynamic int8, channels": 8.0}
 #: Calibration samples, and those of a batch.
 SAMPLES, SIZE = 256, 16
 
@@ -69,11 +73,16 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
             for method in METHODS:
                 yield {"network": network, "bits": bits, "method": method, "quick": quick,
                        "samples": 32 if quick else SAMPLES}  # fmt: skip
+    for network in list(NETWORKS)[: 1 if quick else None]:
+        for method, bits in OF_TORCH.items():
+            yield {"network": network, "bits": bits, "method": method, "quick": quick, "samples": 0}
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Compress a network, and measure it on fresh inputs."""
     dense = subject(cell["network"], False)
+    if cell["method"] in OF_TORCH:
+        return of_torch(cell["method"], dense)
     layers = r"encoder\.layer\.0\.attention\.self\.(key|query)" if cell["quick"] else dense.layers
     start = time.process_time()
     overrides = at_bits(METHODS[cell["method"]], dense.model, layers, cell["bits"])
@@ -93,6 +102,23 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         "stored": 8 * sum(row.nbytes for row in rows) / sum(row.dense_flops // 2 for row in rows),
         "flops": sum(row.flops for row in rows) / sum(row.dense_flops for row in rows),
     }
+
+
+def of_torch(method: str, dense: Subject) -> dict[str, Any]:
+    """Measure what torch offers for the whole network, which takes no time to make."""
+    small = copy.deepcopy(dense.model)
+    if method == "bfloat16":
+        small = small.to(torch.bfloat16)
+    else:
+        by_channel = torch.ao.quantization.per_channel_dynamic_qconfig
+        how = {nn.Linear: by_channel} if method.endswith("channels") else {nn.Linear}
+        small = torch.ao.quantization.quantize_dynamic(small, how)
+    linear = [name for name, each in dense.model.named_modules() if isinstance(each, nn.Linear)]
+    return {
+        **fresh.measure(dense, small, [], paired=False).outputs,
+        "seconds": 0.0, "compressed": len(linear), "kept": 0,
+        "stored": OF_TORCH[method], "flops": 1.0,
+    }  # fmt: skip
 
 
 def at_bits(

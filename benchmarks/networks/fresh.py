@@ -142,6 +142,9 @@ class _Outputs:
         self._count = 0
 
     def add(self, dense: Seen, small: Seen) -> None:
+        # A network in half precision is measured in single.
+        logits = None if small.logits is None else small.logits.float()
+        small = small._replace(state=small.state.float(), logits=logits)
         self._error.add(dense.state, small.state)
         self._count += len(dense.state)
         found = {"1 − cosine": 1 - functional.cosine_similarity(dense.state, small.state)}
