@@ -115,6 +115,7 @@ def measured(
         for form in options.forms:
             keep_unchecked(networks[form])
     peaks = {form: _peak_of(name, form, options) for form in networks}
+    sizes = {form: stored(network) for form, network in networks.items()}
     for batch, count in cells:
         with machine.threads(count), busy(options.beside):
             seconds = interleaved(name, networks, batch, options)
@@ -126,7 +127,7 @@ def measured(
                 "network": name, "batch": batch, "threads": count, "form": form, "phase": phase,
                 "rate": items / statistics.median(times), "speedup": statistics.median(ratios),
                 "best": min(base) / min(times), "seconds": times, "load": load,
-                "peak_bytes": peaks[form],
+                "peak_bytes": peaks[form], "bytes": sizes[form],
             }  # fmt: skip
 
 
@@ -242,6 +243,16 @@ def _step(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """Return the most probable next tokens and the cache."""
     out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1:].argmax(-1), out.past_key_values
+
+
+def stored(model: Any) -> float | None:
+    """Return the bytes of a file's factors ÷ those of their dense matrices in float32, if any."""
+    products: list[FactorProduct] = []
+    for layer in model.modules():
+        if isinstance(layer, FactorizedLinear):  # those of convolutions too
+            products.append(layer.to_product())
+    entries = sum(rows * columns for rows, columns in (product.shape for product in products))
+    return sum(p.nbytes("stored") for p in products) / (4 * entries) if products else None
 
 
 def _peak_of(name: str, form: str, options: argparse.Namespace) -> int | None:

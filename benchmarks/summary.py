@@ -20,6 +20,7 @@ NOTE = (
     "threads: one input is a sentence, an image or a token of the answer, many are 32 sentences or "
     "images or a prompt of 512 tokens. Minutes are CPU minutes of one thread, with calibration."
 )
+QUALITIES = ("1 − cosine", "loss")
 #: Forms on the front page.
 FRONT = [
     "dense float32", "dense bfloat16", "dense int8",
@@ -77,39 +78,43 @@ class _Finder:
         return measured[name]
 
     def speed(self, network: str, form: str) -> Row:
-        """Return the ratios to dense float32 with two threads, of one input and of many."""
+        """Return bytes and speed ÷ dense float32: of one input and of many, with two threads."""
         few, many = {"batch": 1}, {"batch": 32}
         if network == "smollm2":
             few, many = {"batch": 1, "phase": "decoding"}, {"batch": 1, "phase": "prompt"}
-        return {
-            name: self("generate", "forms", network=network, form=form, threads=2, **w)["speedup"]
-            for name, w in (("one", few), ("many", many))
+        rows = {
+            name: self("generate", "forms", network=network, form=form, threads=2, **where)
+            for name, where in (("one", few), ("many", many))
         }
+        size = {"bytes": rows["one"]["bytes"]} if "bytes" in rows["one"] else {}
+        return size | {name: row["speedup"] for name, row in rows.items()}
 
 
-def _dense(find: _Finder, network: str, short: str, **quality: float) -> list[Row]:
-    """Return the dense forms, whose sizes follow from their bits."""
-    sizes = {"dense 32 bits": 1.0, "dense bfloat16": 0.5, "dense int8": 0.25}
-    rows = [
-        {"network": network, "form": form, "bytes": size, "flops": 1.0, **find.speed(short, form)}
-        for form, size in sizes.items()
-    ]
-    rows[0] |= {"form": "dense float32", **quality}
+def _dense(find: _Finder, network: str, short: str) -> list[Row]:
+    """Return the dense forms, whose sizes follow from their bits, with what torch's own lose."""
+    common = {"network": network, "flops": 1.0}
+    rows = [{**common, "form": "dense float32", "bytes": 1.0, **find.speed(short, "dense 32 bits")}]
+    for form, method in (("dense bfloat16", "bfloat16"), ("dense int8", "dynamic int8")):
+        found = find("bits", "networks", network=network, method=method)
+        rows.append(common | {"form": form, "bytes": found["stored"] / 32})
+        rows[-1] |= find.speed(short, form) | {n: found[n] for n in QUALITIES if n in found}
     return rows
 
 
 def _encoder(find: _Finder) -> list[Row]:
     name = "sentence encoder"
-    rows = _dense(find, name, "encoder", cosine=1.0)
+    rows = _dense(find, name, "encoder")
     for method, bits in (("GPTQ", 4.0), ("GPTQ", 2.5), ("DSF", 4.0), ("DSF", 2.5)):
         rows.append(_at_bits(find, name, method, bits))
-        rows[-1]["cosine"] = 1 - rows[-1].pop("1 − cosine")
+    for row in rows:
+        row["cosine"] = 1 - row.pop("1 − cosine", 0.0)
     for density in (50, 25):
         form = f"{density / 100} 32 bits"
         fitted = find("encoder", "networks", density=density, method="DSF", form="full")
         rows.append({
-            "network": name, "form": f"DSF, {density} %, float32", "bytes": fitted["bytes"],
+            "network": name, "form": f"DSF, {density} %, float32",
             "flops": density / 100, **find.speed("encoder", form), "cosine": fitted["cosine"],
+            "bytes": fitted["bytes"],
             "calibration": f"{fitted['sentences']:,} sentences",
         })  # fmt: skip
     rows.append({
@@ -126,12 +131,13 @@ def _encoder(find: _Finder) -> list[Row]:
 
 def _language_model(find: _Finder) -> list[Row]:
     name = "language model"
-    rows = _dense(find, name, "smollm2", perplexity=1.0)
+    rows = _dense(find, name, "smollm2")
     loss = find.condition("bits", "networks", "loss_dense")[name]
     for method in ("GPTQ", "DSF"):
         rows.append(_at_bits(find, name, method, 2.5))
         rows[-1]["form"] += ", 35 of 210 layers"
-        rows[-1]["perplexity"] = math.exp(rows[-1].pop("loss") - loss)
+    for row in rows:
+        row["perplexity"] = math.exp(row.pop("loss", loss) - loss)
     dense = find.condition("language-model", "published", "perplexity_dense")
     for density, source, suffix, text in (
         (50, "published", "", "4,096 tokens"),
@@ -190,6 +196,6 @@ def _at_bits(find: _Finder, network: str, method: str, bits: float) -> Row:
     return {
         "network": network, "form": f"{method}, {found['stored']:.1f} bits a weight",
         "bytes": found["stored"] / 32, "flops": found["flops"],
-        **{name: found[name] for name in ("1 − cosine", "loss") if name in found},
+        **{name: found[name] for name in QUALITIES if name in found},
         "calibration": f"{samples} samples", "minutes": found["seconds"] / 60,
     }  # fmt: skip
