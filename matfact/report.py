@@ -78,6 +78,22 @@ class CompressionReport(Sequence[LayerReport]):
         """Sum of the wall times of all fits, which may have run in parallel."""
         return sum(row.seconds or 0.0 for row in self.rows)
 
+    def check_fits(self, names: Iterable[str]) -> None:
+        """Raise ``ValueError`` if a compressed layer is none of the modules `names` of a network.
+
+        Wrappers of a network, such as those of torch.compile, add to the front of names.
+        """
+        held = {""}
+        for name in names:
+            parts = name.split(".")
+            held.update(".".join(parts[i:]) for i in range(len(parts)))
+        for row in self.rows:
+            if row.status == "compressed" and row.layer not in held:
+                raise ValueError(
+                    "report must be of this network, but it names a compressed layer "
+                    f"{row.layer!r}, which the network has not."
+                )
+
     def table(self) -> FittedTable:
         """Return a table to print with ``rich.print``.
 

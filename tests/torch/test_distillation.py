@@ -6,7 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from matfact.torch import compress, distill, soft_cross_entropy  # noqa: E402
+from torch import nn  # noqa: E402
+
+from matfact.torch import compress, distill, save_network, soft_cross_entropy  # noqa: E402
 from tests.torch.test_matching import Network, batches, distance  # noqa: E402
 
 
@@ -263,3 +265,15 @@ def test_empty_batches_do_not_count():
     distill(first, dense, batches(10))
     distill(second, dense, [torch.empty(0, 8, 16), *batches(10)])
     assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+def test_a_report_of_another_network_is_refused(tmp_path):
+    dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model, report = compress(dense, "magnitude", density=0.5)
+    other, _ = compress(nn.Sequential(nn.Linear(8, 8)), "magnitude", density=0.5)
+    with pytest.raises(ValueError, match=r"report must be of this network, but it names .* '2'"):
+        distill(other, nn.Sequential(nn.Linear(8, 8)), batches(4), report=report)
+    with pytest.raises(ValueError, match="report must be of this network"):
+        save_network(other, tmp_path / "out", report=report)
+    assert not (tmp_path / "out").exists()
+    save_network(model, tmp_path / "out", report=report)

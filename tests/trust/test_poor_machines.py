@@ -14,8 +14,10 @@ import pytest
 import matfact
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = re.findall(
-    r"```python\n(.*?)```\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+#: Of a matrix, and of a network that writes a folder: code and what it prints.
+OF_MATRIX, OF_NETWORK = (
+    re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[0]
+    for page in ("docs/getting-started.md", "README.md")
 )
 NOBODY = 12345  #: the number of no user that has a name or a home
 
@@ -65,8 +67,8 @@ def nobody(installation):
     return run
 
 
-def test_the_example_of_the_readme_needs_no_home_and_no_folder(nobody):
-    code, expected = EXAMPLES[0]
+def test_the_first_example_needs_no_home_and_no_folder(nobody):
+    code, expected = OF_MATRIX
     done = nobody("-W", "error", "-c", code)
     assert (done.stdout, done.stderr, done.returncode) == (expected, "", 0)
 
@@ -85,8 +87,8 @@ def test_the_commands_of_the_readme_need_no_home(nobody, arguments):
 
 
 @pytest.mark.slow
-def test_the_networks_of_the_readme_need_no_home(nobody):
-    code, expected = EXAMPLES[1]
+def test_the_network_of_the_readme_needs_no_home(nobody):
+    code, expected = OF_NETWORK
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         done = nobody("-c", code, folder=folder)

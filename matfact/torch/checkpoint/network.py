@@ -67,8 +67,11 @@ def save_network(
     FileExistsError
         If `path` exists and is not an empty folder.
     ValueError
-        If a tensor is on the meta device and not offloaded by accelerate.
+        If a tensor is on the meta device and not offloaded by accelerate, or the report is of
+        another network.
     """
+    if report is not None:
+        report.check_fits(name for name, _ in model.named_modules(remove_duplicate=False))
     with fetched(model):
         _save(model, path, report, settings)
 

@@ -104,8 +104,8 @@ def distill(
     ------
     ValueError
         If a parameter is invalid, no parameter can be trained, stored values are not in single or
-        double precision, there are fewer than two batches, or the teacher has other blocks or
-        gives outputs of other shapes.
+        double precision, there are fewer than two batches, the teacher has other blocks or gives
+        outputs of other shapes, or the report is of another network.
 
     Examples
     --------
@@ -120,6 +120,8 @@ def distill(
     >>> record.scores[-1] > record.first_score
     True
     """
+    if report is not None:
+        report.check_fits(name for name, _ in model.named_modules(remove_duplicate=False))
     bar = Bar(progress)
     drawn = [batch for batch in checked(batches) if is_filled(batch)]
     parameters = _trained(model)
