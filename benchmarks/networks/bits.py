@@ -43,7 +43,7 @@ from matfact.factorizers._at_bits import fit_at_bits
 from matfact.torch import CompressionWarning, compress
 
 SEEDS = 1
-BITS = (2.5, 4.0, 3.0, 2.0, 8.0)
+BITS = (2.5, 4.0, 3.0, 3.5, 2.0, 8.0)
 NETWORKS = {"sentence encoder": "1 − cosine", "language model": "divergence"}
 METHODS: dict[str, BaseFactorizer] = {
     "RTN": RoundToNearest(),
