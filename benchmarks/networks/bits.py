@@ -34,7 +34,6 @@ from matfact import (
     ADMMPruner,
     DoubleBinaryFactorizer,
     DoubleSparseFactorizer,
-    Quantized,
     RoundToNearest,
 )
 from matfact.compare._weights import demo_folder
@@ -134,24 +133,9 @@ def at_bits(
         if isinstance(layer, nn.Linear) and re.search(layers, name):
             W = layer.weight.detach().numpy()
             if W.shape not in found:
-                found[W.shape] = clone(fit_at_bits(_quick(method), W, bits))
-            chosen[name] = _slow(found[W.shape], method)
+                found[W.shape] = fit_at_bits(method, W, bits)
+            chosen[name] = clone(found[W.shape])
     return chosen
-
-
-def _quick(method: BaseFactorizer) -> BaseFactorizer:
-    """Return the method with few iterations, which is as large."""
-    has = "max_iter" in method.get_params(deep=False)
-    return clone(method).set_params(max_iter=20) if has else method
-
-
-def _slow(found: BaseFactorizer, method: BaseFactorizer) -> BaseFactorizer:
-    """Return what was found with the iterations of the method."""
-    params = method.get_params(deep=False)
-    if "max_iter" not in params:
-        return clone(found)
-    name = "estimator__max_iter" if isinstance(found, Quantized) else "max_iter"
-    return clone(found).set_params(**{name: params["max_iter"]})
 
 
 def table(rows: list[Row]) -> str:
