@@ -281,3 +281,5 @@ def test_inspect_times_the_products(tmp_path):
     ).groups())  # fmt: skip
     assert ratio == pytest.approx(dense / used, rel=0.9)  # a median of ratios
     assert invoke("inspect", tmp_path / "out", "--batch-size", "0").exit_code == 2
+    refused = invoke("inspect", tmp_path / "out", "--batch-size", "4", "--json")
+    assert (refused.exit_code, refused.stdout) == (2, "")

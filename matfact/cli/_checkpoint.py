@@ -127,6 +127,8 @@ def inspect(
         from matfact.checkpoint import Checkpoint
         from matfact.checkpoint._html import page
 
+        if as_json and batch_size is not None:
+            raise ValueError("--batch-size must not be given with --json, which holds no times.")
         checkpoint = Checkpoint(folder)
         if html is not None:
             check_output(html, checkpoint.files)

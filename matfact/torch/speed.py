@@ -70,6 +70,8 @@ def measure_speed(
 
     Raises
     ------
+    TypeError
+        If `batch` is a network.
     ValueError
         If no layer is factorized, if layers are offloaded, or if `turns` is below 1.
 
@@ -83,13 +85,16 @@ def measure_speed(
     >>> 0 < speed.layers <= 1 <= speed.bound
     True
     """
-    if not isinstance(turns, Integral) or turns < 1:
+    if isinstance(turns, bool) or not isinstance(turns, Integral) or turns < 1:
         raise ValueError(f"turns must be an integer of at least 1, got {turns!r}.")
+    if isinstance(batch, nn.Module):
+        raise TypeError(
+            f"batch must be an input or a function of model, got {type(batch).__name__}."
+        )
     refuse_offloaded(model)
     if not any(isinstance(module, _LAYERS) for module in model.modules()):
         raise ValueError("model must have factorized layers, got none.")
     dense, layers = _dense_twin(model)
-    # A network is callable too, but no batch.
     run = batch if callable(batch) else lambda network: forward(network, batch)
     device = device_of(model)
     with eval_mode(model), eval_mode(dense), torch.inference_mode():

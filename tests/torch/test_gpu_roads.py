@@ -233,7 +233,9 @@ def test_roads_of_what_no_kernel_takes_are_refused():
         LowRankLinear(8, 8, rank=1, dtype=torch.float64).gpu_roads(1)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.5, 1.0, float("nan"), float("inf"), "3", None])
+@pytest.mark.parametrize(
+    "batch_size", [0, -1, True, 2.5, 1.0, float("nan"), float("inf"), "3", None]
+)
 def test_batch_sizes_that_are_no_numbers_of_samples_are_refused(batch_size):
     message = rf"batch_size must be an integer of at least 1, got {batch_size!r}\."
     with pytest.raises(ValueError, match=message):
@@ -426,3 +428,14 @@ def test_another_support_is_looked_at_again():
     assert module.semi_structured.suits(module, target)
     module.load_state_dict(other.state_dict())
     assert not module.semi_structured.suits(module, target)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("width", [1, 63, 65])
+@pytest.mark.parametrize("make", [SparseProductLinear, MonarchLinear])
+def test_inputs_of_another_width_are_refused(make, width, is_training):
+    layer = make(64, 64).train(is_training)
+    with pytest.raises(
+        ValueError, match=rf"64 features in its last axis, got shape \(3, {width}\)"
+    ):
+        layer(torch.ones(3, width))

@@ -67,5 +67,10 @@ def test_the_network_is_left_as_it_was(small):
 def test_bad_arguments_are_refused(small):
     with pytest.raises(ValueError, match="model must have factorized layers, got none"):
         measure_speed(Tied(), torch.randn(5, 64))
-    with pytest.raises(ValueError, match="turns must be an integer of at least 1, got 0"):
-        measure_speed(small, torch.randn(5, 64), turns=0)
+    for turns in (0, True):
+        with pytest.raises(
+            ValueError, match=f"turns must be an integer of at least 1, got {turns}"
+        ):
+            measure_speed(small, torch.randn(5, 64), turns=turns)
+    with pytest.raises(TypeError, match="batch must be an input or a function of model, got Tied"):
+        measure_speed(small, Tied())

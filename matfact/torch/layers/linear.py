@@ -153,6 +153,11 @@ class FactorizedLinear(InferenceModule):
         if x.is_nested:
             samples = [self(sample) for sample in x.unbind()]
             return torch.nested.as_nested_tensor(samples, layout=x.layout)
+        if x.shape[-1:] != (self.in_features,):  # not all kernels would notice
+            raise ValueError(
+                f"input must have {self.in_features} features in its last axis, got shape "
+                f"{tuple(x.shape)}."
+            )
         if not self.training and not torch.compiler.is_compiling():
             out = self._infer(x)
             if out is not None:
