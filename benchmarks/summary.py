@@ -26,8 +26,7 @@ FRONT = [
     "dense float32", "dense bfloat16", "dense int8",
     "GPTQ, 3.5 bits a weight", "DSF, 4.0 bits a weight",
     "GPTQ, 2.5 bits a weight, 35 of 210 layers", "DSF, 2.5 bits a weight, 35 of 210 layers",
-    "DSF, 50 %, float32", "DSF, 50 %, bfloat16", "DSF, 25 %, float32", "DSF, 25 %, bfloat16",
-    "DSF, 20 %", "DSF, 10 %",
+    "DSF, 50 %, float32", "DSF, 30 %, float32", "DSF, 25 %, float32", "DSF, 20 %",
 ]  # fmt: skip
 
 
