@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.datafiles import read
+from benchmarks.datafiles import fits, read
 from matfact._figures import GREY, label_lines, style
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -89,7 +89,7 @@ def down(rows: Rows, x: Callable[[Any], float], fields: Mapping[str, str]) -> di
 
 def _rows(file: str, part: str, **where: Any) -> Rows:
     rows = read(IMAGES.parent / "data" / f"{file}.json")["sets"][part]["rows"]
-    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+    return [row for row in rows if fits(row, where)]
 
 
 def projection() -> Figure:

@@ -146,12 +146,10 @@ def network(name: str) -> Any:
 
 def built(name: str, model: Any, form: str) -> Any:
     """Return a form of a network; parameters that are the same are shared."""
-    if form == "dense bfloat16":
-        return copy.deepcopy(model).to(torch.bfloat16)
-    if form == "dense int8":
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
     if form == "dense 32 bits":
         return model
+    if form.startswith("dense "):
+        return models.of_torch(model, form.removeprefix("dense "))
     density, bits = float(form.split()[0]), int(form.split()[1])
     rng = np.random.default_rng(SEED)
     # Changing the dtype would change shared parameters too.

@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    options.output.mkdir(parents=True, exist_ok=True)
     with machine.threads(options.threads):
         # Other programs make times uncertain.
         conditions = {**machine.describe(options.threads), "load": os.getloadavg()[0]}
         content = {"machine": conditions, "figures": measured()}
-    options.output.mkdir(exist_ok=True)
     path = options.output / f"{mf.__version__}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(changes(options.output, mf.__version__))

@@ -85,18 +85,20 @@ class _Finder:
             name: self("generate", "forms", network=network, form=form, threads=2, **where)
             for name, where in (("one", few), ("many", many))
         }
-        size = {"bytes": rows["one"]["bytes"]} if "bytes" in rows["one"] else {}
-        return size | {name: row["speedup"] for name, row in rows.items()}
+        speeds = {name: row["speedup"] for name, row in rows.items()}
+        return speeds | {"bytes": rows["one"].get("bytes")}
 
 
 def _dense(find: _Finder, network: str, short: str) -> list[Row]:
     """Return the dense forms, whose sizes follow from their bits, with what torch's own lose."""
     common = {"network": network, "flops": 1.0}
-    rows = [{**common, "form": "dense float32", "bytes": 1.0, **find.speed(short, "dense 32 bits")}]
+    rows = [
+        common | {"form": "dense float32"} | find.speed(short, "dense 32 bits") | {"bytes": 1.0}
+    ]
     for form, method in (("dense bfloat16", "bfloat16"), ("dense int8", "dynamic int8")):
         found = find("bits", "networks", network=network, method=method)
-        rows.append(common | {"form": form, "bytes": found["stored"] / 32})
-        rows[-1] |= find.speed(short, form) | {n: found[n] for n in QUALITIES if n in found}
+        rows.append(common | {"form": form} | find.speed(short, form))
+        rows[-1] |= {"bytes": found["stored"] / 32} | {n: found[n] for n in QUALITIES if n in found}
     return rows
 
 
@@ -173,8 +175,8 @@ def _cnn(find: _Finder) -> list[Row]:
                 "flops": fitted["mflops"] / dense["mflops"], "accuracy": fitted["accuracy"],
             }  # fmt: skip
             if method == "dense":
-                rows.append({**row, "form": "dense float32"})
-                rows[-1] |= find.speed("resnet20", "dense 32 bits")
+                speed = find.speed("resnet20", "dense 32 bits")
+                rows.append(speed | row | {"form": "dense float32"})
                 continue
             short = "DSF" if method.startswith("DSF") else method
             if short == "DSF":

@@ -13,7 +13,7 @@ ROOT = Path(matfact.__file__).parent
 
 #: Parts by floor, from the ground up. Each imports from lower floors and from itself alone.
 FLOORS = (
-    {"_files", "_regular", "_text", "_threads", "backend"},
+    {"_checks", "_files", "_regular", "_text", "_threads", "backend"},
     {"_figures", "_html", "_json", "_parallel", "_tables", "kernels", "metrics"},
     {"_depth_chart", "_progress", "_safetensors"},
     {"_layers", "_safetensors_file"},

@@ -9,7 +9,6 @@ form takes two layers of the encoder.
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 import warnings
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from sklearn.base import clone
 from torch import nn
@@ -26,7 +24,7 @@ from torch import nn
 from benchmarks import machine, study
 from benchmarks.figures import label_lines
 from benchmarks.harness import Row
-from benchmarks.networks import fresh
+from benchmarks.networks import fresh, models
 from benchmarks.networks.subjects import Subject, subject
 from benchmarks.tables import markdown_table
 from matfact import (
@@ -81,7 +79,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Compress a network, and measure it on fresh inputs."""
     dense = subject(cell["network"], False)
     if cell["method"] in OF_TORCH:
-        return of_torch(cell["method"], dense)
+        return measure_of_torch(cell["method"], dense)
     layers = r"encoder\.layer\.0\.attention\.self\.(key|query)" if cell["quick"] else dense.layers
     start = time.process_time()
     overrides = at_bits(METHODS[cell["method"]], dense.model, layers, cell["bits"])
@@ -103,19 +101,14 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_torch(method: str, dense: Subject) -> dict[str, Any]:
+def measure_of_torch(method: str, dense: Subject) -> dict[str, Any]:
     """Measure what torch offers for the whole network, which takes no time to make."""
-    small = copy.deepcopy(dense.model)
-    if method == "bfloat16":
-        small = small.to(torch.bfloat16)
-    else:
-        by_channel = torch.ao.quantization.per_channel_dynamic_qconfig
-        how = {nn.Linear: by_channel} if method.endswith("channels") else {nn.Linear}
-        small = torch.ao.quantization.quantize_dynamic(small, how)
-    linear = [name for name, each in dense.model.named_modules() if isinstance(each, nn.Linear)]
+    small = models.of_torch(dense.model, method.removeprefix("dynamic "))
     return {
         **fresh.measure(dense, small, [], paired=False).outputs,
-        "seconds": 0.0, "compressed": len(linear), "kept": 0,
+        "seconds": 0.0,
+        "compressed": sum(isinstance(each, nn.Linear) for each in dense.model.modules()),
+        "kept": 0,
         "stored": OF_TORCH[method], "flops": 1.0,
     }  # fmt: skip
 

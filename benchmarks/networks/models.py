@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +28,25 @@ def build(name: str, *, image_size: int = 28, width: int | None = None) -> nn.Mo
         raise ValueError(f"name must be one of {', '.join(_ARCHITECTURES)}, got {name!r}.")
     make, default = _ARCHITECTURES[name]
     return make(image_size, default if width is None else width)
+
+
+def of_torch(model: Any, form: str) -> Any:
+    """Return a copy of a network as torch itself makes it smaller.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A network in float32.
+    form : {"bfloat16", "int8", "int8, channels"}
+        The dtype of all values, or that of the weights of linear layers with one scale for each of
+        them or for each of their outputs, whose inputs are rounded when they come.
+    """
+    small = copy.deepcopy(model)
+    if form == "bfloat16":
+        return small.to(torch.bfloat16)
+    by_channel = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+    how = by_channel if form.endswith("channels") else {nn.Linear}
+    return torch.ao.quantization.quantize_dynamic(small, how)
 
 
 def lenet(image_size: int, width: int) -> nn.Sequential:

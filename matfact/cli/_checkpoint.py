@@ -127,8 +127,8 @@ def inspect(
         from matfact.checkpoint import Checkpoint
         from matfact.checkpoint._html import page
 
-        if as_json and batch_size is not None:
-            raise ValueError("--batch-size must not be given with --json, which holds no times.")
+        if batch_size is not None:
+            _check_times(as_json)
         checkpoint = Checkpoint(folder)
         if html is not None:
             check_output(html, checkpoint.files)
@@ -243,12 +243,19 @@ def print_totals(checkpoint: Checkpoint) -> None:
     )
 
 
+def _check_times(as_json: bool) -> None:
+    """Raise an error, before any work, if products cannot be timed."""
+    if as_json:
+        raise ValueError("--batch-size must not be given with --json, which holds no times.")
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"--batch-size needs torch: {extra('torch')}.") from error
+
+
 def _speed(checkpoint: Checkpoint, batch_size: int) -> str:
     """Return a sentence on the times of all products and of their dense matrices."""
-    try:
-        from matfact.torch.speed import measure_products
-    except ImportError as error:
-        raise ImportError("--batch-size needs torch, the extra 'torch' of matfact.") from error
+    from matfact.torch.speed import measure_products
 
     names = [name for name, tensor in checkpoint.tensors.items() if tensor.is_product]
     if not names:

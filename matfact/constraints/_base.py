@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from numbers import Integral
 from typing import ClassVar
 
 from matfact.backend import Array
@@ -35,12 +34,6 @@ class Constraint(ABC):
     def support(self, array: Array) -> Array:
         """Return the boolean mask of the entries kept by the projection of `array`."""
         return self.project(array) != 0
-
-
-def check_positive_int(name: str, value: object) -> None:
-    """Raise ``ValueError`` unless `value`, the parameter `name`, is an integer of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def check_square(constraint: Constraint, shape: tuple[int, int]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from matfact import backend
+from matfact._checks import check_positive_int
 from matfact.backend import Array
-from matfact.constraints._base import Constraint, check_positive_int
+from matfact.constraints._base import Constraint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ from abc import abstractmethod
 from typing import Self
 
 from matfact import backend, kernels
+from matfact._checks import check_positive_int
 from matfact.backend import Array
-from matfact.constraints._base import Constraint, check_positive_int
+from matfact.constraints._base import Constraint
 
 
 class Sparsity(Constraint):

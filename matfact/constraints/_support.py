@@ -10,8 +10,9 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from matfact import backend
+from matfact._checks import check_positive_int
 from matfact.backend import Array
-from matfact.constraints._base import Constraint, check_positive_int
+from matfact.constraints._base import Constraint
 
 
 class Support(Constraint):

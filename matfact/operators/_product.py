@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from matfact import backend
+from matfact._checks import check_positive_int
 from matfact._safetensors_file import SafetensorsFile
 from matfact.backend import Array
 from matfact.operators import _arithmetic, _storage
@@ -275,7 +276,7 @@ class FactorProduct(ArrayLike, Displayed):
         {"factors", "dense"}
             The result of `tune` for this batch size, or else of a fixed rule.
         """
-        batch_size = _checked(batch_size)
+        batch_size = check_positive_int("batch_size", batch_size)
         return self._plan.method(batch_size, self._plan.dtype) if self._plan else "factors"
 
     def advise(self, batch_size: int) -> Advice:
@@ -296,7 +297,7 @@ class FactorProduct(ArrayLike, Displayed):
         Advice
             Seconds with the factors, and of the array library's product with the dense matrix.
         """
-        batch_size = _checked(batch_size)
+        batch_size = check_positive_int("batch_size", batch_size)
         if self._plan:
             return self._plan.advise(batch_size)
         dense = backend.compute_array(self.toarray())
@@ -338,7 +339,7 @@ class FactorProduct(ArrayLike, Displayed):
         >>> product.method_for(16) == advice.method
         True
         """
-        batch_size = _checked(batch_size)
+        batch_size = check_positive_int("batch_size", batch_size)
         if self._plan is None:
             raise TypeError(
                 "tune needs a product whose values are on the host, need no gradient and are "
@@ -389,9 +390,3 @@ class FactorProduct(ArrayLike, Displayed):
     def __repr__(self) -> str:
         inner = ", ".join(repr(factor) for factor in self.factors)
         return f"FactorProduct({self.shape[0]}×{self.shape[1]}, {self.density:.1%}: [{inner}])"
-
-
-def _checked(batch_size: int) -> int:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-    return int(batch_size)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from matfact._checks import check_positive_int
 from matfact.operators import FactorProduct
 from matfact.torch.layers.conv import FactorizedConv
 from matfact.torch.layers.linear import FactorizedLinear
@@ -85,8 +86,7 @@ def measure_speed(
     >>> 0 < speed.layers <= 1 <= speed.bound
     True
     """
-    if isinstance(turns, bool) or not isinstance(turns, Integral) or turns < 1:
-        raise ValueError(f"turns must be an integer of at least 1, got {turns!r}.")
+    check_positive_int("turns", turns)
     if isinstance(batch, nn.Module):
         raise TypeError(
             f"batch must be an input or a function of model, got {type(batch).__name__}."
@@ -131,10 +131,14 @@ class _Layers(nn.ModuleList):
 def _dense_twin(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """Return a copy with dense layers, and these; whatever else is stored is shared."""
     held = [module for module in model.modules() if isinstance(module, _LAYERS)]
-    made: dict[int, Any] = {id(layer): layer.to_dense().requires_grad_(False) for layer in held}
-    stored: Iterator[Any] = (t for t in [*model.parameters(), *model.buffers()])
-    memo = {id(tensor): tensor for tensor in stored} | made
-    return copy.deepcopy(model, memo), list(made.values())
+    inside = {
+        kernel for layer in held if isinstance(layer, FactorizedConv) for kernel in layer.kernels
+    }
+    made = {
+        id(layer): layer.to_dense().requires_grad_(False) for layer in held if layer not in inside
+    }
+    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo | made), list(made.values())
 
 
 def _seconds(run: Callable[[nn.Module], object], network: nn.Module, device: torch.device) -> float:

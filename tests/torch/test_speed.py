@@ -38,6 +38,14 @@ def test_the_twin_computes_the_same_and_shares_what_is_not_factorized(small):
     assert isinstance(small.first, FactorizedLinear)
 
 
+def test_kernels_inside_of_convolutions_get_no_dense_form_of_their_own():
+    small, _ = compress(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), "dsf", density=0.5)
+    twin, layers = module._dense_twin(small.eval())
+    assert layers == [twin[0]]
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(twin(x), small(x))
+
+
 def test_times_are_those_of_the_two_networks(small, monkeypatch):
     class Slow(nn.Linear):
         def forward(self, x):

@@ -42,13 +42,6 @@ def is_capability(given: Any) -> bool:
     )
 
 
-def checked_samples(batch_size: Any) -> int:
-    """Return a number of samples, or raise ``ValueError``."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-    return int(batch_size)
-
-
 def measured(layer: Any, x: Tensor) -> Advice:
     """Return the times of a layer for samples `x` by its factors and by its dense product."""
 

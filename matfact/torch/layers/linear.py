@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from matfact._checks import check_positive_int
 from matfact.backend import to_numpy
 from matfact.operators import Advice, FactorProduct
 from matfact.torch.layers._chain import apply_factors, dense_product, factor_module
@@ -21,7 +22,6 @@ from matfact.torch.layers._gpu import (
     GpuRoads,
     Method,
     Target,
-    checked_samples,
     is_capability,
     measured,
     method_for,
@@ -31,6 +31,7 @@ from matfact.torch.layers._in_place import InPlace
 from matfact.torch.layers._inference import Inference, InferenceModule, check_tensor
 from matfact.torch.layers._pool import on_torch_threads
 from matfact.torch.layers._pretrained import refuse_unattached
+from matfact.torch.running._batches import eval_mode
 from matfact.torch.running._offloaded import fetched
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ class FactorizedLinear(InferenceModule):
         product, which is as fast and as large as the original layer. "factors" caches nothing.
         "auto" takes the fastest. On the CPU these are the kernels of
         `matfact.operators.FactorProduct`, which cache reordered values, or torch with the
-        dense product wherever that class would use it too. On other devices, where torch has no
-        fast kernel for scattered values, "auto" caches the dense product if the factors take more
-        work. The values are compared with a copy in every pass to detect changes, see
-        `keep_unchecked`, unless the CPU reads sparse factors as they are stored.
+        dense product wherever that class would use it too. On a GPU it caches the dense product
+        where that is predicted or timed to be faster, see `gpu_roads` and `tune`; elsewhere if the
+        factors take more work. The values are compared with a copy in every pass to detect changes,
+        see `keep_unchecked`, unless the CPU reads sparse factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
@@ -139,12 +140,12 @@ class FactorizedLinear(InferenceModule):
         """Return what eval mode uses for samples `x`, on a GPU by prediction."""
         if self.inference == "auto" and x.is_cuda:
             tuned = self._tuned.get(x.numel() // self.in_features)
-            return tuned or method_for(self.chain, x, values, self._method(), self._checked())
+            return tuned or method_for(self.chain, x, values, self._method(), self._checked(values))
         return self._method()
 
-    def _checked(self) -> int:
+    def _checked(self, values: list[Tensor]) -> int:
         """Tensors that are compared with their copies before the cached product is used."""
-        return len(self.values()) + len(self.fixed()) if self._product.is_checked else 0
+        return len(values) + len(self.fixed()) if self._product.is_checked else 0
 
     def forward(self, input: Tensor) -> Tensor:  # named as torch does, for calls by keyword
         """Apply the layer to the last axis of `input`."""
@@ -188,8 +189,8 @@ class FactorizedLinear(InferenceModule):
     def tune(self, batch_size: int) -> Advice:
         """Time factors and dense product on the layer's GPU, and use the faster for such batches.
 
-        Until then a fixed rule predicts it, see `gpu_roads`. Only this object is tuned, in
-        eval mode and with ``inference="auto"``; copies keep the choice, files do not.
+        Until then a fixed rule predicts it, see `gpu_roads`. The choice holds in eval mode with
+        ``inference="auto"``. Copies of the layer keep it, files do not.
 
         Parameters
         ----------
@@ -206,20 +207,18 @@ class FactorizedLinear(InferenceModule):
         TypeError
             If the layer is not on a GPU. On the CPU its kernels follow a rule of their own.
         """
-        n_samples = checked_samples(batch_size)
+        n_samples = check_positive_int("batch_size", batch_size)
         held = self.chain[0].values
         if not held.is_cuda:
             raise TypeError(f"tune needs a layer on a GPU, this one is on {held.device}.")
         x = torch.zeros(n_samples, self.in_features, dtype=held.dtype, device=held.device)
-        chosen, was_training = self.inference, self.training
-        with torch.no_grad():
+        chosen, values = self.inference, self.values()
+        with torch.no_grad(), eval_mode(self):
+            rule = method_for(self.chain, x, values, self._method(), self._checked(values))
             try:
-                self.eval()
-                rule = method_for(self.chain, x, self.values(), self._method(), self._checked())
                 advice = measured(self, x)._replace(rule=rule)
             finally:
                 self.inference = chosen
-                self.train(was_training)
         self._tuned[n_samples] = advice.method
         return advice
 
@@ -253,7 +252,7 @@ class FactorizedLinear(InferenceModule):
         >>> LowRankLinear(4096, 4096, rank=64).gpu_roads(1).method
         'factors'
         """
-        n_samples = checked_samples(batch_size)
+        n_samples = check_positive_int("batch_size", batch_size)
         held = self.chain[0].values
         if capability is None:
             on_gpu = held.is_cuda
@@ -264,7 +263,7 @@ class FactorizedLinear(InferenceModule):
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"the layer's values must be of dtype {names}, got {held.dtype}.")
         target = Target(held.dtype, capability)
-        return predicted(self.chain, n_samples, target, self._checked(), in_graph)
+        return predicted(self.chain, n_samples, target, self._checked(self.values()), in_graph)
 
     def _apply_on_host(self, host: _Host, x: Tensor) -> Tensor:
         samples = x.reshape(-1, self.in_features)
@@ -300,9 +299,8 @@ class FactorizedLinear(InferenceModule):
     def _is_on_host(self, x: Tensor) -> bool:
         """Whether `x` holds samples to which a kernel may apply the factors as stored."""
         return (
-            x.shape[-1:] == (self.in_features,)
             # Unchecked layers keep what is faster for several.
-            and (x.numel() == self.in_features or (self._host.is_checked and x.numel() > 0))
+            (x.numel() == self.in_features or (self._host.is_checked and x.numel() > 0))
             and x.is_cpu
             and self.inference == "auto"
             and not torch.is_autocast_enabled("cpu")

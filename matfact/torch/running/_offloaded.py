@@ -20,11 +20,11 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def refuse_offloaded(model: nn.Module) -> None:
-    """Raise ``ValueError`` if tensors in `model` are offloaded, so that changes would be lost."""
+    """Raise ``ValueError`` if tensors in `model` are offloaded: changes of them would be lost."""
     found = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
     if found is not None:
         raise ValueError(
-            f"model must hold the values to change in memory, but accelerate has offloaded those "
+            f"model must hold all of its values in memory, but accelerate has offloaded those "
             f"of {found!r}: call remove_hook_from_module(model, recurse=True) of accelerate.hooks."
         )
 
