@@ -1,6 +1,7 @@
 """Products of a matrix in compressed sparse rows, as it is stored, with samples.
 
-Rows of some length are multiplied nearly as fast as the slices of ``csr``, and need no rearranged
+Values are floating-point numbers, or integers of a byte with a scale for each group of them. Rows
+of some length are multiplied nearly as fast as the slices of ``csr``, and need no rearranged
 copy, which takes memory and has to be kept up to date. Kernels are functions of C, which any pool
 of threads can call for parts of the work.
 """
@@ -25,6 +26,7 @@ from matfact.kernels.vectors import (
     fma,
     load,
     load_values,
+    multiply,
     prefetch,
     spread,
     store,
@@ -107,6 +109,70 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
 
 
 @numba.njit(inline="always")
+def _groups(step, source):  # type: ignore[no-untyped-def]
+    """Return the scales of a factor's groups, the first group of each row, and their unit."""
+    scales = numba.carray(pointer(step[fused.A], source), (1,))
+    firsts = numba.carray(pointer(step[fused.B], np.empty(0, np.int32)), (1,))
+    return scales, firsts, source.dtype.type(1 / step[fused.C])
+
+
+@numba.njit(inline="always")
+def _coded_sample_step(step, codes, indices, table, part, source, target):  # type: ignore[no-untyped-def]
+    """Compute some rows of integers for a single sample."""
+    codes, columns, indptr = _matrix(step, codes, indices, table)
+    scales, firsts, unit = _groups(step, source)
+    stored, zero = indptr[step[fused.ROWS]], zeros(source, _DOT)
+    lanes = width(zero)
+    for row in range(part[0], part[1]):
+        begin, length = indptr[row], indptr[row + 1] - indptr[row]
+        first, count = np.int64(firsts[row]), np.int64(firsts[row + 1]) - firsts[row]
+        a, rest = zero, unit * 0
+        for g in range(count):
+            e, end = begin + length * g // count, begin + length * (g + 1) // count
+            scale = scales[first + g] * unit
+            prefetch(codes, e + _AHEAD)
+            prefetch(columns, e + _AHEAD)
+            while e + lanes <= end:
+                entries = multiply(load_values(codes, e, zero), spread(scale, zero))
+                a = fma(entries, gather(source, columns, e, zero), a)
+                e += lanes
+            while e < end and e + lanes <= stored:
+                entries = multiply(load_values(codes, e, zero), spread(scale, zero))
+                more = fma(entries, gather(source, columns, e, zero), a)
+                a = first_lanes(end - e, more, a)
+                e += lanes
+            while e < end:
+                rest += value(codes, e, source) * scale * source[columns[e]]
+                e += 1
+        target[row] = total(a) + rest
+
+
+@numba.njit(inline="always")
+def _coded_panel_step(zero, step, codes, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
+    """Compute rows `first` to `last` of integers for a panel as wide as the vector `zero`."""
+    codes, columns, indptr = _matrix(step, codes, indices, table)
+    scales, firsts, unit = _groups(step, source)
+    for row in range(first, last):
+        begin, length = indptr[row], indptr[row + 1] - indptr[row]
+        group, count = np.int64(firsts[row]), np.int64(firsts[row + 1]) - firsts[row]
+        a = b = zero
+        for g in range(count):
+            e, end = begin + length * g // count, begin + length * (g + 1) // count
+            scale = scales[group + g] * unit
+            prefetch(codes, e + _AHEAD)
+            prefetch(columns, e + _AHEAD)
+            while e + 2 <= end:
+                x, y = load(source, columns[e], zero), load(source, columns[e + 1], zero)
+                a = fma(spread(value(codes, e, source) * scale, zero), x, a)
+                b = fma(spread(value(codes, e + 1, source) * scale, zero), y, b)
+                e += 2
+            if e < end:
+                x = load(source, columns[e], zero)
+                a = fma(spread(value(codes, e, source) * scale, zero), x, a)
+        store(target, row, add(a, b))
+
+
+@numba.njit(inline="always")
 def _opened(data):  # type: ignore[no-untyped-def]
     """Return the job at an address, with typed arrays for the kernels of ``fused``."""
     values, columns = numba.carray(data, (1,)), np.empty(0, np.uint16)
@@ -134,6 +200,22 @@ def _join_panels(first, last, data):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+def _join_coded_sample(first, last, data):  # type: ignore[no-untyped-def]
+    """Help with the product of all factors of integers with a single sample."""
+    job, codes, columns, X, out, scratch = _opened(data)
+    fused.apply_to_vector(
+        _coded_sample_step, job, codes, columns, X, out, scratch, job, 0, 0, 0
+    )  # fmt: skip
+
+
+def _join_coded_panels(first, last, data):  # type: ignore[no-untyped-def]
+    """Help with the product of all factors of integers with panels of samples."""
+    job, codes, columns, X, out, scratch = _opened(data)
+    fused.apply_to_panels(
+        _coded_panel_step, job, codes, columns, X, out, scratch, job, 0, 0, 0
+    )  # fmt: skip
+
+
 @functools.cache
 def kernel(dtype: type, is_single: bool) -> Any:
     """Return the compiled product of all factors with a single sample, or with panels.
@@ -143,8 +225,10 @@ def kernel(dtype: type, is_single: bool) -> Any:
     Parameters
     ----------
     dtype : type
-        Dtype of the values, or of the bits of halves.
+        Dtype of the values, of the bits of halves, or of integers with scales.
     is_single : bool
         Whether there is a single sample.
     """
+    if dtype is np.int8:
+        return callback(_join_coded_sample if is_single else _join_coded_panels, dtype)
     return callback(_join_sample if is_single else _join_panels, dtype)

@@ -20,14 +20,16 @@ from matfact._threads import allowed_threads
 from matfact.operators._dispatch import cost
 from matfact.operators._dispatch.plan import SMALL
 from matfact.torch.layers import _pool
+from matfact.torch.layers._coded import QuantizedSparseModule
 from matfact.torch.layers._factors import SparseFactorModule
 
-#: Dtypes of values as NumPy has them, or their bits, and those computed in.
+#: Dtypes of what is stored as NumPy has them, or their bits, and those computed in.
 _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
     torch.float32: (np.float32, torch.float32),
     torch.float64: (np.float64, torch.float64),
     torch.float16: (np.uint16, torch.float32),
     torch.bfloat16: (np.int16, torch.float32),
+    torch.int8: (np.int8, torch.float32),
 }
 _ENOUGH = 1 << 15  #: values times panels for each thread
 _KEPT = 64  #: sizes of batches for which something is prepared, at most
@@ -65,40 +67,51 @@ class InPlace:
 
 
 def _state(module: Any, dtype: torch.dtype) -> _State | None:
-    """Return where values, columns and row pointers of a module are, and what tells of changes.
+    """Return where a module has what is read, and what tells of changes.
 
-    None if they are not plain, or the values not of a dtype. Every call needs this, and it takes
-    longer than a small product. No reference is kept, so that no weights stay in memory that a
-    network has let go, and tensors can be swapped.
+    First values or codes, columns and row pointers; for codes also their scales, the first group of
+    each row, and the unit, which are 0 for values. None if they are not plain, or not of a dtype.
+    Every call needs this, and it takes longer than a small product. No reference is kept, so that
+    no weights stay in memory that a network has let go, and tensors can be swapped.
     """
-    if type(module) is not SparseFactorModule:
+    kind, buffers = type(module), module._buffers
+    if kind is SparseFactorModule:
+        value = stored = module._parameters.get("values")
+        coding: _State = 0, 0, 0
+    elif kind is QuantizedSparseModule and dtype is torch.float32:
+        value, stored = module._parameters.get("scales"), buffers["codes"]
+        groups: Any = buffers.get("groups")
+        if groups is None or groups.is_inference():
+            return None
+        coding = (value.data_ptr(), groups.data_ptr(), module.unit, groups._version, value.numel())
+    else:
         return None
-    value, buffers = module._parameters.get("values"), module._buffers
     columns: Any = buffers["indices"]
     pointers: Any = buffers["indptr"]
     if (
         type(value) is not nn.Parameter
         or value.dtype is not dtype
-        or not value.is_contiguous()
+        or not (value.is_contiguous() and stored.is_contiguous())
         or columns.is_inference()  # whose writes are not counted
         or pointers.is_inference()
     ):
         return None
     return (
-        value.data_ptr(), columns.data_ptr(), pointers.data_ptr(), value.numel(), columns._version,
-        pointers._version, id(module), id(value), module.rows, module.columns,
+        stored.data_ptr(), columns.data_ptr(), pointers.data_ptr(), *coding, stored.numel(),
+        columns._version, pointers._version, id(module), id(value), module.rows, module.columns,
     )  # fmt: skip
 
 
 def _need_gradient(modules: Collection[Any]) -> bool:
-    return any(module._parameters["values"].requires_grad for module in modules)
+    return any(module._parameters[module.trained].requires_grad for module in modules)
 
 
 def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
     """Return factors that are ready to be applied, None if kernels could not read them."""
-    if not all(map(_is_readable, modules)):
+    kind = modules[0].stored.dtype
+    if not all(module.stored.dtype is kind and _is_readable(module) for module in modules):
         return None
-    read, _ = _READ[modules[0].values.dtype]
+    read, _ = _READ[kind]
     kinds = (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
     groups = [[state[i] for state in states] for i in range(3)]
     if any(a % kind.itemsize for group, kind in zip(groups, kinds, strict=True) for a in group):
@@ -109,6 +122,7 @@ def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
     steps = np.zeros((len(modules), fused.STEP_FIELDS), np.int64)
     steps[:, fused.ROWS] = [module.rows for module in modules[::-1]]
     steps[:, fused.VECTOR_UNITS] = steps[:, fused.PANEL_UNITS] = steps[:, fused.ROWS]
+    steps[:, [fused.A, fused.B, fused.C]] = [state[3:6] for state in states[::-1]]
     job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(modules) + 2), np.int64)
     job[fused.STEPS], job[fused.N_STEPS] = steps.ctypes.data, len(steps)
     fields = (fused.VALUES, fused.COLUMNS, fused.TABLE)
@@ -132,10 +146,10 @@ class _Chain:
 
     def __init__(self, steps: np.ndarray, job: np.ndarray, modules: list[Any]) -> None:
         self._steps, self._job = steps, job  # the job holds the address of the steps
-        stored = modules[0].values.dtype
+        stored = modules[0].stored.dtype
         self._read, self._dtype = _READ[stored]
-        self._is_half = stored is not self._dtype
-        self._n_values = sum(module.values.numel() for module in modules)
+        self._is_half = stored.is_floating_point and stored is not self._dtype
+        self._n_values = sum(module.n_values for module in modules)
         columns, rows = modules[-1].columns, modules[0].rows
         self._sides = columns, rows, max(columns, *(module.rows for module in modules))
         self._calls: dict[tuple[int, int], _Call | None] = {}
@@ -241,18 +255,25 @@ def _scratch(size: int) -> int:
 
 def _is_readable(module: Any) -> bool:
     """Whether a module is on the host, and kernels would read only where there is something."""
-    value, indices = module.values, module.indices
-    if not value.is_cpu or value.is_neg() or value.dtype not in _READ:
+    stored, indices = module.stored, module.indices
+    if not stored.is_cpu or stored.is_neg() or stored.dtype not in _READ:
         return False
     if indices.dtype is not torch.uint8:
         return False
     columns = module.indices.numpy(force=True).reshape(-1).view("<u2")
-    pointers, n = module.indptr.numpy(force=True), module.values.numel()
-    return bool(
-        len(columns) == n
-        and (columns < module.columns).all()
-        and len(pointers) == module.rows + 1
-        and pointers[0] == 0
-        and pointers[-1] == n
-        and (np.diff(pointers) >= 0).all()
+    if not (columns < module.columns).all():
+        return False
+    is_coded = stored.dtype is torch.int8
+    return (
+        len(columns) == stored.numel()
+        and _are_bounds(module.indptr, module.rows, stored.numel())
+        and not (is_coded and module.groups.dtype is not torch.int32)
+        and not (is_coded and not _are_bounds(module.groups, module.rows, module.scales.numel()))
     )
+
+
+def _are_bounds(bounds: Tensor, count: int, total: int) -> bool:
+    """Whether these are the bounds of so many consecutive parts of a sequence."""
+    found = bounds.numpy(force=True)
+    rises = len(found) == count + 1 and (np.diff(found) >= 0).all()
+    return bool(rises and found[0] == 0 and found[-1] == total)
