@@ -42,15 +42,15 @@ class _Paragraphs(HTMLParser):
         self._found: list[str] = []
         self._is_inside = False
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: D102
+    def handle_starttag(self, tag: str, attrs: object) -> None:
         if tag == "p":
             self._found.append("")
             self._is_inside = True
 
-    def handle_endtag(self, tag: str) -> None:  # noqa: D102
+    def handle_endtag(self, tag: str) -> None:
         self._is_inside &= tag != "p"
 
-    def handle_data(self, data: str) -> None:  # noqa: D102
+    def handle_data(self, data: str) -> None:
         if self._is_inside:
             self._found[-1] += data
 
