@@ -119,8 +119,8 @@ def test_a_distance_of_logits():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 1.5}, "epochs must be an integer, at least 1, got 1.5"),
-        ({"epochs": 0}, "epochs must be an integer, at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
+        ({"epochs": True}, "epochs must be an integer of at least 1, got True"),
         ({"learning_rate": 0.0}, "learning_rate must lie between 0 and 1, got 0"),
         ({"hidden": -1.0}, "hidden must be at least 0 and finite, got -1"),
         ({"batches": batches(1)}, "batches must hold at least two, since one is held out, got 1"),

@@ -6,12 +6,12 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from matfact._checks import check_positive_int
 from matfact._progress import Bar
 from matfact.report import CompressionReport
 from matfact.torch.layers._factors import FactorModule
@@ -165,8 +165,7 @@ def _check(
     check_trainable(model)
     for network in (model, teacher):
         refuse_offloaded(network)
-    if not isinstance(epochs, Integral) or epochs < 1:
-        raise ValueError(f"epochs must be an integer, at least 1, got {epochs!r}.")
+    check_positive_int("epochs", epochs)
     if not 0 < rate < 1:
         raise ValueError(f"learning_rate must lie between 0 and 1, got {rate}.")
     if not 0 <= hidden < math.inf:
