@@ -277,3 +277,13 @@ def test_a_report_of_another_network_is_refused(tmp_path):
         save_network(other, tmp_path / "out", report=report)
     assert not (tmp_path / "out").exists()
     save_network(model, tmp_path / "out", report=report)
+
+
+def test_it_trains_in_mixed_precision():
+    dense = Network()
+    model, _ = small(dense)
+    before = distance(model, dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        distill(model, dense, batches(40), learning_rate=0.01)
+    assert distance(model, dense) < 0.8 * before
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
