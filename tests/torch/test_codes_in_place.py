@@ -125,3 +125,15 @@ def test_scales_can_be_trained():
     layer, x = layer_of(), samples(4)
     layer(x).sum().backward()
     assert layer.factors[0].scales.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_scales_at_odd_addresses_are_not_read_in_place():
+    layer, x = layer_of(), samples(1)
+    scales = layer.factors[0].scales
+    memory = torch.empty(4 * len(scales) + 1, dtype=torch.uint8).numpy()
+    shifted = memory[1:].view(np.float32)
+    shifted[:] = scales.numpy()
+    layer.factors[0].scales = nn.Parameter(torch.from_numpy(shifted))
+    assert_exact(layer, x)
+    assert layer._host._kept is not None

@@ -108,13 +108,15 @@ def _need_gradient(modules: Collection[Any]) -> bool:
 
 def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
     """Return factors that are ready to be applied, None if kernels could not read them."""
-    kind = modules[0].stored.dtype
-    if not all(module.stored.dtype is kind and _is_readable(module) for module in modules):
+    stored = modules[0].stored.dtype
+    if not all(module.stored.dtype is stored and _is_readable(module) for module in modules):
         return None
-    read, _ = _READ[kind]
+    read, _ = _READ[stored]
     kinds = (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
     groups = [[state[i] for state in states] for i in range(3)]
     if any(a % kind.itemsize for group, kind in zip(groups, kinds, strict=True) for a in group):
+        return None
+    if any(a % 4 for state in states for a in state[3:5]):  # of scales, in single precision
         return None
     # Imported late, so that small layers do not load the compiler.
     from matfact.kernels import fused
