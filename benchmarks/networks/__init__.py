@@ -12,7 +12,7 @@ import importlib
 import os
 from pathlib import Path
 
-NAMES = ("encoder", "language-model", "cnn", "calibration", "bits")
+NAMES = ("encoder", "language-model", "cnn", "calibration", "bits", "allocation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
