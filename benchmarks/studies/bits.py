@@ -34,6 +34,7 @@ METHODS = {
     "RTN": RoundToNearest(),
     "DBF": DoubleBinaryFactorizer(max_iter=300),
     "DSF": DoubleSparseFactorizer(max_iter=200),
+    "DSF, 400 sweeps": DoubleSparseFactorizer(max_iter=400),
     "magnitude": MagnitudePruner(),
     "low rank": LowRank(),
     "Monarch": MonarchProjector(),
