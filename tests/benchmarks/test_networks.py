@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 # The benchmarks are not installed with the library.
 from benchmarks import harness  # noqa: E402
-from benchmarks.networks import cnn, data, training  # noqa: E402
+from benchmarks.networks import allocation, cnn, data, prose, training  # noqa: E402
 from benchmarks.networks.models import build  # noqa: E402
 
 
@@ -96,3 +96,24 @@ def test_every_method_stores_no_more_than_its_density_and_learns(tmp_path, monke
     assert all(row["values"].mean <= limit < row["values"].mean / 0.8 for row in rows.values())
     assert all(row["fine_tuned"].mean > 0.5 for row in rows.values())
     assert "batch norm re-estimated" in (folder / "table.md").read_text()
+
+
+def test_paragraphs_of_prose_are_read_and_short_ones_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(prose, "PACKAGES", tmp_path)
+    folder, long = tmp_path / "anarchism" / "html", "words of a <em>long</em> paragraph, " * 8
+    folder.mkdir(parents=True)
+    (folder / "secA1.html").write_text(f"<h1>A</h1><p>short</p><p>{long}\n</p>outside")
+    (folder / "secA2.html").write_text(f"<p>{long}")
+    expected = " ".join(long.replace("<em>", "").replace("</em>", "").split())
+    assert prose.expository() == f"{expected}\n\n{expected}"
+    with pytest.raises(FileNotFoundError, match="project-history"):
+        prose.technical()
+
+
+def test_budgets_take_no_more_bytes_than_one_density_and_lose_less(tmp_path):
+    assert allocation.run(True, tmp_path) == 0
+    (record,) = harness.load(tmp_path / harness.FILE).values()
+    uniform, *budgets = (record["result"][form] for form in allocation.FORMS)
+    for found in budgets:
+        assert found["nbytes"] <= uniform["nbytes"]
+        assert found["divergence"] < uniform["divergence"]

@@ -82,6 +82,7 @@ def distill(
         Number of passes over the batches.
     learning_rate : float, default=0.003
         First step relative to the root mean square of each parameter. It falls to zero as a cosine.
+        If the first scores fall, the rate is too large for a network that is close to its teacher.
     distance : callable, optional
         Distance between outputs and those of the teacher, with a row for each token or sample
         without padding; for logits see `soft_cross_entropy`. By default the squared error
