@@ -155,11 +155,10 @@ def _language_model(find: _Finder) -> list[Row]:
         if density == 50:
             rows[-1] |= find.speed("smollm2", "0.5 32 bits")
         trained = find("language-model", "distilled", density=density / 100, step="trained")
-        tokens = find.condition("language-model", "distilled", "training_tokens")
         rows.append({
             "network": name, "form": f"DSF, {density} %, float32, distilled",
             "flops": density / 100, "perplexity": trained["perplexity"] / dense,
-            "calibration": f"{tokens:,} tokens",
+            "calibration": f"{trained['tokens']:,} tokens",
         })  # fmt: skip
     for density, bits in ((50, 16), (25, 32), (25, 16)):
         form = f"{density / 100} {bits} bits"
