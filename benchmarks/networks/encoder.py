@@ -46,11 +46,10 @@ MAX_TOKENS = 128
 
 
 class Texts(NamedTuple):
-    """Batches of tokens: for calibration, for the test, and all that are not for the test."""
+    """Batches of tokens for calibration and for the test."""
 
     calibration: list[dict[str, Tensor]]
     test: list[dict[str, Tensor]]
-    every: list[dict[str, Tensor]]
 
 
 def run(quick: bool, folder: Path, cells: str = "") -> int:
@@ -98,7 +97,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     if cell["form"] == "distilled":
         with torch.autocast("cpu", torch.bfloat16):
-            distill(small, model, texts.every, report=report)
+            distill(small, model, training_batches(), report=report)
     dense, near = (embeddings(net, texts.test) for net in (model, small))
     cosines = (dense * near).sum(1)
     return {
@@ -132,14 +131,19 @@ def batches(text: str, n_calibration: int, n_test: int) -> Texts:
     if text == "excerpts":
         folder, names, test = EXCERPTS, ("northanger-abbey",), "pride-and-prejudice"
     calibration = [sentence for name in names for sentence in sentences(folder / f"{name}.txt")]
-    more = [] if text == "excerpts" else split(prose.expository())
-    every = tokenized([*calibration, *spread(more, 2 * len(calibration))], 16)
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     return Texts(
         tokenized(spread(calibration, n_calibration)),
         tokenized(spread(sentences(folder / f"{test}.txt"), n_test)),
-        [every[i] for i in order],
     )
+
+
+def training_batches() -> list[dict[str, Tensor]]:
+    """Return all sentences of the novels for calibration, and twice as many of other prose."""
+    folder = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
+    novels = [sentence for name in CALIBRATION for sentence in sentences(folder / f"{name}.txt")]
+    every = tokenized([*novels, *spread(split(prose.expository()), 2 * len(novels))], 16)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+    return [every[i] for i in order]
 
 
 def sentences(path: Path) -> list[str]:

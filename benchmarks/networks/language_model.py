@@ -320,8 +320,7 @@ def tables(records: list[harness.Record]) -> str:
             how = "with" if form.feedback else "without"
             parts += [f"{name}: {tokens:,} tokens, {how} feedback\n", _perplexities(found, dense)]
             parts.append(_layers(found))
-            new = by_method["dense"].get("losses", {})
-            parts.append(predictions.table(found, new))
+            parts.append(predictions.table(found, by_method["dense"].get("losses", {})))
     if "speed" in by_method:
         parts.append(_speeds(by_method["speed"]))
     return "\n".join(parts)
