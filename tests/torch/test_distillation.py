@@ -1,11 +1,13 @@
 """Compressed networks that learn to give the outputs of the dense one."""
 
 import copy
+import math
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from sklearn.exceptions import ConvergenceWarning  # noqa: E402
 from torch import nn  # noqa: E402
 
 from matfact.torch import compress, distill, save_network, soft_cross_entropy  # noqa: E402
@@ -47,19 +49,51 @@ def test_other_parameters_and_modes_stay_as_they_are():
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in dense.modules())
 
 
-def test_a_rate_that_harms_leaves_the_network_as_it_was():
+@pytest.mark.parametrize("rate", [0.3, 0.99])
+def test_a_rate_that_harms_is_lowered_until_it_helps(rate):
     dense = Network()
     model, _ = small(dense)
-    before = copy.deepcopy(model.state_dict())
-    record = distill(model, dense, batches(10), learning_rate=0.99)
-    if record.best_epoch == 0:
-        assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
-    assert max([record.first_score, *record.scores]) >= record.first_score
-    assert -record.first_score >= _held_out(model, dense)
+    before = _held_out(model, dense)
+    record = distill(model, dense, batches(40), learning_rate=rate)
+    assert record.scores[0] < 2 * record.first_score
+    assert _held_out(model, dense) == pytest.approx(-max(record.scores), rel=0.01)
+    assert _held_out(model, dense) < 0.7 * before
+
+
+def test_training_that_never_helps_leaves_the_network_as_it_was():
+    model, _ = small(Network())
+    before = copy.deepcopy(model)
+    with pytest.warns(ConvergenceWarning, match="network is as before") as seen:
+        record = distill(model, before, batches(10))
+    assert seen[0].filename == __file__
+    assert record.best_epoch == 0
+    state = model.state_dict()
+    assert all(torch.equal(state[name], x) for name, x in before.state_dict().items())
+
+
+def test_infinite_losses_lower_the_rate_and_are_told():
+    dense = Network()
+    model, _ = small(dense)
+    message = r"back to the best network: loss .* batch 3 of epoch 1\."
+    with pytest.warns(ConvergenceWarning, match=message) as seen:
+        record = distill(model, dense, batches(40), distance=_overflows_once())
+    assert seen[0].filename == __file__
+    assert math.isnan(record.losses[0])
+    assert record.best_epoch > 1
+
+
+def _overflows_once():
+    calls = iter(range(100))
+
+    def distance(output, target):
+        error = (output - target).square().sum(-1)
+        return error * math.inf if next(calls, None) == 10 else error
+
+    return distance
 
 
 def _held_out(model, dense):
-    x = torch.cat(batches(10)[1::5])
+    x = torch.cat(batches(40)[1::5])
     with torch.no_grad():
         error, square = ((f(x) - g).square().sum(-1) for f, g in ((model, dense(x)), (dense, 0)))
     return float((error / (square + 0.01 * square.mean())).mean().sqrt())
@@ -212,6 +246,10 @@ def test_the_batch_that_makes_scores_nan_is_told():
     given[1] = given[1] * float("nan")
     dense = Network()
     with pytest.raises(ValueError, match="gives NaN for a held-out batch"):
+        distill(small(dense)[0], dense, given)
+    given = batches(4)
+    given[3] = given[3] * float("nan")
+    with pytest.raises(ValueError, match="gives NaN for a batch to train with"):
         distill(small(dense)[0], dense, given)
 
 

@@ -52,6 +52,7 @@ def train(
     patience: int | None,
     bar: Bar,
     training: bool = True,
+    retreat: Callable[[], None] | None = None,
 ) -> FineTuning:
     """Train a network, and keep its best epoch; see `fine_tune`.
 
@@ -61,6 +62,9 @@ def train(
         Loss of an output and its batch.
     training : bool, default=True
         Whether the network trains in training mode, or in eval mode, without dropout.
+    retreat : callable, optional
+        Called once the best state is restored, after each epoch without a better score. By default
+        training goes on from the state that it has.
     """
     result = FineTuning()
     bar.expect([("", epochs)], epochs)
@@ -69,11 +73,19 @@ def train(
         try:
             for epoch in range(1, epochs + 1):
                 model.train(training)
-                result.losses.append(_epoch(model, batches, optimizer, schedule, objective, epoch))
+                try:
+                    loss = _epoch(model, batches, optimizer, schedule, objective, epoch)
+                except DivergenceError as error:
+                    if retreat is None:
+                        raise
+                    _warn(f"Training goes back to the best network: {error}")
+                    loss = math.nan
+                result.losses.append(loss)
                 if best is None:
                     result.best_epoch = epoch
-                else:
-                    best.look(epoch)
+                elif not best.look(epoch) and retreat is not None:
+                    best.restore()
+                    retreat()
                 score = None if best is None else result.scores[-1]
                 step = Step(f"epoch {epoch}: loss {result.losses[-1]:.4g}")
                 bar.advance(step, epoch, result.losses[-1], score)
@@ -82,14 +94,17 @@ def train(
         except DivergenceError as error:
             if best is None:
                 raise
-            message = f"Training stops, and the best network is kept: {error}"
-            warnings.warn(message, ConvergenceWarning, stacklevel=4)
+            _warn(f"Training stops, and the best network is kept: {error}")
         finally:
             if best is not None:
                 best.restore()
     if best is not None and math.isnan(best.score):
         raise ValueError("validate must return a number, got NaN for every state of the network.")
     return result
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, ConvergenceWarning, stacklevel=5)
 
 
 class _Best:
@@ -102,13 +117,15 @@ class _Best:
         result.first_score = self.score = float(validate(model))
         self._state = copy.deepcopy(model.state_dict())
 
-    def look(self, epoch: int) -> None:
-        """Save the network after an epoch if it is better than before."""
+    def look(self, epoch: int) -> bool:
+        """Save the network after an epoch if it is better than before, and return whether it is."""
         score = float(self._validate(self._model.eval()))
         self._result.scores.append(score)
-        if score > self.score or (math.isnan(self.score) and not math.isnan(score)):
+        is_better = score > self.score or (math.isnan(self.score) and not math.isnan(score))
+        if is_better:
             self.score, self._result.best_epoch = score, epoch
             self._state = copy.deepcopy(self._model.state_dict())
+        return is_better
 
     def restore(self) -> None:
         """Restore the best state of the network."""

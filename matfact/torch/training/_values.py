@@ -15,6 +15,8 @@ from matfact.torch.running._tensors import numeric_tensors
 
 #: The least root mean square of a parameter that learning rates are relative to.
 SMALLEST = 1e-2
+#: Divisor of learning rates that were too large.
+SLOWER = 4
 #: Share of the mean square of the outputs that is added to the square of each.
 FLOOR = 0.01
 
@@ -56,6 +58,14 @@ def adam(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, n_steps) / n_steps))
     )
     return optimizer, schedule
+
+
+def slow_down(optimizer: torch.optim.Adam, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Divide all learning rates by `SLOWER`, and forget the gradients seen so far."""
+    schedule.base_lrs = [rate / SLOWER for rate in schedule.base_lrs]
+    for group in optimizer.param_groups:
+        group["lr"] /= SLOWER
+    optimizer.state.clear()
 
 
 def relative_errors(output: Tensor, target: Tensor, batch: Any, model: nn.Module) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from matfact._checks import check_positive_int
@@ -39,6 +42,7 @@ from matfact.torch.training._values import (
     first_tensor,
     relative_errors,
     rows,
+    slow_down,
     stored_values,
 )
 from matfact.torch.training.finetune import Distance
@@ -67,8 +71,8 @@ def distill(
     Stored values, biases and norms are trained with Adam; supports and all other parameters are
     fixed. Blocks, such as transformer layers, learn to give the outputs of the dense ones too. One
     batch in five, at most 16, is held out. After each eighth of the training the network is
-    measured on them, and its best state is kept, which may be the first. New text helps more than
-    further epochs.
+    measured on them. If it is no better than before, training goes back to its best state, and on
+    from there with a quarter of the learning rate. New text helps more than further epochs.
 
     Parameters
     ----------
@@ -82,7 +86,7 @@ def distill(
         Number of passes over the batches.
     learning_rate : float, default=0.003
         First step relative to the root mean square of each parameter. It falls to zero as a cosine.
-        If the first scores fall, the rate is too large for a network that is close to its teacher.
+        A rate that turns out too large costs an eighth of the time for each quartering.
     distance : callable, optional
         Distance between outputs and those of the teacher, with a row for each token or sample
         without padding; for logits see `soft_cross_entropy`. By default the squared error
@@ -99,14 +103,19 @@ def distill(
     -------
     FineTuning
         Losses and scores of each eighth. A score is the negative distance of held-out outputs,
-        by default their relative error.
+        by default their relative error. The final network has the best one.
 
     Raises
     ------
     ValueError
         If a parameter is invalid, no parameter can be trained, stored values are not in single or
         double precision, there are fewer than two batches, the teacher has other blocks or gives
-        outputs of other shapes, or the report is of another network.
+        outputs of other shapes or NaN, or the report is of another network.
+
+    Warns
+    -----
+    sklearn.exceptions.ConvergenceWarning
+        If an eighth makes the network infinite or NaN, or none makes it better.
 
     Examples
     --------
@@ -141,7 +150,11 @@ def distill(
         record = train(
             model, parts, pair, optimizer, schedule, epochs=math.ceil(n_steps / parts.size),
             validate=lambda model: -pair.error(aside), patience=None, bar=bar, training=False,
+            retreat=functools.partial(slow_down, optimizer, schedule),
         )  # fmt: skip
+    if not record.best_epoch:
+        message = "The network is as before, since no part of the training made it better."
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
     if report is not None:
         report.metadata["steps"] = [*report.metadata.get("steps", ()), _summary(record, n_steps)]
     return record
@@ -240,7 +253,7 @@ class _Pair(contextlib.ExitStack):
         self._state = RandomState.now(device_of(self._model), self._generators)
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
-        target = self._target(batch)
+        target = self._target(batch, "a batch to train with")
         loss = self._of(output_tensor(output), target, batch).mean()
         pairs = [(a, b) for a, b in zip(self._found, self._wanted, strict=False)
                  if a.shape == b.shape]  # fmt: skip
@@ -255,18 +268,20 @@ class _Pair(contextlib.ExitStack):
         found = []
         for batch in batches:
             batch = moved(batch, device_of(self._model))
-            output, target = output_tensor(forward(self._model, batch)), self._target(batch)
-            if bool(attended(target, batch, self._model).isnan().any()):
-                raise ValueError("teacher must give numbers, but gives NaN for a held-out batch.")
+            output = output_tensor(forward(self._model, batch))
+            target = self._target(batch, "a held-out batch")
             found.append(self._of(output, target, batch).double().flatten())
         mean = float(torch.cat(found).mean())
         return math.sqrt(mean) if self._distance is None else mean
 
     @torch.no_grad()
-    def _target(self, batch: Any) -> Tensor:
+    def _target(self, batch: Any, what: str) -> Tensor:
         """Return the teacher's output; it draws the same random numbers as the network."""
         with drawing(self._state):
-            return output_tensor(forward(self._teacher, batch))
+            target = output_tensor(forward(self._teacher, batch))
+        if bool(attended(target, batch, self._model).isnan().any()):
+            raise ValueError(f"teacher must give numbers, but gives NaN for {what}.")
+        return target
 
     def _of(self, output: Tensor, target: Tensor, batch: Any) -> Tensor:
         if output.shape != target.shape:
