@@ -130,27 +130,29 @@ def batches(text: str, n_calibration: int, n_test: int) -> Texts:
     folder, names, test = Path(os.environ.get("MATFACT_DATA", ".")) / "text", CALIBRATION, TEST
     if text == "excerpts":
         folder, names, test = EXCERPTS, ("northanger-abbey",), "pride-and-prejudice"
-    calibration = [sentence for name in names for sentence in sentences(folder / f"{name}.txt")]
     return Texts(
-        tokenized(spread(calibration, n_calibration)),
-        tokenized(spread(sentences(folder / f"{test}.txt"), n_test)),
+        tokenized(spread(sentences(folder, *names), n_calibration)),
+        tokenized(spread(sentences(folder, test), n_test)),
     )
 
 
 def training_batches() -> list[dict[str, Tensor]]:
     """Return all sentences of the novels for calibration, and twice as many of other prose."""
-    folder = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
-    novels = [sentence for name in CALIBRATION for sentence in sentences(folder / f"{name}.txt")]
+    novels = sentences(Path(os.environ.get("MATFACT_DATA", ".")) / "text", *CALIBRATION)
     every = tokenized([*novels, *spread(split(prose.expository()), 2 * len(novels))], 16)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     return [every[i] for i in order]
 
 
-def sentences(path: Path) -> list[str]:
-    """Return the sentences of a file."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: set MATFACT_DATA to the folder of data sets.")
-    return split(path.read_text(encoding="utf-8-sig"))
+def sentences(folder: Path, *names: str) -> list[str]:
+    """Return the sentences of texts, one after another."""
+    found = []
+    for path in (folder / f"{name}.txt" for name in names):
+        if not path.exists():
+            message = f"{path} is missing: set MATFACT_DATA to the folder of data sets."
+            raise FileNotFoundError(message)
+        found += split(path.read_text(encoding="utf-8-sig"))
+    return found
 
 
 def split(text: str) -> list[str]:

@@ -159,7 +159,7 @@ def sentence_encoder(n_fresh: int) -> Subject:
     """Return the encoder of the extra ``demo``, measured on sentence embeddings."""
     model, _ = encoder.network()
     folder = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
-    items = [s for name in NOVELS for s in encoder.sentences(folder / f"{name}.txt")]
+    items = encoder.sentences(folder, *NOVELS)
     order = torch.randperm(len(items), generator=_generator(0)).tolist()
     items = [items[i] for i in order]
 

@@ -26,7 +26,7 @@ def test_unrelated_embeddings_agree_by_chance():
 
 def test_excerpts_hold_sentences_to_calibrate_and_others_to_test():
     calibration, test = (
-        encoder.sentences(encoder.EXCERPTS / f"{name}.txt")
+        encoder.sentences(encoder.EXCERPTS, name)
         for name in ("northanger-abbey", "pride-and-prejudice")
     )
     assert min(len(calibration), len(test)) >= 20

@@ -71,8 +71,8 @@ def distill(
     Stored values, biases and norms are trained with Adam; supports and all other parameters are
     fixed. Blocks, such as transformer layers, learn to give the outputs of the dense ones too. One
     batch in five, at most 16, is held out. After each eighth of the training the network is
-    measured on them. If it is no better than before, training goes back to its best state, and on
-    from there with a quarter of the learning rate. New text helps more than further epochs.
+    measured on them. If it is no better, training goes back to its best state and continues at a
+    quarter of the learning rate. New text helps more than further epochs.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def distill(
         Number of passes over the batches.
     learning_rate : float, default=0.003
         First step relative to the root mean square of each parameter. It falls to zero as a cosine.
-        A rate that turns out too large costs an eighth of the time for each quartering.
+        Each time it is quartered, an eighth of the training is lost.
     distance : callable, optional
         Distance between outputs and those of the teacher, with a row for each token or sample
         without padding; for logits see `soft_cross_entropy`. By default the squared error
