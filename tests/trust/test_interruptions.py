@@ -54,6 +54,16 @@ def wait_for(condition):
     raise TimeoutError
 
 
+def told(output):
+    """The one line that a stopped command wrote.
+
+    On a busy machine joblib's own tracker sometimes adds that it cleaned up after a worker.
+    """
+    line, *rest = output.strip().splitlines()
+    assert not rest or "resource_tracker.py" in rest[0], output
+    return line
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -65,10 +75,7 @@ def test_sigterm_while_compressing_ends_workers_and_leaves_work_that_goes_on(sou
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)  # idle workers would hold the pipe for minutes
     assert process.returncode == 128 + signal.SIGTERM, output
-    told, *rest = output.strip().splitlines()
-    assert told == "Stopped; every file is complete or as it was."
-    # On a busy machine joblib's own tracker sometimes adds that it cleaned up after a worker.
-    assert not rest or "resource_tracker.py" in rest[0], output
+    assert told(output) == "Stopped; every file is complete or as it was."
     assert not (out / "manifest.json").exists()
     assert not list(out.glob(".*"))
     finished = {path: path.stat().st_ino for path in out.glob("0*.safetensors")}
@@ -102,8 +109,7 @@ def test_a_worker_killed_for_its_memory_is_one_line(source, tmp_path):
     os.kill(int(workers[0]), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
-    (line,) = output.strip().splitlines()
-    assert line.startswith("Error: a worker process was killed")
+    assert told(output).startswith("Error: a worker process was killed")
     assert not list(out.glob(".*"))
 
 
