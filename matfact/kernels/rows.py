@@ -118,32 +118,41 @@ def _groups(step, source):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _coded_sample_step(step, codes, indices, table, part, source, target):  # type: ignore[no-untyped-def]
-    """Compute some rows of integers for a single sample."""
+    """Compute some rows of integers for a single sample.
+
+    Vectors go on over the ends of groups: their lanes take the scale of the group they are in.
+    """
     codes, columns, indptr = _matrix(step, codes, indices, table)
     scales, firsts, unit = _groups(step, source)
     stored, zero = indptr[step[fused.ROWS]], zeros(source, _DOT)
     lanes = width(zero)
     for row in range(part[0], part[1]):
-        begin, length = indptr[row], indptr[row + 1] - indptr[row]
+        e, end = indptr[row], indptr[row + 1]
+        begin, length = e, end - e
         first, count = np.int64(firsts[row]), np.int64(firsts[row + 1]) - firsts[row]
-        a, rest = zero, unit * 0
-        for g in range(count):
-            e, end = begin + length * g // count, begin + length * (g + 1) // count
-            scale = scales[first + g] * unit
+        a, rest, g, border = zero, unit * 0, 0, e
+        scale, scaled = rest, zero
+        while e < end and e + lanes <= stored:
+            here = scaled
+            while border < e + lanes and g < count:
+                scale = scales[first + g] * unit
+                scaled = spread(scale, zero)
+                here = first_lanes(border - e, here, scaled)
+                g += 1
+                border = begin + length * g // count
             prefetch(codes, e + _AHEAD)
             prefetch(columns, e + _AHEAD)
-            while e + lanes <= end:
-                entries = multiply(load_values(codes, e, zero), spread(scale, zero))
-                a = fma(entries, gather(source, columns, e, zero), a)
-                e += lanes
-            while e < end and e + lanes <= stored:
-                entries = multiply(load_values(codes, e, zero), spread(scale, zero))
-                more = fma(entries, gather(source, columns, e, zero), a)
-                a = first_lanes(end - e, more, a)
-                e += lanes
-            while e < end:
-                rest += value(codes, e, source) * scale * source[columns[e]]
-                e += 1
+            entries = multiply(load_values(codes, e, zero), here)
+            more = fma(entries, gather(source, columns, e, zero), a)
+            a = more if e + lanes <= end else first_lanes(end - e, more, a)
+            e += lanes
+        while e < end:
+            while e >= border and g < count:
+                scale = scales[first + g] * unit
+                g += 1
+                border = begin + length * g // count
+            rest += value(codes, e, source) * scale * source[columns[e]]
+            e += 1
         target[row] = total(a) + rest
 
 
