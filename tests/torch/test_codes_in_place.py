@@ -44,7 +44,7 @@ def assert_exact(layer, x):
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("group_size", [16, 64, None])
+@pytest.mark.parametrize("group_size", [3, 16, 64, None])
 @pytest.mark.parametrize("n_samples", [1, 2, 7, 33, 300])
 @torch.no_grad()
 def test_they_are_multiplied_by_the_product(bits, group_size, n_samples):
