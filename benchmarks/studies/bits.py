@@ -33,6 +33,7 @@ BITS = (2.5, 2.0, 3.25, 4.25, 3.0, 4.0, 8.25)
 METHODS = {
     "RTN": RoundToNearest(),
     "DBF": DoubleBinaryFactorizer(max_iter=300),
+    "DBF, 900 sweeps": DoubleBinaryFactorizer(max_iter=900),
     "DSF": DoubleSparseFactorizer(max_iter=200),
     "DSF, 400 sweeps": DoubleSparseFactorizer(max_iter=400),
     "magnitude": MagnitudePruner(),
