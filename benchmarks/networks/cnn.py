@@ -113,7 +113,7 @@ def _compressed(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no layer may be kept silently
         # One batch in five is held out: of eight these are two.
-        calibration = images.split(len(images) // 8) if calibrated else None
+        calibration = images.chunk(8) if calibrated else None
         model, report = compress(model, method, calibration=calibration, **_selection(cell))
     return Small(model, report.nbytes)
 
