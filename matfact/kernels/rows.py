@@ -1,9 +1,10 @@
-"""Products of a matrix in compressed sparse rows, as it is stored, with samples.
+"""Products of a matrix with samples, as it is stored in compressed sparse rows.
 
-Values are floating-point numbers, or integers of a byte with a scale for each group of them. Rows
-of some length are multiplied nearly as fast as the slices of ``csr``, and need no rearranged
-copy, which takes memory and has to be kept up to date. Kernels are functions of C, which any pool
-of threads can call for parts of the work.
+Values are floating-point numbers, or integers of a byte with a scale for each group of them. A
+dense matrix of such integers is read too, for a single sample. Rows of some length are multiplied
+nearly as fast as the slices of ``csr``, and need no rearranged copy, which takes memory and has to
+be kept up to date. Kernels are functions of C, which any pool of threads can call for parts of the
+work.
 """
 
 from __future__ import annotations
@@ -128,18 +129,21 @@ def _coded_sample_step(step, codes, indices, table, part, source, target):  # ty
     lanes = width(zero)
     for row in range(part[0], part[1]):
         e, end = indptr[row], indptr[row + 1]
-        begin, length = e, end - e
-        first, count = np.int64(firsts[row]), np.int64(firsts[row + 1]) - firsts[row]
-        a, rest, g, border = zero, unit * 0, 0, e
+        g, last = np.int64(firsts[row]), np.int64(firsts[row + 1])
+        count, length, over = last - g, end - e, 0
+        # Groups of nearly the same size, without a division for each.
+        size, spare = (length // count, length % count) if count > 1 else (length, 0)
+        a, rest, border = zero, unit - unit, e
         scale, scaled = rest, zero
         while e < end and e + lanes <= stored:
             here = scaled
-            while border < e + lanes and g < count:
-                scale = scales[first + g] * unit
+            while border < e + lanes and g < last:
+                scale = scales[g] * unit
                 scaled = spread(scale, zero)
                 here = first_lanes(border - e, here, scaled)
-                g += 1
-                border = begin + length * g // count
+                g, over = g + 1, over + spare
+                border += size + (over >= count)
+                over -= count * (over >= count)
             prefetch(codes, e + _AHEAD)
             prefetch(columns, e + _AHEAD)
             entries = multiply(load_values(codes, e, zero), here)
@@ -147,13 +151,58 @@ def _coded_sample_step(step, codes, indices, table, part, source, target):  # ty
             a = more if e + lanes <= end else first_lanes(end - e, more, a)
             e += lanes
         while e < end:
-            while e >= border and g < count:
-                scale = scales[first + g] * unit
-                g += 1
-                border = begin + length * g // count
+            while e >= border and g < last:
+                scale = scales[g] * unit
+                g, over = g + 1, over + spare
+                border += size + (over >= count)
+                over -= count * (over >= count)
             rest += value(codes, e, source) * scale * source[columns[e]]
             e += 1
         target[row] = total(a) + rest
+
+
+@numba.njit(inline="always")
+def _dense_sample_step(step, codes, part, source, target):  # type: ignore[no-untyped-def]
+    """Compute some rows of a dense matrix of integers, all with the same groups."""
+    codes, count, columns = codes[step[fused.VALUES] :], step[fused.B], step[fused.D]
+    scales, _, unit = _groups(step, source)
+    zero = zeros(source, _DOT)
+    lanes, size, spare = width(zero), columns // count, columns % count
+    for row in range(part[0], part[1]):
+        begin, a, rest, c, over = row * columns, zero, unit - unit, 0, 0
+        for g in range(count * row, count * (row + 1)):
+            over += spare
+            end = c + size + (over >= count)
+            over -= count * (over >= count)
+            prefetch(codes, begin + c + _AHEAD)
+            inside = more = zero
+            while c + 2 * lanes <= end:
+                e = begin + c
+                inside = fma(load_values(codes, e, zero), load_values(source, c, zero), inside)
+                e, c = e + lanes, c + lanes
+                more = fma(load_values(codes, e, zero), load_values(source, c, zero), more)
+                c += lanes
+            inside = add(inside, more)
+            while c < end and c + lanes <= columns:  # what follows the group does not count
+                e = begin + c
+                more = fma(load_values(codes, e, zero), load_values(source, c, zero), inside)
+                inside = first_lanes(end - c, more, inside)
+                c = min(c + lanes, end)
+            scale = scales[g] * unit
+            while c < end:
+                rest += value(codes, begin + c, source) * scale * source[c]
+                c += 1
+            a = fma(inside, spread(scale, zero), a)
+        target[row] = total(a) + rest
+
+
+@numba.njit(inline="always")
+def _integer_sample_step(step, codes, indices, table, part, source, target):  # type: ignore[no-untyped-def]
+    """Compute some rows of integers for a single sample, dense or sparse."""
+    if step[fused.D] > 0:
+        _dense_sample_step(step, codes, part, source, target)
+    else:
+        _coded_sample_step(step, codes, indices, table, part, source, target)
 
 
 @numba.njit(inline="always")
@@ -213,7 +262,7 @@ def _join_coded_sample(first, last, data):  # type: ignore[no-untyped-def]
     """Help with the product of all factors of integers with a single sample."""
     job, codes, columns, X, out, scratch = _opened(data)
     fused.apply_to_vector(
-        _coded_sample_step, job, codes, columns, X, out, scratch, job, 0, 0, 0
+        _integer_sample_step, job, codes, columns, X, out, scratch, job, 0, 0, 0
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Samples go through quantized sparse factors as they are stored."""
+"""Samples go through quantized factors as they are stored."""
 
 import copy
 
@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact.operators import FactorProduct, SparseFactor  # noqa: E402
+from matfact.operators import DenseFactor, FactorProduct, SparseFactor  # noqa: E402
 from matfact.torch import FactorizedLinear  # noqa: E402
 
 
@@ -26,6 +26,12 @@ def layer_of(bits=8, group_size=64, density=0.1):
     product = FactorProduct([sparse(200, 150, density), sparse(150, 300, density, 1)])
     coded = product.quantized(bits, group_size)
     return FactorizedLinear(coded, torch.ones(200)).eval()
+
+
+def dense_layer_of(rows, columns, bits=8, group_size=64):
+    weight = np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
+    product = FactorProduct([DenseFactor(weight)]).quantized(bits, group_size)
+    return FactorizedLinear(product, torch.ones(rows)).eval()
 
 
 def keeps_nothing(layer):
@@ -65,6 +71,56 @@ def test_untracked_writes_count_although_nothing_is_kept(through, n_samples):
         assert keeps_nothing(layer)
         assert not torch.equal(after, before)
         assert_exact(layer, x)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("group_size", [3, 16, 64, None])
+@pytest.mark.parametrize("columns", [5, 16, 150, 301])
+@torch.no_grad()
+def test_a_sample_is_multiplied_by_a_dense_factor_as_it_is_stored(bits, group_size, columns):
+    layer = dense_layer_of(200, columns, bits, group_size)
+    for n_samples in (1, 2):
+        assert_exact(layer, samples(n_samples, columns))
+        assert keeps_nothing(layer) == (n_samples == 1)
+
+
+@torch.no_grad()
+def test_a_dense_factor_may_have_more_rows_than_32_bit_groups_allow():
+    layer = dense_layer_of(50_000, 40, group_size=16)
+    assert layer.factors[0].groups.dtype == torch.int64
+    assert_exact(layer, samples(1, 40))
+    assert keeps_nothing(layer)
+
+
+@torch.no_grad()
+def test_untracked_writes_to_a_dense_factor_count():
+    layer, x = dense_layer_of(200, 300), samples(1)
+    for tensor in (layer.factors[0].scales, layer.factors[0].codes):
+        before = layer(x)
+        tensor.data[-1] += 1
+        assert not torch.equal(layer(x), before)
+        assert_exact(layer, x)
+    assert keeps_nothing(layer)
+
+
+@torch.no_grad()
+def test_a_dense_factor_with_damaged_groups_is_not_read():
+    layer, x = dense_layer_of(200, 300), samples(1)
+    expected = layer(x)
+    layer.factors[0].groups[1] += 1
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+    assert not keeps_nothing(layer)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@torch.no_grad()
+def test_dense_and_sparse_factors_are_read_together(order):
+    rng = np.random.default_rng(0)
+    dense = DenseFactor(rng.standard_normal((200, 200), dtype=np.float32))
+    factors = [dense, sparse(200, 200, 0.1)][::order]
+    layer = FactorizedLinear(FactorProduct(factors).quantized(4)).eval()
+    assert_exact(layer, samples(1, 200))
+    assert keeps_nothing(layer)
 
 
 @torch.no_grad()
@@ -111,13 +167,20 @@ def test_infinity_reaches_only_rows_that_store_its_column(n_samples):
 @torch.no_grad()
 def test_bits_do_not_depend_on_threads(n_samples):
     factors = [sparse(1024, 1024, 0.1, seed) for seed in range(2)]
-    layer = FactorizedLinear(FactorProduct(factors).quantized(8)).eval()
-    x, before, found = samples(n_samples, 1024), torch.get_num_threads(), []
+    layers = [FactorizedLinear(FactorProduct(factors).quantized(8)).eval()]
+    layers += [dense_layer_of(1024, 1024)] if n_samples == 1 else []
+    for layer in layers:
+        assert_same_bits(layer, samples(n_samples, 1024))
+        assert keeps_nothing(layer)
+
+
+def assert_same_bits(layer, x):
+    """Assert that the output is the same with every number of threads."""
+    before, found = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         found.append(layer(x))
     torch.set_num_threads(before)
-    assert keeps_nothing(layer)
     assert all(torch.equal(each, found[0]) for each in found)
 
 

@@ -1,4 +1,6 @@
-"""Products of sparse factors with samples, read from the memory of parameters and buffers.
+"""Products of factors with samples, read from the memory of parameters and buffers.
+
+The factors are sparse, or dense with values of a few bits.
 
 Nothing is derived from the values: no copy takes memory, none has to be compared with the values in
 every pass, and no write can be missed.
@@ -20,7 +22,7 @@ from matfact._threads import allowed_threads
 from matfact.operators._dispatch import cost
 from matfact.operators._dispatch.plan import SMALL
 from matfact.torch.layers import _pool
-from matfact.torch.layers._coded import QuantizedSparseModule
+from matfact.torch.layers._coded import QuantizedDenseModule, QuantizedSparseModule
 from matfact.torch.layers._factors import SparseFactorModule
 
 #: Dtypes of what is stored as NumPy has them, or their bits, and those computed in.
@@ -69,16 +71,17 @@ class InPlace:
 def _state(module: Any, dtype: torch.dtype) -> _State | None:
     """Return where a module has what is read, and what tells of changes.
 
-    First values or codes, columns and row pointers; for codes also their scales, the first group of
-    each row, and the unit, which are 0 for values. None if they are not plain, or not of a dtype.
-    Every call needs this, and it takes longer than a small product. No reference is kept, so that
-    no weights stay in memory that a network has let go, and tensors can be swapped.
+    First values or codes, columns and row pointers, which are 0 for a dense factor; for codes also
+    their scales, the first group of each row, and the unit, which are 0 for values. None if they
+    are not plain, or not of a dtype. Every call needs this, and it takes longer than a small
+    product. No reference is kept, so that no weights stay in memory that a network has let go, and
+    tensors can be swapped.
     """
     kind, buffers = type(module), module._buffers
     if kind is SparseFactorModule:
         value = stored = module._parameters.get("values")
         coding: _State = 0, 0, 0
-    elif kind is QuantizedSparseModule and dtype is torch.float32:
+    elif kind in (QuantizedSparseModule, QuantizedDenseModule) and dtype is torch.float32:
         value, stored = module._parameters.get("scales"), buffers["codes"]
         groups: Any = buffers.get("groups")
         if groups is None or groups.is_inference():
@@ -86,19 +89,24 @@ def _state(module: Any, dtype: torch.dtype) -> _State | None:
         coding = (value.data_ptr(), groups.data_ptr(), module.unit, groups._version, value.numel())
     else:
         return None
-    columns: Any = buffers["indices"]
-    pointers: Any = buffers["indptr"]
+    positions: _State = 0, 0
+    versions: _State = 0, 0
+    if kind is not QuantizedDenseModule:
+        columns: Any = buffers["indices"]
+        pointers: Any = buffers["indptr"]
+        if columns.is_inference() or pointers.is_inference():  # whose writes are not counted
+            return None
+        positions = columns.data_ptr(), pointers.data_ptr()
+        versions = columns._version, pointers._version
     if (
         type(value) is not nn.Parameter
         or value.dtype is not dtype
         or not (value.is_contiguous() and stored.is_contiguous())
-        or columns.is_inference()  # whose writes are not counted
-        or pointers.is_inference()
     ):
         return None
     return (
-        stored.data_ptr(), columns.data_ptr(), pointers.data_ptr(), *coding, stored.numel(),
-        columns._version, pointers._version, id(module), id(value), module.rows, module.columns,
+        stored.data_ptr(), *positions, *coding, stored.numel(), *versions,
+        id(module), id(value), module.rows, module.columns,
     )  # fmt: skip
 
 
@@ -125,6 +133,9 @@ def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
     steps[:, fused.ROWS] = [module.rows for module in modules[::-1]]
     steps[:, fused.VECTOR_UNITS] = steps[:, fused.PANEL_UNITS] = steps[:, fused.ROWS]
     steps[:, [fused.A, fused.B, fused.C]] = [state[3:6] for state in states[::-1]]
+    for step, module in zip(steps, modules[::-1], strict=True):
+        if _is_dense(module):
+            step[fused.B], step[fused.D] = module.scales.numel() // module.rows, module.columns
     job = np.zeros(fused.COUNTERS + 2 * fused.SPACING * (len(modules) + 2), np.int64)
     job[fused.STEPS], job[fused.N_STEPS] = steps.ctypes.data, len(steps)
     fields = (fused.VALUES, fused.COLUMNS, fused.TABLE)
@@ -152,6 +163,7 @@ class _Chain:
         self._read, self._dtype = _READ[stored]
         self._is_half = stored.is_floating_point and stored is not self._dtype
         self._n_values = sum(module.n_values for module in modules)
+        self._n_dense = sum(module.n_values for module in modules if _is_dense(module))
         columns, rows = modules[-1].columns, modules[0].rows
         self._sides = columns, rows, max(columns, *(module.rows for module in modules))
         self._calls: dict[tuple[int, int], _Call | None] = {}
@@ -188,9 +200,14 @@ class _Chain:
         one sample, and less with several.
         """
         columns, rows, largest = self._sides
-        if largest <= SMALL or (self._is_half and n_samples > 1):
+        has_one_only = self._is_half or self._n_dense > 0
+        if largest <= SMALL or (has_one_only and n_samples > 1):
             return False
-        counts = {"csr": self._n_values * (1 + self._is_half), "row": rows + columns}
+        n_sparse = self._n_values - self._n_dense
+        counts = {
+            "csr": n_sparse * (1 + self._is_half), "dense code": self._n_dense,
+            "row": rows + columns,
+        }  # fmt: skip
         return cost.factors_pay(counts, (rows, columns), n_samples)
 
     def _prepared(self, n_samples: int, threads: int) -> _Call:
@@ -257,21 +274,35 @@ def _scratch(size: int) -> int:
 
 def _is_readable(module: Any) -> bool:
     """Whether a module is on the host, and kernels would read only where there is something."""
-    stored, indices = module.stored, module.indices
+    stored = module.stored
     if not stored.is_cpu or stored.is_neg() or stored.dtype not in _READ:
         return False
-    if indices.dtype is not torch.uint8:
+    if stored.dtype is torch.int8 and not _are_groups(module):
+        return False
+    if _is_dense(module):
+        return bool(stored.shape == (module.rows, module.columns) and stored.numel())
+    if module.indices.dtype is not torch.uint8:
         return False
     columns = module.indices.numpy(force=True).reshape(-1).view("<u2")
-    if not (columns < module.columns).all():
-        return False
-    is_coded = stored.dtype is torch.int8
     return (
-        len(columns) == stored.numel()
+        bool((columns < module.columns).all())
+        and len(columns) == stored.numel()
         and _are_bounds(module.indptr, module.rows, stored.numel())
-        and not (is_coded and module.groups.dtype is not torch.int32)
-        and not (is_coded and not _are_bounds(module.groups, module.rows, module.scales.numel()))
     )
+
+
+def _is_dense(module: Any) -> bool:
+    return type(module) is QuantizedDenseModule
+
+
+def _are_groups(module: Any) -> bool:
+    """Whether the values of each row have groups, all rows of a dense factor as many."""
+    groups, n_scales = module.groups, module.scales.numel()
+    if _is_dense(module):
+        counts = np.diff(groups.numpy(force=True))
+        is_same = counts.size > 0 and counts.min() == counts.max() > 0
+        return bool(is_same) and _are_bounds(groups, module.rows, n_scales)
+    return groups.dtype is torch.int32 and _are_bounds(groups, module.rows, n_scales)
 
 
 def _are_bounds(bounds: Tensor, count: int, total: int) -> bool:
