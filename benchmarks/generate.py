@@ -32,11 +32,13 @@ from benchmarks.busy import busy
 from benchmarks.networks import encoder, language_model, models, smollm2
 from benchmarks.tables import markdown_table
 from matfact._files import write_atomically
-from matfact.operators import FactorProduct, SparseFactor
+from matfact.operators import DenseFactor, FactorProduct, SparseFactor
 from matfact.torch import FactorizedConv, FactorizedLinear, keep_unchecked
 
 DENSITIES = (0.5, 0.3, 0.25)
 VALUE_BITS = (32, 16, 8)
+#: Ending of forms whose output layer has values of 8 bits, as PyTorch's dynamic int8 has.
+OUTPUT = " and output"
 #: Batch sizes of each network.
 BATCHES = {"smollm2": (1, 8), "encoder": (1, 32), "resnet20": (1, 32), "tiny": (1, 8)}
 #: The layers to factorize; those of the output stay dense.
@@ -90,6 +92,8 @@ def forms() -> Iterator[str]:
     """Yield the names of all forms besides dense float32."""
     yield from ("dense bfloat16", "dense int8")
     yield from (f"{density} {bits} bits" for bits in VALUE_BITS for density in DENSITIES)
+    yield "rounded 8 bits"  # all weights as they are
+    yield from (f"{density} 8 bits{OUTPUT}" for density in ("rounded", *DENSITIES))
 
 
 def measured(
@@ -150,22 +154,45 @@ def built(name: str, model: Any, form: str) -> Any:
         return model
     if form.startswith("dense "):
         return models.of_torch(model, form.removeprefix("dense "))
-    density, bits = float(form.split()[0]), int(form.split()[1])
+    first, digits = form.split()[:2]
+    density, bits = None if first == "rounded" else float(first), int(digits)
     rng = np.random.default_rng(SEED)
     # Changing the dtype would change shared parameters too.
     shared = {} if bits == 16 else {id(p): p for p in model.parameters()}
     small = copy.deepcopy(model, shared)
     for path, layer in list(small.named_modules()):
-        if path.startswith(LAYERS[name]) and isinstance(layer, (nn.Linear, nn.Conv2d)):
-            if isinstance(layer, nn.Conv2d) and layer.in_channels == 1:
-                continue
-            small.set_submodule(path, _factorized(layer, density, bits, rng))
+        is_output = path == "lm_head"
+        if not (path.startswith(LAYERS[name]) or (is_output and form.endswith(OUTPUT))):
+            continue
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and getattr(layer, "in_channels", 0) != 1:
+            chosen = None if is_output else density
+            small.set_submodule(path, _factorized(layer, chosen, bits, rng))
     return small.to(torch.bfloat16) if bits == 16 else small
 
 
-def _factorized(layer: Any, density: float, bits: int, rng: np.random.Generator) -> nn.Module:
-    """Return a layer with two random sparse factors, the smaller of which is square."""
-    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+def _factorized(
+    layer: Any, density: float | None, bits: int, rng: np.random.Generator
+) -> nn.Module:
+    """Return a layer with two random sparse factors, the smaller of which is square.
+
+    Without a density it has its own weight, as values of so many bits.
+    """
+    weight = layer.weight.detach().reshape(len(layer.weight), -1)
+    product = (
+        _random(weight.shape, density, rng)
+        if density
+        else FactorProduct([DenseFactor(weight.numpy())])
+    )
+    if bits == 8:
+        product = product.quantized(8)
+    if isinstance(layer, nn.Conv2d):
+        return FactorizedConv.from_products(layer, [product]).eval()
+    return FactorizedLinear(product, layer.bias).eval()
+
+
+def _random(shape: tuple[int, int], density: float, rng: np.random.Generator) -> FactorProduct:
+    """Return two random sparse factors, the smaller of which is square."""
+    rows, columns = shape
     side, total = min(rows, columns), density * rows * columns
     shares = side**2 / (side**2 + rows * columns)
     shapes = [(rows, side), (side, columns)]
@@ -173,12 +200,7 @@ def _factorized(layer: Any, density: float, bits: int, rng: np.random.Generator)
     counts = [total * (1 - shares), total * (1 - shares)]
     counts[square] = total * shares
     factors = [_sparse(shape, round(n), rng) for shape, n in zip(shapes, counts, strict=True)]
-    product = FactorProduct(factors)
-    if bits == 8:
-        product = product.quantized(8)
-    if isinstance(layer, nn.Conv2d):
-        return FactorizedConv.from_products(layer, [product]).eval()
-    return FactorizedLinear(product, layer.bias).eval()
+    return FactorProduct(factors)
 
 
 def _sparse(shape: tuple[int, int], count: int, rng: np.random.Generator) -> SparseFactor:

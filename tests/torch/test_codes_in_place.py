@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 
 from matfact.operators import DenseFactor, FactorProduct, SparseFactor  # noqa: E402
 from matfact.torch import FactorizedLinear  # noqa: E402
+from matfact.torch.layers._coded import _SLAB  # noqa: E402
 
 
 def sparse(rows, columns, density, seed=0):
@@ -77,11 +78,13 @@ def test_untracked_writes_count_although_nothing_is_kept(through, n_samples):
 @pytest.mark.parametrize("group_size", [3, 16, 64, None])
 @pytest.mark.parametrize("columns", [5, 16, 150, 301])
 @torch.no_grad()
-def test_a_sample_is_multiplied_by_a_dense_factor_as_it_is_stored(bits, group_size, columns):
+def test_a_dense_factor_is_kept_for_a_few_samples_only(bits, group_size, columns):
     layer = dense_layer_of(200, columns, bits, group_size)
-    for n_samples in (1, 2):
+    is_even = layer.factors[0].has_even_groups
+    assert is_even == (columns % (layer.factors[0].scales.numel() // 200) == 0)
+    for n_samples, is_kept in ((1, False), (256, not is_even), (2, True)):
         assert_exact(layer, samples(n_samples, columns))
-        assert keeps_nothing(layer) == (n_samples == 1)
+        assert keeps_nothing(layer) != is_kept
 
 
 @torch.no_grad()
@@ -92,15 +95,30 @@ def test_a_dense_factor_may_have_more_rows_than_32_bit_groups_allow():
     assert keeps_nothing(layer)
 
 
+@pytest.mark.parametrize("n_samples", [1, 256])
 @torch.no_grad()
-def test_untracked_writes_to_a_dense_factor_count():
-    layer, x = dense_layer_of(200, 300), samples(1)
+def test_untracked_writes_to_a_dense_factor_count(n_samples):
+    layer, x = dense_layer_of(200, 300), samples(n_samples)
     for tensor in (layer.factors[0].scales, layer.factors[0].codes):
         before = layer(x)
         tensor.data[-1] += 1
         assert not torch.equal(layer(x), before)
         assert_exact(layer, x)
     assert keeps_nothing(layer)
+
+
+@torch.no_grad()
+def test_a_large_dense_factor_is_decoded_in_parts():
+    layer, x = dense_layer_of(5000, 301, group_size=None), samples(256, 301)
+    assert layer.factors[0].codes.numel() > _SLAB
+    assert_exact(layer, x)
+    assert keeps_nothing(layer)
+
+
+def test_many_samples_reach_the_gradients_of_scales():
+    layer, x = dense_layer_of(200, 300), samples(256)
+    layer(x).sum().backward()
+    assert layer.factors[0].scales.grad.abs().sum() > 0
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from matfact.torch.layers._factors import (
 )
 from matfact.torch.layers._gpu import Target, available, road_for
 
+_SLAB = 1 << 20  #: numbers decoded at a time
 #: Sides up to which places in a row times its groups fit 32 bits.
 _NARROW = 46340
 
@@ -43,6 +44,8 @@ class _Quantized(FactorModule):
     coding: Tensor
     lengths: Tensor
     scales: nn.Parameter
+    #: Length of all groups, None if they differ.
+    _length: int | None = None
 
     def __init__(self, factor: QuantizedFactor, copy: bool = True) -> None:
         pattern = factor.pattern
@@ -77,6 +80,7 @@ class _Quantized(FactorModule):
         self.group_size = size or None
         pattern = super().to_factor()
         lengths = np.diff(group_bounds(pattern, self.group_size))
+        self._length = int(lengths[0]) if lengths.size and np.ptp(lengths) == 0 else None
         tensor = torch.from_numpy(lengths).to(self.codes.device)
         self.register_buffer("lengths", tensor, persistent=False)
         if isinstance(pattern, (DenseFactor, SparseFactor)):  # whose groups belong to rows
@@ -88,8 +92,14 @@ class _Quantized(FactorModule):
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """The values, as a differentiable function of the scales."""
-        scales = _repeated(self.scales, self.lengths, self.codes.numel())
-        return (self.codes.to(scales.dtype) / self.unit) * scales.reshape(self.codes.shape)
+        codes, scales = self.codes, self.scales
+        if scales.dtype == torch.float16:  # which might not hold scales without the unit
+            codes = codes.to(scales.dtype) / self.unit
+        else:
+            scales = scales / self.unit
+        if self._length is not None:
+            return (codes.reshape(-1, self._length) * scales[:, None]).reshape(codes.shape)
+        return codes * _repeated(scales, self.lengths, codes.numel()).reshape(codes.shape)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -162,6 +172,27 @@ class QuantizedDenseModule(_Quantized, DenseFactorModule):
 
     def gpu_times(self, samples: int, target: Target) -> dict[Road, float]:
         return self._coded_times("codes", samples, target)
+
+    @property
+    def has_even_groups(self) -> bool:
+        """Whether all groups are equally long, so that `decoded_linear` can apply them."""
+        return self._length is not None and self.scales.dtype != torch.float16
+
+    @torch.no_grad()
+    def decoded_linear(self, x: Tensor) -> Tensor:
+        """Apply the factor some rows at a time, so that few decoded numbers take memory."""
+        samples = x.reshape(-1, self.columns)
+        out = x.new_empty((len(samples), self.rows))
+        scales = (self.scales / self.unit).reshape(self.rows, -1, 1)
+        codes = self.codes.reshape(self.rows, scales.shape[1], -1)
+        height = min(self.rows, max(1, _SLAB // self.columns))
+        memory = x.new_empty((height, *codes.shape[1:]))
+        for first in range(0, self.rows, height):
+            part = slice(first, min(first + height, self.rows))
+            weight = memory[: part.stop - first]
+            torch.mul(codes[part], scales[part], out=weight)
+            torch.mm(samples, weight.flatten(1).T, out=out[:, part])
+        return out.reshape(*x.shape[:-1], self.rows)
 
 
 class QuantizedSparseModule(_Quantized, SparseFactorModule):

@@ -34,6 +34,7 @@ _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
     torch.int8: (np.int8, torch.float32),
 }
 _ENOUGH = 1 << 15  #: values times panels for each thread
+_DECODED = 256  #: samples from which decoding a matrix takes less than the kernels lose
 _KEPT = 64  #: sizes of batches for which something is prepared, at most
 _CACHE_LINE = 64
 _State = tuple[int, ...]
@@ -52,6 +53,10 @@ class InPlace:
         the dense matrix.
         """
         dtype = x.dtype
+        if len(modules) == 1:
+            (module,) = modules
+            if _is_decoded(module, x) and not (torch.is_grad_enabled() and _need_gradient(modules)):
+                return module.decoded_linear(x)
         states = [_state(module, dtype) for module in modules]
         kept, chain = self._kept
         if states != kept:
@@ -66,6 +71,17 @@ class InPlace:
 
     def __reduce__(self) -> tuple[type[InPlace], tuple[()]]:
         return InPlace, ()
+
+
+def _is_decoded(module: Any, x: Tensor) -> bool:
+    """Whether a dense factor of few bits is decoded for the samples `x`, and nothing kept."""
+    return (
+        _is_dense(module)
+        and x.numel() >= _DECODED * module.columns
+        and module.has_even_groups
+        and type(module._parameters["scales"]) is nn.Parameter
+        and (module.scales.dtype, module.scales.device) == (x.dtype, x.device)
+    )
 
 
 def _state(module: Any, dtype: torch.dtype) -> _State | None:
