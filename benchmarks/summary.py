@@ -23,7 +23,7 @@ NOTE = (
 QUALITIES = ("1 − cosine", "loss")
 #: Forms on the front page.
 FRONT = [
-    "dense float32", "dense bfloat16", "dense int8",
+    "dense float32", "dense bfloat16", "dense int8", "weights rounded to 8 bits",
     "GPTQ, 3.5 bits a weight", "DSF, 4.0 bits a weight",
     "GPTQ, 2.5 bits a weight, 35 of 210 layers", "DSF, 2.5 bits a weight, 35 of 210 layers",
     "DSF, 50 %, float32", "DSF, 30 %, float32", "DSF, 25 %, float32", "DSF, 20 %",
@@ -90,14 +90,19 @@ class _Finder:
 
 
 def _dense(find: _Finder, network: str, short: str) -> list[Row]:
-    """Return the dense forms, whose sizes follow from their bits, with what torch's own lose."""
+    """Return the forms with all weights, whose sizes follow from their bits, and what they lose."""
     common = {"network": network, "flops": 1.0}
     rows = [
         common | {"form": "dense float32"} | find.speed(short, "dense 32 bits") | {"bytes": 1.0}
     ]
-    for form, method in (("dense bfloat16", "bfloat16"), ("dense int8", "dynamic int8")):
+    rounded = "rounded 8 bits" + " and output" * (short == "smollm2")
+    for form, timed, method in (
+        ("dense bfloat16", "dense bfloat16", "bfloat16"),
+        ("dense int8", "dense int8", "dynamic int8"),
+        ("weights rounded to 8 bits", rounded, "RTN, all layers"),
+    ):
         found = find("bits", "networks", network=network, method=method)
-        rows.append(common | {"form": form} | find.speed(short, form))
+        rows.append(common | {"form": form} | find.speed(short, timed))
         rows[-1] |= {"bytes": found["stored"] / 32} | {n: found[n] for n in QUALITIES if n in found}
     return rows
 

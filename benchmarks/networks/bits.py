@@ -3,8 +3,7 @@
 The linear layers of the sentence encoder (the extra ``demo``) and of the first blocks of
 SmolLM2-135M take the same number of bits a weight by every method, calibrated with the same
 samples, and the networks are measured on others. Real texts are ``text/*.txt`` in the folder of
-data sets; the quick
-form takes two layers of the encoder.
+data sets; the quick form takes two layers of the encoder.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from sklearn.base import clone
 from torch import nn
 
-from benchmarks import machine, study
+from benchmarks import generate, machine, study
 from benchmarks.figures import label_lines
 from benchmarks.harness import Row
 from benchmarks.networks import fresh, models
@@ -49,8 +48,13 @@ METHODS: dict[str, BaseFactorizer] = {
     "DBF": DoubleBinaryFactorizer(max_iter=100),
     "ADMM": ADMMPruner(),
 }
-#: What torch offers for the whole network, and its bits a weight.
-OF_TORCH = {"bfloat16": 16.0, "dynamic int8": 8.0, "dynamic int8, channels": 8.0}
+#: What has the same bits in all linear layers, those of the output too: what torch offers, and
+#: weights rounded to 8 bits with scales, in the network that ``generate`` times.
+WHOLE = {
+    "bfloat16": 16.0, "dynamic int8": 8.0, "dynamic int8, channels": 8.0, "RTN, all layers": 8.25,
+}  # fmt: skip
+#: Names in ``generate``.
+SHORT = {"sentence encoder": "encoder", "language model": "smollm2"}
 #: Calibration samples, and those of a batch.
 SAMPLES, SIZE = 256, 16
 
@@ -71,15 +75,15 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
                 yield {"network": network, "bits": bits, "method": method, "quick": quick,
                        "samples": 32 if quick else SAMPLES}  # fmt: skip
     for network in list(NETWORKS)[: 1 if quick else None]:
-        for method, bits in OF_TORCH.items():
+        for method, bits in WHOLE.items():
             yield {"network": network, "bits": bits, "method": method, "quick": quick, "samples": 0}
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Compress a network, and measure it on fresh inputs."""
     dense = subject(cell["network"], False)
-    if cell["method"] in OF_TORCH:
-        return measure_of_torch(cell["method"], dense)
+    if cell["method"] in WHOLE:
+        return measure_whole(cell, dense)
     layers = r"encoder\.layer\.0\.attention\.self\.(key|query)" if cell["quick"] else dense.layers
     start = time.process_time()
     overrides = at_bits(METHODS[cell["method"]], dense.model, layers, cell["bits"])
@@ -101,15 +105,19 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure_of_torch(method: str, dense: Subject) -> dict[str, Any]:
-    """Measure what torch offers for the whole network, which takes no time to make."""
-    small = models.of_torch(dense.model, method.removeprefix("dynamic "))
+def measure_whole(cell: dict[str, Any], dense: Subject) -> dict[str, Any]:
+    """Measure a network whose linear layers all have the same bits, which takes no time to make."""
+    if cell["method"].startswith("RTN"):
+        form = f"rounded 8 bits{generate.OUTPUT}"
+        small = generate.built(SHORT[cell["network"]], dense.model, form)
+    else:
+        small = models.of_torch(dense.model, cell["method"].removeprefix("dynamic "))
     return {
         **fresh.measure(dense, small, [], paired=False).outputs,
         "seconds": 0.0,
         "compressed": sum(isinstance(each, nn.Linear) for each in dense.model.modules()),
         "kept": 0,
-        "stored": OF_TORCH[method], "flops": 1.0,
+        "stored": cell["bits"], "flops": 1.0,
     }  # fmt: skip
 
 
