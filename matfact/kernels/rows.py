@@ -1,7 +1,7 @@
 """Products of a matrix with samples, as it is stored in compressed sparse rows.
 
 Values are floating-point numbers, or integers of a byte with a scale for each group of them. A
-dense matrix of such integers is read too, for a single sample. Rows of some length are multiplied
+dense matrix of such integers is read too. Rows of some length are multiplied
 nearly as fast as the slices of ``csr``, and need no rearranged copy, which takes memory and has to
 be kept up to date. Kernels are functions of C, which any pool of threads can call for parts of the
 work.
@@ -197,6 +197,56 @@ def _dense_sample_step(step, codes, part, source, target):  # type: ignore[no-un
 
 
 @numba.njit(inline="always")
+def _dense_samples_step(step, codes, indices, table, part, source, target):  # type: ignore[no-untyped-def]
+    """Compute some rows of a dense matrix of integers for samples that follow one another.
+
+    Integers become numbers once for four samples. Where fewer are left, the last repeats.
+    """
+    codes, count, columns = codes[step[fused.VALUES] :], step[fused.B], step[fused.D]
+    scales, _, unit = _groups(step, source)
+    zero, n_samples, rows = zeros(source, _DOT), step[fused.PANEL_UNITS], step[fused.ROWS]
+    lanes, size, spare, last = width(zero), columns // count, columns % count, n_samples - 1
+    for s in range(0, n_samples, 4):
+        p, q, r = min(s + 1, last), min(s + 2, last), min(s + 3, last)
+        w, x, y, z = s * columns, p * columns, q * columns, r * columns
+        for row in range(part[0], part[1]):
+            a = b = c = d = zero
+            e = f = g = h = unit - unit
+            begin, i, over = row * columns, 0, 0
+            for group in range(count * row, count * (row + 1)):
+                over += spare
+                end = i + size + (over >= count)
+                over -= count * (over >= count)
+                scale = scales[group] * unit
+                scaled = spread(scale, zero)
+                while i + lanes <= end:
+                    number = multiply(load_values(codes, begin + i, zero), scaled)
+                    a = fma(number, load_values(source, w + i, zero), a)
+                    b = fma(number, load_values(source, x + i, zero), b)
+                    c = fma(number, load_values(source, y + i, zero), c)
+                    d = fma(number, load_values(source, z + i, zero), d)
+                    i += lanes
+                while i < end and i + lanes <= columns:  # what follows the group does not count
+                    number = multiply(load_values(codes, begin + i, zero), scaled)
+                    more = fma(number, load_values(source, w + i, zero), a)
+                    a = first_lanes(end - i, more, a)
+                    more = fma(number, load_values(source, x + i, zero), b)
+                    b = first_lanes(end - i, more, b)
+                    more = fma(number, load_values(source, y + i, zero), c)
+                    c = first_lanes(end - i, more, c)
+                    more = fma(number, load_values(source, z + i, zero), d)
+                    d = first_lanes(end - i, more, d)
+                    i = min(i + lanes, end)
+                while i < end:
+                    single = value(codes, begin + i, source) * scale
+                    e, f = e + single * source[w + i], f + single * source[x + i]
+                    g, h = g + single * source[y + i], h + single * source[z + i]
+                    i += 1
+            target[s * rows + row], target[p * rows + row] = total(a) + e, total(b) + f
+            target[q * rows + row], target[r * rows + row] = total(c) + g, total(d) + h
+
+
+@numba.njit(inline="always")
 def _integer_sample_step(step, codes, indices, table, part, source, target):  # type: ignore[no-untyped-def]
     """Compute some rows of integers for a single sample, dense or sparse."""
     if step[fused.D] > 0:
@@ -266,6 +316,14 @@ def _join_coded_sample(first, last, data):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+def _join_dense_samples(first, last, data):  # type: ignore[no-untyped-def]
+    """Help with the product of dense factors of integers with a few samples."""
+    job, codes, columns, X, out, scratch = _opened(data)
+    fused.apply_to_vector(
+        _dense_samples_step, job, codes, columns, X, out, scratch, job, 0, 0, 0
+    )  # fmt: skip
+
+
 def _join_coded_panels(first, last, data):  # type: ignore[no-untyped-def]
     """Help with the product of all factors of integers with panels of samples."""
     job, codes, columns, X, out, scratch = _opened(data)
@@ -275,8 +333,8 @@ def _join_coded_panels(first, last, data):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def kernel(dtype: type, is_single: bool) -> Any:
-    """Return the compiled product of all factors with a single sample, or with panels.
+def kernel(dtype: type, is_single: bool, is_dense: bool = False) -> Any:
+    """Return the compiled product of all factors with a single sample, or with several.
 
     It is called once by each thread, with the address of a job of ``fused``.
 
@@ -286,7 +344,12 @@ def kernel(dtype: type, is_single: bool) -> Any:
         Dtype of the values, of the bits of halves, or of integers with scales.
     is_single : bool
         Whether there is a single sample.
+    is_dense : bool, default=False
+        Whether all factors are dense matrices of integers. Samples then are not in panels, and
+        the steps of the job have their number.
     """
+    if is_dense and not is_single:
+        return callback(_join_dense_samples, dtype)
     if dtype is np.int8:
         return callback(_join_coded_sample if is_single else _join_coded_panels, dtype)
     return callback(_join_sample if is_single else _join_panels, dtype)

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from matfact.operators import DenseFactor, FactorProduct, SparseFactor  # noqa: E402
-from matfact.torch import FactorizedLinear  # noqa: E402
+from matfact.torch import FactorizedLinear, keep_unchecked  # noqa: E402
 from matfact.torch.layers._coded import _SLAB  # noqa: E402
 
 
@@ -78,13 +78,38 @@ def test_untracked_writes_count_although_nothing_is_kept(through, n_samples):
 @pytest.mark.parametrize("group_size", [3, 16, 64, None])
 @pytest.mark.parametrize("columns", [5, 16, 150, 301])
 @torch.no_grad()
-def test_a_dense_factor_is_kept_for_a_few_samples_only(bits, group_size, columns):
+def test_samples_are_multiplied_by_a_dense_factor_as_it_is_stored(bits, group_size, columns):
     layer = dense_layer_of(200, columns, bits, group_size)
-    is_even = layer.factors[0].has_even_groups
-    assert is_even == (columns % (layer.factors[0].scales.numel() // 200) == 0)
-    for n_samples, is_kept in ((1, False), (256, not is_even), (2, True)):
+    for n_samples in (1, 2, 4, 7, 129):
         assert_exact(layer, samples(n_samples, columns))
-        assert keeps_nothing(layer) != is_kept
+    assert keeps_nothing(layer)
+
+
+@pytest.mark.parametrize("n_samples", [1, 6, 128])
+@torch.no_grad()
+def test_infinity_in_a_sample_reaches_no_other(n_samples):
+    layer, x = dense_layer_of(200, 301), samples(n_samples, 301)
+    x[0, 70] = torch.inf
+    assert torch.equal(layer(x).isfinite().all(1), x.isfinite().all(1))
+
+
+@torch.no_grad()
+def test_unchecked_layers_read_dense_factors_in_place_too():
+    layer = keep_unchecked(dense_layer_of(200, 300))
+    for n_samples in (1, 5, 128):
+        assert_exact(layer, samples(n_samples))
+    assert keeps_nothing(layer)
+
+
+@torch.no_grad()
+def test_two_dense_factors_are_read_together():
+    rng = np.random.default_rng(0)
+    shapes = ((200, 16), (16, 300))
+    factors = [DenseFactor(rng.standard_normal(s, dtype=np.float32)) for s in shapes]
+    layer = FactorizedLinear(FactorProduct(factors).quantized(8)).eval()
+    for n_samples in (1, 2, 9, 128):
+        assert_exact(layer, samples(n_samples))
+    assert keeps_nothing(layer)
 
 
 @torch.no_grad()
@@ -95,7 +120,7 @@ def test_a_dense_factor_may_have_more_rows_than_32_bit_groups_allow():
     assert keeps_nothing(layer)
 
 
-@pytest.mark.parametrize("n_samples", [1, 256])
+@pytest.mark.parametrize("n_samples", [1, 3, 128])
 @torch.no_grad()
 def test_untracked_writes_to_a_dense_factor_count(n_samples):
     layer, x = dense_layer_of(200, 300), samples(n_samples)
@@ -109,14 +134,14 @@ def test_untracked_writes_to_a_dense_factor_count(n_samples):
 
 @torch.no_grad()
 def test_a_large_dense_factor_is_decoded_in_parts():
-    layer, x = dense_layer_of(5000, 301, group_size=None), samples(256, 301)
+    layer, x = dense_layer_of(5000, 301, group_size=None), samples(128, 301)
     assert layer.factors[0].codes.numel() > _SLAB
     assert_exact(layer, x)
     assert keeps_nothing(layer)
 
 
 def test_many_samples_reach_the_gradients_of_scales():
-    layer, x = dense_layer_of(200, 300), samples(256)
+    layer, x = dense_layer_of(200, 300), samples(128)
     layer(x).sum().backward()
     assert layer.factors[0].scales.grad.abs().sum() > 0
 
@@ -185,9 +210,8 @@ def test_infinity_reaches_only_rows_that_store_its_column(n_samples):
 @torch.no_grad()
 def test_bits_do_not_depend_on_threads(n_samples):
     factors = [sparse(1024, 1024, 0.1, seed) for seed in range(2)]
-    layers = [FactorizedLinear(FactorProduct(factors).quantized(8)).eval()]
-    layers += [dense_layer_of(1024, 1024)] if n_samples == 1 else []
-    for layer in layers:
+    product = FactorProduct(factors).quantized(8)
+    for layer in (FactorizedLinear(product).eval(), dense_layer_of(1024, 1024)):
         assert_same_bits(layer, samples(n_samples, 1024))
         assert keeps_nothing(layer)
 

@@ -34,7 +34,7 @@ _READ: dict[torch.dtype, tuple[Any, torch.dtype]] = {
     torch.int8: (np.int8, torch.float32),
 }
 _ENOUGH = 1 << 15  #: values times panels for each thread
-_DECODED = 256  #: samples from which decoding a matrix takes less than the kernels lose
+_DECODED = 128  #: samples from which decoding a matrix takes less than the kernels lose
 _KEPT = 64  #: sizes of batches for which something is prepared, at most
 _CACHE_LINE = 64
 _State = tuple[int, ...]
@@ -216,10 +216,10 @@ class _Chain:
         one sample, and less with several.
         """
         columns, rows, largest = self._sides
-        has_one_only = self._is_half or self._n_dense > 0
+        n_sparse = self._n_values - self._n_dense
+        has_one_only = self._is_half or (self._n_dense and n_sparse)
         if largest <= SMALL or (has_one_only and n_samples > 1):
             return False
-        n_sparse = self._n_values - self._n_dense
         counts = {
             "csr": n_sparse * (1 + self._is_half), "dense code": self._n_dense,
             "row": rows + columns,
@@ -231,15 +231,17 @@ class _Chain:
         from matfact.kernels import fused, rows
         from matfact.operators._dispatch.program import fit_job
 
-        itemsize = self._dtype.itemsize
+        itemsize, is_dense = self._dtype.itemsize, self._n_dense == self._n_values
         panels = -(-n_samples * itemsize // fused.NARROW)
         threads = min(threads, 1 + self._n_values * panels // _ENOUGH)
-        job = self._job.copy()
-        scratch = fit_job(job, self._sides, n_samples, True, threads, itemsize)
+        job, steps, sides, columns = self._job.copy(), self._steps, self._sides, n_samples
+        if is_dense and n_samples > 1:  # as a single column, with all samples
+            steps, sides, columns = steps.copy(), tuple(n * n_samples for n in sides), 1
+            steps[:, fused.PANEL_UNITS], job[fused.STEPS] = n_samples, steps.ctypes.data
+        scratch = fit_job(job, sides, columns, True, threads, itemsize)
         places = fused.X_DATA, fused.OUT_DATA, fused.SCRATCH
-        kernel = rows.kernel(self._read, n_samples == 1)
-        run = _pool.runner(kernel, threads)
-        return _Call(run, job.tobytes(), places, math.prod(scratch) * itemsize)
+        run = _pool.runner(rows.kernel(self._read, n_samples == 1, is_dense), threads)
+        return _Call(run, job.tobytes(), places, math.prod(scratch) * itemsize, steps)
 
 
 class _Call(NamedTuple):
@@ -255,12 +257,15 @@ class _Call(NamedTuple):
         Where the addresses of operands, results and scratch space belong in it.
     scratch : int
         Bytes of scratch space.
+    steps : ndarray of int64
+        The steps, whose address the job has.
     """
 
     run: Callable[[Any], None]
     content: bytes
     places: tuple[int, int, int]
     scratch: int
+    steps: np.ndarray
 
     def job(self, x: int, out: int) -> ctypes.Array[ctypes.c_int64]:
         """Return the job for operands and results at these addresses."""
@@ -309,6 +314,11 @@ def _is_readable(module: Any) -> bool:
 
 def _is_dense(module: Any) -> bool:
     return type(module) is QuantizedDenseModule
+
+
+def are_dense_codes(modules: Collection[Any]) -> bool:
+    """Whether all factors are dense with values of a few bits, which are best read in place."""
+    return all(map(_is_dense, modules))
 
 
 def _are_groups(module: Any) -> bool:

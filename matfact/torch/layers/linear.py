@@ -27,7 +27,7 @@ from matfact.torch.layers._gpu import (
     method_for,
     predicted,
 )
-from matfact.torch.layers._in_place import InPlace
+from matfact.torch.layers._in_place import InPlace, are_dense_codes
 from matfact.torch.layers._inference import Inference, InferenceModule, check_tensor
 from matfact.torch.layers._pool import on_torch_threads
 from matfact.torch.layers._pretrained import refuse_unattached
@@ -299,8 +299,11 @@ class FactorizedLinear(InferenceModule):
     def _is_on_host(self, x: Tensor) -> bool:
         """Whether `x` holds samples to which a kernel may apply the factors as stored."""
         return (
-            # Unchecked layers keep what is faster for several.
-            (x.numel() == self.in_features or (self._host.is_checked and x.numel() > 0))
+            # Unchecked layers keep what is faster for several, if anything is.
+            (
+                x.numel() == self.in_features
+                or (x.numel() > 0 and (self._host.is_checked or are_dense_codes(self.chain)))
+            )
             and x.is_cpu
             and self.inference == "auto"
             and not torch.is_autocast_enabled("cpu")
