@@ -79,7 +79,7 @@ def _is_decoded(module: Any, x: Tensor) -> bool:
         _is_dense(module)
         and x.numel() >= _DECODED * module.columns
         and module.has_even_groups
-        and type(module._parameters["scales"]) is nn.Parameter
+        and type(module._parameters.get("scales")) is nn.Parameter
         and (module.scales.dtype, module.scales.device) == (x.dtype, x.device)
     )
 
@@ -100,7 +100,7 @@ def _state(module: Any, dtype: torch.dtype) -> _State | None:
     elif kind in (QuantizedSparseModule, QuantizedDenseModule) and dtype is torch.float32:
         value, stored = module._parameters.get("scales"), buffers["codes"]
         groups: Any = buffers.get("groups")
-        if groups is None or groups.is_inference():
+        if value is None or groups is None or groups.is_inference():
             return None
         coding = (value.data_ptr(), groups.data_ptr(), module.unit, groups._version, value.numel())
     else:
