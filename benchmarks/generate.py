@@ -41,7 +41,7 @@ VALUE_BITS = (32, 16, 8)
 OUTPUT = " and output"
 #: Batch sizes of each network.
 BATCHES = {"smollm2": (1, 8), "encoder": (1, 32), "resnet20": (1, 32), "tiny": (1, 8)}
-#: The layers to factorize; those of the output stay dense.
+#: How the names of factorized layers begin; the output layer stays dense, but in forms with it.
 LAYERS = {"smollm2": "model.layers", "encoder": "encoder.layer", "resnet20": "", "tiny": "model."}
 SEED = 0
 _PEAK = Path("/proc/self/status")
@@ -92,7 +92,7 @@ def forms() -> Iterator[str]:
     """Yield the names of all forms besides dense float32."""
     yield from ("dense bfloat16", "dense int8")
     yield from (f"{density} {bits} bits" for bits in VALUE_BITS for density in DENSITIES)
-    yield "rounded 8 bits"  # all weights as they are
+    yield "rounded 8 bits"
     yield from (f"{density} 8 bits{OUTPUT}" for density in ("rounded", *DENSITIES))
 
 
@@ -113,10 +113,11 @@ def measured(
     if model is None:
         print(f"{name}: its package is not installed, left out.")
         return
+    chosen = [form for form in options.forms if has_form(model, form)]
     networks: dict[str, Any] = {"dense 32 bits": model}
-    networks |= {form: built(name, model, form) for form in options.forms}
+    networks |= {form: built(name, model, form) for form in chosen}
     if options.unchecked:
-        for form in options.forms:
+        for form in chosen:
             keep_unchecked(networks[form])
     peaks = {form: _peak_of(name, form, options) for form in networks}
     sizes = {form: stored(network) for form, network in networks.items()}
@@ -148,6 +149,11 @@ def network(name: str) -> Any:
         return None
 
 
+def has_form(model: Any, form: str) -> bool:
+    """Whether a form differs from others: that of the output does where there is such a layer."""
+    return not form.endswith(OUTPUT) or hasattr(model, "lm_head")
+
+
 def built(name: str, model: Any, form: str) -> Any:
     """Return a form of a network; parameters that are the same are shared."""
     if form == "dense 32 bits":
@@ -173,10 +179,7 @@ def built(name: str, model: Any, form: str) -> Any:
 def _factorized(
     layer: Any, density: float | None, bits: int, rng: np.random.Generator
 ) -> nn.Module:
-    """Return a layer with two random sparse factors, the smaller of which is square.
-
-    Without a density it has its own weight, as values of so many bits.
-    """
+    """Return a layer with random factors, or with its own weight if there is no density."""
     weight = layer.weight.detach().reshape(len(layer.weight), -1)
     product = (
         _random(weight.shape, density, rng)

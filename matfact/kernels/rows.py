@@ -1,10 +1,9 @@
 """Products of a matrix with samples, as it is stored in compressed sparse rows.
 
 Values are floating-point numbers, or integers of a byte with a scale for each group of them. A
-dense matrix of such integers is read too. Rows of some length are multiplied
-nearly as fast as the slices of ``csr``, and need no rearranged copy, which takes memory and has to
-be kept up to date. Kernels are functions of C, which any pool of threads can call for parts of the
-work.
+dense matrix of such integers is read too. Rows of some length are multiplied nearly as fast as the
+slices of ``csr``, and need no rearranged copy, which takes memory and has to be kept up to date.
+Kernels are functions of C, which any pool of threads can call for parts of the work.
 """
 
 from __future__ import annotations
@@ -110,11 +109,32 @@ def _panel_step(zero, step, values, indices, table, first, last, source, target)
 
 
 @numba.njit(inline="always")
-def _groups(step, source):  # type: ignore[no-untyped-def]
-    """Return the scales of a factor's groups, the first group of each row, and their unit."""
-    scales = numba.carray(pointer(step[fused.A], source), (1,))
-    firsts = numba.carray(pointer(step[fused.B], np.empty(0, np.int32)), (1,))
-    return scales, firsts, source.dtype.type(1 / step[fused.C])
+def _scales(step, source):  # type: ignore[no-untyped-def]
+    """Return the scales of a factor's groups, and their unit."""
+    return numba.carray(pointer(step[fused.A], source), (1,)), source.dtype.type(1 / step[fused.C])
+
+
+@numba.njit(inline="always")
+def _first_groups(step):  # type: ignore[no-untyped-def]
+    """Return the first group of each row of a sparse factor."""
+    return numba.carray(pointer(step[fused.B], np.empty(0, np.int32)), (1,))
+
+
+@numba.njit(inline="always")
+def _next_border(border, over, size, spare, count):  # type: ignore[no-untyped-def]
+    """Return where the next of `count` groups of nearly the same size ends, without a division.
+
+    A row has ``size * count + spare`` entries. `over` starts at 0, and comes back for the next.
+    """
+    over += spare
+    longer = over >= count
+    return border + size + longer, over - count * longer
+
+
+@numba.njit(inline="always")
+def _add_first(count, numbers, source, place, sums):  # type: ignore[no-untyped-def]
+    """Add the products of the first `count` numbers with what is in `source` from `place` on."""
+    return first_lanes(count, fma(numbers, load_values(source, place, sums), sums), sums)
 
 
 @numba.njit(inline="always")
@@ -124,14 +144,13 @@ def _coded_sample_step(step, codes, indices, table, part, source, target):  # ty
     Vectors go on over the ends of groups: their lanes take the scale of the group they are in.
     """
     codes, columns, indptr = _matrix(step, codes, indices, table)
-    scales, firsts, unit = _groups(step, source)
+    (scales, unit), firsts = _scales(step, source), _first_groups(step)
     stored, zero = indptr[step[fused.ROWS]], zeros(source, _DOT)
     lanes = width(zero)
     for row in range(part[0], part[1]):
         e, end = indptr[row], indptr[row + 1]
         g, last = np.int64(firsts[row]), np.int64(firsts[row + 1])
         count, length, over = last - g, end - e, 0
-        # Groups of nearly the same size, without a division for each.
         size, spare = (length // count, length % count) if count > 1 else (length, 0)
         a, rest, border = zero, unit - unit, e
         scale, scaled = rest, zero
@@ -141,9 +160,8 @@ def _coded_sample_step(step, codes, indices, table, part, source, target):  # ty
                 scale = scales[g] * unit
                 scaled = spread(scale, zero)
                 here = first_lanes(border - e, here, scaled)
-                g, over = g + 1, over + spare
-                border += size + (over >= count)
-                over -= count * (over >= count)
+                border, over = _next_border(border, over, size, spare, count)
+                g += 1
             prefetch(codes, e + _AHEAD)
             prefetch(columns, e + _AHEAD)
             entries = multiply(load_values(codes, e, zero), here)
@@ -153,9 +171,8 @@ def _coded_sample_step(step, codes, indices, table, part, source, target):  # ty
         while e < end:
             while e >= border and g < last:
                 scale = scales[g] * unit
-                g, over = g + 1, over + spare
-                border += size + (over >= count)
-                over -= count * (over >= count)
+                border, over = _next_border(border, over, size, spare, count)
+                g += 1
             rest += value(codes, e, source) * scale * source[columns[e]]
             e += 1
         target[row] = total(a) + rest
@@ -165,15 +182,13 @@ def _coded_sample_step(step, codes, indices, table, part, source, target):  # ty
 def _dense_sample_step(step, codes, part, source, target):  # type: ignore[no-untyped-def]
     """Compute some rows of a dense matrix of integers, all with the same groups."""
     codes, count, columns = codes[step[fused.VALUES] :], step[fused.B], step[fused.D]
-    scales, _, unit = _groups(step, source)
+    scales, unit = _scales(step, source)
     zero = zeros(source, _DOT)
     lanes, size, spare = width(zero), columns // count, columns % count
     for row in range(part[0], part[1]):
         begin, a, rest, c, over = row * columns, zero, unit - unit, 0, 0
         for g in range(count * row, count * (row + 1)):
-            over += spare
-            end = c + size + (over >= count)
-            over -= count * (over >= count)
+            end, over = _next_border(c, over, size, spare, count)
             prefetch(codes, begin + c + _AHEAD)
             inside = more = zero
             while c + 2 * lanes <= end:
@@ -184,9 +199,8 @@ def _dense_sample_step(step, codes, part, source, target):  # type: ignore[no-un
                 c += lanes
             inside = add(inside, more)
             while c < end and c + lanes <= columns:  # what follows the group does not count
-                e = begin + c
-                more = fma(load_values(codes, e, zero), load_values(source, c, zero), inside)
-                inside = first_lanes(end - c, more, inside)
+                numbers = load_values(codes, begin + c, zero)
+                inside = _add_first(end - c, numbers, source, c, inside)
                 c = min(c + lanes, end)
             scale = scales[g] * unit
             while c < end:
@@ -203,7 +217,7 @@ def _dense_samples_step(step, codes, indices, table, part, source, target):  # t
     Integers become numbers once for four samples. Where fewer are left, the last repeats.
     """
     codes, count, columns = codes[step[fused.VALUES] :], step[fused.B], step[fused.D]
-    scales, _, unit = _groups(step, source)
+    scales, unit = _scales(step, source)
     zero, n_samples, rows = zeros(source, _DOT), step[fused.PANEL_UNITS], step[fused.ROWS]
     lanes, size, spare, last = width(zero), columns // count, columns % count, n_samples - 1
     for s in range(0, n_samples, 4):
@@ -214,28 +228,22 @@ def _dense_samples_step(step, codes, indices, table, part, source, target):  # t
             e = f = g = h = unit - unit
             begin, i, over = row * columns, 0, 0
             for group in range(count * row, count * (row + 1)):
-                over += spare
-                end = i + size + (over >= count)
-                over -= count * (over >= count)
+                end, over = _next_border(i, over, size, spare, count)
                 scale = scales[group] * unit
                 scaled = spread(scale, zero)
                 while i + lanes <= end:
-                    number = multiply(load_values(codes, begin + i, zero), scaled)
-                    a = fma(number, load_values(source, w + i, zero), a)
-                    b = fma(number, load_values(source, x + i, zero), b)
-                    c = fma(number, load_values(source, y + i, zero), c)
-                    d = fma(number, load_values(source, z + i, zero), d)
+                    numbers = multiply(load_values(codes, begin + i, zero), scaled)
+                    a = fma(numbers, load_values(source, w + i, zero), a)
+                    b = fma(numbers, load_values(source, x + i, zero), b)
+                    c = fma(numbers, load_values(source, y + i, zero), c)
+                    d = fma(numbers, load_values(source, z + i, zero), d)
                     i += lanes
                 while i < end and i + lanes <= columns:  # what follows the group does not count
-                    number = multiply(load_values(codes, begin + i, zero), scaled)
-                    more = fma(number, load_values(source, w + i, zero), a)
-                    a = first_lanes(end - i, more, a)
-                    more = fma(number, load_values(source, x + i, zero), b)
-                    b = first_lanes(end - i, more, b)
-                    more = fma(number, load_values(source, y + i, zero), c)
-                    c = first_lanes(end - i, more, c)
-                    more = fma(number, load_values(source, z + i, zero), d)
-                    d = first_lanes(end - i, more, d)
+                    numbers = multiply(load_values(codes, begin + i, zero), scaled)
+                    a = _add_first(end - i, numbers, source, w + i, a)
+                    b = _add_first(end - i, numbers, source, x + i, b)
+                    c = _add_first(end - i, numbers, source, y + i, c)
+                    d = _add_first(end - i, numbers, source, z + i, d)
                     i = min(i + lanes, end)
                 while i < end:
                     single = value(codes, begin + i, source) * scale
@@ -259,7 +267,7 @@ def _integer_sample_step(step, codes, indices, table, part, source, target):  # 
 def _coded_panel_step(zero, step, codes, indices, table, first, last, source, target):  # type: ignore[no-untyped-def]
     """Compute rows `first` to `last` of integers for a panel as wide as the vector `zero`."""
     codes, columns, indptr = _matrix(step, codes, indices, table)
-    scales, firsts, unit = _groups(step, source)
+    (scales, unit), firsts = _scales(step, source), _first_groups(step)
     for row in range(first, last):
         begin, length = indptr[row], indptr[row + 1] - indptr[row]
         group, count = np.int64(firsts[row]), np.int64(firsts[row + 1]) - firsts[row]

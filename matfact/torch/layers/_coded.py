@@ -174,8 +174,8 @@ class QuantizedDenseModule(_Quantized, DenseFactorModule):
         return self._coded_times("codes", samples, target)
 
     @property
-    def has_even_groups(self) -> bool:
-        """Whether all groups are equally long, so that `decoded_linear` can apply them."""
+    def decodes_rows(self) -> bool:
+        """Whether `decoded_linear` applies: to groups of one length, not with scales of halves."""
         return self._length is not None and self.scales.dtype != torch.float16
 
     @torch.no_grad()

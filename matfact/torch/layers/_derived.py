@@ -144,10 +144,10 @@ def keep_unchecked(model: nn.Module) -> nn.Module:
     copy in every pass. This costs little for many samples, but up to two thirds of the time for a
     few, and synchronizes with a GPU. Sparse factors on the CPU are applied as they are stored,
     without any check, if they are faster than the dense matrix; unchecked layers do so with single
-    samples only, and keep a rearranged copy for several. Dense factors of few bits are always
-    applied as they are stored. Without the check, layers still notice
-    changes that torch tracks: optimizers, loading, moves and in-place operations. They do not
-    notice writes through ``.data``, ``.detach().numpy()`` or DLPack.
+    samples only, and keep a rearranged copy for several. So are dense factors of few bits, with any
+    number of samples. Without the check, layers still notice changes that torch tracks: optimizers,
+    loading, moves and in-place operations. They do not notice writes through ``.data``,
+    ``.detach().numpy()`` or DLPack.
 
     Parameters
     ----------

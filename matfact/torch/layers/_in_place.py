@@ -78,7 +78,7 @@ def _is_decoded(module: Any, x: Tensor) -> bool:
     return (
         _is_dense(module)
         and x.numel() >= _DECODED * module.columns
-        and module.has_even_groups
+        and module.decodes_rows
         and type(module._parameters.get("scales")) is nn.Parameter
         and (module.scales.dtype, module.scales.device) == (x.dtype, x.device)
     )

@@ -63,7 +63,7 @@ class FactorizedLinear(InferenceModule):
         dense product wherever that class would use it too. On a GPU it caches the dense product
         where that is predicted or timed to be faster, see `gpu_roads` and `tune`; elsewhere if the
         factors take more work. The values are compared with a copy in every pass to detect changes,
-        see `keep_unchecked`, unless the CPU reads sparse factors as they are stored.
+        see `keep_unchecked`, unless the CPU reads the factors as they are stored.
     copy : bool, default=True
         Whether the values of the factors are copied.
 
