@@ -37,14 +37,17 @@ _ENOUGH = 1 << 15  #: values times panels for each thread
 _DECODED = 128  #: samples from which decoding a matrix takes less than the kernels lose
 _KEPT = 64  #: sizes of batches for which something is prepared, at most
 _CACHE_LINE = 64
-_State = tuple[int, ...]
+#: A tensor that kernels read: the dictionary that holds it, its name, type, dtype, address and
+#: size, and how many writes torch has counted, None for values, which may change. It is not
+#: referenced, so that it can be swapped, and takes no memory once a network has let it go.
+_Read = tuple[dict[str, Any], str, Any, torch.dtype, int, int, int | None]
 
 
 class InPlace:
     """Prepared products with samples. Copies and pickles start empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[_State | None], _Chain | None] = [], None
+        self._kept: _Prepared | None = None
 
     def apply(self, modules: Collection[Any], x: Tensor) -> Tensor | None:
         """Return the product with the samples `x`, in the dtype it is computed in.
@@ -57,14 +60,14 @@ class InPlace:
             (module,) = modules
             if _is_decoded(module, x) and not (torch.is_grad_enabled() and _need_gradient(modules)):
                 return module.decoded_linear(x)
-        states = [_state(module, dtype) for module in modules]
-        kept, chain = self._kept
-        if states != kept:
-            chain = None if None in states else _prepared(list(modules), states)  # type: ignore[arg-type]
-            self._kept = states, chain
-        if chain is None or (torch.is_grad_enabled() and _need_gradient(modules)):
+        kept = self._kept
+        if kept is None or not kept.is_current(modules, dtype):
+            kept = self._kept = _Prepared.of([*modules], dtype)
+        if kept is None or kept.chain is None:
             return None
-        return chain.apply(x)
+        if torch.is_grad_enabled() and _need_gradient(modules):
+            return None
+        return kept.chain.apply(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace:
         return InPlace()
@@ -84,63 +87,111 @@ def _is_decoded(module: Any, x: Tensor) -> bool:
     )
 
 
-def _state(module: Any, dtype: torch.dtype) -> _State | None:
-    """Return where a module has what is read, and what tells of changes.
+class _Prepared(NamedTuple):
+    """The factors of a layer as they were looked at.
 
-    First values or codes, columns and row pointers, which are 0 for a dense factor; for codes also
-    their scales, the first group of each row, and the unit, which are 0 for values. None if they
-    are not plain, or not of a dtype. Every call needs this, and it takes longer than a small
-    product. No reference is kept, so that no weights stay in memory that a network has let go, and
-    tensors can be swapped.
+    Attributes
+    ----------
+    modules : list of Module
+        The factors.
+    units : list of int or None
+        What the scales of each are multiples of, for codes.
+    dtype : torch.dtype
+        Dtype of the samples.
+    reads : list of _Read
+        What kernels read of the factors.
+    chain : _Chain or None
+        What applies them, if kernels can.
     """
-    kind, buffers = type(module), module._buffers
-    if kind is SparseFactorModule:
-        value = stored = module._parameters.get("values")
-        coding: _State = 0, 0, 0
-    elif kind in (QuantizedSparseModule, QuantizedDenseModule) and dtype is torch.float32:
-        value, stored = module._parameters.get("scales"), buffers["codes"]
-        groups: Any = buffers.get("groups")
-        if value is None or groups is None or groups.is_inference():
+
+    modules: list[Any]
+    units: list[int | None]
+    dtype: torch.dtype
+    reads: list[_Read]
+    chain: _Chain | None
+
+    @classmethod
+    def of(cls, modules: list[Any], dtype: torch.dtype) -> _Prepared | None:
+        """Prepare factors; None if something is not plain, and may become so unnoticed."""
+        every = [_reads(module, dtype) for module in modules]
+        if not all(every):
             return None
-        coding = (value.data_ptr(), groups.data_ptr(), module.unit, groups._version, value.numel())
-    else:
-        return None
-    positions: _State = 0, 0
-    versions: _State = 0, 0
-    if kind is not QuantizedDenseModule:
-        columns: Any = buffers["indices"]
-        pointers: Any = buffers["indptr"]
-        if columns.is_inference() or pointers.is_inference():  # whose writes are not counted
-            return None
-        positions = columns.data_ptr(), pointers.data_ptr()
-        versions = columns._version, pointers._version
-    if (
-        type(value) is not nn.Parameter
-        or value.dtype is not dtype
-        or not (value.is_contiguous() and stored.is_contiguous())
-    ):
-        return None
-    return (
-        stored.data_ptr(), *positions, *coding, stored.numel(), *versions,
-        id(module), id(value), module.rows, module.columns,
-    )  # fmt: skip
+        units = [vars(module).get("unit") for module in modules]
+        addresses = [{name: address for _, name, _, _, address, *_ in reads} for reads in every]
+        chain = _prepared(modules, addresses, units)
+        return cls(modules, units, dtype, [read for reads in every for read in reads], chain)
+
+    def is_current(self, modules: Collection[Any], dtype: torch.dtype) -> bool:
+        """Whether nothing but values has changed.
+
+        Every call needs this, and it takes longer than a small product.
+        """
+        if dtype is not self.dtype or [*modules] != self.modules:
+            return False
+        if [vars(module).get("unit") for module in modules] != self.units:
+            return False
+        for held, name, kind, stored, address, size, version in self.reads:
+            tensor: Any = held.get(name)
+            if (
+                type(tensor) is not kind
+                or tensor.data_ptr() != address
+                or tensor.numel() != size
+                or tensor.dtype is not stored
+                or not (
+                    tensor.is_contiguous()
+                    if version is None
+                    else not tensor.is_inference() and tensor._version == version
+                )
+            ):
+                return False
+        return True
+
+
+def _reads(module: Any, dtype: torch.dtype) -> list[_Read]:
+    """Return what kernels read of a module, nothing if they cannot."""
+    kind, values = type(module), module._parameters
+    is_coded = kind in (QuantizedSparseModule, QuantizedDenseModule)
+    trained = "scales" if is_coded else "values"
+    if not (kind is SparseFactorModule or (is_coded and dtype is torch.float32)):
+        return []
+    if type(values.get(trained)) is not nn.Parameter or values[trained].dtype is not dtype:
+        return []
+    positions = [] if kind is QuantizedDenseModule else ["indices", "indptr"]
+    counted = positions + ["groups"] * is_coded
+    found: list[_Read] = []
+    for name in [trained, *["codes"] * is_coded, *counted]:
+        held = values if name is trained else module._buffers
+        tensor, is_counted = held.get(name), name in counted
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return []
+        # Torch counts no writes to inference tensors.
+        if tensor.is_inference() if is_counted else not tensor.is_contiguous():
+            return []
+        version = tensor._version if is_counted else None
+        place = tensor.data_ptr(), tensor.numel()
+        found.append((held, name, type(tensor), tensor.dtype, *place, version))
+    return found
 
 
 def _need_gradient(modules: Collection[Any]) -> bool:
     return any(module._parameters[module.trained].requires_grad for module in modules)
 
 
-def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
-    """Return factors that are ready to be applied, None if kernels could not read them."""
+def _prepared(
+    modules: list[Any], addresses: list[dict[str, int]], units: list[int | None]
+) -> _Chain | None:
+    """Return factors that are ready to be applied, None if kernels could not read them.
+
+    Addresses are those of each tensor by its name.
+    """
     stored = modules[0].stored.dtype
     if not all(module.stored.dtype is stored and _is_readable(module) for module in modules):
         return None
     read, _ = _READ[stored]
-    kinds = (np.dtype(read), np.dtype(np.uint16), np.dtype(np.int64))
-    groups = [[state[i] for state in states] for i in range(3)]
-    if any(a % kind.itemsize for group, kind in zip(groups, kinds, strict=True) for a in group):
-        return None
-    if any(a % 4 for state in states for a in state[3:5]):  # of scales, in single precision
+    names = "codes" if stored is torch.int8 else "values", "indices", "indptr", "scales", "groups"
+    places = np.array([[at.get(name, 0) for name in names] for at in addresses], np.int64)
+    kinds = [np.dtype(kind) for kind in (read, np.uint16, np.int64, np.float32, np.int32)]
+    if (places % [kind.itemsize for kind in kinds]).any():
         return None
     # Imported late, so that small layers do not load the compiler.
     from matfact.kernels import fused
@@ -148,7 +199,8 @@ def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
     steps = np.zeros((len(modules), fused.STEP_FIELDS), np.int64)
     steps[:, fused.ROWS] = [module.rows for module in modules[::-1]]
     steps[:, fused.VECTOR_UNITS] = steps[:, fused.PANEL_UNITS] = steps[:, fused.ROWS]
-    steps[:, [fused.A, fused.B, fused.C]] = [state[3:6] for state in states[::-1]]
+    steps[:, [fused.A, fused.B]] = places[::-1, 3:]
+    steps[:, fused.C] = [unit or 0 for unit in units[::-1]]
     for step, module in zip(steps, modules[::-1], strict=True):
         if _is_dense(module):
             step[fused.B], step[fused.D] = module.scales.numel() // module.rows, module.columns
@@ -156,9 +208,9 @@ def _prepared(modules: list[Any], states: list[_State]) -> _Chain | None:
     job[fused.STEPS], job[fused.N_STEPS] = steps.ctypes.data, len(steps)
     fields = (fused.VALUES, fused.COLUMNS, fused.TABLE)
     bases = (fused.VALUE_DATA, fused.INDEX_DATA, fused.TABLE_DATA)
-    for group, kind, field, data in zip(groups, kinds, fields, bases, strict=True):
-        job[data] = min(group)
-        steps[:, field] = [(address - min(group)) // kind.itemsize for address in group[::-1]]
+    for place, kind, field, data in zip(places.T, kinds, fields, bases, strict=False):
+        job[data] = place.min()
+        steps[:, field] = (place[::-1] - place.min()) // kind.itemsize
     return _Chain(steps, job, modules)
 
 
