@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=16, help="tokens to generate in a turn")
     add("--turns", type=int, default=7, help="timings of each form")
     add("--beside", type=int, default=0, help="other processes that keep a core busy each")
-    add("--output", type=Path, default=Path("build/generate"), help="output folder")
+    add("--output", type=Path, help="output folder (build/generate)")
     add("--resume", action="store_true", help="keep existing rows and measure the rest")
     add("--quick", action="store_true", help="smoke test with an untrained model of two layers")
     add("--unchecked", action="store_true", help="without the check for untracked writes")
@@ -70,11 +70,13 @@ def run(options: argparse.Namespace) -> int:
     if options.quick:
         options.networks, options.batches = ["tiny"], [1]
         options.prompt, options.tokens, options.turns = 8, 2, 2
+    check(options)
     if options.peak:
         print(json.dumps(peak(options.networks[0], options.peak, options)))
         return 0
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "generate.json"
+    folder = options.output or Path("build") / ("generate-quick" if options.quick else "generate")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "generate.json"
     rows = json.loads(path.read_text())["rows"] if options.resume and path.exists() else []
     conditions = machine.describe(options.threads)
     for name in options.networks:
@@ -83,9 +85,19 @@ def run(options: argparse.Namespace) -> int:
             content = {"conditions": conditions, "rows": rows}
             write_atomically(path, json.dumps(content, indent=1, default=str).encode())
     text = markdown(conditions, rows, options)
-    (options.output / "generate.md").write_text(text)
+    (folder / "generate.md").write_text(text)
     print(text, end="")
     return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ``SystemExit`` for forms that there are not, and for numbers too small."""
+    if unknown := [form for form in options.forms if form not in forms()]:
+        raise SystemExit(f"--forms must be among {', '.join(forms())}, got {unknown[0]!r}.")
+    numbers = {"prompt": options.prompt, "tokens": options.tokens, "turns": options.turns}
+    for name, number in [*numbers.items(), *(("batches", each) for each in options.batches or ())]:
+        if number < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {number}.")
 
 
 def forms() -> Iterator[str]:

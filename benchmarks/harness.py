@@ -132,7 +132,13 @@ def finish(
         Threads per cell, and number of parallel cells.
     """
     known = load(file)
-    todo = [cell for cell in cells if key(cell) not in known and re.search(pattern, key(cell))]
+    try:
+        chosen = re.compile(pattern)
+    except re.error as error:
+        raise SystemExit(
+            f"--cells must be a regular expression, got {pattern!r}: {error}."
+        ) from None
+    todo = [cell for cell in cells if key(cell) not in known and chosen.search(key(cell))]
     failures = 0
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -24,7 +24,7 @@ from benchmarks import generate, machine, study
 from benchmarks.figures import label_lines
 from benchmarks.harness import Row
 from benchmarks.networks import fresh, models
-from benchmarks.networks.subjects import Subject, subject
+from benchmarks.networks.subjects import Subject, sentence_encoder, subject
 from benchmarks.tables import markdown_table
 from matfact import (
     GPTQ,
@@ -81,7 +81,8 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Compress a network, and measure it on fresh inputs."""
-    dense = subject(cell["network"], False)
+    is_quick = cell["quick"]
+    dense = sentence_encoder(16, "excerpts") if is_quick else subject(cell["network"], False)
     if cell["method"] in WHOLE:
         return measure_whole(cell, dense)
     layers = r"encoder\.layer\.0\.attention\.self\.(key|query)" if cell["quick"] else dense.layers

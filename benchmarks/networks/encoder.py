@@ -27,7 +27,7 @@ from benchmarks.harness import Row
 from benchmarks.tables import markdown_table
 from matfact import DoubleSparseFactorizer
 from matfact.compare._weights import demo_folder
-from matfact.torch import compress, distill
+from matfact.torch import CompressionReport, compress, distill
 
 SEEDS = 1
 CALIBRATION: tuple[str, ...] = ("emma", "northangerabbey")
@@ -111,11 +111,17 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         "cosine": float(cosines.mean()),
         "worst": float(cosines.min()),
         **retrieval(dense.numpy(), near.numpy()),
-        "layer_error": float(np.mean([row.layer_error for row in report])),
+        "layer_error": mean_error(report),
         "density_stored": report.density,
         "bytes": report.nbytes / report.dense_nbytes,
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in texts.calibration),
     }
+
+
+def mean_error(report: CompressionReport) -> float | None:
+    """Return the mean error of the layers' outputs, None without batches held out to measure it."""
+    errors = [row.layer_error for row in report if row.layer_error is not None]
+    return float(np.mean(errors)) if errors else None
 
 
 @functools.cache
@@ -233,7 +239,7 @@ def table(rows: list[Row]) -> str:
     ordered = sorted(rows, key=lambda row: (row["form"], -row["density"]))
     lines = [
         (f"{row['density']:.0%}", row["method"], row["form"], f"{row['calibration']:,}",
-         *(f"{row[n]:.4f}" for n in names))
+         *("–" if row[n] is None else f"{row[n]:.4f}" for n in names))
         for row in ordered
     ]  # fmt: skip
     return markdown_table(header, lines)

@@ -155,11 +155,13 @@ def _text(name: str) -> str:
     return "\n".join((folder / f"{n}.txt").read_text(encoding="utf-8-sig") for n in NOVELS)
 
 
-def sentence_encoder(n_fresh: int) -> Subject:
+def sentence_encoder(n_fresh: int, text: str = "novels") -> Subject:
     """Return the encoder of the extra ``demo``, measured on sentence embeddings."""
     model, _ = encoder.network()
-    folder = Path(os.environ.get("MATFACT_DATA", ".")) / "text"
-    items = encoder.sentences(folder, *NOVELS)
+    folder, names = Path(os.environ.get("MATFACT_DATA", ".")) / "text", NOVELS
+    if text == "excerpts":
+        folder, names = encoder.EXCERPTS, ("northanger-abbey",)
+    items = encoder.sentences(folder, *names)
     order = torch.randperm(len(items), generator=_generator(0)).tolist()
     items = [items[i] for i in order]
 

@@ -44,6 +44,11 @@ class QuantizedFactor(Factor):
         Number of values that share a scale, about; None for all values of a row.
     pattern : Factor
         Where the values stand. Its own values are ignored.
+
+    Raises
+    ------
+    TypeError
+        If the values are no integers of a byte, as a network's cast to another dtype are.
     """
 
     scales: Array
@@ -52,6 +57,11 @@ class QuantizedFactor(Factor):
     pattern: Factor
 
     kind: ClassVar[str] = "quantized"
+
+    def __post_init__(self) -> None:
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        if dtype != "int8":  # kernels would take them for what they are not
+            raise TypeError(f"values must be codes of dtype int8, got {dtype}.")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from matfact.torch import Calibration, FactorizedLinear, compress  # noqa: E402
+from matfact.torch import Calibration, CompressionWarning, FactorizedLinear, compress  # noqa: E402
 
 
 class Block(nn.Module):
@@ -114,3 +114,40 @@ def test_parameters_that_other_blocks_share_are_not_trained():
 def test_it_needs_pairs(options):
     with pytest.raises(ValueError, match=r"match_blocks needs sequential=True and feedback=True"):
         Calibration(batches(4), match_blocks=True, **options)
+
+
+def test_frozen_norms_stay_where_others_are_trained():
+    dense = Network()
+    dense.blocks[0].norm.requires_grad_(False)
+    matched, _ = small(dense, match_blocks=True, shift_bias=False)
+    assert torch.equal(matched.blocks[0].norm.weight, dense.blocks[0].norm.weight)
+    assert not torch.equal(matched.blocks[1].norm.weight, dense.blocks[1].norm.weight)
+
+
+def test_a_run_in_place_that_fails_restores_norms_too():
+    dense, told = Network(), []
+    before = copy.deepcopy(dense.state_dict())
+
+    def fail(*_):
+        told.append(copy.deepcopy(dense.blocks[0].norm.weight))
+        if len(told) == 3:
+            raise RuntimeError("stopped")
+
+    given = Calibration(batches(10), match_blocks=True)
+    with pytest.raises(RuntimeError, match="stopped"):
+        compress(dense, "magnitude", density=0.4, layers="blocks", calibration=given,
+                 inplace=True, progress=fail)  # fmt: skip
+    assert not torch.equal(told[-1], before["blocks.0.norm.weight"])  # trained meanwhile
+    after = dense.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_network_without_a_matched_block_is_warned_of():
+    with pytest.warns(CompressionWarning, match="match_blocks has trained none of"):
+        small(Network(), n=1, match_blocks=True)
+
+
+def test_blocks_cannot_be_matched_without_calibration():
+    with pytest.raises(ValueError, match="match_blocks needs calibration batches"):
+        compress(Network(), "magnitude", density=0.4, match_blocks=True)

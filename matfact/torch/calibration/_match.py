@@ -111,7 +111,7 @@ def match_block(name: str, model: nn.Module, examples: Sequence[Example]) -> Mat
 def _reason(parameters: Collection[Tensor], examples: Sequence[Example]) -> str:
     """Return why a block cannot be trained, "" if it can."""
     if not parameters:
-        return "it stores no values"
+        return "it stores no values that may be trained (requires_grad)"
     if any(p.dtype not in (torch.float32, torch.float64) for p in parameters):
         return "its values are not in single or double precision"
     if len({each.is_aside for each in examples}) < 2:
@@ -120,7 +120,10 @@ def _reason(parameters: Collection[Tensor], examples: Sequence[Example]) -> str:
 
 
 def trained(name: str, model: nn.Module) -> list[nn.Parameter]:
-    """Return the stored values, biases and norms of a block that no other block uses."""
+    """Return the stored values, biases and norms of a block that no other block uses.
+
+    What is frozen in a network that is not frozen as a whole is left out.
+    """
     block = model.get_submodule(name)
     inside = {id(p) for p in block.parameters()}
     elsewhere = {
@@ -129,7 +132,9 @@ def trained(name: str, model: nn.Module) -> list[nn.Parameter]:
         if path != name and not path.startswith(f"{name}.")
         for p in module.parameters(recurse=False)
     }
-    return [p for p in stored_values(block) if id(p) in inside - elsewhere]
+    is_frozen = not any(p.requires_grad for p in model.parameters())
+    own = [p for p in stored_values(block) if id(p) in inside - elsewhere]
+    return [p for p in own if p.requires_grad or is_frozen]
 
 
 def _epochs(

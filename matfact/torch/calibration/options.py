@@ -59,10 +59,11 @@ class Calibration:
     match_blocks : bool, default=False
         Whether each block, such as a transformer layer, is trained after its layers are replaced:
         stored values, biases and norms, on fixed supports, to give the outputs that the block has
-        in the dense network. Held-out batches decide how long, and never get worse. Needs
-        sequential calibration with feedback; memory also holds the outputs of one block for all
-        batches. The report says what it gained: much with many batches, little with few. The
-        network need not gain as much as its blocks: measure it, and see `distill`.
+        in the dense network. What is frozen stays, unless the whole network is. Held-out batches
+        decide how long, and never get worse. Needs sequential calibration with feedback; memory
+        also holds the outputs of one block for all batches. The report says what it gained: much
+        with many batches, little with few. The network need not gain as much as its blocks: measure
+        it, and see `distill`.
     reestimate_batchnorm : bool, default=False
         Whether to re-estimate batch-normalization statistics on the batches at the end. The batches
         must be a collection that can be iterated twice. Comparisons should count this as training;
@@ -130,10 +131,9 @@ class Calibration:
         if given is not None:
             return cls(given, **options)
         cls((), **options)  # raises for invalid options in any case
-        if options.get("reestimate_batchnorm"):
-            raise ValueError(
-                "reestimate_batchnorm needs calibration batches, got calibration=None."
-            )
+        for name in ("match_blocks", "reestimate_batchnorm"):
+            if options.get(name):
+                raise ValueError(f"{name} needs calibration batches, got calibration=None.")
         return None
 
     @property

@@ -197,7 +197,8 @@ def compress(
         _warn_of_none(tasks)
         todo = [task for task in tasks if task.factorizer is not None]
         folder = None if given is None else given.folder
-        undo = undone_on_error(model, folder) if inplace else contextlib.nullcontext()
+        is_trained = given is not None and given.match_blocks
+        undo = undone_on_error(model, folder, is_trained) if inplace else contextlib.nullcontext()
         matched: list[Matched] = []
         with bar, undo as replaced:
             left = [task for task in todo if task.names[0] not in parts.layers]
@@ -232,6 +233,10 @@ def _end(
     if given.match_blocks:
         metadata["blocks"] = [dataclasses.asdict(each) for each in matched]
         metadata["steps"].append(summary(matched))
+        if all(each.after is None for each in matched):
+            why = f" {matched[0].block!r}: {matched[0].note}." if matched else ""
+            message = f"match_blocks has trained none of {len(matched)} blocks.{why}"
+            warnings.warn(message, CompressionWarning, stacklevel=4)
     if given.reestimate_batchnorm:
         n_layers = reestimate_batch_norm(model, given.batches)
         metadata["steps"].append(f"batch-norm statistics of {n_layers} layers re-estimated")

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from matfact.torch.layers._inherit import hooks_of
 from matfact.torch.layers._weights import is_computing
 from matfact.torch.running._mapped import is_worth_a_file, page_out, written
+from matfact.torch.training._values import stored_values
 
 
 class Replaced:
@@ -24,10 +26,14 @@ class Replaced:
         The network.
     folder : Path, optional
         Folder for their weights, in unnamed files instead of memory.
+    is_trained : bool, default=False
+        Whether stored values, biases and norms of the network change too, and are kept as well.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None) -> None:
+    def __init__(self, model: nn.Module, folder: Path | None, is_trained: bool = False) -> None:
         self._model, self._folder = model, folder
+        trained = stored_values(model) if is_trained else []
+        self._trained = [(parameter, parameter.detach().clone()) for parameter in trained]
         self._layers: list[tuple[Sequence[str], nn.Module, dict[str, Any]]] = []
         self._in_files: list[nn.Parameter] = []
 
@@ -48,6 +54,9 @@ class Replaced:
 
     def put_back(self) -> None:
         """Restore the network."""
+        with torch.no_grad():
+            for parameter, values in self._trained:
+                parameter.copy_(values)
         for parameter in self._in_files:
             parameter.data = parameter.detach().clone()
         for names, layer, before in reversed(self._layers):
@@ -61,9 +70,11 @@ class Replaced:
 
 
 @contextlib.contextmanager
-def undone_on_error(model: nn.Module, folder: Path | None) -> Iterator[Replaced]:
-    """Yield an object to record replaced layers, and restore them if the block fails."""
-    replaced = Replaced(model, folder)
+def undone_on_error(
+    model: nn.Module, folder: Path | None, is_trained: bool = False
+) -> Iterator[Replaced]:
+    """Yield an object to record replaced layers, and restore the network if the block fails."""
+    replaced = Replaced(model, folder, is_trained)
     try:
         yield replaced
     except BaseException:

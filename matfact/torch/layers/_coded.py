@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from matfact.operators import DenseFactor, Factor, QuantizedFactor, SignFactor, SparseFactor
-from matfact.operators._quantized import first_groups, group_bounds
+from matfact.operators._quantized import BITS, first_groups, group_bounds
 from matfact.torch.kernels import operators, roads
 from matfact.torch.kernels.roads import Road, Storage
 from matfact.torch.layers._factors import (
@@ -104,6 +104,13 @@ class _Quantized(FactorModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        coding = state_dict.get(f"{prefix}coding")
+        if coding is not None and not coding.is_meta and not _is_coding(coding):
+            args[-1].append(
+                f"{prefix}coding must hold bits from 2 to 8, a group size of at least 0 and a unit "
+                f"of at least 1, got {coding.tolist()}."
+            )
+            return
         loaded = state_dict.get(f"{prefix}scales")
         if loaded is not None and loaded.ndim == 1 and loaded.shape != self.scales.shape:
             self.scales = nn.Parameter(self.scales.detach().new_empty(loaded.shape))
@@ -155,6 +162,14 @@ class _Quantized(FactorModule):
         return out.reshape(*x.shape[:-1], self.rows)
 
 
+def _is_coding(coding: Tensor) -> bool:
+    """Whether a tensor holds bits, the size of groups and the unit of scales."""
+    if coding.shape != (3,):
+        return False
+    bits, size, unit = coding.tolist()
+    return bits in BITS and size >= 0 and unit >= 1
+
+
 def _repeated(scales: Tensor, lengths: Tensor, size: int) -> Tensor:
     """Return each scale as often as its group is long, `size` numbers in all."""
     if not torch.compiler.is_compiling():
@@ -178,21 +193,24 @@ class QuantizedDenseModule(_Quantized, DenseFactorModule):
         """Whether `decoded_linear` applies: to groups of one length, not with scales of halves."""
         return self._length is not None and self.scales.dtype != torch.float16
 
-    @torch.no_grad()
     def decoded_linear(self, x: Tensor) -> Tensor:
         """Apply the factor some rows at a time, so that few decoded numbers take memory."""
-        samples = x.reshape(-1, self.columns)
-        out = x.new_empty((len(samples), self.rows))
+        # The view is made outside, so that it can be changed where gradients are recorded.
+        return self._decoded_linear(x.reshape(-1, self.columns)).reshape(*x.shape[:-1], self.rows)
+
+    @torch.no_grad()
+    def _decoded_linear(self, samples: Tensor) -> Tensor:
+        out = samples.new_empty((len(samples), self.rows))
         scales = (self.scales / self.unit).reshape(self.rows, -1, 1)
         codes = self.codes.reshape(self.rows, scales.shape[1], -1)
         height = min(self.rows, max(1, _SLAB // self.columns))
-        memory = x.new_empty((height, *codes.shape[1:]))
+        memory = samples.new_empty((height, *codes.shape[1:]))
         for first in range(0, self.rows, height):
             part = slice(first, min(first + height, self.rows))
             weight = memory[: part.stop - first]
             torch.mul(codes[part], scales[part], out=weight)
             torch.mm(samples, weight.flatten(1).T, out=out[:, part])
-        return out.reshape(*x.shape[:-1], self.rows)
+        return out
 
 
 class QuantizedSparseModule(_Quantized, SparseFactorModule):

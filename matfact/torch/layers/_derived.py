@@ -19,10 +19,12 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_untransformed(x: Tensor) -> bool:
-    """Whether `x` is an ordinary tensor outside of transformed code."""
+    """Whether `x` is an ordinary tensor outside of transformed code, and no mode looks on."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not torch.compiler.is_compiling()  # first, since what follows cannot be traced
+        and type(x) in (Tensor, nn.Parameter)
         and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -31,7 +33,9 @@ def are_plain(parameters: Sequence[Tensor]) -> bool:
     """Whether only the values of `parameters` matter: no gradient, tracing or substitute."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch._C._are_functorch_transforms_active() or {*map(type, parameters)} != {nn.Parameter}:
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    if {*map(type, parameters)} != {nn.Parameter}:
         return False
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 

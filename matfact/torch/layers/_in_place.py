@@ -61,9 +61,12 @@ class InPlace:
             if _is_decoded(module, x) and not (torch.is_grad_enabled() and _need_gradient(modules)):
                 return module.decoded_linear(x)
         kept = self._kept
-        if kept is None or not kept.is_current(modules, dtype):
+        # Tensors are held until the end, since other threads may replace them meanwhile.
+        tensors = kept and kept.tensors(modules, dtype)
+        if tensors is None:
             kept = self._kept = _Prepared.of([*modules], dtype)
-        if kept is None or kept.chain is None:
+            tensors = kept and kept.tensors(modules, dtype)
+        if kept is None or kept.chain is None or tensors is None:
             return None
         if torch.is_grad_enabled() and _need_gradient(modules):
             return None
@@ -90,18 +93,8 @@ def _is_decoded(module: Any, x: Tensor) -> bool:
 class _Prepared(NamedTuple):
     """The factors of a layer as they were looked at.
 
-    Attributes
-    ----------
-    modules : list of Module
-        The factors.
-    units : list of int or None
-        What the scales of each are multiples of, for codes.
-    dtype : torch.dtype
-        Dtype of the samples.
-    reads : list of _Read
-        What kernels read of the factors.
-    chain : _Chain or None
-        What applies them, if kernels can.
+    It has the factors, what the scales of each are multiples of (for codes), the dtype of samples,
+    what kernels read of the factors, and what applies them, if kernels can.
     """
 
     modules: list[Any]
@@ -121,15 +114,16 @@ class _Prepared(NamedTuple):
         chain = _prepared(modules, addresses, units)
         return cls(modules, units, dtype, [read for reads in every for read in reads], chain)
 
-    def is_current(self, modules: Collection[Any], dtype: torch.dtype) -> bool:
-        """Whether nothing but values has changed.
+    def tensors(self, modules: Collection[Any], dtype: torch.dtype) -> list[Tensor] | None:
+        """Return what the kernels read, None if anything but values has changed.
 
         Every call needs this, and it takes longer than a small product.
         """
         if dtype is not self.dtype or [*modules] != self.modules:
-            return False
+            return None
         if [vars(module).get("unit") for module in modules] != self.units:
-            return False
+            return None
+        found = []
         for held, name, kind, stored, address, size, version in self.reads:
             tensor: Any = held.get(name)
             if (
@@ -143,8 +137,9 @@ class _Prepared(NamedTuple):
                     else not tensor.is_inference() and tensor._version == version
                 )
             ):
-                return False
-        return True
+                return None
+            found.append(tensor)
+        return found
 
 
 def _reads(module: Any, dtype: torch.dtype) -> list[_Read]:
@@ -162,7 +157,9 @@ def _reads(module: Any, dtype: torch.dtype) -> list[_Read]:
     for name in [trained, *["codes"] * is_coded, *counted]:
         held = values if name is trained else module._buffers
         tensor, is_counted = held.get(name), name in counted
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) not in (Tensor, nn.Parameter) or not _is_in_memory(tensor):
+            return []
+        if name == "codes" and tensor.dtype is not torch.int8:
             return []
         # Torch counts no writes to inference tensors.
         if tensor.is_inference() if is_counted else not tensor.is_contiguous():
@@ -171,6 +168,11 @@ def _reads(module: Any, dtype: torch.dtype) -> list[_Read]:
         place = tensor.data_ptr(), tensor.numel()
         found.append((held, name, type(tensor), tensor.dtype, *place, version))
     return found
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are in the host's memory, as they are."""
+    return tensor.is_cpu and not tensor.is_neg() and bool(tensor.data_ptr() or not tensor.numel())
 
 
 def _need_gradient(modules: Collection[Any]) -> bool:
@@ -249,7 +251,9 @@ class _Chain:
             x = x.resolve_neg()
         if not x.is_contiguous():
             x = x.contiguous()
-        out = torch.empty((*x.shape[:-1], rows), dtype=self._dtype)
+        if not x.data_ptr():  # its memory is freed, or only imagined
+            return None
+        out = torch.empty((*x.shape[:-1], rows), dtype=self._dtype, device=x.device)
         call.run(call.job(x.data_ptr(), out.data_ptr()))
         return out
 
@@ -348,7 +352,7 @@ def _scratch(size: int) -> int:
 def _is_readable(module: Any) -> bool:
     """Whether a module is on the host, and kernels would read only where there is something."""
     stored = module.stored
-    if not stored.is_cpu or stored.is_neg() or stored.dtype not in _READ:
+    if stored.dtype not in _READ:
         return False
     if stored.dtype is torch.int8 and not _are_groups(module):
         return False

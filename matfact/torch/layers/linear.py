@@ -271,7 +271,7 @@ class FactorizedLinear(InferenceModule):
             # With torch: the thread pools of NumPy and torch would wait for each other.
             return functional.linear(x, host.product, self.bias)
         with on_torch_threads():
-            columns = torch.from_numpy(host.operator @ samples.T.numpy())
+            columns = torch.from_numpy(host.operator @ samples.T.resolve_neg().numpy())
         out = columns.T.contiguous().reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -350,7 +350,6 @@ class FactorizedLinear(InferenceModule):
             and x.dtype in _DTYPES
             and x.numel() > 0
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and all(factor.has_gradient_kernel(x) for factor in chain)
         )
