@@ -123,6 +123,12 @@ def _encoder(find: _Finder) -> list[Row]:
             "bytes": fitted["bytes"],
             "calibration": f"{fitted['sentences']:,} sentences",
         })  # fmt: skip
+    trained = find("encoder", "networks", density=25, method="DSF", form="distilled")
+    rows.append(rows[-1] | {
+        "form": "DSF, 25 %, float32, distilled", "cosine": trained["cosine"],
+        "bytes": trained["bytes"], "calibration": f"{trained['sentences']:,} sentences",
+        "minutes": trained["minutes"],
+    })  # fmt: skip
     rows.append({
         "network": name, "form": "DSF, 25 %, bfloat16", "flops": 0.25,
         **find.speed("encoder", "0.25 16 bits"),

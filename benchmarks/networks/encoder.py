@@ -39,9 +39,8 @@ LAYERS = r"encoder\.layer\.\d"
 #: Calibration sentences and sweeps of DSF; the larger setting is for half of the weights.
 EFFORT = {"calibration": 512, "sweeps": 100}
 MORE_EFFORT = {"calibration": 2048, "sweeps": 200}
-#: Passes of training, and its rates: half of the weights loses by the larger one.
-EPOCHS = 8
-RATES = {0.5: 0.003, 0.25: 0.01}
+#: Passes of the training, and its rate, by which half of the weights would lose if it were larger.
+TRAINING = {0.5: {"epochs": 4, "rate": 0.003}, 0.25: {"epochs": 8, "rate": 0.01}}
 #: Embedded sentences; maximum tokens per sentence.
 TEST_SENTENCES = 512
 MAX_TOKENS = 128
@@ -76,13 +75,13 @@ def cells(quick: bool) -> Iterator[dict[str, Any]]:
         common = {"layers": LAYERS, "text": "novels", "test": TEST_SENTENCES}
         forms = [(method, density, "full") for density in DENSITIES for method in METHODS]
         forms += [(method, 0.5, "published") for method in METHODS]
-        forms += [("DSF", density, "distilled") for density in RATES]
+        forms += [("DSF", density, "distilled") for density in TRAINING]
     for method, density, form in forms:
         effort = MORE_EFFORT if density == 0.5 or form == "distilled" else EFFORT
         if quick:
             effort = {"calibration": 48, "sweeps": 10}
         if form == "distilled":
-            effort = {**effort, "epochs": EPOCHS, "rate": RATES[density]}
+            effort = {**effort, **TRAINING[density]}
         yield {"method": method, "density": density, "form": form, **common, **effort}
 
 
