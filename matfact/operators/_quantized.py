@@ -59,8 +59,8 @@ class QuantizedFactor(Factor):
     kind: ClassVar[str] = "quantized"
 
     def __post_init__(self) -> None:
-        dtype = str(self.values.dtype).removeprefix("torch.")
-        if dtype != "int8":  # kernels would take them for what they are not
+        dtype = self.values.dtype
+        if dtype != backend.namespace(self.values).int8:  # kernels would read other bytes
             raise TypeError(f"values must be codes of dtype int8, got {dtype}.")
 
     @property
