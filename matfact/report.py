@@ -49,7 +49,7 @@ class CompressionReport(Sequence[LayerReport]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights of all layers in the report, including kept layers."""
+        """Bytes of the weights of all layers, dense ones for layers kept or only planned."""
         return sum(row.dense_nbytes if row.nbytes is None else row.nbytes for row in self.rows)
 
     @property
@@ -176,6 +176,12 @@ class CompressionReport(Sequence[LayerReport]):
 
     def __repr__(self) -> str:
         done = sum(row.status == "compressed" for row in self.rows)
+        planned = sum(row.status == "planned" for row in self.rows)
+        if planned:
+            return (
+                f"CompressionReport({planned} of {len(self.rows)} layers to compress, "
+                f"{self.dense_nbytes} bytes before)"
+            )
         return (
             f"CompressionReport({done} of {len(self.rows)} layers compressed, "
             f"density {self.density:.3f}, {self.nbytes} of {self.dense_nbytes} bytes)"

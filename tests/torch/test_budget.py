@@ -87,6 +87,7 @@ def test_a_budget_leaves_overrides_and_kept_layers_as_they_are(network):
 def test_a_trial_of_a_budget_changes_nothing_and_names_what_would_be_done(network):
     same, planned = compress(network, LowRank(), budget=0.5, dry_run=True)
     assert same is network
+    assert f"{len(planned)} layers to compress" in repr(planned)  # and not "0 of 4 compressed"
     done = compress(network, LowRank(), budget=0.5).report
     assert {row.status for row in planned} <= {"planned", "kept"}
     assert [r.requested_density for r in planned] == [r.requested_density for r in done]
